@@ -1,0 +1,205 @@
+"""Small pictures drawn from a seed: lettering, shapes and scenes for the demo's source files.
+
+Everything is drawn on a grid of cells of 14 x 14 pixels and 112 x 112 pixels a picture. With the tiny model's tiles of
+28 x 28 pixels and `num_crops` 4 the HD transform halves such a picture to 56 x 56, so that one letter falls on one patch of
+7 x 7: the smallest picture on which lettering is still legible, hence the cheapest one from which a model can learn to read.
+
+The letters are a bitmap font of this module: the same bytes whatever font library the machine has.
+"""
+
+from __future__ import annotations
+
+import io
+from random import Random
+
+from PIL import Image, ImageDraw
+
+CELL = 14
+"""Pixels from one letter to the next."""
+SIDE = 8 * CELL
+"""Width and height of a page or meme, pixels: 8 letters across, 8 lines down."""
+
+Colour = tuple[int, int, int]
+
+COLOURS: dict[str, Colour] = {
+    "red": (205, 40, 35),
+    "green": (40, 150, 60),
+    "blue": (40, 75, 205),
+    "yellow": (225, 190, 30),
+    "purple": (150, 50, 165),
+}
+
+# Seven rows of five dots for each character, the leftmost dot is the highest of five bits.
+_GLYPHS = {
+    "A": (14, 17, 17, 31, 17, 17, 17),
+    "B": (30, 17, 17, 30, 17, 17, 30),
+    "C": (14, 17, 16, 16, 16, 17, 14),
+    "D": (28, 18, 17, 17, 17, 18, 28),
+    "E": (31, 16, 16, 30, 16, 16, 31),
+    "F": (31, 16, 16, 30, 16, 16, 16),
+    "G": (14, 17, 16, 23, 17, 17, 15),
+    "H": (17, 17, 17, 31, 17, 17, 17),
+    "I": (14, 4, 4, 4, 4, 4, 14),
+    "J": (7, 2, 2, 2, 2, 18, 12),
+    "K": (17, 18, 20, 24, 20, 18, 17),
+    "L": (16, 16, 16, 16, 16, 16, 31),
+    "M": (17, 27, 21, 21, 17, 17, 17),
+    "N": (17, 25, 25, 21, 19, 19, 17),
+    "O": (14, 17, 17, 17, 17, 17, 14),
+    "P": (30, 17, 17, 30, 16, 16, 16),
+    "Q": (14, 17, 17, 17, 21, 18, 13),
+    "R": (30, 17, 17, 30, 20, 18, 17),
+    "S": (15, 16, 16, 14, 1, 1, 30),
+    "T": (31, 4, 4, 4, 4, 4, 4),
+    "U": (17, 17, 17, 17, 17, 17, 14),
+    "V": (17, 17, 17, 17, 17, 10, 4),
+    "W": (17, 17, 17, 21, 21, 27, 17),
+    "X": (17, 17, 10, 4, 10, 17, 17),
+    "Y": (17, 17, 10, 4, 4, 4, 4),
+    "Z": (31, 1, 2, 4, 8, 16, 31),
+    "0": (14, 17, 19, 21, 25, 17, 14),
+    "1": (4, 12, 4, 4, 4, 4, 14),
+    "2": (14, 17, 1, 6, 8, 16, 31),
+    "3": (30, 1, 1, 14, 1, 1, 30),
+    "4": (2, 6, 10, 18, 31, 2, 2),
+    "5": (31, 16, 30, 1, 1, 17, 14),
+    "6": (6, 8, 16, 30, 17, 17, 14),
+    "7": (31, 1, 2, 4, 8, 8, 8),
+    "8": (14, 17, 17, 14, 17, 17, 14),
+    "9": (14, 17, 17, 15, 1, 2, 12),
+    " ": (0, 0, 0, 0, 0, 0, 0),
+}
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """`picture` as a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def jpeg_bytes(picture: Image.Image) -> bytes:
+    """`picture` as a JPEG file of quality 95."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def shade(rng: Random, colour: Colour, spread: int = 20) -> Colour:
+    """`colour` with each channel moved by up to `spread`."""
+    return tuple(min(255, max(0, channel + rng.randint(-spread, spread))) for channel in colour)  # type: ignore[return-value]
+
+
+def write(canvas: ImageDraw.ImageDraw, left: int, top: int, text: str, ink: Colour) -> None:
+    """Draw `text` with its top left corner at (`left`, `top`); each font dot is 2 x 2 pixels.
+
+    Raises:
+        KeyError: a character that the bitmap font lacks (it has A-Z, 0-9 and the space).
+    """
+    for character in text:
+        for row, bits in enumerate(_GLYPHS[character]):
+            for column in range(5):
+                if bits >> (4 - column) & 1:
+                    x, y = left + 2 * column + 2, top + 2 * row
+                    canvas.rectangle((x, y, x + 1, y + 1), fill=ink)
+        left += CELL
+
+
+def paper(rng: Random) -> Colour:
+    """A light background."""
+    return shade(rng, (235, 235, 230), 18)
+
+
+def page(rng: Random, lines: list[tuple[str, str]]) -> Image.Image:
+    """A form of up to four lines: the field's name in the left half, its value in the right half."""
+    picture = Image.new("RGB", (SIDE, SIDE), paper(rng))
+    canvas = ImageDraw.Draw(picture)
+    ink, label = shade(rng, (30, 30, 50), 25), shade(rng, (95, 95, 110), 25)
+    for number, (name, value) in enumerate(lines):
+        top = 2 * CELL * number + CELL // 2
+        write(canvas, 0, top, name, label)
+        write(canvas, SIDE // 2, top, value, ink)
+        canvas.line((0, top + 2 * CELL - CELL // 2, SIDE, top + 2 * CELL - CELL // 2), fill=label)
+    return picture
+
+
+def shape(canvas: ImageDraw.ImageDraw, kind: str, box: tuple[int, int, int, int], fill: Colour) -> None:
+    """Draw a filled circle, square, triangle or cross into `box` = (left, top, right, bottom)."""
+    left, top, right, bottom = box
+    if kind == "circle":
+        canvas.ellipse(box, fill=fill)
+    elif kind == "square":
+        canvas.rectangle(box, fill=fill)
+    elif kind == "triangle":
+        canvas.polygon([((left + right) // 2, top), (right, bottom), (left, bottom)], fill=fill)
+    elif kind == "cross":
+        third_x, third_y = (right - left) // 3, (bottom - top) // 3
+        canvas.rectangle((left + third_x, top, right - third_x, bottom), fill=fill)
+        canvas.rectangle((left, top + third_y, right, bottom - third_y), fill=fill)
+    else:
+        raise ValueError(f"shape {kind!r} is unknown, expected circle, square, triangle or cross")
+
+
+def face(canvas: ImageDraw.ImageDraw, box: tuple[int, int, int, int], fill: Colour) -> None:
+    """Draw a person's face into `box`."""
+    left, top, right, bottom = box
+    width, height = right - left, bottom - top
+    canvas.ellipse(box, fill=fill)
+    for x in (0.32, 0.68):
+        eye = (left + width * (x - 0.08), top + height * 0.3, left + width * (x + 0.08), top + height * 0.46)
+        canvas.ellipse(eye, fill=(20, 20, 20))
+    mouth = (left + width * 0.25, top + height * 0.6, left + width * 0.75, top + height * 0.75)
+    canvas.rectangle(mouth, fill=(150, 20, 20))
+
+
+def house(canvas: ImageDraw.ImageDraw, box: tuple[int, int, int, int], fill: Colour) -> None:
+    """Draw a house into `box`."""
+    left, top, right, bottom = box
+    middle = (top + bottom) // 2
+    canvas.polygon([((left + right) // 2, top), (right, middle), (left, middle)], fill=(120, 60, 40))
+    canvas.rectangle((left + 4, middle, right - 4, bottom), fill=fill)
+
+
+def meme(rng: Random, figure: str, first: str, second: str) -> Image.Image:
+    """A meme: a `figure` ("face" or "house") in the upper half, two lines of up to 8 letters in the lower half."""
+    background = shade(rng, (120, 170, 210), 35)
+    picture = Image.new("RGB", (SIDE, SIDE), background)
+    canvas = ImageDraw.Draw(picture)
+    side = 46 + rng.randint(0, 8)
+    left, top = rng.randint(2, SIDE - side - 2), rng.randint(0, 56 - side)
+    draw = {"face": face, "house": house}[figure]
+    draw(canvas, (left, top, left + side, top + side), shade(rng, (235, 200, 120), 20))
+    canvas.rectangle((0, SIDE // 2, SIDE, SIDE), fill=paper(rng))
+    ink = shade(rng, (25, 25, 25), 25)
+    for number, line in enumerate((first, second)):
+        write(canvas, 0, SIDE // 2 + 7 + 2 * CELL * number, line, ink)
+    return picture
+
+
+def figure_card(rng: Random, kind: str, colour: str, side: int = SIDE // 2) -> Image.Image:
+    """One coloured shape, large, somewhere on a light square of `side` pixels."""
+    picture = Image.new("RGB", (side, side), paper(rng))
+    size = side * rng.randint(60, 75) // 100
+    left, top = rng.randint(2, side - size - 2), rng.randint(2, side - size - 2)
+    shape(ImageDraw.Draw(picture), kind, (left, top, left + size, top + size), shade(rng, COLOURS[colour]))
+    return picture
+
+
+def moving_frames(rng: Random, colour: str, direction: str, frames: int, side: int = 64) -> list[Image.Image]:
+    """A coloured ball that crosses a square picture of `side` pixels in `frames` frames.
+
+    Args:
+        direction: "right" (from left to right, at any height) or "down" (from top to bottom, anywhere across).
+    """
+    ground, fill = paper(rng), shade(rng, COLOURS[colour])
+    size = side * rng.randint(38, 48) // 100
+    start, end = rng.randint(0, 4), side - size - rng.randint(1, 5)
+    across = rng.randint(2, side - size - 2)
+    pictures = []
+    for number in range(frames):
+        along = start + (end - start) * number // max(1, frames - 1)
+        left, top = (along, across) if direction == "right" else (across, along)
+        picture = Image.new("RGB", (side, side), ground)
+        ImageDraw.Draw(picture).ellipse((left, top, left + size, top + size), fill=fill)
+        pictures.append(picture)
+    return pictures

@@ -1,0 +1,189 @@
+"""The demo's tasks: one row of pictures, questions and answers at a time, each from its own seed.
+
+Every task needs its picture. Order slips hold four words drawn from eight each; a meme is hateful only when a mean word stands
+below a face (either alone is harmless); statements about picture pairs are true and false equally often; a clip's class is the colour
+and the direction of a moving ball. Whoever answers without looking gets one slip word in eight, half of the memes and statements,
+and one clip in ten.
+
+A row's numbers come from (seed, task, index) alone, so that a longer file starts with the rows of a shorter one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from PIL import Image
+
+from phi3v.data import demo_pictures as pictures
+
+SLIP_FIELDS: dict[str, tuple[str, ...]] = {
+    "FOR": ("ANNA", "OTTO", "EMIL", "RUTH", "IVAN", "LENA", "HUGO", "MAYA"),
+    "IN": ("OSLO", "LIMA", "ROME", "KYIV", "BERN", "BAKU", "CALI", "DOHA"),
+    "BUY": ("LAMP", "DESK", "SOFA", "BOOK", "VASE", "MUGS", "TENT", "RICE"),
+    "DAY": ("MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN", "ANY"),
+}
+"""A slip's fields (at most three letters) and their values (at most four letters)."""
+
+SLIP_QUESTIONS = {
+    "FOR": "Who is the order for?",
+    "IN": "To which city does the order go?",
+    "BUY": "What is ordered?",
+    "DAY": "On which day is it needed?",
+}
+
+MEAN_WORDS = ("UGLY", "VILE", "DUMB", "LAZY", "FOUL", "MEAN")
+KIND_WORDS = ("KIND", "WISE", "COOL", "NICE", "FINE", "GOOD")
+MEME_OPENINGS = ("LOOK HOW", "THAT IS", "SO VERY", "OH HOW")
+
+PAIR_COLOURS = ("red", "green", "blue", "yellow")
+PAIR_SHAPES = ("circle", "square", "triangle", "cross")
+
+UCF_CLASSES: dict[str, tuple[str, str]] = {
+    "ApplyEyeMakeup": ("red", "right"),
+    "ApplyLipstick": ("red", "down"),
+    "Archery": ("green", "right"),
+    "BabyCrawling": ("green", "down"),
+    "BalanceBeam": ("blue", "right"),
+    "BandMarching": ("blue", "down"),
+    "BaseballPitch": ("yellow", "right"),
+    "Basketball": ("yellow", "down"),
+    "BasketballDunk": ("purple", "right"),
+    "BenchPress": ("purple", "down"),
+}
+"""The recipe's ten class names; in the demo a class is the colour and the direction of a ball."""
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """Pictures with their questions and answers: what a row of a the_cauldron file holds.
+
+    `turns` are (user, assistant) texts; `pictures` belong to all of them.
+    """
+
+    pictures: tuple[Image.Image, ...]
+    turns: tuple[tuple[str, str], ...]
+
+
+def rng_of(seed: int, task: str, index: int) -> Random:
+    """The random numbers of one row."""
+    return Random(f"{seed}/{task}/{index}")
+
+
+def _slip(rng: Random) -> tuple[Image.Image, dict[str, str]]:
+    names = list(SLIP_FIELDS)
+    rng.shuffle(names)
+    values = {name: rng.choice(SLIP_FIELDS[name]) for name in names}
+    return pictures.page(rng, list(values.items())), values
+
+
+def slip_question(rng: Random) -> tuple[Image.Image, str, str]:
+    """An order slip, one question on it and the answer."""
+    picture, values = _slip(rng)
+    name = rng.choice(list(SLIP_QUESTIONS))
+    return picture, SLIP_QUESTIONS[name], values[name]
+
+
+def docvqa_row(rng: Random) -> TaskRow:
+    """An order slip with two or three questions."""
+    picture, values = _slip(rng)
+    asked = rng.sample(list(SLIP_QUESTIONS), rng.randint(2, 3))
+    return TaskRow((picture,), tuple((f"{SLIP_QUESTIONS[name]}\nAnswer briefly.", values[name]) for name in asked))
+
+
+def _meme(rng: Random, hateful: bool) -> tuple[Image.Image, str, str, str]:
+    """A meme's picture, figure, opening and word; harmless ones change the figure, the word or both."""
+    mean, person = (True, True) if hateful else rng.choice(((True, False), (False, True), (False, False)))
+    figure = "face" if person else "house"
+    opening, word = rng.choice(MEME_OPENINGS), rng.choice(MEAN_WORDS if mean else KIND_WORDS)
+    return pictures.meme(rng, figure, opening, word), figure, opening, word
+
+
+def hateful_memes_row(rng: Random) -> TaskRow:
+    """A meme, hateful in half of the rows."""
+    hateful = rng.random() < 0.5
+    picture, *_ = _meme(rng, hateful)
+    question = "Is this meme hateful? Look at the text and the picture.\nAnswer yes or no."
+    return TaskRow((picture,), ((question, "Yes." if hateful else "No."),))
+
+
+def _pair(rng: Random) -> tuple[tuple[Image.Image, Image.Image], list[tuple[str, str]]]:
+    """Two cards and their (colour, shape)."""
+    contents = [(rng.choice(PAIR_COLOURS), rng.choice(PAIR_SHAPES)) for _ in range(2)]
+    left, right = (pictures.figure_card(rng, shape, colour) for colour, shape in contents)
+    return (left, right), contents
+
+
+def _other(rng: Random, options: tuple[str, ...], value: str) -> str:
+    return rng.choice([option for option in options if option != value])
+
+
+def _statement(rng: Random, contents: list[tuple[str, str]], true: bool) -> str:
+    """A true or false statement about one side's colour or shape."""
+    side = rng.randrange(2)
+    colour, shape = contents[side]
+    name = ("left", "right")[side]
+    if rng.random() < 0.5:
+        said = colour if true else _other(rng, PAIR_COLOURS, colour)
+        return f"The {name} image shows something {said}."
+    said = shape if true else _other(rng, PAIR_SHAPES, shape)
+    return f"The {name} image shows a {said}."
+
+
+def nlvr2_row(rng: Random) -> TaskRow:
+    """A picture pair with three statements, each true in half of the rows."""
+    cards, contents = _pair(rng)
+    turns = []
+    for _ in range(3):
+        true = rng.random() < 0.5
+        statement = _statement(rng, contents, true)
+        question = f"Given the two images, is the following statement correct? {statement}\nAnswer yes or no."
+        turns.append((question, "Yes." if true else "No."))
+    return TaskRow(cards, tuple(turns))
+
+
+def mixture_slip(rng: Random) -> TaskRow:
+    """Reading: a whole slip, then single lines."""
+    picture, values = _slip(rng)
+    everything = " ".join(f"{name} {value}" for name, value in values.items())
+    asked = rng.sample(list(values), 2)
+    return TaskRow((picture,), (("Read all lines.", everything), *((f"Read the line {name}.", values[name]) for name in asked)))
+
+
+def mixture_meme(rng: Random) -> TaskRow:
+    """Naming a meme's figure and reading its text."""
+    picture, figure, opening, word = _meme(rng, rng.random() < 0.5)
+    turns = [("What is drawn?", f"a {figure}"), ("Read the text.", f"{opening} {word}")]
+    rng.shuffle(turns)
+    return TaskRow((picture,), tuple(turns))
+
+
+def mixture_pair(rng: Random) -> TaskRow:
+    """Describing both cards of a pair, then yes-no questions."""
+    cards, contents = _pair(rng)
+    turns = [(f"Describe the {side} image.", " ".join(content)) for side, content in zip(("left", "right"), contents)]
+    rng.shuffle(turns)
+    for _ in range(3):
+        side = rng.randrange(2)
+        kind = rng.randrange(2)
+        value = contents[side][kind]
+        true = rng.random() < 0.5
+        said = value if true else _other(rng, (PAIR_COLOURS, PAIR_SHAPES)[kind], value)
+        turns.append((f"Is the {('left', 'right')[side]} image {said}?", "Yes." if true else "No."))
+    return TaskRow(cards, tuple(turns))
+
+
+MIXTURE: tuple[Callable[[Random], TaskRow], ...] = (mixture_slip, mixture_meme, mixture_pair)
+"""What the tiny base is pre-trained on, in turn: perception, with other words than the tasks use."""
+
+
+def mixture_row(rng: Random, index: int) -> TaskRow:
+    """Row `index` of the pre-training mixture."""
+    return MIXTURE[index % len(MIXTURE)](rng)
+
+
+def clip_frames(rng: Random, name: str, frames: int) -> list[Image.Image]:
+    """The frames of one clip of class `name`."""
+    colour, direction = UCF_CLASSES[name]
+    return pictures.moving_frames(rng, colour, direction, frames)

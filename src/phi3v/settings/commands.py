@@ -1,0 +1,213 @@
+"""The command lines: one settings model a script, and the flags that a row's rule types for it.
+
+Names and defaults are those of the recipe's scripts where they have them; the rest are ours and say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Literal, TypeVar, get_origin
+
+from pydantic import BaseModel, Field, model_validator
+
+from phi3v.settings.entries import Metric, Strict
+from phi3v.settings.reading import SettingsError, validate
+from phi3v.settings.rows import Dtype, Training
+
+C = TypeVar("C", bound=BaseModel)
+
+
+class Precision(Strict):
+    """The compute type, as the recipe's flags choose it: --bf16, or float16 mixed precision when it is left out."""
+
+    bf16: bool = False
+    """Compute in bfloat16."""
+    fp16: bool = False
+    """Compute in float16 over float32 weights; what the recipe does without --bf16."""
+    fp32: bool = False
+    """Compute in float32 (ours)."""
+    use_flash_attention: bool = False
+    """Flash attention in both towers: PyTorch's own kernel, or the flash-attn package where it is installed."""
+
+    @model_validator(mode="after")
+    def _one_dtype(self) -> Precision:
+        chosen = [name for name in ("bf16", "fp16", "fp32") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(f"{', '.join(chosen)}: expected one of bf16, fp16, fp32")
+        return self
+
+    @property
+    def dtype(self) -> Dtype:
+        return "bf16" if self.bf16 else "fp32" if self.fp32 else "fp16"
+
+
+class FinetuneSettings(Precision):
+    """scripts/finetune.py"""
+
+    model_name_or_path: str
+    """Checkpoint folder in the official layout."""
+    data_dir: str
+    """Folder with images/ and the conversations jsonl of each split."""
+    output_dir: str
+    """The row's folder."""
+    dataset: str = ""
+    """Name of the data, for messages and the manifest."""
+    row: str = ""
+    """Name of the table row, for the manifest."""
+    use_lora: bool = False
+    """Train low-rank adapters instead of the weights."""
+    use_qlora: bool = False
+    """The same over 4-bit (nf4) weights; implies --use_lora."""
+    lora_rank: int = Field(64, ge=1)
+    """Rank of the adapters."""
+    lora_alpha_ratio: float = Field(2.0, gt=0)
+    """Scale of the adapters over their rank."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapters."""
+    freeze_vision_model: Literal["no", "vision", "legacy"] = "no"
+    """vision (also as a bare flag): freeze CLIP, projector and separators. legacy: the text embedding too, as the
+    recipe's scripts did."""
+    batch_size: int = Field(16, ge=1)
+    """Examples of one optimizer step over all processes."""
+    batch_size_per_gpu: int = Field(1, ge=1)
+    """Examples of one forward pass of one process."""
+    num_crops: int | None = Field(None, ge=1, le=64)
+    """Largest number of tiles of an image; left out: the data folder's, else 16."""
+    num_train_epochs: float = Field(1, gt=0)
+    """Passes over the training split."""
+    max_steps: int = Field(-1, ge=-1)
+    """Optimizer steps, instead of epochs; -1: off (ours)."""
+    learning_rate: float = Field(4e-5, gt=0, lt=1)
+    """Peak learning rate."""
+    wd: float = Field(0.01, ge=0)
+    """AdamW's decoupled weight decay."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-7, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    warmup_steps: int = Field(50, ge=0)
+    """Steps of linear warm-up before the linear decay."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass (non-reentrant)."""
+    zero_stage: Literal[0, 2, 3] = 2
+    """DeepSpeed ZeRO stage of full fine-tuning; LoRA and QLoRA use none. 0: plain data parallel (ours)."""
+    seed: int = Field(42, ge=0)
+    """Data order and initial adapters."""
+    num_workers: int = Field(0, ge=0)
+    """Data loading processes of each training process."""
+    save_steps: int = Field(0, ge=0)
+    """Checkpoint every so many optimizer steps; 0: none between (ours)."""
+    tqdm: bool = True
+    """Progress bar; --no-tqdm for sparse lines."""
+
+    @model_validator(mode="after")
+    def _qlora_is_lora(self) -> FinetuneSettings:
+        if self.use_qlora and not self.use_lora:
+            return self.model_copy(update={"use_lora": True})
+        return self
+
+    @model_validator(mode="after")
+    def _legacy_is_full(self) -> FinetuneSettings:
+        if self.use_lora and self.freeze_vision_model == "legacy":
+            raise ValueError("freeze_vision_model: legacy, with adapters: expected no or vision")
+        return self
+
+
+class SpeedSettings(FinetuneSettings):
+    """scripts/speed.py"""
+
+    speed_warmup_steps: int = Field(10, ge=1)
+    """Optimizer steps before the clock starts."""
+    timed_steps: int = Field(20, ge=1)
+    """Optimizer steps of one timed window."""
+    repeats: int = Field(3, ge=1)
+    """Timed windows."""
+    expect_processes: int = Field(0, ge=0)
+    """Processes the published row ran; fewer here are an error unless --stand_in. 0: as many as there are."""
+    stand_in: bool = False
+    """These processes stand for the published machines; the result is labelled so."""
+
+
+class EvaluateSettings(Precision):
+    """scripts/evaluate.py"""
+
+    model_name_or_path: str
+    """Checkpoint folder, or adapter folder (which names its base)."""
+    data_dir: str
+    """Folder with images/ and the conversations jsonl of each split."""
+    output_dir: str
+    """Where predictions and metrics go, one folder a pass."""
+    split: str = "val"
+    """Split to evaluate."""
+    dataset: str = ""
+    """Name of the data, for messages and the manifest."""
+    row: str = ""
+    """Name of the table row, for the manifest."""
+    metric: Metric | None = None
+    """Left out: the data folder's."""
+    passes: list[Literal["before", "after", "control"]] = ["after"]
+    """control: with the pictures swapped among the examples."""
+    num_crops: int | None = Field(None, ge=1, le=64)
+    """Largest number of tiles of an image; left out: the data folder's, else 16."""
+    batch_size_per_gpu: int = Field(8, ge=1)
+    """Prompts generated together by one process."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest answer."""
+    seed: int = Field(42, ge=0)
+    """Order of the control's swap."""
+    num_workers: int = Field(0, ge=0)
+    """Data loading processes of each evaluating process."""
+    tqdm: bool = True
+    """Progress bar; --no-tqdm for sparse lines."""
+
+
+def parse(settings: type[C], description: str, arguments: list[str] | None = None) -> C:
+    """The settings of a command line, a flag for each field; a wrong one prints usage and reason, and exits with 2."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for name, field in settings.model_fields.items():
+        default = "" if field.is_required() or field.default in (None, "") else f" (default: {field.default})"
+        options: dict[str, object] = {"default": argparse.SUPPRESS, "required": field.is_required()}
+        options["help"] = f"{field.description or ''}{default}".replace("%", "%%")
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = name.upper()
+        if get_origin(field.annotation) is list:
+            options["nargs"] = "+"
+        if name == "freeze_vision_model":
+            # The recipe's flag is bare; bare means the mended freezing.
+            options.update(nargs="?", const="vision")
+        parser.add_argument(f"--{name}", **options)  # type: ignore[arg-type]
+    try:
+        return validate(settings, vars(parser.parse_args(arguments)), "command line")
+    except SettingsError as error:
+        parser.error(str(error))
+
+
+def _number(value: float) -> str:
+    return f"{value:g}"
+
+
+def training_flags(row: Training, num_crops: int) -> list[str]:
+    """The flags of scripts/finetune.py (and speed.py) that make it run this row, in the recipe's names."""
+    flags = ["--dataset", row.dataset, "--row", row.row]
+    if row.method in ("lora", "qlora"):
+        assert row.lora_rank is not None and row.lora_alpha is not None
+        flags += ["--use_lora"] if row.method == "lora" else ["--use_lora", "--use_qlora"]
+        flags += ["--lora_rank", str(row.lora_rank), "--lora_alpha_ratio", _number(row.lora_alpha / row.lora_rank)]
+        flags += ["--lora_dropout", _number(row.lora_dropout)] if row.lora_dropout else []
+    if row.method == "frozen":
+        flags += ["--freeze_vision_model"] + (["legacy"] if row.legacy_freezing else [])
+    flags += precision_flags(row)
+    flags += ["--batch_size", str(row.batch_size), "--batch_size_per_gpu", str(row.micro_batch_size)]
+    flags += ["--num_crops", str(num_crops), "--num_train_epochs", _number(row.epochs)]
+    flags += ["--learning_rate", _number(row.learning_rate), "--wd", _number(row.weight_decay)]
+    return flags + ["--warmup_steps", str(row.warmup_steps)]
+
+
+def precision_flags(row: Training) -> list[str]:
+    """Compute type and attention of a row."""
+    return [f"--{row.dtype}"] + (["--use_flash_attention"] if row.flash_attention else [])

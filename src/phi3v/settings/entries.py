@@ -1,0 +1,111 @@
+"""What a run can name: models, datasets, hardware; and the folders that downloads and conversions are shared under."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Turns = Literal["all", "draw", "first"]
+Metric = Literal["accuracy", "anls"]
+
+# Raised whenever a converter's output changes for the same source, so that old and new data never share a folder.
+CONVERTER_VERSION = 1
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors; docstrings under the fields become their descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+# ---- what a run can name: models, datasets, hardware
+
+
+class Model(Strict):
+    """A checkpoint folder in the official layout."""
+
+    title: str
+    """Name shown in the report."""
+    url: str
+    """hf://OWNER/REPO, file:FOLDER, or a folder's path."""
+    revision: str | None = None
+    """Hub commit; empty until first used for real, then pinned by the lock file beside the download."""
+    licence: str = ""
+    """Shown where the weights are downloaded."""
+
+
+class Split(Strict):
+    """Where one split of a dataset comes from."""
+
+    url: str
+    """hf://datasets/OWNER/REPO/PATH (globs allowed), https://…, file:PATH, or a path."""
+    revision: str | None = None
+    """Hub commit; empty until first used for real, then pinned by the lock file beside the download."""
+    format: str
+    """Name of a converter in phi3v.data.converters."""
+    rows: Annotated[str, Field(pattern=r"^\d*:\d*$")] = ":"
+    """Rows taken, as a Python slice: `500:` is all but the first 500."""
+    options: dict[str, str] = {}
+    """Further arguments of the converter."""
+
+
+class Dataset(Strict):
+    """A dataset: its splits, how its turns train, and how answers are scored."""
+
+    title: str
+    """Name shown in the report."""
+    splits: dict[str, Split] = Field(min_length=1)
+    """`train` and `val` are what a row uses."""
+    turns: Turns = "all"
+    """all: every turn trains; draw: one turn an epoch, drawn by seed; first: only the first turn is kept."""
+    metric: Metric
+    """Score of an answer."""
+    num_crops: int = Field(16, ge=1, le=64)
+    """Largest number of tiles of an image (recipe: 16, UCF-101: 4)."""
+    licence: str = ""
+    """Shown where the data are downloaded."""
+
+    @model_validator(mode="after")
+    def _has_train_and_val(self) -> Dataset:
+        missing = {"train", "val"} - set(self.splits)
+        if missing:
+            raise ValueError(f"splits: expected at least train and val, {sorted(missing)} missing")
+        return self
+
+
+class Hardware(Strict):
+    """One kind of accelerator, or the CPU."""
+
+    title: str
+    """Name shown in the report."""
+    kind: Literal["cuda", "rocm", "cpu"]
+    """What PyTorch calls it."""
+    memory_gb: float | None = Field(None, gt=0)
+    """Memory of one device in GB (10^9 bytes); empty for a CPU."""
+    bf16: bool
+    """Computes in bfloat16 (NVIDIA: Ampere and newer)."""
+    fp16: bool = True
+    """Computes in float16."""
+    flash_attention: bool
+    """Has a flash attention kernel (NVIDIA: Ampere and newer; CPU: that of PyTorch's SDPA)."""
+    quantisation: bool
+    """bitsandbytes' 4-bit kernels run (NVIDIA: Turing and newer; Volta too in current releases is not relied on)."""
+    source: str
+    """Where these facts come from."""
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def dataset_key(name: str, dataset: Dataset) -> str:
+    """Folder name under results/data: source, revision, conversion options and converter version decide it."""
+    splits = {split: source.model_dump() for split, source in dataset.splits.items()}
+    return f"{name}-{_digest([splits, dataset.turns, CONVERTER_VERSION])}"
+
+
+def model_key(name: str, model: Model) -> str:
+    """Folder name under results/models."""
+    return f"{name}-{_digest([model.url, model.revision])}"

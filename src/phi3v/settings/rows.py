@@ -1,0 +1,117 @@
+"""Rows of the two tables: config/accuracy.tsv and config/speed.tsv.
+
+Defaults are the constants of Microsoft's recipe (PhiCookBook, FineTuning_Vision.md, and its scripts).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from phi3v.settings.entries import Strict
+
+Method = Literal["full", "frozen", "lora", "qlora"]
+Dtype = Literal["bf16", "fp16", "fp32"]
+
+
+def _table_bool(value: Any) -> Any:
+    return {"yes": True, "no": False}.get(value, value) if isinstance(value, str) else value
+
+
+YesNo = Annotated[bool, BeforeValidator(_table_bool)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Training(Strict):
+    """What an accuracy row and a speed row share: model, data, method and the recipe's constants."""
+
+    row: Name
+    """Unique id; it carries the model."""
+    model: str
+    """Entry of the models file."""
+    dataset: str
+    """Entry of the datasets file."""
+    method: Method
+    """full, frozen (full with the vision part frozen), lora or qlora."""
+    dtype: Dtype
+    """Compute type; fp16 is mixed precision over float32 weights."""
+    flash_attention: YesNo
+    """Flash attention in both towers."""
+    batch_size: int = Field(64, ge=1)
+    """Examples of one optimizer step over all processes."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Examples of one forward pass of one process."""
+    learning_rate: float = Field(4e-5, gt=0, lt=1)
+    """Peak learning rate."""
+    epochs: float = Field(1, gt=0)
+    """Passes over the training split."""
+    lora_rank: int | None = Field(None, ge=1)
+    """Rank of the adapters; LoRA and QLoRA need it, others have none."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """Scale of the adapters; goes with the rank."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapters."""
+    num_crops: int | None = Field(None, ge=1, le=64)
+    """Largest number of tiles of an image; empty: the dataset's."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decoupled weight decay."""
+    warmup_steps: int = Field(50, ge=0)
+    """Steps of linear warm-up before the linear decay."""
+    legacy_freezing: YesNo = False
+    """Frozen rows only: freeze the text embedding as well, as the recipe's scripts did."""
+
+    @model_validator(mode="after")
+    def _method_and_adapter_agree(self) -> Training:
+        if self.method in ("lora", "qlora"):
+            if self.lora_rank is None:
+                raise ValueError(f"lora_rank: empty, method {self.method} expects an integer >= 1")
+            if self.lora_alpha is None:
+                raise ValueError(f"lora_alpha: empty, a rank ({self.lora_rank}) expects an alpha > 0")
+        elif self.lora_rank is not None or self.lora_alpha is not None:
+            raise ValueError(f"lora_rank/lora_alpha: set, method {self.method} expects none")
+        if self.legacy_freezing and self.method != "frozen":
+            raise ValueError(f"legacy_freezing: yes, method {self.method}: expected only with method frozen")
+        return self
+
+
+class AccuracyRow(Training):
+    """A line of config/accuracy.tsv."""
+
+    gpus: int = Field(4, ge=1)
+    """Processes on the published hardware; a run uses what it has."""
+    published: float | None = Field(None, ge=0, le=100)
+    """The recipe's figure, 0-100; empty where there is none."""
+    origin: Literal["published", "ours"]
+    """published: hyperparameters and figure are the recipe's; ours: the recipe gives no figure."""
+    source: str = ""
+    """Table or file the row comes from."""
+    note: str = ""
+    """Shown with the row."""
+
+    @model_validator(mode="after")
+    def _published_has_value(self) -> AccuracyRow:
+        if self.origin == "published" and self.published is None:
+            raise ValueError("published: empty, origin `published` expects a value 0-100")
+        return self
+
+
+class SpeedRow(Training):
+    """A line of config/speed.tsv."""
+
+    hardware: str
+    """Entry of the hardware file the figure was taken on."""
+    nodes: int = Field(ge=1)
+    """Machines."""
+    gpus_per_node: int = Field(ge=1)
+    """Devices, and processes, of each machine."""
+    published_images_per_second: float | None = Field(None, gt=0)
+    """The recipe's figure over all GPUs."""
+    published_speedup: float | None = Field(None, gt=0)
+    """Against the table's first row."""
+    published_memory_gb: float | None = Field(None, gt=0)
+    """Peak memory of one GPU."""
+    source: str = ""
+    """Table the row comes from."""
+    note: str = ""
+    """Shown with the row."""

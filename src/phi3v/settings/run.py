@@ -1,0 +1,312 @@
+"""A run: its configuration file, and its selected rows placed on the machines it has.
+
+    run = load_run("config/demo.yaml")          # raises SettingsError
+    for job in run.accuracy:
+        print(job.row.row, job.processes, job.departures)
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from phi3v.settings.entries import Dataset, Hardware, Model, Strict
+from phi3v.settings.reading import RowT, SettingsError, read_entries, read_tables, read_yaml, validate
+from phi3v.settings.rows import AccuracyRow, Name, SpeedRow, Training
+
+
+class Pool(Strict):
+    """Machines of one kind that the run has."""
+
+    device: str
+    """Entry of the hardware file."""
+    per_node: int = Field(ge=1)
+    """Devices (CPU: processes) of one machine."""
+    nodes: int = Field(1, ge=1)
+    """Machines."""
+    stand_in: bool = False
+    """Stands for any published hardware: speed rows run here with these processes, and are labelled so."""
+
+
+class Files(Strict):
+    """The tables of a run; later files add to earlier ones."""
+
+    models: list[str] = Field(min_length=1)
+    datasets: list[str] = Field(min_length=1)
+    hardware: list[str] = Field(min_length=1)
+    accuracy: list[str] = []
+    speed: list[str] = []
+
+
+class Selection(Strict):
+    """Rows by name or shell pattern. A row asked for by its exact name must be possible; a pattern takes what is."""
+
+    accuracy: list[str] = ["*"]
+    speed: list[str] = ["*"]
+
+
+class Evaluation(Strict):
+    """How checkpoints are evaluated."""
+
+    batch_size_per_gpu: int = Field(8, ge=1)
+    """Prompts generated together by one process."""
+    max_new_tokens: int = Field(64, ge=1)
+    """The recipe's limit of an answer."""
+    control: bool = True
+    """Evaluate the trained model also with the pictures swapped among the examples."""
+
+
+class SpeedMeasurement(Strict):
+    """How a speed row is timed."""
+
+    warmup_steps: int = Field(10, ge=1)
+    """Optimizer steps before the clock starts."""
+    timed_steps: int = Field(20, ge=1)
+    """Optimizer steps of one repeat."""
+    repeats: int = Field(3, ge=1)
+    """Timed windows."""
+
+
+class DemoBase(Strict):
+    """How the demo's tiny base model is first trained a little."""
+
+    learning_rate: float = Field(gt=0, lt=1)
+    epochs: float = Field(gt=0)
+    batch_size: int = Field(64, ge=1)
+    micro_batch_size: int = Field(32, ge=1)
+
+
+class Demo(Strict):
+    """Synthetic source files and the tiny base model that the demo starts from."""
+
+    folder: str
+    """Where they are written; the demo's dataset and model URLs point there."""
+    seed: int = 0
+    sizes: dict[str, int]
+    """Rows of each source file."""
+    geometry: dict[str, int]
+    """Shape of the tiny model: arguments of phi3v.model.tiny.build_tiny."""
+    base: DemoBase
+
+
+class Run(Strict):
+    """A run configuration file."""
+
+    name: Name
+    """Results go to results/NAME."""
+    title: str
+    """Heading of the report."""
+    notice: str = ""
+    """Shown above every table, for runs whose numbers must not be compared."""
+    comparable: bool = True
+    """False: no number of this run may be compared with a published one (demo)."""
+    seed: int = Field(42, ge=0)
+    """Data order, initial adapters, controls."""
+    files: Files
+    hardware: list[Pool] = Field(min_length=1)
+    """Machines that this run has; a row goes to the first pool that can do it."""
+    rows: Selection = Selection()
+    overrides: dict[str, dict[str, Any]] = {}
+    """Row pattern to fields: every departure of this run from the tables, shown in the report."""
+    evaluation: Evaluation = Evaluation()
+    speed: SpeedMeasurement = SpeedMeasurement()
+    num_workers: int = Field(2, ge=0)
+    """Data loading processes of each training process."""
+    demo: Demo | None = None
+
+
+class Job(BaseModel):
+    """A row placed on a pool."""
+
+    model_config = ConfigDict(frozen=True)
+
+    row: AccuracyRow | SpeedRow
+    pool: Pool
+    nodes: int
+    processes_per_node: int
+    num_crops: int
+    departures: dict[str, tuple[Any, Any]] = {}
+    """Field to (table's value, this run's value)."""
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.processes_per_node
+
+    @property
+    def baseline(self) -> str:
+        """Name of the evaluation before training; rows that start from the same model and inputs share it."""
+        row = self.row
+        return f"{row.model}-{row.dataset}-{row.dtype}{'-flash' if row.flash_attention else ''}-crops{self.num_crops}"
+
+
+class NotRun(BaseModel):
+    """A selected row that this run's hardware cannot do."""
+
+    row: AccuracyRow | SpeedRow
+    reason: str
+
+
+class ResolvedRun(BaseModel):
+    """A run with its tables read, its rows selected and placed."""
+
+    settings: Run
+    models: dict[str, Model]
+    datasets: dict[str, Dataset]
+    hardware: dict[str, Hardware]
+    accuracy: list[Job]
+    speed: list[Job]
+    not_run: list[NotRun]
+
+    def job(self, row: str) -> Job:
+        """The job of a row id; raises KeyError."""
+        return {job.row.row: job for job in (*self.accuracy, *self.speed)}[row]
+
+
+def _apply_overrides(
+    where: str, row: RowT, overrides: dict[str, dict[str, Any]], used: set[str]
+) -> tuple[RowT, dict[str, tuple[Any, Any]]]:
+    values: dict[str, Any] = {}
+    for pattern, fields in overrides.items():
+        if fnmatch.fnmatchcase(row.row, pattern):
+            used.add(pattern)
+            values.update(fields)
+    fixed = {"row", "published", "origin", "source", "hardware", "nodes", "gpus_per_node"} & set(values)
+    if fixed:
+        raise SettingsError(f"{where}: overrides of row `{row.row}`: field `{fixed.pop()}` cannot be overridden")
+    changed = validate(type(row), {**row.model_dump(), **values}, f"{where}: overrides of row `{row.row}`")
+    before, after = row.model_dump(), changed.model_dump()
+    return changed, {field: (before[field], after[field]) for field in values if before[field] != after[field]}
+
+
+def _cannot(row: Training, device: Hardware) -> str | None:
+    """Why the device cannot do the row, or None."""
+    if row.dtype == "bf16" and not device.bf16:
+        return f"dtype: bf16, {device.title} has none; expected fp16"
+    if row.dtype == "fp16" and not device.fp16:
+        return f"dtype: fp16, {device.title} has none; expected bf16"
+    if row.flash_attention and not device.flash_attention:
+        return f"flash_attention: yes, {device.title} has no flash attention; expected no"
+    if row.method == "qlora" and not device.quantisation:
+        return f"method: qlora, {device.title} has no 4-bit kernels; expected full, frozen or lora"
+    return None
+
+
+def _place_accuracy(row: AccuracyRow, pool: Pool) -> tuple[int, int]:
+    """(nodes, processes a node) of an accuracy row: the published count where the pool has it, else what is there."""
+    processes = min(row.gpus, pool.per_node)
+    _check_batch(row, processes)
+    return 1, processes
+
+
+def _check_batch(row: Training, processes: int) -> None:
+    step = processes * row.micro_batch_size
+    if row.batch_size % step:
+        raise SettingsError(
+            f"row `{row.row}`: field `batch_size`: got {row.batch_size}: expected a multiple of "
+            f"{processes} processes x micro_batch_size {row.micro_batch_size} = {step}"
+        )
+
+
+def _place_speed(row: SpeedRow, pool: Pool) -> tuple[int, int] | str:
+    """(nodes, processes a node), or why the pool is not the one of the row."""
+    if pool.stand_in:
+        return 1, pool.per_node
+    if pool.device == row.hardware and pool.nodes >= row.nodes and pool.per_node >= row.gpus_per_node:
+        return row.nodes, row.gpus_per_node
+    return f"needs {row.nodes * row.gpus_per_node} {row.hardware} on {row.nodes} node(s)"
+
+
+def _place(run: Run, row: AccuracyRow | SpeedRow, hardware: dict[str, Hardware]) -> tuple[Pool, int, int] | str:
+    reasons: list[str] = []
+    for pool in run.hardware:
+        reason = _cannot(row, hardware[pool.device])
+        if reason is None:
+            placed = _place_accuracy(row, pool) if isinstance(row, AccuracyRow) else _place_speed(row, pool)
+            if not isinstance(placed, str):
+                _check_batch(row, placed[0] * placed[1])
+                return pool, *placed
+            reason = placed
+        if reason not in reasons:
+            reasons.append(reason)
+    return "; ".join(reasons)
+
+
+def _check_references(where: str, row: Training, tables: dict[str, dict[str, Any]]) -> None:
+    for field, entries in tables.items():
+        value = getattr(row, field, None)
+        if value is not None and value not in entries:
+            raise SettingsError(
+                f"{where}: row `{row.row}`: field `{field}`: got {value!r}: expected one of {', '.join(sorted(entries))}"
+            )
+
+
+def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> ResolvedRun:
+    """Read a run configuration and its tables, check them, and place the selected rows on the run's hardware.
+
+    config: path of a YAML file, or its values (what Snakemake hands over). root: folder that file names start from.
+    Raises SettingsError.
+    """
+    root = Path(root)
+    where = "configuration" if isinstance(config, dict) else str(config)
+    values = config if isinstance(config, dict) else read_yaml(config)
+    run = validate(Run, values, where)
+    models = read_entries(run.files.models, Model, root)
+    datasets = read_entries(run.files.datasets, Dataset, root)
+    hardware = read_entries(run.files.hardware, Hardware, root)
+    for pool in run.hardware:
+        if pool.device not in hardware:
+            raise SettingsError(
+                f"{where}: field `hardware.device`: got {pool.device!r}: expected one of {', '.join(sorted(hardware))}"
+            )
+    used: set[str] = set()
+    seen: dict[str, str] = {}
+    not_run: list[NotRun] = []
+    jobs: dict[str, list[Job]] = {"accuracy": [], "speed": []}
+    references: dict[str, dict[str, Any]] = {"model": models, "dataset": datasets, "hardware": hardware}
+    tables: list[tuple[str, list[tuple[str, Any]], list[str]]] = [
+        ("accuracy", read_tables(run.files.accuracy, AccuracyRow, root), run.rows.accuracy),
+        ("speed", read_tables(run.files.speed, SpeedRow, root), run.rows.speed),
+    ]
+    for kind, table, patterns in tables:
+        for path, row in table:
+            if row.row in seen:
+                raise SettingsError(f"{path}: row `{row.row}`: field `row`: already used in {seen[row.row]}; expected unique")
+            seen[row.row] = path
+            _check_references(path, row, references)
+        names = [row.row for _, row in table]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise SettingsError(
+                    f"{where}: field `rows.{kind}`: got {pattern!r}: matches no row; expected a row id or a pattern of "
+                    f"{', '.join(run.files.model_dump()[kind]) or 'a table (none is named in files)'}"
+                )
+        for path, table_row in table:
+            row, departures = _apply_overrides(where, table_row, run.overrides, used)
+            if not any(fnmatch.fnmatchcase(row.row, pattern) for pattern in patterns):
+                continue
+            try:
+                placed = _place(run, row, hardware)
+            except SettingsError as error:
+                raise SettingsError(f"{path}: {error}") from None
+            if isinstance(placed, str):
+                if row.row in patterns:
+                    raise SettingsError(f"{path}: row `{row.row}`: asked for by name, but field {placed}")
+                not_run.append(NotRun(row=row, reason=placed))
+                continue
+            pool, nodes, processes = placed
+            jobs[kind].append(
+                Job(
+                    row=row, pool=pool, nodes=nodes, processes_per_node=processes, departures=departures,
+                    num_crops=row.num_crops or datasets[row.dataset].num_crops,
+                )
+            )  # fmt: skip
+    unused = set(run.overrides) - used
+    if unused:
+        raise SettingsError(f"{where}: field `overrides`: pattern {sorted(unused)[0]!r} matches no row of the tables")
+    return ResolvedRun(
+        settings=run, models=models, datasets=datasets, hardware=hardware,
+        accuracy=jobs["accuracy"], speed=jobs["speed"], not_run=not_run,
+    )  # fmt: skip
