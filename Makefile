@@ -1,0 +1,45 @@
+# The two commands of a newcomer are `make demo` and `make test`; each makes .venv from pinned requirements first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+# One process has one thread unless a rule says otherwise; the scripts start as many processes as they need.
+export PATH := $(BIN):$(PATH)
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: help demo demo-all test test-workflow check format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m compileall -q $(VENV)/lib || true
+	touch $@
+
+venv: $(VENV)/installed  ## make .venv from the pinned requirements
+
+demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then the report (about 12 minutes)
+	snakemake --profile profiles/demo
+
+demo-all: $(VENV)/installed  ## every row of both tables on a CPU, then the report (about 45 minutes)
+	snakemake --profile profiles/demo --config 'rows={accuracy: ["*"], speed: ["*"]}'
+
+test: $(VENV)/installed  ## unit tests and one small workflow run for real
+	pytest -n 2 --dist loadfile
+
+check: $(VENV)/installed  ## formatting, lint, types, workflow lint
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile workflow
+	mypy
+	snakemake --lint --configfile config/demo.yaml
+
+format: $(VENV)/installed  ## format everything
+	ruff format . && ruff check --fix . && snakefmt Snakefile workflow
+
+clean:  ## remove the demo's results and sources (other runs stay)
+	rm -rf results/demo results/sources

@@ -1,0 +1,58 @@
+# Fine-tune Phi-3.5-vision with Microsoft's recipe, every row of its tables, and report beside the published numbers.
+#
+#   snakemake -n                                     what would run (config/config.yaml: the published run)
+#   snakemake --profile demo                         the demo on a CPU
+#   snakemake --profile slurm                        the published run on a cluster
+#   snakemake --profile slurm phi35-nlvr2-full-bf16  one row by name
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+if "files" not in config:
+
+    configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/demo.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/speed.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    """Every selected row that this run's hardware can do, and the report."""
+    default_target: True
+    input:
+        rules.report.output,
+
+
+rule data:
+    """Downloads and conversions of every dataset and model that the selected rows need."""
+    input:
+        [dataset_file(job.row.dataset) for job in JOBS],
+        [model_file(job.row.model) for job in JOBS],
+
+
+rule accuracy:
+    """Every accuracy row: trained, and evaluated before and after."""
+    input:
+        [row_results(job) for job in RUN.accuracy],
+
+
+rule speed:
+    """Every speed row."""
+    input:
+        [row_results(job) for job in RUN.speed],
+
+
+# A row's id is a target: `snakemake phi3-docvqa-lora-bf16`.
+for job in JOBS:
+
+    rule:
+        name:
+            job.row.row
+        input:
+            row_results(job),

@@ -1,0 +1,121 @@
+"""The run's settings, and what the rules share: paths of results, launch lines, resources."""
+
+import hashlib
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+sys.path.insert(0, str(Path(workflow.basedir) / "src"))
+
+from phi3v import settings
+
+try:
+    RUN = settings.load_run(dict(config))
+except settings.SettingsError as error:
+    raise WorkflowError(f"wrong settings, nothing was started\n{error}")
+
+JOBS = [*RUN.accuracy, *RUN.speed]
+RESULTS = f"results/{RUN.settings.name}"
+DATASET_KEYS = {settings.dataset_key(name, entry): name for name, entry in RUN.datasets.items()}
+MODEL_KEYS = {settings.model_key(name, entry): name for name, entry in RUN.models.items()}
+BASELINES = {job.baseline: job for job in reversed(RUN.accuracy)}
+
+if not JOBS:
+    reasons = "\n".join(f"{skipped.row.row}: not run: {skipped.reason}" for skipped in RUN.not_run)
+    raise WorkflowError(f"wrong settings, nothing was started\nno selected row can run on this hardware:\n{reasons}")
+
+
+wildcard_constraints:
+    row="[A-Za-z0-9_.-]+",
+    key="[A-Za-z0-9_.-]+",
+    baseline="[A-Za-z0-9_.-]+",
+
+
+def data_folder(dataset):
+    return f"results/data/{settings.dataset_key(dataset, RUN.datasets[dataset])}"
+
+
+def model_folder(model):
+    return f"results/models/{settings.model_key(model, RUN.models[model])}"
+
+
+def dataset_file(dataset):
+    """Written last by the converter: the dataset is complete."""
+    return f"{data_folder(dataset)}/dataset.json"
+
+
+def model_file(model):
+    """Written last by the download: the weights are complete."""
+    return f"{model_folder(model)}/sources.lock.json"
+
+
+def local_source(url):
+    """The path of a file: URL, which another rule may make; nothing for what comes from the network."""
+    path = url.removeprefix("file:") if url.startswith("file:") else None
+    return [path.removeprefix("//")] if path and "*" not in path else []
+
+
+def row_results(job):
+    kind = "evaluate" if job in RUN.accuracy else "speed"
+    return f"{RESULTS}/{kind}/{job.row.row}/manifest.json"
+
+
+def launch(job):
+    """What a person types before the script's name to start it on the job's processes."""
+    if job.nodes == 1:
+        return f"torchrun --standalone --nproc_per_node={job.processes_per_node}"
+    return f"scripts/torchrun_nodes.sh {job.nodes} {job.processes_per_node}"
+
+
+def device(job):
+    return RUN.hardware[job.pool.device]
+
+
+def cores(job):
+    """CPU cores of one machine: one a process for compute on a CPU, eight a GPU for decoding pictures."""
+    return job.processes_per_node * (1 if device(job).kind == "cpu" else 8)
+
+
+def gres(job):
+    """SLURM's per-node devices; empty on a CPU."""
+    return "" if device(job).kind == "cpu" else f"gpu:{job.processes_per_node}"
+
+
+def memory_mb(job):
+    """Memory of one machine: a CPU process holds its model; a GPU one stages weights and optimizer of 4 B parameters."""
+    return job.processes_per_node * (3_000 if device(job).kind == "cpu" else 48_000)
+
+
+def common_run_flags(job):
+    """What the run, not the row, decides."""
+    return ["--seed", RUN.settings.seed, "--num_workers", RUN.settings.num_workers, "--no-tqdm"]
+
+
+def speed_flags(job):
+    timing = RUN.settings.speed
+    flags = ["--speed_warmup_steps", timing.warmup_steps, "--timed_steps", timing.timed_steps, "--repeats", timing.repeats]
+    expected = ["--expect_processes", job.row.nodes * job.row.gpus_per_node]
+    return [*flags, *expected, *(["--stand_in"] if job.pool.stand_in else []), *common_run_flags(job)]
+
+
+def evaluation_flags(job):
+    how = RUN.settings.evaluation
+    inputs = ["--dataset", job.row.dataset, *settings.precision_flags(job.row), "--num_crops", job.num_crops]
+    limits = ["--batch_size_per_gpu", how.batch_size_per_gpu, "--max_new_tokens", how.max_new_tokens]
+    return [*inputs, *limits, *common_run_flags(job)]
+
+
+def tables_digest():
+    """Changes when anything that the report shows of the tables does."""
+    return hashlib.sha256(RUN.model_dump_json().encode()).hexdigest()[:16]
+
+
+def on_baseline(function):
+    """As on_job, of the first row that starts from the baseline in the wildcards."""
+    return lambda wildcards: function(BASELINES[wildcards.baseline])
+
+
+def on_job(function):
+    """An input, params or resources function of the row in the wildcards."""
+    return lambda wildcards: function(RUN.job(wildcards.row))
