@@ -27,6 +27,8 @@ class Pool(Strict):
     """Devices (CPU: processes) of one machine."""
     nodes: int = Field(1, ge=1)
     """Machines."""
+    slurm_partition: str = ""
+    """Partition of these machines; empty: the profile's or the cluster's default."""
     stand_in: bool = False
     """Stands for any published hardware: speed rows run here with these processes, and are labelled so."""
 
