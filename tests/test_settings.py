@@ -1,0 +1,249 @@
+"""Settings: the tables hold the recipe's numbers, and a wrong value is refused with file, row, field and expectation."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from phi3v import settings
+from phi3v.settings import SettingsError, load_run
+
+# RECIPE: method -> (bf16, fp16), as published.
+DOCVQA = {"full": (83.65, 82.60), "frozen": (79.19, 78.74), "lora": (82.46, 82.34), "qlora": (81.85, 81.85)}
+HATEFUL_MEMES = {"full": (86.4, 85.4), "frozen": (79.4, 78.6), "lora": (86.6, 85.2), "qlora": (84.0, 83.8)}
+
+
+@pytest.fixture
+def published(root):
+    return load_run(root / "config/config.yaml", root)
+
+
+@pytest.fixture
+def tree(root, tmp_path):
+    """A copy of config/ to spoil, and a function that loads a run from it."""
+    shutil.copytree(root / "config", tmp_path / "config")
+
+    def load(**changes):
+        values = yaml.safe_load((tmp_path / "config/config.yaml").read_text())
+        return load_run({**values, **changes}, tmp_path)
+
+    load.root = tmp_path
+    return load
+
+
+def test_published_values_are_the_recipes(published):
+    rows = {job.row.row: job.row for job in published.accuracy}
+    found = {name: row.published for name, row in rows.items() if row.origin == "published"}
+    expected = {"phi35-nlvr2-full-bf16": 89.40, "phi35-nlvr2-frozen-bf16": 89.20}
+    for dataset, table in (("docvqa", DOCVQA), ("hateful_memes", HATEFUL_MEMES)):
+        for method, values in table.items():
+            for dtype, value in zip(("bf16", "fp16"), values, strict=True):
+                expected[f"phi3-{dataset}-{method}-{dtype}"] = value
+    assert found == expected
+    assert len(found) == 18
+
+
+def test_unpublished_rows_are_marked_ours_and_repeat_the_tables_on_phi35(published):
+    ours = {job.row.row: job.row for job in published.accuracy if job.row.origin == "ours"}
+    published_rows = {job.row.row: job.row for job in published.accuracy if job.row.origin == "published"}
+    assert len(ours) == 20
+    for name, row in ours.items():
+        assert row.published is None
+        twin = published_rows.get(name.replace("phi35-", "phi3-"))
+        if twin:
+            same = ("dataset", "method", "dtype", "learning_rate", "epochs", "lora_rank", "lora_alpha", "batch_size")
+            assert [getattr(row, field) for field in same] == [getattr(twin, field) for field in same]
+
+
+def test_speed_rows(published):
+    rows = [job.row for job in published.speed]
+    assert len(rows) == 15
+    by_name = {row.row: row for row in rows}
+    assert by_name["phi3-a100-full-flash-32gpu"].published_images_per_second == 33.433
+    assert by_name["phi3-a100-qlora-flash-8gpu"].published_memory_gb == 10
+    assert by_name["phi3-v100-full-eager-32gpu"].published_speedup == 2.22
+    for row in rows:
+        first = by_name[f"phi3-{row.hardware.split('-')[0]}-full-eager-8gpu"]
+        ratio = row.published_images_per_second / first.published_images_per_second
+        assert ratio == pytest.approx(row.published_speedup, abs=0.01)
+
+
+def test_settings_import_no_torch(root):
+    code = "import sys, phi3v.settings, phi3v.manifest; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(root / "src")}
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def spoil(tree, file, old, new):
+    path = tree.root / "config" / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+ROW = "phi35-nlvr2-full-bf16\tphi35-vision\tnlvr2\tfull\tbf16\tyes\t1e-5\t3\t\t\t\t64\t4"
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        (ROW.replace("\tfull\t", "\tfool\t"), ["field `method`", "'fool'", "'full', 'frozen', 'lora' or 'qlora'"]),
+        (ROW.replace("\tnlvr2\t", "\tnlvr3\t"), ["field `dataset`", "'nlvr3'", "expected one of", "hateful_memes"]),
+        (ROW.replace("\tphi35-vision\t", "\tphi4\t"), ["field `model`", "'phi4'", "expected one of"]),
+        (ROW.replace("\t1e-5\t", "\t-1e-5\t"), ["field `learning_rate`", "'-1e-5'", "greater than 0"]),
+        (ROW.replace("\tfull\t", "\tlora\t"), ["lora_rank", "expects an integer"]),
+        (ROW.replace("\t64\t4", "\t62\t4"), ["field `batch_size`", "got 62", "multiple of 4 processes"]),
+        (ROW.replace("\t", " "), ["line 3", "fields; expected 17"]),
+    ],
+)
+def test_wrong_row_is_refused(tree, new, said):
+    spoil(tree, "accuracy.tsv", ROW, new)
+    with pytest.raises(SettingsError) as error:
+        tree()
+    for words in ("config/accuracy.tsv", *said):
+        assert words in str(error.value)
+
+
+def test_line_and_row_are_named(tree):
+    spoil(tree, "accuracy.tsv", ROW, ROW.replace("\t3\t", "\tmany\t"))
+    with pytest.raises(SettingsError, match=r"accuracy\.tsv: line 3: row `phi35-nlvr2-full-bf16`: field `epochs`: got 'many'"):
+        tree()
+
+
+def test_unknown_column(tree):
+    spoil(tree, "accuracy.tsv", "\tepochs\t", "\tepoch\t")
+    with pytest.raises(SettingsError, match=r"accuracy\.tsv: line 2: column 'epoch': unknown; expected row, model"):
+        tree()
+
+
+def test_duplicate_row(tree):
+    path = tree.root / "config/accuracy.tsv"
+    path.write_text(path.read_text() + path.read_text().splitlines()[2] + "\n")
+    with pytest.raises(SettingsError, match=r"accuracy\.tsv: row `phi35-nlvr2-full-bf16`: field `row`: already used"):
+        tree()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot be read"), ("", "empty; expected a header"), ("row\tmodel\n", "a header but no rows")],
+)
+def test_missing_or_empty_table(tree, content, said):
+    path = tree.root / "config/accuracy.tsv"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(SettingsError, match=rf"config/accuracy\.tsv: {said}"):
+        tree()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot be read"), ("", "got nothing; expected fields"), ("a: [", "not YAML"), ("- a\n", "got list")],
+)
+def test_missing_or_malformed_yaml(tree, content, said):
+    path = tree.root / "config/models.yaml"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(SettingsError, match=rf"config/models\.yaml: {said}"):
+        tree()
+
+
+V100 = [{"device": "v100-32gb", "per_node": 4}]
+
+
+def test_pattern_takes_what_the_hardware_can_do(tree):
+    run = tree(hardware=V100)
+    assert {job.row.dtype for job in run.accuracy} == {"fp16"}
+    reasons = {skipped.row.row: skipped.reason for skipped in run.not_run}
+    assert reasons["phi35-nlvr2-full-bf16"] == "dtype: bf16, NVIDIA V100 32 GB has none; expected fp16"
+    assert reasons["phi3-a100-full-flash-32gpu"].startswith("dtype: bf16")
+    assert reasons["phi3-v100-full-eager-8gpu"] == "needs 8 v100-32gb on 1 node(s)"
+
+
+def test_row_by_name_must_be_possible(tree):
+    with pytest.raises(SettingsError, match=r"phi35-nlvr2-full-bf16`: asked for by name, but field dtype: bf16"):
+        tree(hardware=V100, rows={"accuracy": ["phi35-nlvr2-full-bf16"], "speed": []})
+
+
+def test_flash_attention_where_there_is_none(tree):
+    spoil(tree, "accuracy.tsv", "phi3-docvqa-full-fp16\tphi3-vision\tdocvqa\tfull\tfp16\tno", "phi3-docvqa-full-fp16\tphi3-vision\tdocvqa\tfull\tfp16\tyes")
+    with pytest.raises(SettingsError, match="flash_attention: yes, NVIDIA V100 32 GB has no flash attention"):
+        tree(hardware=V100, rows={"accuracy": ["phi3-docvqa-full-fp16"], "speed": []})
+
+
+def test_overrides_are_recorded_and_checked(tree):
+    run = tree(overrides={"*-nlvr2-full-*": {"learning_rate": 1e-3, "epochs": 3}})
+    assert run.job("phi35-nlvr2-full-bf16").departures == {"learning_rate": (1e-5, 1e-3)}
+    assert run.job("phi35-nlvr2-frozen-bf16").departures == {}
+    with pytest.raises(SettingsError, match="pattern '\\*-nlvr9-\\*' matches no row"):
+        tree(overrides={"*-nlvr9-*": {"epochs": 3}})
+    with pytest.raises(SettingsError, match="field `learning_rate`: got -1"):
+        tree(overrides={"*-nlvr2-full-*": {"learning_rate": -1}})
+    with pytest.raises(SettingsError, match="`published` cannot be overridden"):
+        tree(overrides={"*-nlvr2-full-*": {"published": 99}})
+
+
+def test_unknown_setting_and_selection(tree):
+    with pytest.raises(SettingsError, match="field `sed`: got 3: unknown field"):
+        tree(sed=3)
+    with pytest.raises(SettingsError, match=r"field `rows.accuracy`: got 'phi9-\*': matches no row"):
+        tree(rows={"accuracy": ["phi9-*"]})
+    with pytest.raises(SettingsError, match="field `hardware.device`: got 'a1000': expected one of a100-40gb"):
+        tree(hardware=[{"device": "a1000", "per_node": 1}])
+
+
+def test_one_gpu_keeps_the_batch(tree):
+    run = tree(hardware=[{"device": "h100", "per_node": 1}])
+    job = run.job("phi35-nlvr2-full-bf16")
+    assert (job.processes, job.row.batch_size) == (1, 64)
+    assert {skipped.reason for skipped in run.not_run if hasattr(skipped.row, "nodes")} >= {"needs 8 a100-80gb on 1 node(s)"}
+
+
+def test_flags_are_the_recipes(published):
+    job = published.job("phi3-docvqa-qlora-bf16")
+    flags = " ".join(settings.training_flags(job.row, job.num_crops))
+    assert flags == (
+        "--dataset docvqa --row phi3-docvqa-qlora-bf16 --use_lora --use_qlora --lora_rank 32 --lora_alpha_ratio 0.5 --bf16 "
+        "--use_flash_attention --batch_size 64 --batch_size_per_gpu 1 --num_crops 16 --num_train_epochs 2 "
+        "--learning_rate 0.0002 --wd 0.01 --warmup_steps 50"
+    )
+
+
+BASE = ["--model_name_or_path", "m", "--data_dir", "d", "--output_dir", "o"]
+
+
+def test_command_line_round_trip(published):
+    for job in published.accuracy:
+        flags = settings.training_flags(job.row, job.num_crops)
+        parsed = settings.parse(settings.FinetuneSettings, "", [*BASE, *flags])
+        assert parsed.dtype == job.row.dtype
+        assert parsed.learning_rate == job.row.learning_rate
+        assert parsed.use_lora == (job.row.method in ("lora", "qlora"))
+        assert (parsed.freeze_vision_model != "no") == (job.row.method == "frozen")
+        if parsed.use_lora:
+            assert parsed.lora_rank * parsed.lora_alpha_ratio == job.row.lora_alpha
+
+
+def test_bare_flags_mean_what_the_recipe_means():
+    parsed = settings.parse(settings.FinetuneSettings, "", [*BASE, "--freeze_vision_model", "--no-tqdm"])
+    assert parsed.freeze_vision_model == "vision"
+    assert parsed.dtype == "fp16"  # the recipe: no --bf16 is fp16
+    assert not parsed.tqdm
+    assert settings.parse(settings.FinetuneSettings, "", [*BASE, "--use_qlora"]).use_lora
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--learning_rate", "-1"], "field `learning_rate`: got '-1'"),
+        (["--bf16", "--fp16"], "expected one of bf16, fp16, fp32"),
+        (["--lerning_rate", "1"], "unrecognized arguments: --lerning_rate"),
+        (["--batch_size", "many"], "field `batch_size`: got 'many'"),
+    ],
+)
+def test_wrong_command_line_exits(flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        settings.parse(settings.FinetuneSettings, "", [*BASE, *flags])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
