@@ -1,7 +1,7 @@
 # Fine-tune Phi-3.5-vision with Microsoft's recipe, every row of its tables, and report beside the published numbers.
 #
 #   snakemake -n                                     what would run (config/config.yaml: the published run)
-#   snakemake --profile demo                         the demo on a CPU
+#   snakemake --profile profiles/demo                         the demo on a CPU
 #   snakemake --profile slurm                        the published run on a cluster
 #   snakemake --profile slurm phi35-nlvr2-full-bf16  one row by name
 from snakemake.utils import min_version

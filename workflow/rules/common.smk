@@ -17,13 +17,21 @@ except settings.SettingsError as error:
 
 JOBS = [*RUN.accuracy, *RUN.speed]
 RESULTS = f"results/{RUN.settings.name}"
-DATASET_KEYS = {settings.dataset_key(name, entry): name for name, entry in RUN.datasets.items()}
-MODEL_KEYS = {settings.model_key(name, entry): name for name, entry in RUN.models.items()}
+DATASET_KEYS = {
+    settings.dataset_key(name, entry): name for name, entry in RUN.datasets.items()
+}
+MODEL_KEYS = {
+    settings.model_key(name, entry): name for name, entry in RUN.models.items()
+}
 BASELINES = {job.baseline: job for job in reversed(RUN.accuracy)}
 
 if not JOBS:
-    reasons = "\n".join(f"{skipped.row.row}: not run: {skipped.reason}" for skipped in RUN.not_run)
-    raise WorkflowError(f"wrong settings, nothing was started\nno selected row can run on this hardware:\n{reasons}")
+    reasons = "\n".join(
+        f"{skipped.row.row}: not run: {skipped.reason}" for skipped in RUN.not_run
+    )
+    raise WorkflowError(
+        f"wrong settings, nothing was started\nno selected row can run on this hardware:\n{reasons}"
+    )
 
 
 wildcard_constraints:
@@ -89,20 +97,49 @@ def memory_mb(job):
 
 def common_run_flags(job):
     """What the run, not the row, decides."""
-    return ["--seed", RUN.settings.seed, "--num_workers", RUN.settings.num_workers, "--no-tqdm"]
+    return [
+        "--seed",
+        RUN.settings.seed,
+        "--num_workers",
+        RUN.settings.num_workers,
+        "--no-tqdm",
+    ]
 
 
 def speed_flags(job):
     timing = RUN.settings.speed
-    flags = ["--speed_warmup_steps", timing.warmup_steps, "--timed_steps", timing.timed_steps, "--repeats", timing.repeats]
+    flags = [
+        "--speed_warmup_steps",
+        timing.warmup_steps,
+        "--timed_steps",
+        timing.timed_steps,
+        "--repeats",
+        timing.repeats,
+    ]
     expected = ["--expect_processes", job.row.nodes * job.row.gpus_per_node]
-    return [*flags, *expected, *(["--stand_in"] if job.pool.stand_in else []), *common_run_flags(job)]
+    return [
+        *flags,
+        *expected,
+        *(["--stand_in"] if job.pool.stand_in else []),
+        *common_run_flags(job),
+    ]
 
 
 def evaluation_flags(job):
     how = RUN.settings.evaluation
-    inputs = ["--dataset", job.row.dataset, *settings.precision_flags(job.row), "--num_crops", job.num_crops]
-    limits = ["--batch_size_per_gpu", how.batch_size_per_gpu, "--max_new_tokens", how.max_new_tokens]
+    inputs = [
+        "--dataset",
+        job.row.dataset,
+        *settings.precision_flags(job.row),
+        "--num_crops",
+        job.num_crops,
+    ]
+    limits = [
+        "--batch_size_per_gpu",
+        how.batch_size_per_gpu,
+        "--max_new_tokens",
+        how.max_new_tokens,
+    ]
     return [*inputs, *limits, *common_run_flags(job)]
 
 

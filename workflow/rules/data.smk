@@ -7,27 +7,31 @@ rule download_data:
     """Fetch a dataset's files to where every run shares them; sizes and digests go into a lock file."""
     input:
         lambda wildcards: sorted(
-            {path for split in RUN.datasets[DATASET_KEYS[wildcards.key]].splits.values() for path in local_source(split.url)}
+            {
+                path
+                for split in RUN.datasets[DATASET_KEYS[wildcards.key]].splits.values()
+                for path in local_source(split.url)
+            }
         ),
     output:
         "results/data/{key}/source/sources.lock.json",
-    params:
-        dataset=lambda wildcards: DATASET_KEYS[wildcards.key],
-        files=RUN.settings.files.datasets,
     log:
         "results/data/{key}/logs/download.log",
     benchmark:
         "results/data/{key}/logs/download.tsv"
-    message:
-        "download {params.dataset}"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=240,
     conda:
         "../../envs/train.yaml"
     container:
         "containers/train.sif"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=240,
+    params:
+        dataset=lambda wildcards: DATASET_KEYS[wildcards.key],
+        files=RUN.settings.files.datasets,
+    message:
+        "download {params.dataset}"
     shell:
         "python scripts/download.py --datasets {params.files} --dataset {params.dataset}"
         " --output_dir results/data/{wildcards.key}/source 2>&1 | tee {log}"
@@ -39,23 +43,23 @@ rule download_model:
         lambda wildcards: local_source(RUN.models[MODEL_KEYS[wildcards.key]].url),
     output:
         "results/models/{key}/sources.lock.json",
-    params:
-        model=lambda wildcards: MODEL_KEYS[wildcards.key],
-        files=RUN.settings.files.models,
     log:
         "results/models/logs/{key}.log",
     benchmark:
         "results/models/logs/{key}.tsv"
-    message:
-        "download {params.model}"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=240,
     conda:
         "../../envs/train.yaml"
     container:
         "containers/train.sif"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=240,
+    params:
+        model=lambda wildcards: MODEL_KEYS[wildcards.key],
+        files=RUN.settings.files.models,
+    message:
+        "download {params.model}"
     shell:
         "python scripts/download.py --models {params.files} --model {params.model}"
         " --output_dir results/models/{wildcards.key} 2>&1 | tee {log}"
@@ -67,23 +71,23 @@ rule convert:
         rules.download_data.output,
     output:
         "results/data/{key}/dataset.json",
-    params:
-        dataset=lambda wildcards: DATASET_KEYS[wildcards.key],
-        files=RUN.settings.files.datasets,
     log:
         "results/data/{key}/logs/convert.log",
     benchmark:
         "results/data/{key}/logs/convert.tsv"
-    message:
-        "convert {params.dataset} to the conversations jsonl"
-    threads: 2
-    resources:
-        mem_mb=4000,
-        runtime=240,
     conda:
         "../../envs/train.yaml"
     container:
         "containers/train.sif"
+    threads: 2
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    params:
+        dataset=lambda wildcards: DATASET_KEYS[wildcards.key],
+        files=RUN.settings.files.datasets,
+    message:
+        "convert {params.dataset} to the conversations jsonl"
     shell:
         "python scripts/convert.py --datasets {params.files} --dataset {params.dataset}"
         " --source_dir results/data/{wildcards.key}/source --output_dir results/data/{wildcards.key} 2>&1 | tee {log}"

@@ -5,19 +5,14 @@ rule evaluate_base:
         data=lambda wildcards: dataset_file(BASELINES[wildcards.baseline].row.dataset),
     output:
         f"{RESULTS}/evaluate/base/{{baseline}}/manifest.json",
-    params:
-        launch=on_baseline(launch),
-        flags=on_baseline(evaluation_flags),
-        model=on_baseline(lambda job: model_folder(job.row.model)),
-        data=on_baseline(lambda job: data_folder(job.row.dataset)),
-        folder=f"{RESULTS}/evaluate/base/{{baseline}}",
-        omp=on_baseline(lambda job: cores(job) // job.processes_per_node),
     log:
         f"{RESULTS}/logs/evaluate/base/{{baseline}}.log",
     benchmark:
         f"{RESULTS}/logs/evaluate/base/{{baseline}}.tsv"
-    message:
-        "evaluate {wildcards.baseline} before training"
+    conda:
+        "../../envs/train.yaml"
+    container:
+        "containers/train.sif"
     threads: lambda wildcards: cores(BASELINES[wildcards.baseline])
     resources:
         mem_mb=on_baseline(memory_mb),
@@ -29,10 +24,15 @@ rule evaluate_base:
         gres=on_baseline(gres),
         tasks_per_gpu=0,
         slurm_partition=on_baseline(lambda job: job.pool.slurm_partition),
-    conda:
-        "../../envs/train.yaml"
-    container:
-        "containers/train.sif"
+    params:
+        launch=on_baseline(launch),
+        flags=on_baseline(evaluation_flags),
+        model=on_baseline(lambda job: model_folder(job.row.model)),
+        data=on_baseline(lambda job: data_folder(job.row.dataset)),
+        folder=f"{RESULTS}/evaluate/base/{{baseline}}",
+        omp=on_baseline(lambda job: cores(job) // job.processes_per_node),
+    message:
+        "evaluate {wildcards.baseline} before training"
     shell:
         "OMP_NUM_THREADS={params.omp} {params.launch} scripts/evaluate.py --passes before {params.flags}"
         " --model_name_or_path {params.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"
@@ -42,24 +42,20 @@ rule evaluate:
     """Evaluate a trained row, and with the pictures swapped among the examples as a control."""
     input:
         trained=f"{RESULTS}/train/{{row}}/manifest.json",
-        before=on_job(lambda job: f"{RESULTS}/evaluate/base/{job.baseline}/manifest.json"),
+        before=on_job(
+            lambda job: f"{RESULTS}/evaluate/base/{job.baseline}/manifest.json"
+        ),
         data=on_job(lambda job: dataset_file(job.row.dataset)),
     output:
         f"{RESULTS}/evaluate/{{row}}/manifest.json",
-    params:
-        launch=on_job(launch),
-        passes="after control" if RUN.settings.evaluation.control else "after",
-        flags=on_job(lambda job: ["--row", job.row.row, *evaluation_flags(job)]),
-        model=f"{RESULTS}/train/{{row}}/final",
-        data=on_job(lambda job: data_folder(job.row.dataset)),
-        folder=f"{RESULTS}/evaluate/{{row}}",
-        omp=on_job(lambda job: cores(job) // job.processes_per_node),
     log:
         f"{RESULTS}/logs/evaluate/{{row}}.log",
     benchmark:
         f"{RESULTS}/logs/evaluate/{{row}}.tsv"
-    message:
-        "evaluate {wildcards.row}"
+    conda:
+        "../../envs/train.yaml"
+    container:
+        "containers/train.sif"
     threads: lambda wildcards: cores(RUN.job(wildcards.row))
     resources:
         mem_mb=on_job(memory_mb),
@@ -71,10 +67,16 @@ rule evaluate:
         gres=on_job(gres),
         tasks_per_gpu=0,
         slurm_partition=on_job(lambda job: job.pool.slurm_partition),
-    conda:
-        "../../envs/train.yaml"
-    container:
-        "containers/train.sif"
+    params:
+        launch=on_job(launch),
+        passes="after control" if RUN.settings.evaluation.control else "after",
+        flags=on_job(lambda job: ["--row", job.row.row, *evaluation_flags(job)]),
+        model=f"{RESULTS}/train/{{row}}/final",
+        data=on_job(lambda job: data_folder(job.row.dataset)),
+        folder=f"{RESULTS}/evaluate/{{row}}",
+        omp=on_job(lambda job: cores(job) // job.processes_per_node),
+    message:
+        "evaluate {wildcards.row}"
     shell:
         "OMP_NUM_THREADS={params.omp} {params.launch} scripts/evaluate.py --passes {params.passes} {params.flags}"
         " --model_name_or_path {params.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"

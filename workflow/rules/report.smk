@@ -1,5 +1,6 @@
 import json
 
+
 localrules:
     run_settings,
 
@@ -8,22 +9,22 @@ rule run_settings:
     """The run's effective configuration, beside its results: what the report and a later reader start from."""
     output:
         f"{RESULTS}/config.json",
-    params:
-        config=json.dumps(dict(config), sort_keys=True),
     log:
         f"{RESULTS}/logs/settings.log",
     benchmark:
         f"{RESULTS}/logs/settings.tsv"
-    message:
-        "write the run's settings"
-    threads: 1
-    resources:
-        mem_mb=100,
-        runtime=5,
     conda:
         "../../envs/report.yaml"
     container:
         "containers/report.sif"
+    threads: 1
+    resources:
+        mem_mb=100,
+        runtime=5,
+    params:
+        config=json.dumps(dict(config), sort_keys=True),
+    message:
+        "write the run's settings"
     shell:
         "printf '%s\\n' {params.config:q} > {output} 2> {log}"
 
@@ -35,37 +36,50 @@ rule report:
         rows=[row_results(job) for job in JOBS],
     output:
         page=report(
-            f"{RESULTS}/report/index.html", caption="../report/page.rst", category="Report", labels={"what": "page"}
+            f"{RESULTS}/report/index.html",
+            caption="../report/page.rst",
+            category="Report",
+            labels={"what": "page"},
         ),
         accuracy=report(
-            f"{RESULTS}/report/accuracy.tsv", caption="../report/accuracy.rst", category="Tables", labels={"what": "accuracy"}
+            f"{RESULTS}/report/accuracy.tsv",
+            caption="../report/accuracy.rst",
+            category="Tables",
+            labels={"what": "accuracy"},
         ),
-        speed=report(f"{RESULTS}/report/speed.tsv", caption="../report/speed.rst", category="Tables", labels={"what": "speed"}),
-    params:
-        tables=tables_digest(),
-        results=RESULTS,
-        folder=f"{RESULTS}/report",
+        speed=report(
+            f"{RESULTS}/report/speed.tsv",
+            caption="../report/speed.rst",
+            category="Tables",
+            labels={"what": "speed"},
+        ),
     log:
         f"{RESULTS}/logs/report.log",
     benchmark:
         f"{RESULTS}/logs/report.tsv"
-    message:
-        "report"
-    threads: 1
-    resources:
-        mem_mb=3000,
-        runtime=30,
     conda:
         "../../envs/report.yaml"
     container:
         "containers/report.sif"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=30,
+    params:
+        tables=tables_digest(),
+        results=lambda wildcards, input: Path(input.config).parent,
+        folder=lambda wildcards, output: Path(output.page).parent,
+    message:
+        "report"
     shell:
         "python scripts/report.py --config {input.config} --results {params.results} --output_dir {params.folder}"
         " 2>&1 | tee {log}"
 
 
 onerror:
-    print(f"Some jobs failed; what finished stays in {RESULTS}. A report of it, with the reason for each missing row:")
+    print(
+        f"Some jobs failed; what finished stays in {RESULTS}. A report of it, with the reason for each missing row:"
+    )
     shell(
         f"python scripts/report.py --config {RESULTS}/config.json --results {RESULTS} --output_dir {RESULTS}/report"
         f" || echo 'the report could not be built'"

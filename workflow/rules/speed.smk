@@ -5,20 +5,14 @@ rule speed_row:
         data=on_job(lambda job: dataset_file(job.row.dataset)),
     output:
         f"{RESULTS}/speed/{{row}}/manifest.json",
-    params:
-        launch=on_job(launch),
-        flags=on_job(lambda job: settings.training_flags(job.row, job.num_crops)),
-        run=on_job(speed_flags),
-        model=on_job(lambda job: model_folder(job.row.model)),
-        data=on_job(lambda job: data_folder(job.row.dataset)),
-        folder=f"{RESULTS}/speed/{{row}}",
-        omp=on_job(lambda job: cores(job) // job.processes_per_node),
     log:
         f"{RESULTS}/logs/speed/{{row}}.log",
     benchmark:
         f"{RESULTS}/logs/speed/{{row}}.tsv"
-    message:
-        "time {wildcards.row}"
+    conda:
+        "../../envs/train.yaml"
+    container:
+        "containers/train.sif"
     threads: lambda wildcards: cores(RUN.job(wildcards.row))
     resources:
         mem_mb=on_job(memory_mb),
@@ -30,10 +24,16 @@ rule speed_row:
         gres=on_job(gres),
         tasks_per_gpu=0,
         slurm_partition=on_job(lambda job: job.pool.slurm_partition),
-    conda:
-        "../../envs/train.yaml"
-    container:
-        "containers/train.sif"
+    params:
+        launch=on_job(launch),
+        flags=on_job(lambda job: settings.training_flags(job.row, job.num_crops)),
+        run=on_job(speed_flags),
+        model=on_job(lambda job: model_folder(job.row.model)),
+        data=on_job(lambda job: data_folder(job.row.dataset)),
+        folder=f"{RESULTS}/speed/{{row}}",
+        omp=on_job(lambda job: cores(job) // job.processes_per_node),
+    message:
+        "time {wildcards.row}"
     shell:
         "OMP_NUM_THREADS={params.omp} {params.launch} scripts/speed.py {params.flags} {params.run}"
         " --model_name_or_path {params.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"

@@ -5,20 +5,14 @@ rule finetune:
         data=on_job(lambda job: dataset_file(job.row.dataset)),
     output:
         f"{RESULTS}/train/{{row}}/manifest.json",
-    params:
-        launch=on_job(launch),
-        flags=on_job(lambda job: settings.training_flags(job.row, job.num_crops)),
-        run=on_job(common_run_flags),
-        model=on_job(lambda job: model_folder(job.row.model)),
-        data=on_job(lambda job: data_folder(job.row.dataset)),
-        folder=f"{RESULTS}/train/{{row}}",
-        omp=on_job(lambda job: cores(job) // job.processes_per_node),
     log:
         f"{RESULTS}/logs/train/{{row}}.log",
     benchmark:
         f"{RESULTS}/logs/train/{{row}}.tsv"
-    message:
-        "train {wildcards.row}"
+    conda:
+        "../../envs/train.yaml"
+    container:
+        "containers/train.sif"
     threads: lambda wildcards: cores(RUN.job(wildcards.row))
     resources:
         mem_mb=on_job(memory_mb),
@@ -31,10 +25,16 @@ rule finetune:
         gres=on_job(gres),
         tasks_per_gpu=0,
         slurm_partition=on_job(lambda job: job.pool.slurm_partition),
-    conda:
-        "../../envs/train.yaml"
-    container:
-        "containers/train.sif"
+    params:
+        launch=on_job(launch),
+        flags=on_job(lambda job: settings.training_flags(job.row, job.num_crops)),
+        run=on_job(common_run_flags),
+        model=on_job(lambda job: model_folder(job.row.model)),
+        data=on_job(lambda job: data_folder(job.row.dataset)),
+        folder=f"{RESULTS}/train/{{row}}",
+        omp=on_job(lambda job: cores(job) // job.processes_per_node),
+    message:
+        "train {wildcards.row}"
     shell:
         "OMP_NUM_THREADS={params.omp} {params.launch} scripts/finetune.py {params.flags} {params.run}"
         " --model_name_or_path {params.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"
