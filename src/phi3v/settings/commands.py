@@ -6,12 +6,13 @@ Names and defaults are those of the recipe's scripts where they have them; the r
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Literal, TypeVar, get_origin
 
 from pydantic import BaseModel, Field, model_validator
 
-from phi3v.settings.entries import Metric, Strict
-from phi3v.settings.reading import SettingsError, validate
+from phi3v.settings.entries import Dataset, Metric, Strict, dataset_key
+from phi3v.settings.reading import SettingsError, read_entries, validate
 from phi3v.settings.rows import Dtype, Training
 
 C = TypeVar("C", bound=BaseModel)
@@ -46,12 +47,14 @@ class FinetuneSettings(Precision):
 
     model_name_or_path: str
     """Checkpoint folder in the official layout."""
-    data_dir: str
-    """Folder with images/ and the conversations jsonl of each split."""
     output_dir: str
     """The row's folder."""
+    data_dir: str = ""
+    """Folder with images/ and the conversations jsonl of each split; left out: the dataset's folder in results/data."""
     dataset: str = ""
-    """Name of the data, for messages and the manifest."""
+    """Entry of config/datasets.yaml, or any name where data_dir is given; left out: docvqa_mini."""
+    full_train: bool = False
+    """Train on the full DocVQA set: the dataset docvqa instead of docvqa_mini."""
     row: str = ""
     """Name of the table row, for the manifest."""
     use_lora: bool = False
@@ -64,6 +67,8 @@ class FinetuneSettings(Precision):
     """Scale of the adapters over their rank."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the adapters."""
+    use_dora: bool = False
+    """Weight-decomposed adapters (DoRA); needs --use_lora (ours)."""
     freeze_vision_model: Literal["no", "vision", "legacy"] = "no"
     """vision (also as a bare flag): freeze CLIP, projector and separators. legacy: the text embedding too, as the
     recipe's scripts did."""
@@ -96,8 +101,34 @@ class FinetuneSettings(Precision):
     """Data order and initial adapters."""
     num_workers: int = Field(0, ge=0)
     """Data loading processes of each training process."""
+    batching: Literal["fixed", "length", "packed"] = "fixed"
+    """Micro-batches in order, of like lengths, or packed to tokens_per_pack; the gradient is the same (ours)."""
+    tokens_per_pack: int = Field(4096, ge=1)
+    """Tokens of one packed forward pass at most; a longer example goes alone (ours)."""
+    max_length: int | None = Field(None, ge=1)
+    """Longer training examples are left out, and counted; left out: no limit (ours)."""
     save_steps: int = Field(0, ge=0)
     """Checkpoint every so many optimizer steps; 0: none between (ours)."""
+    save_minutes: float = Field(0, ge=0)
+    """Checkpoint after so many minutes; 0: off (ours)."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints kept while training; all go after the final export (ours)."""
+    eval_steps: int = Field(0, ge=0)
+    """Validation loss every so many optimizer steps; 0: never (ours)."""
+    eval_examples: int = Field(0, ge=0)
+    """Examples of the validation split used for it; 0: all (ours)."""
+    keep_best: bool = False
+    """Export the weights with the lowest validation loss instead of the last ones; needs eval_steps (ours)."""
+    early_stopping_patience: int = Field(0, ge=0)
+    """Stop after so many validations without a lower loss; 0: off; needs eval_steps (ours)."""
+    nan_patience: int = Field(3, ge=1)
+    """Stop after so many optimizer steps in a row whose loss is not a number (ours)."""
+    deterministic: bool = False
+    """Only kernels that repeat bit by bit; two runs on a CPU then give equal weights (ours)."""
+    report_to: list[str] = []
+    """Trackers beside metrics.jsonl and TensorBoard, by the Trainer's names: wandb, mlflow, trackio … (ours)."""
+    lock_wait_minutes: float = Field(0, ge=0)
+    """How long to wait for another job that owns output_dir; 0: refuse at once (ours)."""
     tqdm: bool = True
     """Progress bar; --no-tqdm for sparse lines."""
 
@@ -112,6 +143,50 @@ class FinetuneSettings(Precision):
         if self.use_lora and self.freeze_vision_model == "legacy":
             raise ValueError("freeze_vision_model: legacy, with adapters: expected no or vision")
         return self
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> FinetuneSettings:
+        if self.full_train and self.dataset not in ("", "docvqa"):
+            raise ValueError(f"full_train: selects the dataset docvqa, got --dataset {self.dataset}; give one of the two")
+        if self.use_dora and not (self.use_lora or self.use_qlora):
+            raise ValueError("use_dora: without adapters; expected --use_lora or --use_qlora beside it")
+        for name in ("keep_best", "early_stopping_patience"):
+            if getattr(self, name) and not self.eval_steps:
+                raise ValueError(f"{name}: set, but eval_steps is 0; expected --eval_steps N")
+        return self
+
+    @property
+    def method(self) -> Literal["full", "frozen", "lora", "qlora"]:
+        """The method's name in the tables."""
+        if self.use_lora or self.use_qlora:
+            return "qlora" if self.use_qlora else "lora"
+        return "full" if self.freeze_vision_model == "no" else "frozen"
+
+    def data_folder(self, root: Path | None = None) -> Path:
+        """data_dir, or the folder that `snakemake data` makes for the dataset; raises SettingsError when missing.
+
+        root: repository root, where config/ and results/ are; left out: the working directory.
+        """
+        if self.data_dir:
+            folder = Path(self.data_dir)
+            if not folder.is_dir():
+                raise SettingsError(f"command line: field `data_dir`: got {self.data_dir!r}: no such folder")
+            return folder
+        root = root or Path()
+        name = self.dataset or ("docvqa" if self.full_train else "docvqa_mini")
+        entries = read_entries(["config/datasets.yaml"], Dataset, root)
+        if name not in entries:
+            raise SettingsError(
+                f"command line: field `dataset`: got {name!r}: not in config/datasets.yaml; expected one of "
+                f"{', '.join(sorted(entries))}, or --data_dir FOLDER"
+            )
+        folder = root / "results" / "data" / dataset_key(name, entries[name])
+        if not folder.is_dir():
+            raise SettingsError(
+                f"command line: dataset {name}: folder {folder} is missing; make it with `snakemake data`, or give "
+                "--data_dir FOLDER"
+            )
+        return folder
 
 
 class SpeedSettings(FinetuneSettings):
