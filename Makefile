@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-all test test-workflow check format clean
+.PHONY: help venv demo demo-all test check format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ check: $(VENV)/installed  ## formatting, lint, types, workflow lint
 
 format: $(VENV)/installed  ## format everything
 	ruff format . && ruff check --fix . && snakefmt Snakefile workflow
+
+docs: $(VENV)/installed  ## write config/README.md and the schemas from the settings
+	python -m phi3v.settings.docs
 
 clean:  ## remove the demo's results and sources (other runs stay)
 	rm -rf results/demo results/sources

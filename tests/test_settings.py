@@ -247,3 +247,10 @@ def test_wrong_command_line_exits(flags, said, capsys):
         settings.parse(settings.FinetuneSettings, "", [*BASE, *flags])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_generated_pages_agree_with_the_settings(root):
+    from phi3v.settings.docs import pages
+
+    stale = [path for path, content in pages().items() if (root / path).read_text() != content]
+    assert stale == [], "run `make docs`"
