@@ -1,0 +1,69 @@
+"""Dry runs: the published configuration plans every row anywhere, and wrong settings stop before any job."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def snakemake(root):
+    """snakemake(*arguments) → (exit code, output), run in the repository without network."""
+
+    def run(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "snakemake", *arguments], cwd=root, capture_output=True, text=True, timeout=120, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+def counts(output):
+    return {name: int(n) for name, n in re.findall(r"^(\S+) +(\d+)$", output, re.M)}
+
+
+@pytest.mark.parametrize("profile", [[], ["--profile", "slurm"]])
+def test_published_run_plans_every_row(snakemake, profile):
+    started = time.monotonic()
+    code, output = snakemake("-n", *profile)
+    assert code == 0, output
+    found = counts(output)
+    assert (found["finetune"], found["evaluate"], found["speed_row"], found["report"]) == (38, 38, 15, 1)
+    assert time.monotonic() - started < 30  # goal 10 s on an idle machine; generous against neighbours
+
+
+def test_one_row_by_name_prints_the_command_that_a_person_types(snakemake):
+    code, output = snakemake("-n", "-p", "phi3-docvqa-lora-fp16")
+    assert code == 0, output
+    assert counts(output)["finetune"] == 1
+    assert re.search(
+        r"OMP_NUM_THREADS=8 torchrun --standalone --nproc_per_node=4 scripts/finetune\.py --dataset docvqa .*--use_lora "
+        r"--lora_rank 32 --lora_alpha_ratio 0\.5 --fp16 --batch_size 64",
+        output,
+    )
+
+
+def test_several_nodes_start_through_the_launcher(snakemake):
+    code, output = snakemake("-n", "-p", "phi3-a100-full-flash-32gpu")
+    assert code == 0, output
+    assert "scripts/torchrun_nodes.sh 4 8 scripts/speed.py" in output
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("hardware=[{device: a1000, per_node: 1}]", "field `hardware.device`: got 'a1000'"),
+        ("overrides={phi35-nlvr2-full-bf16: {learning_rate: -1}}", "field `learning_rate`: got -1"),
+        ("hardware=[{device: a100-80gb, per_node: 3}]", "field `batch_size`: got 64: expected a multiple of 3"),
+        ("rows={accuracy: [phi9-none], speed: []}", "got 'phi9-none': matches no row"),
+    ],
+)
+def test_wrong_settings_stop_before_any_job(snakemake, setting, said):
+    code, output = snakemake("-n", "--config", setting)
+    assert code != 0
+    assert said in output
+    assert "nothing was started" in output
+    assert "Traceback" not in output
