@@ -1,0 +1,242 @@
+"""Pictures to tiles, exactly as the published processor cuts them, without its zero tiles.
+
+Shapes: S = tile side in pixels, h x w = tiles down x across, n = 1 + h*w tiles of one picture (its global view, then
+the local tiles row by row). Sources of every rule: the behaviour of the published processor, vendored as golden data
+in tests/golden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_base import ImageProcessingMixin
+
+# OpenAI CLIP's channel means and deviations, RGB, on a 0-1 scale.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def tile_layout(width: int, height: int, num_crops: int, tile_size: int = 336) -> tuple[int, int, int, int]:
+    """Where a picture of `width` x `height` pixels goes: (new_width, new_height, tiles_down, tiles_across).
+
+    The picture is scaled, up as well as down, to the widest grid of at most `num_crops` tiles that fits its ratio,
+    then padded on its short side to whole tiles. Portrait pictures are laid out transposed. `new_height` (or
+    `new_width` of a portrait) is 0 for pictures too thin to keep one pixel.
+
+    Raises ValueError for sizes or crop numbers below 1.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"image size {width}x{height}: expected at least 1x1 pixels.")
+    if num_crops < 1:
+        raise ValueError(f"num_crops: {num_crops}; expected at least 1.")
+    portrait = width < height
+    if portrait:
+        width, height = height, width
+    ratio = width / height
+    scale = 1
+    while scale * math.ceil(scale / ratio) <= num_crops:
+        scale += 1
+    scale = max(1, scale - 1)
+    new_width = scale * tile_size
+    # A float division, truncated: exact integer arithmetic gives one row more for some sizes (golden 1414x1818).
+    new_height = int(new_width / ratio)
+    down, across = math.ceil(new_height / tile_size), scale
+    if portrait:
+        return new_height, new_width, across, down
+    return new_width, new_height, down, across
+
+
+def num_image_tokens(tiles_down: int, tiles_across: int, tile_grid: int = 12) -> int:
+    """Image tokens of a picture: local and global tiles, one separator a row of each grid, one between the two."""
+    return (tiles_down * tiles_across + 1) * tile_grid**2 + 1 + (tiles_down + 1) * tile_grid
+
+
+def global_views(canvas: torch.Tensor, tile_size: int) -> torch.Tensor:
+    """The global view of normalised canvases [..., 3, H, W] as [..., 3, S, S]: bicubic, not antialiased, not clamped."""
+    return torch.nn.functional.interpolate(canvas, size=(tile_size, tile_size), mode="bicubic", align_corners=False)
+
+
+def expand_uint8_tiles(
+    tiles: torch.Tensor, image_sizes: torch.Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> torch.Tensor:
+    """Normalised tiles with their global views from local tiles in bytes, on the tensor's own device.
+
+    tiles: uint8 [sum of h*w over all pictures, 3, S, S] (what `Phi3VImageProcessor(..., as_uint8=True)` returns);
+    image_sizes: [n_pictures, 2]. Returns float32 [sum of 1 + h*w, 3, S, S].
+    """
+    size = tiles.shape[-1]
+    grids = (image_sizes // size).tolist()
+    normalised = normalise(tiles, mean, std)
+    out = torch.empty(len(tiles) + len(grids), *tiles.shape[1:], dtype=torch.float32, device=tiles.device)
+    source = target = 0
+    for down, across in grids:
+        count = down * across
+        local = normalised[source : source + count]
+        canvas = local.view(down, across, 3, size, size).permute(2, 0, 3, 1, 4).reshape(1, 3, down * size, across * size)
+        out[target : target + 1] = global_views(canvas, size)
+        out[target + 1 : target + 1 + count] = local
+        source, target = source + count, target + 1 + count
+    return out
+
+
+def normalise(tiles: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 [..., 3, S, S] to float32: / 255, - mean, / std, in this order, which keeps every bit of the original."""
+    shape = (3, 1, 1)
+    mean_tensor = torch.tensor(mean, dtype=torch.float32, device=tiles.device).view(shape)
+    std_tensor = torch.tensor(std, dtype=torch.float32, device=tiles.device).view(shape)
+    return tiles.to(torch.float32).div_(255).sub_(mean_tensor).div_(std_tensor)
+
+
+class Phi3VImageProcessor(ImageProcessingMixin):
+    """Cuts pictures into tiles of `tile_size` pixels, at most `num_crops` local ones each.
+
+    `num_crops` may be changed at any time. Saved as the publisher's preprocessor_config.json.
+    """
+
+    model_input_names = ["pixel_values", "image_sizes"]
+
+    def __init__(
+        self,
+        num_crops: int = 4,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        do_convert_rgb: bool = True,
+        num_img_tokens: int = 144,
+        tile_size: int = 336,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.num_crops = num_crops
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.do_convert_rgb = do_convert_rgb
+        self.tile_size = tile_size
+        self.num_img_tokens = num_img_tokens
+        if math.isqrt(num_img_tokens) ** 2 != num_img_tokens:
+            raise ValueError(f"num_img_tokens: {num_img_tokens}; expected a square number (tokens of one square tile).")
+
+    @property
+    def tile_grid(self) -> int:
+        """Side of a tile in image tokens."""
+        return math.isqrt(self.num_img_tokens)
+
+    def tokens_of_size(self, image_height: int, image_width: int) -> int:
+        """Image tokens of a padded canvas, as `image_sizes` gives it."""
+        return num_image_tokens(image_height // self.tile_size, image_width // self.tile_size, self.tile_grid)
+
+    def tokens_of_picture(self, width: int, height: int, num_crops: int | None = None) -> int:
+        """Image tokens of a picture from its size alone, in no time: for budgets and length-sorted batches."""
+        layout = tile_layout(width, height, num_crops or self.num_crops, self.tile_size)
+        return num_image_tokens(layout[2], layout[3], self.tile_grid)
+
+    def canvas(self, image: Image.Image, num_crops: int | None = None) -> np.ndarray:
+        """The resized and white-padded picture, uint8 [H, W, 3] with H and W whole tiles.
+
+        Raises ValueError for anything but a PIL image and for a picture too thin to keep one pixel.
+        """
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"expected a PIL image, got {type(image).__name__}.")
+        num_crops = num_crops or self.num_crops
+        width, height = image.size
+        new_width, new_height, down, across = tile_layout(width, height, num_crops, self.tile_size)
+        if min(new_width, new_height) < 1:
+            raise ValueError(
+                f"image of {width}x{height} pixels: scaled to {new_width}x{new_height} with num_crops={num_crops}; "
+                "expected at least one pixel on each side. Crop the picture or raise num_crops."
+            )
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        if width < height:
+            # The original resizes portraits transposed, so their columns are filtered first; two one-sided resizes
+            # give its bytes without turning the picture over.
+            image = image.resize((width, new_height), Image.Resampling.BILINEAR)
+        image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+        full_width, full_height = across * self.tile_size, down * self.tile_size
+        pixels = np.asarray(image)
+        if (full_width, full_height) == (new_width, new_height):
+            return pixels
+        padded = np.full((full_height, full_width, 3), 255, dtype=np.uint8)
+        top, left = (full_height - new_height) // 2, (full_width - new_width) // 2
+        padded[top : top + new_height, left : left + new_width] = pixels
+        return padded
+
+    def tiles(self, canvas: np.ndarray, as_uint8: bool = False) -> torch.Tensor:
+        """Tiles of a canvas: float32 [1 + h*w, 3, S, S], or with `as_uint8` the local ones alone, uint8 [h*w, 3, S, S]."""
+        size = self.tile_size
+        down, across = canvas.shape[0] // size, canvas.shape[1] // size
+        pixels = torch.from_numpy(np.require(canvas, requirements=["C", "W"])).permute(2, 0, 1)
+        local = pixels.view(3, down, size, across, size).permute(1, 3, 0, 2, 4).reshape(down * across, 3, size, size)
+        if as_uint8:
+            return local
+        return expand_uint8_tiles(local, torch.tensor([[down * size, across * size]]), self.image_mean, self.image_std)
+
+    def preprocess(
+        self,
+        images: Image.Image | Sequence[Image.Image],
+        num_crops: int | None = None,
+        as_uint8: bool = False,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Tiles of all pictures after one another.
+
+        Returns pixel_values [sum of tiles, 3, S, S], image_sizes [n_pictures, 2] (height, width of the padded canvas)
+        and num_img_tokens [n_pictures]. With `as_uint8` the pixel values are the local tiles in bytes; the model adds
+        the global views and normalises on its own device. Raises ValueError naming the picture's index.
+        """
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors: {return_tensors!r}; expected 'pt'.")
+        pictures = [images] if isinstance(images, Image.Image) else list(images)
+        if not pictures:
+            raise ValueError("images: an empty list; expected at least one picture, or leave images out.")
+        tiles, sizes = [], []
+        for index, picture in enumerate(pictures):
+            try:
+                canvas = self.canvas(picture, num_crops)
+            except ValueError as error:
+                raise ValueError(f"image {index}: {error}") from error
+            sizes.append(canvas.shape[:2])
+            tiles.append(self.tiles(canvas, as_uint8))
+        return BatchFeature(
+            {
+                "pixel_values": tiles[0] if len(tiles) == 1 else torch.cat(tiles),
+                "image_sizes": torch.tensor(sizes, dtype=torch.int64),
+                "num_img_tokens": [self.tokens_of_size(height, width) for height, width in sizes],
+            }
+        )
+
+    __call__ = preprocess
+
+    def to_dict(self) -> dict[str, Any]:
+        """The publisher's preprocessor_config.json; the tile side appears only where it is not the published one."""
+        output: dict[str, Any] = {
+            "auto_map": {
+                "AutoImageProcessor": "processing_phi3_v.Phi3VImageProcessor",
+                "AutoProcessor": "processing_phi3_v.Phi3VProcessor",
+            },
+            "do_convert_rgb": self.do_convert_rgb,
+            "image_mean": list(self.image_mean),
+            "image_processor_type": "Phi3VImageProcessor",
+            "image_std": list(self.image_std),
+            "num_crops": self.num_crops,
+            "num_img_tokens": self.num_img_tokens,
+            "processor_class": "Phi3VProcessor",
+        }
+        if self.tile_size != 336:
+            output["tile_size"] = self.tile_size
+        return output
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build from the saved keys; `kwargs` such as num_crops override them."""
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        known = ("num_crops", "image_mean", "image_std", "do_convert_rgb", "num_img_tokens", "tile_size")
+        values = {key: image_processor_dict[key] for key in known if key in image_processor_dict}
+        values.update({key: kwargs.pop(key) for key in known if key in kwargs})
+        processor = cls(**values)
+        return (processor, kwargs) if return_unused else processor

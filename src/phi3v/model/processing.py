@@ -1,0 +1,283 @@
+"""Prompts and pictures to model inputs: the published tokenisation, in batches.
+
+A prompt's text is cut at its image tags `<|image_1|>` ... and every piece is tokenised by itself, so a beginning of
+sequence stands before the text and after every picture; a picture's place is held by `image_token_id` as often as the
+picture has tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+
+from phi3v.model.image_processing import Phi3VImageProcessor
+
+IMAGE_TOKEN = "<|image|>"
+_TAG = re.compile(r"<\|image_(\d+)\|>")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}{{- '<|assistant|>\n' -}}"
+    "{% endif %}"
+)
+# Keys of tokenizer_config.json that describe the file itself, not the tokenizer.
+_NOT_TOKENIZER_ARGUMENTS = {
+    "added_tokens_decoder",
+    "auto_map",
+    "tokenizer_class",
+    "processor_class",
+    "sp_model_kwargs",
+    "use_default_system_prompt",
+    "legacy",
+    "add_bos_token",
+    "add_eos_token",
+    "additional_special_tokens",
+    "tokenizer_file",
+}
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint folder, from tokenizer.json as it is.
+
+    Not through AutoTokenizer: transformers 5 rebuilds Llama tokenizers from their vocabulary and drops the published
+    normaliser. Raises FileNotFoundError naming the missing file.
+    """
+    folder = Path(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: no {name}; expected a checkpoint folder in the published layout.")
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    arguments = {key: value for key, value in config.items() if key not in _NOT_TOKENIZER_ARGUMENTS}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **arguments)
+    tokenizer.published_config = config
+    return tokenizer
+
+
+class Phi3VProcessor(ProcessorMixin):
+    """An image processor and a tokenizer; call it with prompts and pictures to get model inputs."""
+
+    def __init__(
+        self, image_processor: Phi3VImageProcessor, tokenizer: PreTrainedTokenizerFast, **kwargs: Any
+    ) -> None:
+        # ProcessorMixin's own constructor checks class names against transformers' list of models and is not called.
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.chat_template = kwargs.get("chat_template") or tokenizer.chat_template or CHAT_TEMPLATE
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(f"tokenizer: it has no token {IMAGE_TOKEN}; expected the published special tokens.")
+
+    # Loading and saving -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Phi3VProcessor:
+        """Load from a checkpoint folder or a hub name; `num_crops=...` overrides the saved number."""
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            patterns = ["*.json", "*.jinja"]
+            hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if kwargs.get(key)}
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub))
+        overrides = {key: kwargs[key] for key in ("num_crops",) if kwargs.get(key) is not None}
+        image_processor = Phi3VImageProcessor.from_pretrained(folder, **overrides)
+        return cls(image_processor, load_tokenizer(folder))
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Write tokenizer and processor files in the published layout; returns their paths."""
+        if push_to_hub:
+            raise ValueError("push_to_hub: not offered here; scripts/merge.py --push_to_hub uploads a whole folder.")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        config = getattr(self.tokenizer, "published_config", None)
+        if config is None:
+            config = {"chat_template": self.chat_template, "padding_side": "right", "tokenizer_class": "LlamaTokenizer"}
+            config.update({f"{name}_token": getattr(self.tokenizer, f"{name}_token") for name in ("bos", "eos", "pad")})
+        special = {f"{name}_token": getattr(self.tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
+        files = {
+            "tokenizer_config.json": config,
+            "special_tokens_map.json": special,
+            "preprocessor_config.json": self.image_processor.to_dict(),
+            "processor_config.json": self.to_dict(),
+        }
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return [str(folder / name) for name in ("tokenizer.json", *files)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The publisher's processor_config.json."""
+        return {"auto_map": {"AutoProcessor": "processing_phi3_v.Phi3VProcessor"}, "processor_class": "Phi3VProcessor"}
+
+    # Text ---------------------------------------------------------------------------------------------------------
+
+    def apply_chat_template(self, conversation: list, add_generation_prompt: bool = False, **kwargs: Any) -> Any:
+        """The published chat template: `<|role|>\\ncontent<|end|>\\n` a message; a list of conversations gives a list.
+
+        Raises ValueError where a message's content is no string (list content: write the image tags into the text).
+        """
+        batched = bool(conversation) and isinstance(conversation[0], list)
+        for index, messages in enumerate(conversation if batched else [conversation]):
+            if not messages:
+                raise ValueError(f"conversation {index}: no messages; expected at least one.")
+            for turn, message in enumerate(messages):
+                if not isinstance(message.get("content"), str):
+                    raise ValueError(
+                        f"conversation {index}, message {turn}, content: {type(message.get('content')).__name__}; "
+                        "expected a string with <|image_1|> ... where pictures stand."
+                    )
+        kwargs.setdefault("tokenize", False)
+        return self.tokenizer.apply_chat_template(
+            conversation, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, **kwargs
+        )
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """The tokenizer's batch_decode."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """The tokenizer's decode."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Keys of a processed batch."""
+        return ["input_ids", "attention_mask", "pixel_values", "image_sizes"]
+
+    # The call -----------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        images: Any = None,
+        padding: bool | str = True,
+        padding_side: str | None = None,
+        max_length: int | None = None,
+        truncation: bool = False,
+        num_crops: int | None = None,
+        as_uint8: bool = False,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Model inputs of one prompt or a batch of B prompts.
+
+        images: None; a picture; a flat list for a single prompt; or a list of B lists (None or [] = no picture).
+        `<|image_k|>` is the k-th picture of its own prompt; tags may stand in any order, each exactly once.
+        A prompt whose pictures are absent (None or []) keeps no tag: a tag without a picture is refused.
+        padding: True (longest), "max_length" or False; padding_side: the tokenizer's, right, unless given.
+
+        Returns input_ids and attention_mask [B, T]; with pictures pixel_values [tiles of all pictures, 3, S, S] and
+        image_sizes [n_pictures, 2], in the order in which the tags are read. `as_uint8`: see Phi3VImageProcessor.
+
+        Raises ValueError naming the prompt's index, what was found and what was expected.
+        """
+        prompts, nested = _batch(text, images)
+        if truncation and any(nested):
+            raise ValueError("truncation: true with pictures; cutting image tokens off would break their pictures.")
+        rows, pictures = [], []
+        for index, (prompt, own) in enumerate(zip(prompts, nested, strict=True)):
+            ids, read = self._tokenise(index, prompt, own, num_crops, as_uint8)
+            rows.append(ids[:max_length] if truncation and max_length else ids)
+            pictures.extend(read)
+        data: dict[str, Any] = self._pad(rows, padding, padding_side or self.tokenizer.padding_side, max_length)
+        if pictures:
+            data["pixel_values"] = torch.cat([tiles for tiles, _ in pictures])
+            data["image_sizes"] = torch.tensor([size for _, size in pictures], dtype=torch.int64)
+        if return_tensors is None:
+            data["input_ids"], data["attention_mask"] = rows, [[1] * len(row) for row in rows]
+        return BatchFeature(data)
+
+    def _tokenise(
+        self, index: int, prompt: str, images: list, num_crops: int | None, as_uint8: bool
+    ) -> tuple[list[int], list[tuple[torch.Tensor, tuple[int, int]]]]:
+        """Ids of one prompt and (tiles, canvas size) of its pictures in reading order."""
+        pieces = _TAG.split(prompt)
+        numbers = [int(number) for number in pieces[1::2]]
+        _check_tags(index, numbers, len(images))
+        if not numbers:
+            return self.tokenizer(prompt)["input_ids"], []
+        read, ids = [], []
+        texts = self.tokenizer(pieces[::2])["input_ids"]
+        for piece, number in zip(texts, [*numbers, None], strict=True):
+            ids.extend(piece)
+            if number is None:
+                continue
+            try:
+                canvas = self.image_processor.canvas(images[number - 1], num_crops)
+            except ValueError as error:
+                raise ValueError(f"prompt {index}, <|image_{number}|>: {error}") from error
+            height, width = canvas.shape[:2]
+            read.append((self.image_processor.tiles(canvas, as_uint8), (height, width)))
+            ids.extend([self.image_token_id] * self.image_processor.tokens_of_size(height, width))
+        return ids, read
+
+    def _pad(self, rows: list[list[int]], padding: bool | str, side: str, max_length: int | None) -> dict[str, Any]:
+        """Rows of ids as [B, T] tensors with their mask."""
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side: {side!r}; expected 'left' or 'right'.")
+        length = max(len(row) for row in rows)
+        if padding == "max_length":
+            if max_length is None:
+                raise ValueError("padding: 'max_length' without max_length; expected a number of tokens.")
+            length = max(length, max_length)
+        elif padding not in (True, False, "longest", "do_not_pad", None):
+            raise ValueError(f"padding: {padding!r}; expected True, False, 'longest' or 'max_length'.")
+        elif padding in (False, "do_not_pad", None) and any(len(row) != length for row in rows):
+            lengths = [len(row) for row in rows]
+            raise ValueError(f"padding: off, but the prompts have {lengths} tokens; expected equal lengths or padding.")
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+            ids[index, place] = torch.tensor(row, dtype=torch.int64)
+            mask[index, place] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+def _batch(text: Any, images: Any) -> tuple[list[str], list[list]]:
+    """Prompts and one list of pictures for each of them."""
+    if isinstance(text, str):
+        if images is None:
+            return [text], [[]]
+        if isinstance(images, Image.Image):
+            return [text], [[images]]
+        own = list(images)
+        if len(own) == 1 and isinstance(own[0], list | tuple):
+            own = list(own[0])
+        return [text], [own]
+    if not isinstance(text, list | tuple) or not text:
+        raise ValueError(f"text: {type(text).__name__}; expected a string or a non-empty list of strings.")
+    for index, prompt in enumerate(text):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt {index}: {type(prompt).__name__}; expected a string.")
+    prompts = list(text)
+    if images is None:
+        return prompts, [[] for _ in prompts]
+    if isinstance(images, Image.Image):
+        images = [images]
+    if len(images) != len(prompts):
+        raise ValueError(
+            f"images: {len(images)} entries for {len(prompts)} prompts; expected one list of pictures for each prompt."
+        )
+    nested = []
+    for own in images:
+        nested.append([] if own is None else [own] if isinstance(own, Image.Image) else list(own))
+    return prompts, nested
+
+
+def _check_tags(index: int, numbers: list[int], n_images: int) -> None:
+    """Refuse anything but each of 1..n_images exactly once."""
+    if sorted(numbers) == list(range(1, n_images + 1)):
+        return
+    found = ", ".join(f"<|image_{number}|>" for number in numbers) or "no image tag"
+    expected = ", ".join(f"<|image_{number}|>" for number in range(1, n_images + 1)) or "no tag"
+    raise ValueError(
+        f"prompt {index}: found {found} and {n_images} image(s); expected {expected}, each once (in any order)."
+    )

@@ -1,0 +1,148 @@
+"""Pictures to image features: CLIP over the real tiles alone, 2x2 merge, one projection, one gather.
+
+Shapes: n = tiles of all pictures, S = tile side in pixels, p = tile side in patches, g = p / 2 = tile side in image
+tokens, C = CLIP width, D = decoder width, I = image tokens of all pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import nn
+from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPVisionEmbeddings
+
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.image_processing import expand_uint8_tiles
+
+
+class VisionTower(nn.Module):
+    """CLIP's vision transformer; the features are what enters its last layer, without the class token."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__()
+        vision = config.vision_config
+        self.embeddings = CLIPVisionEmbeddings(vision)
+        self.pre_layrnorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)  # the published spelling
+        self.encoder = CLIPEncoder(vision)
+        self.post_layernorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
+        # The last layer and the norm after it stand in every checkpoint and never run: kept for the files, never trained.
+        for unused in (self.encoder.layers[-1], self.post_layernorm):
+            unused.requires_grad_(False)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[n, 3, S, S] to patch features [n, p*p, C]."""
+        hidden = self.pre_layrnorm(self.embeddings(pixel_values))  # [n, 1 + p*p, C]
+        for layer in self.encoder.layers[:-1]:
+            hidden = layer(hidden, None)
+        return hidden[:, 1:]
+
+
+class ImageProcessorModule(nn.Module):
+    """Holds the tower under its published name."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__()
+        self.vision_model = VisionTower(config)
+
+
+class ImageEmbedding(nn.Module):
+    """The vision part: tower, separators and projector."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__()
+        self.config = config
+        merged = 4 * config.vision_config.hidden_size
+        self.glb_GN = nn.Parameter(torch.zeros(1, 1, merged))
+        self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, merged))
+        self.img_processor = ImageProcessorModule(config)
+        self.img_projection = nn.Sequential(
+            nn.Linear(merged, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+        )
+        # None: blank tiles run for text-only batches only where several processes train together. True and False force.
+        self.run_without_images: bool | None = None
+
+    def forward(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+        """Features [I, D] of all pictures in order.
+
+        pixel_values: float [n, 3, S, S]; or uint8 local tiles; or the published padded form [n_images, k, 3, S, S].
+        Raises ValueError where tiles and image_sizes do not fit together.
+        """
+        size = self.config.tile_size
+        sizes = image_sizes.cpu()
+        if sizes.dim() != 2 or sizes.shape[1] != 2 or bool((sizes % size).any()) or bool((sizes < size).any()):
+            raise ValueError(
+                f"image_sizes: {sizes.tolist()}; expected [height, width] of each canvas in whole tiles of {size} pixels."
+            )
+        grids = sizes // size  # [n_images, 2]
+        tiles = grids.prod(dim=1) + 1
+        if pixel_values.dim() == 5:
+            real = torch.arange(pixel_values.shape[1])[None, :] < tiles[:, None]
+            pixel_values = pixel_values[real.to(pixel_values.device)]
+        expected = int((tiles - 1).sum()) if pixel_values.dtype == torch.uint8 else int(tiles.sum())
+        if list(pixel_values.shape) != [expected, 3, size, size]:
+            raise ValueError(
+                f"pixel_values: shape {list(pixel_values.shape)}; expected {[expected, 3, size, size]} for image_sizes "
+                f"{sizes.tolist()}."
+            )
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = expand_uint8_tiles(pixel_values, sizes)
+        index = gather_index(grids, self.config.tile_grid).to(pixel_values.device)
+        return self._project(pixel_values)[index]
+
+    def _project(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Projected tokens of every tile, then those of the row and the picture separator: [n*g*g + 2, D]."""
+        tower = self.img_processor.vision_model
+        frozen = not any(parameter.requires_grad for parameter in tower.parameters())
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            patches = tower(pixel_values.to(tower.pre_layrnorm.weight.dtype))  # [n, p*p, C]
+        count, _, width = patches.shape
+        grid = self.config.tile_grid
+        merged = patches.view(count, grid, 2, grid, 2, width).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4 * width)
+        separators = torch.cat((self.sub_GN.view(1, -1), self.glb_GN.view(1, -1)))
+        # Each separator stands in many places: projecting the distinct rows and gathering afterwards does it once.
+        return self.img_projection(torch.cat((merged, separators.to(merged.dtype))))
+
+    def must_run_without_images(self) -> bool:
+        """Whether a batch without pictures must still touch the vision weights.
+
+        Data-parallel reductions go by the order in which gradients appear; a process that skips the vision part while
+        another does not would wait forever or mix up buckets.
+        """
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            return False
+        if self.run_without_images is not None:
+            return self.run_without_images
+        distributed = torch.distributed
+        return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+    def blank(self) -> torch.Tensor:
+        """Features of one blank tile, [g*g + 2, D]."""
+        weight = self.sub_GN
+        size = self.config.tile_size
+        return self._project(torch.zeros(1, 3, size, size, dtype=weight.dtype, device=weight.device))
+
+
+def gather_index(grids: torch.Tensor, grid: int) -> torch.Tensor:
+    """Where each image token stands in the table of `_project`, [I], for pictures of `grids` [n_images, 2] tiles.
+
+    A picture is its local tiles stitched to rows of g*w tokens, each row closed by the row separator, then the picture
+    separator, then the global tile likewise. Table rows: g*g a tile (global tile first), row separator, picture separator.
+    """
+    down, across = grids[:, 0], grids[:, 1]
+    tiles = down * across + 1
+    first_tile = tiles.cumsum(0) - tiles
+    row_separator = int(tiles.sum()) * grid * grid
+    local = down * grid * (across * grid + 1)
+    total = local + 1 + grid * (grid + 1)
+
+    repeat = torch.repeat_interleave(torch.arange(len(grids)), total)  # [I]: the picture of each token
+    token = torch.arange(int(total.sum())) - (total.cumsum(0) - total)[repeat]
+    is_local, is_picture_separator = token < local[repeat], token == local[repeat]
+    token = torch.where(is_local, token, token - local[repeat] - 1)
+    columns = torch.where(is_local, across[repeat] * grid, grid)
+    row, column = token // (columns + 1), token % (columns + 1)
+    tile = first_tile[repeat] + is_local * (1 + (row // grid) * across[repeat] + column // grid)
+    place = (tile * grid + row % grid) * grid + column % grid
+    place = torch.where(column == columns, row_separator, place)
+    return torch.where(is_picture_separator, row_separator + 1, place)
