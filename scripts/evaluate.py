@@ -1,0 +1,21 @@
+"""Answers of a checkpoint or an adapter on a split, and their score.
+
+    python scripts/evaluate.py --model_name_or_path CHECKPOINT --data_dir DATA --output_dir RESULT --bf16
+    torchrun --nproc_per_node=4 scripts/evaluate.py --model_name_or_path ADAPTER --data_dir DATA --output_dir RESULT \\
+        --bf16 --use_flash_attention --passes after control --batch_size_per_gpu 16
+
+RESULT/PASS/ gets predictions.jsonl, metrics.json and timing.json; RESULT/manifest.json is written last. A run that was stopped goes on
+where it was when started again. On a CPU, with the demo's data:
+
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 scripts/evaluate.py --fp32 --model_name_or_path results/demo/train/ROW/final \\
+        --data_dir results/data/KEY --output_dir /tmp/evaluated
+"""
+
+from phi3v.settings import EvaluateSettings, parse
+
+if __name__ == "__main__":
+    settings = parse(EvaluateSettings, __doc__ or "")
+    # After the command line is checked: loading PyTorch takes seconds.
+    from phi3v.evaluation.run import evaluate
+
+    evaluate(settings)

@@ -1,0 +1,50 @@
+"""The processes that evaluate together: who this one is, where it computes, and waiting for the others."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its `world`."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def wait(self) -> None:
+        """Return once every process has called it."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def leave(self) -> None:
+        """Close the group."""
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
+
+    @property
+    def title(self) -> str:
+        """The device in words, for manifests."""
+        if self.device.type == "cuda":
+            return f"{self.world} x {torch.cuda.get_device_name(self.device)}"
+        return f"{self.world} CPU process(es), {torch.get_num_threads()} thread(s) each"
+
+
+def join() -> Processes:
+    """Join the processes that torchrun started; alone where it did not."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if world > 1:
+        # Only files and barriers are shared, so gloo serves every device. A process may wait long for the one with the longest answers.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=2))
+    return Processes(rank, world, device)

@@ -1,0 +1,309 @@
+"""Evaluate a checkpoint or adapter on a split: the passes `before`, `after` and `control`, over one or many processes.
+
+Each example is answered once, by one process. Batches are the same whatever the number of processes, so the predictions are too. What
+is done is kept: a run that was killed goes on where it stopped (phi3v.evaluation.predictions).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from phi3v.data.conversations import DataError
+from phi3v.data.images import open_rgb
+from phi3v.evaluation import examples, predictions
+from phi3v.evaluation.examples import Question
+from phi3v.evaluation.generate import Answer, Choice, answer, choice_of, end_token_ids, prepare
+from phi3v.evaluation.metrics import normalise
+from phi3v.evaluation.processes import DTYPES, Processes, join
+from phi3v.manifest import commit, digest_file, write_manifest
+from phi3v.settings import EvaluateSettings
+
+DEFAULT_CROPS = 16
+_DEVICE_MEMORY = (torch.cuda.OutOfMemoryError,)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What every pass uses."""
+
+    model: Any
+    processor: Any
+    num_crops: int
+    end_tokens: list[int]
+    choice: Choice | None
+
+
+def evaluate(settings: EvaluateSettings) -> dict[str, dict[str, Any]]:
+    """Run the passes and write output_dir/PASS/ and output_dir/manifest.json; returns metrics.json of each pass (process 0's view).
+
+    Raises DataError on data that cannot be asked, FileNotFoundError where the model or the data folder is not there.
+    """
+    started = time.perf_counter()
+    data_dir, output = Path(settings.data_dir), Path(settings.output_dir)
+    index = _dataset_index(data_dir)
+    metric = settings.metric or index.get("metric")
+    if metric is None:
+        raise DataError(f"{data_dir}: no dataset.json that names a metric, and no --metric; expected accuracy or anls")
+    num_crops = settings.num_crops or index.get("num_crops") or DEFAULT_CROPS
+    questions = examples.read_questions(data_dir, settings.split)
+    fingerprint = _fingerprint(settings, data_dir, num_crops)
+    processes = join()
+    if processes.rank == 0:
+        (output / "manifest.json").unlink(missing_ok=True)
+    asked = {name: _questions_of(name, questions, data_dir, settings.seed) for name in settings.passes}
+    todo = [name for name in settings.passes if not predictions.finished(output / name, f"{fingerprint}-{name}")]
+    loaded = _load(settings, processes.device, num_crops, questions) if todo else None
+    load_seconds = time.perf_counter() - started
+    for name in todo:
+        assert loaded is not None
+        swapped, left_out = asked[name]
+        folder = output / name
+        part = predictions.Partial(folder, f"{fingerprint}-{name}", processes.rank)
+        observed, seconds = _run_pass(part, swapped, data_dir, loaded, settings, processes, name)
+        processes.wait()
+        if processes.rank == 0:
+            _finish_pass(part, folder, swapped, left_out, metric, settings, processes, observed, seconds, load_seconds)
+        processes.wait()
+    summaries: dict[str, dict[str, Any]] = {}
+    if processes.rank == 0:
+        summaries = {
+            name: json.loads((output / name / "metrics.json").read_text(encoding="utf-8")) for name in settings.passes
+        }
+        write_manifest(
+            output,
+            kind="evaluate",
+            settings=settings,
+            inputs={"model": settings.model_name_or_path, "data": str(data_dir), "split": str(examples.split_file(data_dir, settings.split))},
+            seed=settings.seed,
+            seconds=time.perf_counter() - started,
+            device=processes.title,
+            extra={"load_seconds": round(load_seconds, 3)},
+        )
+    processes.leave()
+    return summaries
+
+
+# ---- what is asked
+
+
+def _dataset_index(data_dir: Path) -> dict[str, Any]:
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"--data_dir {data_dir}: no such folder; expected images/ and a jsonl for each split")
+    path = data_dir / "dataset.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _questions_of(name: str, questions: list[Question], data_dir: Path, seed: int) -> tuple[list[Question], list[str]]:
+    if name != "control":
+        return questions, []
+    swapped, left_out = examples.swap_pictures(questions, examples.content_digests(data_dir, questions), seed)
+    if not swapped:
+        raise DataError(f"{data_dir}: no two examples whose pictures differ; expected some, for the control with swapped pictures")
+    return swapped, left_out
+
+
+def _fingerprint(settings: EvaluateSettings, data_dir: Path, num_crops: int) -> str:
+    """Digest of everything the answers depend on: model files, split, settings, code."""
+    model = Path(settings.model_name_or_path)
+    files = sorted(path for path in model.glob("*") if path.is_file()) if model.is_dir() else []
+    facts = {
+        "model": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files] or str(model),
+        "split": digest_file(examples.split_file(data_dir, settings.split)),
+        "settings": settings.model_dump(exclude={"output_dir", "passes", "tqdm", "num_workers", "row", "dataset"}),
+        "num_crops": num_crops,
+        "code": commit(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---- the model
+
+
+def _load(settings: EvaluateSettings, device: torch.device, num_crops: int, questions: list[Question]) -> Loaded:
+    from phi3v.model.adapters import load_for_inference
+
+    attention = "eager"
+    if settings.use_flash_attention:
+        attention = _flash_implementation()
+    model, processor = load_for_inference(settings.model_name_or_path, DTYPES[settings.dtype], attention)
+    model = model.to(device).eval()
+    truths = {normalise(answer) for question in questions for answer in question.answers}
+    choice = choice_of(processor.tokenizer) if truths == {"yes", "no"} else None
+    return Loaded(model, processor, num_crops, end_token_ids(processor.tokenizer, model.generation_config), choice)
+
+
+def _flash_implementation() -> str:
+    """flash-attn where it is installed and a GPU is there, else PyTorch's own kernels through SDPA."""
+    from importlib.util import find_spec
+
+    return "flash_attention_2" if torch.cuda.is_available() and find_spec("flash_attn") else "sdpa"
+
+
+class _Observer:
+    """What the first decoder layer really computed in."""
+
+    def __init__(self, model: Any) -> None:
+        self.dtype = ""
+        layers = [module for name, module in model.named_modules() if name.endswith("layers.0")]
+        decoder = layers[-1] if layers else model
+        self._handle = decoder.register_forward_hook(self._see)
+
+    def _see(self, module: Any, inputs: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        self.dtype = str(getattr(tensor, "dtype", "")).removeprefix("torch.")
+        self._handle.remove()
+
+    def close(self) -> None:
+        self._handle.remove()
+
+
+# ---- a pass
+
+
+def _run_pass(
+    part: predictions.Partial,
+    questions: list[Question],
+    data_dir: Path,
+    loaded: Loaded,
+    settings: EvaluateSettings,
+    processes: Processes,
+    name: str,
+) -> tuple[dict[str, Any], float]:
+    """Answer this process' share of the batches; returns what was observed and the seconds it took."""
+    lengths = examples.prompt_lengths(data_dir, questions, loaded.processor, loaded.num_crops)
+    batches = examples.plan_batches(lengths, settings.batch_size_per_gpu)
+    part.mend()
+    done = part.read()
+    processes.wait()
+    if processes.rank == 0:
+        part.drop_others()
+    open_batches = [batch for batch in batches if any(questions[i].id not in done for i in batch)]
+    mine = open_batches[processes.rank :: processes.world]
+    started = time.perf_counter()
+    observer = _Observer(loaded.model)
+    terminal = sys.stderr.isatty()
+    bar = tqdm(
+        total=sum(len(batch) for batch in mine), desc=f"{settings.row or settings.dataset or 'evaluate'} {name}", unit="example",
+        disable=not settings.tqdm and not terminal or processes.rank != 0, mininterval=0.5 if terminal else 30, leave=True,
+        dynamic_ncols=terminal, ascii=not terminal,
+    )  # fmt: skip
+    with bar:
+        for batch, inputs in _prefetched(mine, questions, data_dir, loaded, settings.num_workers):
+            answers = _answer_within_memory(batch, inputs, questions, data_dir, loaded, settings.max_new_tokens)
+            part.append(_records(questions, batch, answers))
+            bar.update(len(batch))
+    observer.close()
+    observed = {
+        "activation_dtype": observer.dtype,
+        "parameter_dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "attention": getattr(loaded.model.config, "_attn_implementation", None),
+        "resumed_examples": len(questions) - sum(len(batch) for batch in open_batches),
+    }
+    return observed, time.perf_counter() - started
+
+
+def _inputs(batch: list[int], questions: list[Question], data_dir: Path, loaded: Loaded) -> dict[str, torch.Tensor]:
+    folder = data_dir / "images"
+    pictures = [[open_rgb(folder / path, str(folder / path)) for path in questions[i].images] for i in batch]
+    return prepare(loaded.processor, [questions[i].prompt for i in batch], pictures, loaded.num_crops)
+
+
+def _prefetched(
+    batches: list[list[int]], questions: list[Question], data_dir: Path, loaded: Loaded, workers: int
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Each batch with its inputs; `workers` threads decode and resize the next ones meanwhile."""
+    if workers == 0:
+        for batch in batches:
+            yield batch, _inputs(batch, questions, data_dir, loaded)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = []
+        upcoming = iter(batches)
+        for batch in upcoming:
+            waiting.append((batch, pool.submit(_inputs, batch, questions, data_dir, loaded)))
+            if len(waiting) > workers:
+                ready, future = waiting.pop(0)
+                yield ready, future.result()
+        for ready, future in waiting:
+            yield ready, future.result()
+
+
+def _answer_within_memory(
+    batch: list[int],
+    inputs: dict[str, torch.Tensor],
+    questions: list[Question],
+    data_dir: Path,
+    loaded: Loaded,
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Answers of a batch; one that does not fit the device's memory is halved."""
+    try:
+        return answer(
+            loaded.model, loaded.processor.tokenizer, inputs,
+            max_new_tokens=max_new_tokens, end_tokens=loaded.end_tokens, choice=loaded.choice,
+        )  # fmt: skip
+    except _DEVICE_MEMORY:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()
+    middle = len(batch) // 2
+    return [
+        found
+        for half in (batch[:middle], batch[middle:])
+        for found in _answer_within_memory(half, _inputs(half, questions, data_dir, loaded), questions, data_dir, loaded, max_new_tokens)
+    ]
+
+
+def _records(questions: list[Question], batch: list[int], answers: list[Answer]) -> list[dict[str, Any]]:
+    return [
+        {"id": questions[i].id, "prediction": a.text, "tokens": a.tokens, "choice": None if a.choice is None else round(a.choice, 6)}
+        for i, a in zip(batch, answers, strict=True)
+    ]
+
+
+def _finish_pass(
+    part: predictions.Partial,
+    folder: Path,
+    questions: list[Question],
+    left_out: list[str],
+    metric: str,
+    settings: EvaluateSettings,
+    processes: Processes,
+    observed: dict[str, Any],
+    seconds: float,
+    load_seconds: float,
+) -> None:
+    """Merge, score and write a pass that all processes are through with."""
+    answers = part.read()
+    records = predictions.merge(questions, answers, metric)
+    summary = predictions.summarise(records, metric, settings.seed)
+    summary["left_out"] = len(left_out)
+    tokens = sum(answers[question.id]["tokens"] for question in questions)
+    timing = {
+        "fingerprint": part.fingerprint,
+        "seconds": round(seconds, 3),
+        "load_seconds": round(load_seconds, 3),
+        "examples_per_second": round((len(questions) - observed["resumed_examples"]) / seconds, 3) if seconds else None,
+        "generated_tokens": tokens,
+        "processes": processes.world,
+        "batch_size_per_gpu": settings.batch_size_per_gpu,
+        "device": processes.title,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
+        "observed": observed,
+    }
+    predictions.write_pass(folder, records, summary, timing)
+    part.remove()
+    low, high = summary["interval"]
+    print(f"{settings.row or settings.dataset} {folder.name}: {metric} {summary['score']:.2f} [{low:.1f}, {high:.1f}], n = {summary['n']}")

@@ -1,0 +1,177 @@
+"""Intervals, paired comparisons and verdicts. Every figure is 0-100, every interval 95 % unless asked otherwise.
+
+Bootstraps are seeded: the same scores give the same interval. A resample of n scores is drawn as how often each *distinct* score
+occurs (a multinomial), which is the same distribution as drawing n scores one by one, and takes a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Interval = tuple[float, float]
+Z95 = 1.959963984540054
+"""97.5th percentile of the standard normal distribution."""
+RESAMPLES = 2000
+MARGIN = 2.0
+"""Points within which two scores count as the same."""
+
+Verdict = Literal["agrees", "above", "below", "inconclusive"]
+
+
+def wilson(correct: float, n: int, z: float = Z95) -> Interval:
+    """Interval of a proportion, 0-100 (Wilson 1927). correct: successes out of n. Raises ValueError on n < 1."""
+    if n < 1 or not 0 <= correct <= n:
+        raise ValueError(f"correct, n: got {correct} of {n}; expected 0 <= correct <= n and n >= 1")
+    share = correct / n
+    scale = 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / scale
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+
+def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    distinct, counts = np.unique(values, return_counts=True)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(values.size, counts / values.size, size=resamples)  # [resamples, distinct]
+    return drawn @ distinct / values.size
+
+
+def bootstrap(scores: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """Percentile bootstrap interval of the mean of 0-1 scores, 0-100 (Efron 1979). Raises ValueError on none."""
+    values = np.asarray(scores, dtype=np.float64)
+    if values.size == 0:
+        raise ValueError("scores: empty; expected at least one")
+    low, high = np.percentile(_resampled_means(values, seed, resamples), [2.5, 97.5])
+    return 100 * float(low), 100 * float(high)
+
+
+def bootstrap_of(
+    statistic: Callable[[np.ndarray], float], n: int, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """Percentile bootstrap interval of any statistic of n examples.
+
+    statistic: index array [n] to a figure; it may raise ValueError for a resample it is not defined on (AUROC with one class),
+    which is then left out.
+    """
+    rng = np.random.default_rng(seed)
+    figures = []
+    for _ in range(resamples):
+        try:
+            figures.append(statistic(rng.integers(0, n, n)))
+        except ValueError:
+            continue
+    if not figures:
+        raise ValueError("statistic: undefined on every resample; expected more varied examples")
+    low, high = np.percentile(figures, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def interval_of(metric: str, scores: Sequence[float], seed: int = 0) -> Interval:
+    """The interval shown beside a score: Wilson where scores are right or wrong, bootstrap for graded ones."""
+    if metric == "accuracy":
+        return wilson(float(np.sum(scores)), len(scores))
+    return bootstrap(scores, seed)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`left` minus `right` on the same examples, in points."""
+
+    difference: float
+    interval: Interval
+    n: int
+    p: float | None
+    """McNemar's exact p-value where all scores are 0 or 1."""
+
+
+def mcnemar(left: Sequence[float], right: Sequence[float]) -> float:
+    """Two-sided exact p-value that two raters of the same examples are equally often right (McNemar 1947; binomial form)."""
+    a, b = np.asarray(left) > 0.5, np.asarray(right) > 0.5
+    only_left, only_right = int((a & ~b).sum()), int((b & ~a).sum())
+    n, k = only_left + only_right, min(only_left, only_right)
+    if n == 0:
+        return 1.0
+    log_half = n * math.log(0.5)
+    terms = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + log_half for i in range(k + 1))
+    return min(1.0, 2 * math.fsum(math.exp(term) for term in terms))
+
+
+def paired(left: Sequence[float], right: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Comparison:
+    """Mean of left minus right over the same examples, with a paired bootstrap interval. Raises ValueError on unequal lengths."""
+    a, b = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    if a.shape != b.shape or a.size == 0:
+        raise ValueError(f"scores: {a.size} and {b.size} of them; expected the same examples, at least one")
+    differences = a - b
+    low, high = np.percentile(_resampled_means(differences, seed, resamples), [2.5, 97.5])
+    binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
+    return Comparison(
+        100 * float(differences.mean()), (100 * float(low), 100 * float(high)), a.size, mcnemar(a, b) if binary else None
+    )
+
+
+def spread(scores: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation (n - 1) and range of one row over several seeds."""
+    values = np.asarray(scores, dtype=np.float64)
+    if values.size == 0:
+        raise ValueError("scores: empty; expected at least one")
+    deviation = float(values.std(ddof=1)) if values.size > 1 else 0.0
+    return {"mean": float(values.mean()), "sd": deviation, "low": float(values.min()), "high": float(values.max())}
+
+
+@dataclass(frozen=True)
+class AgainstPublished:
+    """Our score minus the published one, in points."""
+
+    difference: float
+    interval: Interval
+    verdict: Verdict
+
+
+def standard_error(score: float, n: int, scores: Sequence[float] | None = None) -> float:
+    """Sampling error of a 0-100 score over n examples, in points.
+
+    From the scores' own scatter where given, else that of a proportion of this size: the largest any 0-1 score can have. A share of 0 or
+    100 % would give zero, so a proportion is taken with one more of either outcome (Laplace).
+    """
+    if scores is not None and np.ptp(np.asarray(scores)) > 0:
+        return 100 * float(np.std(np.asarray(scores), ddof=1)) / math.sqrt(n)
+    share = (score / 100 * n + 1) / (n + 2)
+    return 100 * math.sqrt(share * (1 - share) / n)
+
+
+def against_published(
+    score: float,
+    n: int,
+    published: float,
+    published_n: int,
+    scores: Sequence[float] | None = None,
+    seed_scores: Sequence[float] = (),
+    margin: float = MARGIN,
+) -> AgainstPublished:
+    """Verdict on a published figure from the interval of the difference, both sides' sampling errors and the seeds' spread in it.
+
+    The published answers are not known, so the two sides count as independent, which makes the interval wider than a paired one.
+    agrees / above / below: the whole interval lies within / above / below plus or minus `margin`; otherwise inconclusive. So few
+    examples never earn "agrees".
+    """
+    ours = standard_error(score, n, scores)
+    # Without the published answers, their scatter is taken to be as ours, else that of a proportion.
+    theirs = ours * math.sqrt(n / published_n) if scores is not None else standard_error(published, published_n)
+    seeds = float(np.var(seed_scores, ddof=1)) if len(seed_scores) > 1 else 0.0
+    # The published figure is one seed, ours the mean of several.
+    error = math.sqrt(ours**2 + theirs**2 + (seeds / max(len(seed_scores), 1) + seeds if seeds else 0.0))
+    difference = score - published
+    low, high = difference - Z95 * error, difference + Z95 * error
+    verdict: Verdict = "inconclusive"
+    if -margin <= low and high <= margin:
+        verdict = "agrees"
+    elif low > margin:
+        verdict = "above"
+    elif high < -margin:
+        verdict = "below"
+    return AgainstPublished(difference, (low, high), verdict)

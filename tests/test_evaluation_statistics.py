@@ -1,0 +1,78 @@
+"""Intervals and tests against scipy, known values and simulation."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from phi3v.evaluation import statistics
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 10), (10, 10), (430, 500), (1, 3)])
+def test_wilson_equals_scipy(correct, n):
+    low, high = stats.binomtest(correct, n).proportion_ci(method="wilson")
+    assert statistics.wilson(correct, n) == pytest.approx((100 * low, 100 * high), abs=1e-9)
+
+
+def test_500_examples_at_86_percent_are_plus_or_minus_three_points():
+    low, high = statistics.wilson(430, 500)
+    assert (high - low) / 2 == pytest.approx(3.0, abs=0.1)
+
+
+def test_bootstrap_is_seeded_and_close_to_the_normal_interval():
+    scores = np.random.default_rng(1).beta(2, 1, 400)
+    low, high = statistics.bootstrap(scores, seed=3)
+    assert (low, high) == statistics.bootstrap(scores, seed=3)
+    half = 196 * scores.std(ddof=1) / 20
+    assert (low, high) == pytest.approx((100 * scores.mean() - half, 100 * scores.mean() + half), abs=0.35)
+
+
+def test_bootstrap_covers_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(5)
+    hits = 0
+    for trial in range(300):
+        low, high = statistics.bootstrap(rng.random(80) ** 2, seed=trial, resamples=600)
+        hits += low <= 100 / 3 <= high
+    assert 0.91 <= hits / 300 <= 0.98
+
+
+def test_mcnemar_equals_the_binomial_test():
+    rng = np.random.default_rng(2)
+    left, right = (rng.random(200) < 0.8).astype(float), (rng.random(200) < 0.7).astype(float)
+    only_left, only_right = int(((left > right)).sum()), int(((right > left)).sum())
+    assert statistics.mcnemar(left, right) == pytest.approx(stats.binomtest(only_left, only_left + only_right).pvalue)
+    assert statistics.mcnemar(left, left) == 1.0
+
+
+def test_paired_comparison_is_narrower_than_an_unpaired_one():
+    rng = np.random.default_rng(3)
+    left = (rng.random(400) < 0.7).astype(float)
+    right = left.copy()
+    right[:20] = 0
+    pair = statistics.paired(left, right)
+    assert pair.difference == pytest.approx(100 * (left.mean() - right.mean()))
+    unpaired = 196 * np.sqrt(left.var() / 400 + right.var() / 400)
+    assert (pair.interval[1] - pair.interval[0]) / 2 < unpaired / 2
+    assert pair.p is not None and statistics.paired([0.5, 0.2], [0.1, 0.3]).p is None
+    with pytest.raises(ValueError, match="3 and 2"):
+        statistics.paired([1, 0, 1], [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("score", "n", "published", "published_n", "verdict"),
+    [
+        (86.5, 20_000, 86.4, 20_000, "agrees"),
+        (86.4, 500, 86.4, 500, "inconclusive"),  # equal figures, too few examples to tell
+        (95.0, 500, 86.4, 500, "above"),
+        (70.0, 500, 86.4, 500, "below"),
+        (100.0, 5, 99.0, 5, "inconclusive"),  # a share of 100 % has a sampling error too
+    ],
+)
+def test_verdicts(score, n, published, published_n, verdict):
+    assert statistics.against_published(score, n, published, published_n).verdict == verdict
+
+
+def test_seeds_widen_the_interval():
+    one = statistics.against_published(86, 500, 86.4, 500)
+    several = statistics.against_published(86, 500, 86.4, 500, seed_scores=[83, 86, 89])
+    assert several.interval[1] - several.interval[0] > one.interval[1] - one.interval[0]
+    assert statistics.spread([83, 86, 89]) == {"mean": 86, "sd": 3, "low": 83, "high": 89}
