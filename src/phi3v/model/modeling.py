@@ -42,6 +42,12 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\.weight$"]
 
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__(config)
+        # The tower is made of layers, not of a PreTrainedModel, so nobody else hands it the resolved implementation.
+        if config.vision_config._attn_implementation is None:
+            config.vision_config._attn_implementation = config._attn_implementation
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ImageEmbedding):

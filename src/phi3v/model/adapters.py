@@ -1,0 +1,220 @@
+"""LoRA and QLoRA: add, load, merge. The only module that knows PEFT and bitsandbytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.model.processing import Phi3VProcessor
+
+DECODER_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+VISION_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+def lora_targets(model: nn.Module, freeze_vision: bool) -> list[str]:
+    """Full module paths that take an adapter: the recipe's list.
+
+    The decoder's four projections and lm_head; unless vision is frozen also CLIP's six and the two projector linears.
+    The tower's last layer, which never runs, is left out: an adapter there would be trained by nothing.
+    """
+    n_vision = model.config.vision_config.num_hidden_layers
+    unused = f".encoder.layers.{n_vision - 1}."
+    targets = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        last = name.rpartition(".")[2]
+        decoder = ".vision_embed_tokens." not in name and (last in DECODER_TARGETS or name == "lm_head")
+        tower = ".img_processor." in name and last in VISION_TARGETS and unused not in name
+        if decoder or (not freeze_vision and (tower or ".img_projection." in name)):
+            targets.append(name)
+    return targets
+
+
+def add_lora(
+    model: Phi3VForCausalLM,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    freeze_vision: bool = False,
+    use_dora: bool = False,
+    seed: int | None = None,
+) -> Any:
+    """A PEFT model with LoRA (or DoRA) on `lora_targets`, gaussian initialised; everything else is frozen.
+
+    rank: columns of the factors, may exceed a layer's width; alpha: absolute, the scale is alpha / rank. seed: makes
+    the initial factors a function of it, without touching the caller's random state. Adapters are float32 on a
+    quantised or half-precision base, as PEFT's autocast does it.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if rank < 1:
+        raise ValueError(f"lora_rank: {rank}; expected at least 1.")
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_dora=use_dora,
+        init_lora_weights="gaussian",
+        target_modules=lora_targets(model, freeze_vision),
+    )
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def load_quantized(
+    folder: str | Path, dtype: torch.dtype = torch.bfloat16, attn: str = "sdpa", device: Any = None
+) -> Phi3VForCausalLM:
+    """The base model in 4 bits: nf4 for every linear layer but lm_head, computing in `dtype`. CPU and CUDA.
+
+    Raises ImportError where bitsandbytes is missing.
+    """
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head"],
+    )
+    model = Phi3VForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=attn,
+        quantization_config=quantization,
+        device_map={"": device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"},
+    )
+    return model.requires_grad_(False)
+
+
+def save_adapter(model: Any, folder: str | Path) -> None:
+    """Write a PEFT model's factors and configuration, and nothing of the base.
+
+    PEFT would add the embedding and the head of the base (hundreds of megabytes) because lm_head has an adapter.
+    """
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def base_of(adapter: str | Path) -> Path:
+    """The base checkpoint that an adapter folder names. Raises ValueError where it is not there."""
+    file = Path(adapter) / "adapter_config.json"
+    named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    for candidate in (named, None if named is None else str(Path(adapter) / named)):
+        if candidate and Path(candidate).is_dir():
+            return Path(candidate)
+    raise ValueError(
+        f"{file}: base_model_name_or_path is {named!r}; expected an existing checkpoint folder (absolute, or relative "
+        "to the working or the adapter's folder). Move the base back or correct the file."
+    )
+
+
+def load_for_inference(
+    folder: str | Path, dtype: torch.dtype = torch.bfloat16, attn: str = "sdpa", device: Any = None
+) -> PreTrainedModel:
+    """A checkpoint folder, or an adapter folder on its unquantised base with the factors folded in; in eval mode.
+
+    Adapters of quantised training are evaluated on the unquantised base, as the recipe's scripts do.
+    """
+    if is_adapter(folder):
+        model = _merged(folder, dtype, attn)
+    else:
+        model = Phi3VForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn)
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def _with_adapter(folder: str | Path, dtype: torch.dtype, attn: str) -> Any:
+    """The base with the adapter beside it, not folded in."""
+    from peft import PeftModel
+
+    base = Phi3VForCausalLM.from_pretrained(base_of(folder), dtype=dtype, attn_implementation=attn)
+    return PeftModel.from_pretrained(base, str(folder))
+
+
+def _merged(folder: str | Path, dtype: torch.dtype, attn: str) -> Phi3VForCausalLM:
+    """The base with the adapter folded into its weights."""
+    return _with_adapter(folder, dtype, attn).merge_and_unload()
+
+
+def merge(
+    adapter_folder: str | Path, out_folder: str | Path, dtype: torch.dtype | None = None, check: bool = True
+) -> dict[str, float]:
+    """Fold an adapter into its base and write a checkpoint in the published layout, processor files included.
+
+    dtype: of the written weights; None keeps the base's. The sum is formed in float32 and rounded once. With `check`
+    adapter and merged model are compared on a fixed prompt: returns {"max_logit_difference", "logit_scale",
+    "top_token_agreement"} and raises ValueError where they disagree by more than rounding. Refuses to write into a
+    folder that already holds files.
+    """
+    out = Path(out_folder)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: not empty; expected a new folder for the merged checkpoint.")
+    base = base_of(adapter_folder)
+    source = next((f for f in (Path(adapter_folder), base) if (f / "tokenizer.json").is_file()), None)
+    if source is None:
+        raise ValueError(f"{base}: no tokenizer.json there nor in {adapter_folder}; expected processor files in one.")
+    target = dtype or Phi3VConfig.from_pretrained(base).dtype or torch.bfloat16
+    adapted = _with_adapter(adapter_folder, torch.float32, "sdpa").eval()
+    sample = _sample_inputs(adapted.config)
+    with torch.inference_mode():
+        before = adapted(**sample).logits.float() if check else None
+    merged = adapted.merge_and_unload().to(target)
+    merged.config.dtype = target
+    report: dict[str, float] = {}
+    if check:
+        with torch.inference_mode():
+            after = merged(**sample).logits.float()
+        report = _compare(before, after, target)
+    merged.save_pretrained(out)
+    Phi3VProcessor.from_pretrained(source).save_pretrained(out)
+    licence = base / "LICENSE"
+    if licence.is_file():
+        shutil.copyfile(licence, out / "LICENSE")
+    return report
+
+
+def _sample_inputs(config: Phi3VConfig) -> dict[str, torch.Tensor]:
+    """A fixed prompt with one picture of one tile, without a tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+    size, grid = config.tile_size, config.tile_grid
+    n_image = 2 * grid * grid + 1 + 2 * grid
+    text = torch.randint(3, config.vocab_size // 2, (1, 16), generator=generator)
+    text[text == config.image_token_id] = 3
+    image = torch.full((1, n_image), config.image_token_id)
+    return {
+        "input_ids": torch.cat((text[:, :4], image, text[:, 4:]), dim=1),
+        "pixel_values": torch.randn(2, 3, size, size, generator=generator),
+        "image_sizes": torch.tensor([[size, size]]),
+    }
+
+
+def _compare(before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Differences of logits [1, T, V]; raises ValueError beyond the target dtype's rounding."""
+    difference, scale = float((before - after).abs().max()), float(before.std())
+    agreement = float((before.argmax(-1) == after.argmax(-1)).float().mean())
+    report = {"max_logit_difference": difference, "logit_scale": scale, "top_token_agreement": agreement}
+    # Rounding every weight once moves logits by some tens of units in the last place of the dtype; a wrong scale or a
+    # missing factor moves them by the size of the logits themselves.
+    allowed = max(1e-4, 64 * torch.finfo(dtype).eps) * max(scale, 1e-3)
+    if difference > allowed:
+        raise ValueError(
+            f"merged and adapter model differ: max logit difference {difference:.3g}, expected at most {allowed:.3g} "
+            f"(logit deviation {scale:.3g}, {agreement:.1%} of top tokens agree); nothing was written."
+        )
+    return report
