@@ -56,7 +56,7 @@ def test_several_nodes_start_through_the_launcher(snakemake):
     ("setting", "said"),
     [
         ("hardware=[{device: a1000, per_node: 1}]", "field `hardware.device`: got 'a1000'"),
-        ("overrides={phi35-nlvr2-full-bf16: {learning_rate: -1}}", "field `learning_rate`: got -1"),
+        ("overrides={phi35-nlvr2-full-bf16: {learning_rate: -1}}", "field `learning_rate`: got '-1'"),
         ("hardware=[{device: a100-80gb, per_node: 3}]", "field `batch_size`: got 64: expected a multiple of 3"),
         ("rows={accuracy: [phi9-none], speed: []}", "got 'phi9-none': matches no row"),
     ],

@@ -32,7 +32,7 @@ rule run_settings:
 rule report:
     """Join everything that finished with the published numbers."""
     input:
-        config=rules.run_settings.output,
+        config=rules.run_settings.output[0],
         rows=[row_results(job) for job in JOBS],
     output:
         page=report(
