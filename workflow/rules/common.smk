@@ -1,12 +1,16 @@
 """The run's settings, and what the rules share: paths of results, launch lines, resources."""
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-sys.path.insert(0, str(Path(workflow.basedir) / "src"))
+# The scripts import phi3v from this checkout, whichever environment they run in.
+SOURCE = str(Path(workflow.basedir) / "src")
+sys.path.insert(0, SOURCE)
+os.environ["PYTHONPATH"] = os.pathsep.join([SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from phi3v import settings
 
