@@ -1,0 +1,72 @@
+#!/usr/bin/env python
+"""Fetch a dataset's sources or a model's weights, once for all runs; the lock file is written last.
+
+    python scripts/download.py --datasets config/datasets.yaml --dataset docvqa --output_dir results/data/docvqa/source
+    python scripts/download.py --models config/models.yaml --model phi35-vision --output_dir results/models/phi35-vision
+
+Hub files go through huggingface_hub (HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are honoured). What is there
+already is checked against its recorded size and sha256 and not fetched again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from phi3v.data.sources import SourceError, fetch
+from phi3v.settings import Dataset, Model, SettingsError, read_entries
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--datasets", nargs="+", default=["config/datasets.yaml"], metavar="FILE", help="datasets files"
+    )
+    parser.add_argument("--models", nargs="+", default=["config/models.yaml"], metavar="FILE", help="models files")
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--dataset", metavar="NAME", help="entry of a datasets file")
+    chosen.add_argument("--model", metavar="NAME", help="entry of a models file")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="where the files and their lock go")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="files fetched at a time (default: 4)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    given = arguments()
+    try:
+        entry: Dataset | Model
+        if given.dataset:
+            name, known = given.dataset, read_entries(given.datasets, Dataset, Path("."))
+        else:
+            name, known = given.model, read_entries(given.models, Model, Path("."))
+        if name not in known:
+            raise SettingsError(
+                f"--{'dataset' if given.dataset else 'model'}: got {name!r}; expected one of {', '.join(sorted(known))}"
+            )
+        entry = known[name]
+        if entry.licence:
+            print(f"{name}: {entry.title}. Licence: {entry.licence}", file=sys.stderr)
+        if isinstance(entry, Dataset):
+            fetched = fetch(
+                [(split.url, split.revision) for split in entry.splits.values()], given.output_dir, given.workers
+            )
+        else:
+            fetched = fetch([(entry.url, entry.revision)], given.output_dir, given.workers, kind="model", flat=True)
+    except (SettingsError, SourceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"error: {given.output_dir}: {error}; expected a folder that can be written and has room", file=sys.stderr
+        )
+        return 1
+    for source in fetched.values():
+        size = sum(file.size for file in source.files)
+        pinned = f" at {source.resolved}" if source.resolved else ""
+        print(f"{source.url}{pinned}: {len(source.files)} files, {size / 1e6:.1f} MB", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Data: fetch sources, convert them to the conversations jsonl, check, and load them for training and evaluation."""

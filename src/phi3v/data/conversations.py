@@ -1,0 +1,291 @@
+"""The conversations jsonl: one example a line, read strictly, written one way.
+
+    {"id": "val-0000000300", "source": "ucf101", "conversations": [
+      {"images": ["val/BabyCrawling/clip.0.jpg"], "user": "Classify the video …", "assistant": "BabyCrawling"}]}
+
+`images` are paths relative to DIR/images; a turn without pictures has an empty list (or none). `answers` is optional:
+every accepted answer, of which `assistant` is the first. A line that is anything else is refused with file, line,
+field, value and what was expected. The format is described in docs/data.md and in
+workflow/schemas/conversations.schema.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_LINE_BYTES = 8 * 2**20
+"""A longer line is refused without being held in memory: no conversation has megabytes of text."""
+
+CONTROL_TOKEN = re.compile(
+    r"<\|(?:user|assistant|system|end|endoftext|image|image_\d+|placeholder\d+)\|>|<s>|</s>|<unk>"
+)
+"""The model's own marks. In a text they would end an answer, open a turn or stand for a picture that is not there."""
+
+_TURN_KEYS = {"images", "user", "assistant", "answers"}
+_RECORD_KEYS = {"id", "source", "conversations"}
+
+
+class DataError(ValueError):
+    """Data that must not get in; the message names file, row, field, value and what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question and its answer, with the pictures that come with the question."""
+
+    images: tuple[str, ...]
+    user: str
+    assistant: str
+    answers: tuple[str, ...] = ()
+    """All accepted answers, `assistant` first; empty when there is only that one."""
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """The answers an evaluation accepts."""
+        return self.answers or (self.assistant,)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One example."""
+
+    id: str
+    source: str
+    turns: tuple[Turn, ...]
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Pictures of all turns, in order."""
+        return tuple(image for turn in self.turns for image in turn.images)
+
+
+# ---- checks of one value
+
+
+def shown(value: Any) -> str:
+    """A value for a message: its repr, cut to 80 characters."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def image_path_problem(path: Any) -> str | None:
+    """What is wrong with an image path, or None: it must stay inside the images folder whatever the system."""
+    if type(path) is not str:
+        return "a string"
+    if not path or path[0] == "/" or "\\" in path or "\0" in path or "\n" in path or ":" in path[1:2]:
+        return "a relative path with / between folders"
+    if "//" in path or path[-1] == "/" or (path[0] == "." and path.startswith(("./", "../"))) or path in (".", ".."):
+        return "a path inside the images folder, without empty, . or .. parts"
+    if "/." in path and any(part in (".", "..") for part in path.split("/")):
+        return "a path inside the images folder, without . or .. parts"
+    if len(path) > 1024:
+        return "at most 1024 characters"
+    return None
+
+
+def text_problem(text: Any, empty: bool = False) -> str | None:
+    """What is wrong with a text, or None. `empty`: whether blank text is allowed."""
+    if type(text) is not str:
+        return "a string"
+    if not empty and (not text or text.isspace()):
+        return "some text"
+    if "<" in text and (token := CONTROL_TOKEN.search(text)):
+        return f"no control token of the model ({token.group()})"
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return "no lone surrogates"
+    return None
+
+
+# ---- reading
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {shown(next(key for key in keys if keys.count(key) > 1))} is given twice")
+    return values
+
+
+_strict_decode = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_unique_keys).decode
+_fast_decode = json.JSONDecoder(parse_constant=_no_constant).decode
+
+
+def decode_line(line: bytes, unique_keys: bool = True) -> Any:
+    """The JSON value of a line; raises ValueError that says what is wrong. `unique_keys`: refuse a key given twice."""
+    if line[:3] == b"\xef\xbb\xbf":
+        raise ValueError("a byte order mark; expected UTF-8 without one")
+    if b"\r" in line:
+        raise ValueError("a carriage return; expected lines that end in \\n alone")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from None
+    if not text or text.isspace():
+        raise ValueError("an empty line; expected one JSON object a line")
+    try:
+        return (_strict_decode if unique_keys else _fast_decode)(text)
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+
+
+def _turn_problem(where: str, turn: Any) -> str | None:
+    if type(turn) is not dict:
+        return f"field `{where}`: got {shown(turn)}; expected an object"
+    for key in turn.keys() - _TURN_KEYS:
+        return f"field `{where}.{key}`: unknown; expected images, user, assistant, answers"
+    for key in ("user", "assistant"):
+        if key not in turn:
+            return f"field `{where}.{key}`: missing; expected a string"
+        if expected := text_problem(turn[key]):
+            return f"field `{where}.{key}`: got {shown(turn[key])}; expected {expected}"
+    images = turn.get("images", [])
+    if type(images) is not list:
+        return f"field `{where}.images`: got {shown(images)}; expected a list of paths"
+    for index, path in enumerate(images):
+        if expected := image_path_problem(path) or text_problem(path):
+            return f"field `{where}.images[{index}]`: got {shown(path)}; expected {expected}"
+    if "answers" in turn:
+        answers = turn["answers"]
+        if type(answers) is not list or not answers:
+            return f"field `{where}.answers`: got {shown(answers)}; expected a list of accepted answers"
+        for index, answer in enumerate(answers):
+            if expected := text_problem(answer):
+                return f"field `{where}.answers[{index}]`: got {shown(answer)}; expected {expected}"
+        if answers[0] != turn["assistant"]:
+            expected = f"the assistant's answer, {shown(turn['assistant'])}"
+            return f"field `{where}.answers[0]`: got {shown(answers[0])}; expected {expected}"
+    return None
+
+
+def record_problem(record: Any) -> str | None:
+    """What is wrong with a decoded line (first field that is wrong), or None."""
+    if type(record) is not dict:
+        return f"got {shown(record)}; expected an object"
+    for key in record.keys() - _RECORD_KEYS:
+        return f"field `{key}`: unknown; expected id, source, conversations"
+    for key in ("id", "source"):
+        value = record.get(key)
+        if expected := text_problem(value) or ("no line break" if "\n" in str(value) else None):
+            return f"field `{key}`: " + (
+                f"got {shown(value)}; expected {expected}" if key in record else "missing; expected a string"
+            )
+    turns = record.get("conversations")
+    if type(turns) is not list or not turns:
+        return f"field `conversations`: got {shown(turns)}; expected a list of turns"
+    for index, turn in enumerate(turns):
+        if problem := _turn_problem(f"conversations[{index}]", turn):
+            return problem
+    return None
+
+
+def parse_line(line: bytes, where: str) -> Conversation:
+    """One line (with or without its line end) as a Conversation. Raises DataError; `where` (file:line) comes first in
+    its message."""
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(f"{where}: {len(line)} bytes; expected a line of at most {MAX_LINE_BYTES}")
+    try:
+        record = decode_line(line)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
+    if problem := record_problem(record):
+        raise DataError(f"{where}: {problem}")
+    return Conversation(
+        record["id"],
+        record["source"],
+        tuple(
+            Turn(tuple(turn.get("images", ())), turn["user"], turn["assistant"], tuple(turn.get("answers", ())))
+            for turn in record["conversations"]
+        ),
+    )
+
+
+def raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes) of a jsonl; of an overlong line only the first MAX_LINE_BYTES + 1 bytes are held."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        yield number, line
+        if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+
+
+def read_conversations(path: str | Path) -> Iterator[Conversation]:
+    """Every example of a jsonl, one at a time. Raises DataError at the first wrong line, and when there is none at
+    all."""
+    number = 0
+    with open(path, "rb") as file:
+        for number, line in raw_lines(file):
+            yield parse_line(line, f"{path}:{number}")
+    if not number:
+        raise DataError(f"{path}: empty; expected one JSON object a line")
+
+
+# ---- writing
+
+
+def format_line(conversation: Conversation) -> bytes:
+    """A line of the jsonl with its line end: fields in one order, text as UTF-8, so equal examples are equal bytes."""
+    turns = []
+    for turn in conversation.turns:
+        fields: dict[str, Any] = {"images": list(turn.images), "user": turn.user, "assistant": turn.assistant}
+        if turn.answers:
+            fields["answers"] = list(turn.answers)
+        turns.append(fields)
+    record = {"id": conversation.id, "source": conversation.source, "conversations": turns}
+    if problem := record_problem(record):
+        raise DataError(f"example {shown(conversation.id)}: {problem}")
+    return json.dumps(record, ensure_ascii=False, separators=(", ", ": ")).encode("utf-8") + b"\n"
+
+
+def write_conversations(path: str | Path, conversations: Iterator[Conversation] | list[Conversation]) -> int:
+    """Write a jsonl and return its number of lines. The file appears whole or not at all."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    count = 0
+    try:
+        with open(part, "wb") as file:
+            for conversation in conversations:
+                file.write(format_line(conversation))
+                count += 1
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return count
+
+
+# ---- what is sent to the model
+
+
+def user_message(turn: Turn, first_image: int = 1) -> str:
+    """The user's message: a mark for each picture on its own line, then the text.
+
+    first_image: number of the turn's first picture; pictures are numbered over the whole conversation.
+    """
+    marks = "".join(f"<|image_{first_image + index}|>\n" for index in range(len(turn.images)))
+    return f"{marks}{turn.user}"
+
+
+def prompt_text(turn: Turn, first_image: int = 1) -> str:
+    """The turn up to where the answer starts, as Phi-3-vision's chat template writes it."""
+    return f"<|user|>\n{user_message(turn, first_image)}<|end|>\n<|assistant|>\n"
+
+
+def answer_text(turn: Turn) -> str:
+    """The answer with the marks that end it (recipe)."""
+    return f"{turn.assistant}<|end|>\n<|endoftext|>"

@@ -1,0 +1,164 @@
+"""Hub repositories through huggingface_hub: its cache, its resume, its token, HF_ENDPOINT mirrors and
+HF_HUB_OFFLINE."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from phi3v.data.sources import Remote, SourceError, digest_of, link_or_copy
+from phi3v.data.web import Transient, retry_after, status_error, with_retries
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "LICENSE*", "README.md")
+"""Of a model repository: weights, configuration, tokenizer, terms. No remote code, no second copy in another format."""
+
+T = TypeVar("T")
+
+
+def split_url(url: str) -> tuple[str, str, str]:
+    """("dataset" or "model", "OWNER/REPO", "path or pattern") of a hub URL. Raises SourceError."""
+    match = re.fullmatch(r"hf://(datasets/)?([\w.-]+/[\w.-]+)(?:/(.+))?", url)
+    if not match:
+        raise SourceError(f"source {url!r}: expected hf://datasets/OWNER/REPO/PATH or hf://OWNER/REPO")
+    return ("dataset" if match[1] else "model"), match[2], match[3] or ""
+
+
+def _call(action: Callable[[], T], what: str) -> T:
+    """A hub call with failures sorted: passing ones are tried again, others end in a SourceError with what to do."""
+    import httpx2
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        FileMetadataError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def attempt() -> T:
+        try:
+            return action()
+        except OfflineModeIsEnabled:
+            raise SourceError(
+                f"{what}: not in the cache, and HF_HUB_OFFLINE forbids the network; download it once online"
+            ) from None
+        except GatedRepoError:
+            raise SourceError(f"{what}: gated: accept its terms on its page and set HF_TOKEN") from None
+        except RevisionNotFoundError:
+            raise SourceError(f"{what}: no such revision; expected a commit, branch or tag of the repository") from None
+        except RepositoryNotFoundError:
+            raise SourceError(f"{what}: no such repository, or not visible without a token (HF_TOKEN)") from None
+        except LocalEntryNotFoundError as error:
+            # Raised offline, and also when the connection failed before the file's facts were known.
+            if error.__cause__ is None or isinstance(error.__cause__, OfflineModeIsEnabled):
+                raise SourceError(f"{what}: not in the cache, and the network is not reachable or forbidden") from None
+            raise Transient(f"{error.__cause__}") from None
+        except EntryNotFoundError:
+            raise SourceError(f"{what}: no such file in the repository") from None
+        except HfHubHTTPError as error:
+            response = error.response
+            raise status_error(response.status_code, what, retry_after_header(response.headers)) from None
+        except FileMetadataError as error:
+            raise Transient(str(error)) from None
+        except (httpx2.HTTPError, ConnectionError, TimeoutError) as error:
+            raise Transient(f"{type(error).__name__}: {error}") from None
+        except OSError as error:
+            if "Consistency check failed" in str(error):
+                raise Transient("fewer or more bytes than promised") from None
+            raise
+
+    return with_retries(attempt, what)
+
+
+def retry_after_header(headers: Any) -> str | None:
+    """The Retry-After header, where it can be read at all."""
+    value = headers.get("Retry-After")
+    return value if retry_after(value) is not None else None
+
+
+def listing(url: str, revision: str | None, kind: str) -> tuple[str | None, list[Remote]]:
+    """(commit, files that the URL's pattern names). Offline: what the cache has. Raises SourceError."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.hf_api import RepoFile
+
+    repo_type, repo, pattern = split_url(url)
+    if is_offline_mode():
+        patterns = [pattern] if pattern else list(MODEL_FILES) if kind == "model" else None
+        root = Path(
+            _call(
+                lambda: snapshot_download(
+                    repo, repo_type=repo_type, revision=revision, allow_patterns=patterns, local_files_only=True
+                ),
+                url,
+            )
+        )
+        found = sorted(
+            path
+            for path in root.rglob("*")
+            if path.is_file() and _selected(path.relative_to(root).as_posix(), pattern, kind)
+        )
+        if not found:
+            raise SourceError(
+                f"{url}: nothing of it in the cache, and HF_HUB_OFFLINE forbids the network; download it once online"
+            )
+        names = [path.relative_to(root).as_posix() for path in found]
+        return root.name, [Remote(name, name, path.stat().st_size) for name, path in zip(names, found, strict=True)]
+    api = HfApi()
+    commit = _call(lambda: api.repo_info(repo, repo_type=repo_type, revision=revision).sha, url)
+    fixed = (
+        re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+        if re.search(r"[*?\[]", pattern)
+        else pattern.rpartition("/")[0]
+    )
+    tree = _call(
+        lambda: list(
+            api.list_repo_tree(repo, path_in_repo=fixed or None, recursive=True, revision=commit, repo_type=repo_type)
+        ),
+        url,
+    )
+    remotes = [
+        Remote(item.path, item.path, item.size, item.lfs.sha256 if item.lfs else None)
+        for item in tree
+        if isinstance(item, RepoFile) and _selected(item.path, pattern, kind)
+    ]
+    if not remotes:
+        raise SourceError(f"{url}: no file of the repository matches {pattern or MODEL_FILES!r} at {commit}")
+    for remote in remotes:
+        if remote.path.startswith("/") or ".." in remote.path.split("/"):
+            raise SourceError(f"{url}: the listing names {remote.path!r}; expected paths inside the repository")
+    return commit, sorted(remotes, key=lambda remote: remote.path)
+
+
+def _selected(path: str, pattern: str, kind: str) -> bool:
+    if pattern:
+        return fnmatch.fnmatchcase(path, pattern)
+    return kind != "model" or ("/" not in path and any(fnmatch.fnmatchcase(path, name) for name in MODEL_FILES))
+
+
+def get(url: str, revision: str | None, remote: Remote, target: Path, sha256: str | None) -> None:
+    """One file into the hub's cache, and from there into place. Wrong bytes are thrown out of the cache and fetched
+    again."""
+    from huggingface_hub import hf_hub_download
+
+    repo_type, repo, _ = split_url(url)
+    wrong = False
+
+    def download() -> None:
+        nonlocal wrong
+        path = Path(hf_hub_download(repo, remote.locator, repo_type=repo_type, revision=revision, force_download=wrong))
+        size = path.stat().st_size
+        if remote.size not in (None, size):
+            wrong = True
+            raise Transient(f"{size} bytes; expected {remote.size}")
+        if sha256 and (seen := digest_of(path)) != sha256:
+            wrong = True
+            raise Transient(f"wrong bytes: sha256 {seen}; expected {sha256}")
+        link_or_copy(path, target)
+
+    _call(download, f"{url}: {remote.path}")

@@ -1,0 +1,144 @@
+"""Pictures: what may come in, and how it is opened.
+
+A picture is kept as its original bytes where it is JPEG or PNG. Opening gives what a viewer shows: upright after its
+EXIF orientation, the first frame of an animation, three channels (transparency is dropped, as the model's own processor
+does).
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import (  # noqa: F401  (they register)
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageOps,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
+
+from phi3v.data.conversations import DataError
+
+KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png"}
+"""Formats whose bytes are kept, and their suffix (MPO is a JPEG with further pictures behind the first)."""
+
+READ = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+"""Formats that are opened at all: no vector formats, nothing that runs other programs."""
+
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What the header says."""
+
+    format: str
+    width: int
+    height: int
+    mode: str
+
+
+def _open(data: bytes | Path, where: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=READ)
+    except UnidentifiedImageError:
+        raise DataError(f"{where}: not a picture; expected one of {', '.join(READ)}") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{where}: {error}") from None
+    # Pillow's readers answer hostile headers with many kinds of exception; all of them mean the same here.
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        struct.error,
+    ) as error:
+        raise DataError(f"{where}: cannot be opened as a picture: {error}") from None
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise DataError(f"{where}: {image.width} x {image.height} pixels; expected at most {limit} in all")
+    return image
+
+
+def check_png(data: bytes, where: str) -> None:
+    """Every chunk is whole and its checksum right, up to the end mark. Raises DataError."""
+    position, end = len(_PNG_START), len(data)
+    view = memoryview(data)
+    while position + 12 <= end:
+        length, kind = struct.unpack_from(">I4s", data, position)
+        stop = position + 12 + length
+        if stop > end:
+            break
+        if zlib.crc32(view[position + 4 : stop - 4]) != struct.unpack_from(">I", data, stop - 4)[0]:
+            raise DataError(f"{where}: PNG chunk {kind!r} at byte {position} has a wrong checksum; the file is damaged")
+        if kind == b"IEND":
+            return
+        position = stop
+    raise DataError(f"{where}: PNG ends after {end} bytes without its end mark; the file is truncated")
+
+
+def check_jpeg(data: bytes, where: str) -> None:
+    """The end mark is there. Raises DataError."""
+    # Some writers pad or append metadata behind it; a truncated scan holds no end mark at all.
+    if data.rfind(b"\xff\xd9") < 2:
+        raise DataError(f"{where}: JPEG ends after {len(data)} bytes without its end mark; the file is truncated")
+
+
+def inspect(data: bytes, where: str) -> ImageInfo:
+    """Header and completeness of encoded bytes, without decoding them. Raises DataError: no picture, too many pixels,
+    truncated."""
+    with _open(data, where) as image:
+        info = ImageInfo(image.format or "", image.width, image.height, image.mode)
+    if info.format == "PNG":
+        check_png(data, where)
+    elif info.format in KEPT:
+        check_jpeg(data, where)
+    return info
+
+
+def open_rgb(data: bytes | Path, where: str) -> Image.Image:
+    """Decode to an upright 8-bit RGB picture. Raises DataError when the picture cannot be decoded whole."""
+    try:
+        with _open(data, where) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16") or image.mode == "I":
+                # Pillow's own conversion clips 16-bit grey at 255, which turns nearly every scan white.
+                image = image.convert("I").point(lambda grey: grey * (1 / 256)).convert("L")
+            elif image.mode == "F":
+                raise DataError(f"{where}: floating point pixels; expected 8 or 16 bits a channel")
+            return image.convert("RGB")
+    except DataError:
+        raise
+    # As in _open: decoders raise many kinds of exception for damaged data.
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        TypeError,
+        KeyError,
+        IndexError,
+        OverflowError,
+        struct.error,
+        zlib.error,
+        MemoryError,
+    ) as error:
+        raise DataError(f"{where}: cannot be decoded: {error}") from None
+
+
+def as_png(data: bytes | Path, where: str) -> bytes:
+    """The picture as PNG, for formats whose bytes are not kept."""
+    buffer = io.BytesIO()
+    open_rgb(data, where).save(buffer, "PNG")
+    return buffer.getvalue()

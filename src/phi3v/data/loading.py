@@ -1,0 +1,242 @@
+"""Loading a data folder: any example by its number, as model inputs.
+
+The jsonl stays on disk: an index of byte offsets (8 bytes a line) is all that is held, so a million examples start
+within seconds.
+
+    T = tokens of an example, B = examples of a batch, S = edge of a tile in pixels
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from phi3v.data.conversations import MAX_LINE_BYTES, Conversation, DataError, Turn, answer_text, parse_line, prompt_text
+from phi3v.data.images import open_rgb
+
+DEFAULT_NUM_CROPS = 16
+"""The recipe's, where neither the caller nor dataset.json says one."""
+
+
+class LineIndex:
+    """Lines of a file by number; holds their byte offsets only."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        ends: list[np.ndarray] = []
+        size = 0
+        with open(self.path, "rb") as file:
+            while block := file.read(1 << 24):
+                ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + (size + 1))
+                size += len(block)
+        edges = np.concatenate([np.zeros(1, np.int64), *ends])
+        self.offsets = edges if edges[-1] == size else np.append(edges, size)
+        """[lines + 1] where each line starts, and the file's end."""
+        self._handle: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
+        if stop - start > MAX_LINE_BYTES:
+            raise DataError(
+                f"{self.path}:{index + 1}: {stop - start} bytes; expected a line of at most {MAX_LINE_BYTES}"
+            )
+        # A handle a process: forked workers must not share one, and a position is given with each read anyway.
+        if self._handle is None or self._handle[0] != os.getpid():
+            self._handle = (os.getpid(), os.open(self.path, os.O_RDONLY))
+        line = os.pread(self._handle[1], stop - start, start)
+        if len(line) != stop - start:
+            raise DataError(f"{self.path}:{index + 1}: the file became shorter while it was in use")
+        return line
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}
+
+    def __del__(self) -> None:
+        handle = getattr(self, "_handle", None)
+        if handle is not None and handle[0] == os.getpid():
+            os.close(handle[1])
+
+
+def describe(data_dir: str | Path) -> dict[str, Any]:
+    """dataset.json of a data folder; {} for a folder made by hand. Raises DataError when it is not what the converter
+    writes."""
+    path = Path(data_dir) / "dataset.json"
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        for name, split in value["splits"].items():
+            if not isinstance(name, str) or not isinstance(split["file"], str) or "/" in split["file"]:
+                raise ValueError(f"split {name!r}")
+        return value
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: not a dataset description ({error}); expected what scripts/convert.py writes"
+        ) from None
+
+
+def split_file(data_dir: str | Path, split: str) -> Path:
+    """The jsonl of a split: as dataset.json says, else SPLIT.jsonl or *_SPLIT.jsonl. Raises DataError."""
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise DataError(f"{data_dir}: no such folder; expected one with images/ and {split}.jsonl")
+    entry = describe(data_dir).get("splits", {}).get(split)
+    if entry:
+        found = [data_dir / entry["file"]]
+    else:
+        found = [path for path in [data_dir / f"{split}.jsonl"] if path.is_file()] or sorted(
+            data_dir.glob(f"*_{split}.jsonl")
+        )
+    if len(found) != 1 or not found[0].is_file():
+        there = ", ".join(sorted(path.name for path in data_dir.glob("*.jsonl"))) or "no jsonl"
+        raise DataError(f"{data_dir}: split {split!r}: expected one {split}.jsonl or *_{split}.jsonl; there: {there}")
+    return found[0]
+
+
+class ConversationDataset(Dataset):
+    """A split of a data folder as training examples.
+
+    [i] gives {"id", "input_ids" [T], "labels" [T] (-100 but on answers), "pixel_values" [tiles, 3, S, S], "image_sizes"
+    [images, 2]}; a text-only example has no tiles. Which turns train is dataset.json's `turns`: all; draw: one an
+    epoch, drawn from (seed, epoch, i); first. Call `set_epoch` before each epoch.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        split: str,
+        processor: Any,
+        num_crops: int | None = None,
+        seed: int = 42,
+        as_uint8: bool = False,
+        turns: str | None = None,
+    ) -> None:
+        self.data_dir = Path(data_dir)
+        self.description = describe(data_dir)
+        self.lines = LineIndex(split_file(data_dir, split))
+        if not len(self.lines):
+            raise DataError(f"{self.lines.path}: empty; expected one JSON object a line")
+        self.images = Path(os.path.realpath(self.data_dir / "images"))
+        self.turns = turns or self.description.get("turns", "all")
+        self.num_crops = num_crops or self.description.get("num_crops") or DEFAULT_NUM_CROPS
+        # A copy: another dataset may use the same processor with another number of crops.
+        self.processor = copy.copy(processor)
+        self.processor.image_processor = copy.copy(processor.image_processor)
+        self.processor.image_processor.num_crops = self.num_crops
+        self.seed, self.epoch, self.as_uint8 = seed, 0, as_uint8
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch whose turns are drawn from now on."""
+        self.epoch = epoch
+
+    def conversation(self, index: int) -> Conversation:
+        """The record of an example, all its turns. Raises DataError."""
+        return parse_line(self.lines[index], f"{self.lines.path}:{index + 1}")
+
+    def selected(self, index: int) -> Conversation:
+        """The record with the turns that train in this epoch; the pictures of the whole record go with a drawn turn."""
+        conversation = self.conversation(index)
+        turns = conversation.turns
+        if self.turns == "first" or len(turns) == 1:
+            turns = turns[:1]
+        elif self.turns == "draw":
+            drawn = turns[random.Random(f"turn/{self.seed}/{self.epoch}/{index}").randrange(len(turns))]
+            turns = (Turn(conversation.images, drawn.user, drawn.assistant, drawn.answers),)
+        return Conversation(conversation.id, conversation.source, turns)
+
+    def picture(self, path: str, where: str) -> Any:
+        """A picture of this folder, decoded. Raises DataError: outside the folder, missing, or not decodable."""
+        file = os.path.realpath(self.images / path)
+        if not file.startswith(f"{self.images}{os.sep}"):
+            raise DataError(f"{where}: image {path!r} is a link out of {self.images}; expected a file inside it")
+        return open_rgb(Path(file), f"{where}: image {path!r}")
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index}; expected 0 … {len(self) - 1}")
+        conversation = self.selected(index)
+        where = f"{self.lines.path}:{index + 1}"
+        pictures = [[self.picture(path, where) for path in turn.images] for turn in conversation.turns]
+        try:
+            return {"id": conversation.id, **encode(self.processor, conversation.turns, pictures, self.as_uint8)}
+        except ValueError as error:
+            raise DataError(f"{where}: example {conversation.id!r}: {error}") from error
+
+
+def encode(
+    processor: Any, turns: Sequence[Turn], pictures: Sequence[Sequence[Any]], as_uint8: bool = False
+) -> dict[str, torch.Tensor]:
+    """Turns with their decoded pictures as input_ids [T], labels [T], pixel_values [tiles, 3, S, S], image_sizes
+    [images, 2].
+
+    The prompt of each turn is the processor's (a beginning of sequence before the text and after every picture, as the
+    model was trained); later turns go on without another one in front. Labels are the answers with their end marks.
+    """
+    tokenizer = processor.tokenizer
+    ids: list[int] = []
+    labels: list[int] = []
+    tiles: list[torch.Tensor] = []
+    sizes: list[torch.Tensor] = []
+    extra = {"as_uint8": True} if as_uint8 else {}
+    for position, (turn, own) in enumerate(zip(turns, pictures, strict=True)):
+        # The processor numbers pictures from 1 in each call; the number itself leaves no trace in the ids.
+        inputs = processor(prompt_text(turn), images=list(own) or None, return_tensors="pt", **extra)
+        prompt = inputs["input_ids"][0].tolist()
+        if position and prompt and prompt[0] == tokenizer.bos_token_id:
+            prompt = prompt[1:]
+        answer = tokenizer(answer_text(turn), add_special_tokens=False)["input_ids"]
+        ids += prompt + answer
+        labels += [-100] * len(prompt) + answer
+        if own:
+            tiles.append(inputs["pixel_values"])
+            sizes.append(inputs["image_sizes"])
+    return {
+        "input_ids": torch.tensor(ids, dtype=torch.int64),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "pixel_values": torch.cat(tiles) if tiles else torch.empty(0, 3, 0, 0),
+        "image_sizes": torch.cat(sizes) if sizes else torch.empty(0, 2, dtype=torch.int64),
+    }
+
+
+def collate(examples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A batch for the model, padded on the right.
+
+    input_ids, attention_mask, labels [B, T]; loss_weights [B, T] float: 1 / (label tokens of its example) on label
+    positions, 0 elsewhere, so that every example weighs the same however long its answer is; pixel_values [tiles of all
+    examples, 3, S, S] and image_sizes [images of all examples, 2] in the order of the examples, absent when there are
+    none.
+    """
+    length = max(len(example["input_ids"]) for example in examples)
+    batch = {
+        "input_ids": torch.full((len(examples), length), pad_token_id, dtype=torch.int64),
+        "attention_mask": torch.zeros(len(examples), length, dtype=torch.int64),
+        "labels": torch.full((len(examples), length), -100, dtype=torch.int64),
+        "loss_weights": torch.zeros(len(examples), length),
+    }
+    for row, example in enumerate(examples):
+        count = len(example["input_ids"])
+        batch["input_ids"][row, :count] = example["input_ids"]
+        batch["attention_mask"][row, :count] = 1
+        batch["labels"][row, :count] = example["labels"]
+        answer = example["labels"] != -100
+        batch["loss_weights"][row, :count] = answer / answer.sum().clamp(min=1)
+    pictured = [example for example in examples if len(example["image_sizes"])]
+    if pictured:
+        batch["pixel_values"] = torch.cat([example["pixel_values"] for example in pictured])
+        batch["image_sizes"] = torch.cat([example["image_sizes"] for example in pictured])
+    return batch

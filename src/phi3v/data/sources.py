@@ -1,0 +1,338 @@
+"""Fetching sources: hub repositories, web files and local files, into one folder with a lock.
+
+    hf://datasets/OWNER/REPO/PATH   hub dataset files (globs allowed);  hf://OWNER/REPO  a model's weights,
+    configuration, tokenizer https://HOST/FILE               a web file
+    file:FOLDER-OR-FILE, or a path  local files (globs allowed): hard links where the disk allows, else copies; never
+    changed
+
+Each URL gets a folder of its own under the output folder. `sources.lock.json`, written last, names every file with its
+size and sha256; `sources.pins.json` keeps the same facts from the first use on (a workflow that repeats the step
+deletes the lock, not the pins), and what is fetched ever after must be equal to them. Only this module and hub.py,
+web.py beside it touch the network.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from phi3v.data.conversations import DataError
+
+LOCK = "sources.lock.json"
+PINS = "sources.pins.json"
+
+
+class SourceError(DataError):
+    """A source that cannot be fetched, or is not what it was."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A fetched file: its path under the source's folder, its size in bytes and its sha256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A fetched URL."""
+
+    url: str
+    revision: str | None
+    """The revision that was asked for."""
+    resolved: str | None
+    """The hub commit that was fetched."""
+    folder: str
+    """Its folder, relative to the lock."""
+    files: list[File] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file to be fetched. `size` and `sha256` are what the server promises; None where it does not say."""
+
+    path: str
+    locator: str
+    size: int | None
+    sha256: str | None = None
+
+
+def is_local(url: str) -> bool:
+    """Whether a URL names local files."""
+    return not re.match(r"^(hf|https?)://", url)
+
+
+def local_path(url: str) -> Path:
+    """The path of a local URL: file:///absolute, file:relative or a plain path. Raises SourceError."""
+    if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+:", url) and not url.startswith("file:"):
+        raise SourceError(f"source {url!r}: unknown kind; expected hf://…, https://…, file:… or a path")
+    path = url.removeprefix("file:")
+    if path.startswith("//"):
+        host, _, rest = path[2:].partition("/")
+        if host not in ("", "localhost"):
+            raise SourceError(
+                f"source {url!r}: host {host!r} in a file URL; expected file:relative/path or file:///absolute/path"
+            )
+        path = f"/{rest}"
+    return Path(path).expanduser()
+
+
+def folder_name(url: str, revision: str | None) -> str:
+    """Folder of a URL: readable, and different for each URL and revision."""
+    digest = hashlib.sha256(json.dumps([url, revision]).encode()).hexdigest()[:6]
+    words = re.sub(r"[^A-Za-z0-9_.-]+", "-", re.sub(r"^[a-z]+:/*", "", url.split("?")[0])).strip("-.")
+    return f"{words[-60:].strip('-.') or 'source'}-{digest}"
+
+
+def digest_of(path: Path, bar: tqdm | None = None) -> str:
+    """sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            if bar is not None:
+                bar.update(len(block))
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """A JSON file that appears whole or not at all."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+
+def read_lock(path: Path) -> dict[tuple[str, str | None], Source]:
+    """Sources of a lock by (url, revision asked for). Raises SourceError when it is not a lock."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        sources = [Source(**{**item, "files": [File(**file) for file in item["files"]]}) for item in value["sources"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SourceError(f"{path}: not a lock of fetched sources ({error}); remove it to fetch anew") from None
+    return {(source.url, source.revision): source for source in sources}
+
+
+def _write_lock(path: Path, sources: Iterable[Source]) -> None:
+    write_json(path, {"sources": [asdict(source) for source in sources]})
+
+
+def link_or_copy(original: Path, target: Path) -> None:
+    """`target` becomes a hard link of a file, or a copy where the disk, the owner or the kind of file system forbids
+    one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    part.unlink(missing_ok=True)
+    original = original.resolve()
+    try:
+        try:
+            os.link(original, part)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOSPC):
+                raise
+            shutil.copyfile(original, part)
+        # Over another link of the same file a rename does nothing and leaves both names.
+        target.unlink(missing_ok=True)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _local_files(url: str) -> list[tuple[Path, str]]:
+    """(file, path under the source's folder) of a local URL, in order."""
+    start = local_path(url)
+    if start.is_dir():
+        found = []
+        for folder, subfolders, names in os.walk(start, followlinks=False):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            for name in sorted(names):
+                path = Path(folder) / name
+                if not name.startswith(".") and path.is_file():
+                    found.append((path, path.relative_to(start).as_posix()))
+    elif start.is_file():
+        found = [(start, start.name)]
+    else:
+        names = sorted(glob.glob(str(start), recursive=True)) if glob.has_magic(str(start)) else []
+        found = [(Path(name), Path(name).name) for name in names if os.path.isfile(name)]
+        if len({name for _, name in found}) != len(found):
+            raise SourceError(f"source {url!r}: two matching files have the same name; expected files of one folder")
+    if not found:
+        raise SourceError(
+            f"source {url!r}: no such file or folder{' with files' if start.is_dir() else ''} (seen from {Path.cwd()})"
+        )
+    return found
+
+
+def _fetch_local(url: str, folder: Path) -> list[File]:
+    files, kept = [], set()
+    for original, name in tqdm(_local_files(url), desc=f"linking {url}"[:60], unit="file", disable=None):
+        target = folder / name
+        link_or_copy(original, target)
+        files.append(File(name, target.stat().st_size, digest_of(target)))
+        kept.add(target)
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in kept:
+            path.unlink()
+    return files
+
+
+def matches(folder: Path, files: list[File], contents: bool) -> str | None:
+    """How the files on disk differ from their record, or None. contents: compare sha256 too."""
+    for file in files:
+        path = folder / file.path
+        if not path.is_file():
+            return f"{path}: missing"
+        if path.stat().st_size != file.size:
+            return f"{path}: {path.stat().st_size} bytes; expected {file.size}"
+        if contents and (seen := digest_of(path)) != file.sha256:
+            return f"{path}: sha256 {seen}; expected {file.sha256}"
+    return None
+
+
+def _check_room(needed: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise SourceError(
+            f"{folder}: {needed / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free; expected room for all before the "
+            f"first byte is fetched"
+        )
+
+
+def _check_pins(url: str, revision: str | None, pinned: Source, files: list[File]) -> None:
+    seen = {file.path: file for file in files}
+    for file in pinned.files:
+        now = seen.get(file.path)
+        if now != file:
+            what = "is no longer there" if now is None else f"has {now.size} bytes, sha256 {now.sha256}"
+            raise SourceError(
+                f"source {url!r}, revision {pinned.resolved or revision}: {file.path} {what}; on first use it had "
+                f"{file.size} bytes, "
+                f"sha256 {file.sha256}. Remove {PINS} beside it to accept the new content"
+            )
+
+
+def _fetch_remote(
+    url: str, revision: str | None, folder: Path, name: str, pinned: Source | None, workers: int, kind: str
+) -> Source:
+    from phi3v.data import hub, web
+
+    reach = hub if url.startswith("hf://") else web
+    resolved, remotes = reach.listing(url, pinned.resolved if pinned and pinned.resolved else revision, kind)
+    wanted = {file.path: file for file in pinned.files} if pinned else {}
+    missing = [remote for remote in remotes if not (folder / remote.path).is_file()]
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_room(sum(remote.size or 0 for remote in missing), folder)
+
+    def get(remote: Remote) -> File:
+        target = folder / remote.path
+        promised = wanted[remote.path].sha256 if remote.path in wanted else remote.sha256
+        if not target.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            reach.get(url, resolved, remote, target, promised)
+        file = File(remote.path, target.stat().st_size, digest_of(target))
+        if (remote.size not in (None, file.size)) or (promised not in (None, file.sha256)):
+            target.unlink()
+            raise SourceError(
+                f"source {url!r}: {remote.path}: {file.size} bytes, sha256 {file.sha256}; expected {remote.size} "
+                f"bytes, sha256 "
+                f"{promised}. The file was removed; run the download again"
+            )
+        return file
+
+    with ThreadPoolExecutor(workers) as pool:
+        files = list(pool.map(get, remotes))
+    return Source(url, revision, resolved, name, files)
+
+
+def fetch(
+    wanted: list[tuple[str, str | None]],
+    output_dir: str | Path,
+    workers: int = 4,
+    kind: str = "dataset",
+    flat: bool = False,
+) -> dict[tuple[str, str | None], Source]:
+    """Fetch every (url, revision) into output_dir and write the lock last; what is there already is checked, not
+    fetched again.
+
+    kind: "dataset" or "model" (of a model repository only weights, configuration and tokenizer are taken).
+    flat: a single source goes into output_dir itself (a model's checkpoint folder).
+    Raises SourceError; files already fetched stay, for the next try.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if flat and len(wanted) != 1:
+        raise ValueError(f"flat: {len(wanted)} sources; expected one")
+    record = next((output_dir / name for name in (PINS, LOCK) if (output_dir / name).exists()), None)
+    pins = read_lock(record) if record else {}
+    fetched: dict[tuple[str, str | None], Source] = {}
+    for url, revision in dict.fromkeys(wanted):
+        name = "." if flat else folder_name(url, revision)
+        folder = output_dir / name
+        pinned = pins.get((url, revision))
+        if is_local(url):
+            source = Source(url, revision, None, name, _fetch_local_into(url, folder, flat))
+            if pinned and pinned.files != source.files:
+                print(f"{url}: changed since it was last used; the new content is taken", file=sys.stderr)
+        elif pinned and matches(folder, pinned.files, contents=True) is None:
+            source = pinned
+        else:
+            source = _fetch_remote(url, revision, folder, name, pinned, workers, kind)
+            if pinned:
+                _check_pins(url, revision, pinned, source.files)
+        fetched[url, revision] = source
+        _write_lock(output_dir / PINS, {**pins, **fetched}.values())
+    _write_lock(output_dir / LOCK, fetched.values())
+    return fetched
+
+
+def _fetch_local_into(url: str, folder: Path, flat: bool) -> list[File]:
+    """Local files into a folder of their own; of a flat target nothing else is removed."""
+    if not flat:
+        folder.mkdir(exist_ok=True)
+        return _fetch_local(url, folder)
+    files = []
+    for original, name in _local_files(url):
+        if name in (LOCK, PINS):
+            continue
+        link_or_copy(original, folder / name)
+        files.append(File(name, (folder / name).stat().st_size, digest_of(folder / name)))
+    return files
+
+
+def locked_files(source_dir: str | Path, url: str, revision: str | None) -> tuple[Path, list[Path], Source]:
+    """(folder, its files in order, lock entry) of a fetched source. Raises SourceError when it is missing or
+    incomplete."""
+    source_dir = Path(source_dir)
+    lock = source_dir / LOCK
+    if not lock.is_file():
+        raise SourceError(f"{lock}: missing; expected the result of scripts/download.py")
+    sources = read_lock(lock)
+    if (url, revision) not in sources:
+        raise SourceError(
+            f"{lock}: source {url!r}, revision {revision}: not there; run scripts/download.py for this dataset again"
+        )
+    source = sources[url, revision]
+    folder = source_dir / source.folder
+    if problem := matches(folder, source.files, contents=False):
+        raise SourceError(f"{problem}; run scripts/download.py again")
+    return folder, [folder / file.path for file in source.files], source
