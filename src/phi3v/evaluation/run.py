@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from phi3v.data.conversations import DataError
 from phi3v.data.images import open_rgb
@@ -27,6 +25,7 @@ from phi3v.evaluation.examples import Question
 from phi3v.evaluation.generate import Answer, Choice, answer, choice_of, end_token_ids, prepare
 from phi3v.evaluation.metrics import normalise
 from phi3v.evaluation.processes import DTYPES, Processes, join
+from phi3v.evaluation.progress import Progress
 from phi3v.manifest import commit, digest_file, write_manifest
 from phi3v.settings import EvaluateSettings
 
@@ -132,13 +131,13 @@ def _fingerprint(settings: EvaluateSettings, data_dir: Path, num_crops: int) -> 
 
 
 def _load(settings: EvaluateSettings, device: torch.device, num_crops: int, questions: list[Question]) -> Loaded:
-    from phi3v.model.adapters import load_for_inference
+    from phi3v.model.adapters import base_of, is_adapter, load_for_inference
+    from phi3v.model.processing import Phi3VProcessor
 
-    attention = "eager"
-    if settings.use_flash_attention:
-        attention = _flash_implementation()
-    model, processor = load_for_inference(settings.model_name_or_path, DTYPES[settings.dtype], attention)
-    model = model.to(device).eval()
+    name = settings.model_name_or_path
+    attention = _flash_implementation() if settings.use_flash_attention else "eager"
+    model = load_for_inference(name, DTYPES[settings.dtype], attention, device)
+    processor = Phi3VProcessor.from_pretrained(base_of(name) if is_adapter(name) else name)
     truths = {normalise(answer) for question in questions for answer in question.answers}
     choice = choice_of(processor.tokenizer) if truths == {"yes", "no"} else None
     return Loaded(model, processor, num_crops, end_token_ids(processor.tokenizer, model.generation_config), choice)
@@ -193,17 +192,12 @@ def _run_pass(
     mine = open_batches[processes.rank :: processes.world]
     started = time.perf_counter()
     observer = _Observer(loaded.model)
-    terminal = sys.stderr.isatty()
-    bar = tqdm(
-        total=sum(len(batch) for batch in mine), desc=f"{settings.row or settings.dataset or 'evaluate'} {name}", unit="example",
-        disable=not settings.tqdm and not terminal or processes.rank != 0, mininterval=0.5 if terminal else 30, leave=True,
-        dynamic_ncols=terminal, ascii=not terminal,
-    )  # fmt: skip
-    with bar:
+    title = f"{settings.row or settings.dataset or 'evaluate'} {name}"
+    with Progress(title, sum(len(batch) for batch in mine), settings.tqdm, silent=processes.rank != 0) as progress:
         for batch, inputs in _prefetched(mine, questions, data_dir, loaded, settings.num_workers):
             answers = _answer_within_memory(batch, inputs, questions, data_dir, loaded, settings.max_new_tokens)
             part.append(_records(questions, batch, answers))
-            bar.update(len(batch))
+            progress.advance(len(batch))
     observer.close()
     observed = {
         "activation_dtype": observer.dtype,

@@ -1,0 +1,184 @@
+"""Whole evaluations with a tiny model: batched against one by one, over processes, killed and resumed, the control."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+WORDS = ["red", "green", "blue", "what", "colour", "is", "this", "and", "that", "?", "yes", "no", "Yes", "No"]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    from phi3v.model.tiny import build_tiny
+
+    return build_tiny(tmp_path_factory.mktemp("model") / "tiny", [" ".join(WORDS)] * 3, seed=1)
+
+
+def write_data(folder: Path, count: int, images: int = 1, metric: str = "accuracy", shared: bool = False) -> Path:
+    """A data folder whose pictures differ in size, so that prompts differ in length."""
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        names = []
+        for k in range(images):
+            name = f"{0 if shared else i}-{k}.png"
+            picture = Image.new("RGB", (40 + 25 * (i % 5), 40 + 10 * (i % 3)), (i * 37 % 255, i * 91 % 255, k * 80))
+            ImageDraw.Draw(picture).text((2, 2), f"{i}{k}", fill="white")
+            picture.save(folder / "images" / name)
+            names.append(name)
+        turn = {"images": names, "user": "what colour is this ?" + " and that" * (i % 4), "assistant": "yes" if i % 2 else "no"}
+        lines.append(json.dumps({"id": f"val-{i:04d}", "source": "test", "conversations": [turn]}))
+    (folder / "val.jsonl").write_text("\n".join(lines) + "\n")
+    index = {"name": "colours", "metric": metric, "num_crops": 2, "splits": {"val": {"file": "val.jsonl", "examples": count}}}
+    (folder / "dataset.json").write_text(json.dumps(index))
+    return folder
+
+
+def run_script(root: Path, *flags: object, processes: int = 0, **options) -> subprocess.Popen:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, str(root / "scripts" / "evaluate.py"), *map(str, flags)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def evaluate_here(checkpoint: Path, data: Path, output: Path, **fields):
+    from phi3v.evaluation.run import evaluate
+    from phi3v.settings import EvaluateSettings
+
+    settings = EvaluateSettings(
+        model_name_or_path=str(checkpoint), data_dir=str(data), output_dir=str(output), **{"fp32": True, "max_new_tokens": 12, **fields}
+    )
+    return evaluate(settings)
+
+
+def test_batched_answers_equal_answers_one_by_one(checkpoint, tmp_path):
+    data = write_data(tmp_path / "data", 11, images=2)
+    evaluate_here(checkpoint, data, tmp_path / "batched", batch_size_per_gpu=4, num_workers=1)
+    evaluate_here(checkpoint, data, tmp_path / "single", batch_size_per_gpu=1)
+    batched = (tmp_path / "batched/after/predictions.jsonl").read_bytes()
+    assert batched == (tmp_path / "single/after/predictions.jsonl").read_bytes()
+    records = [json.loads(line) for line in batched.splitlines()]
+    assert [record["id"] for record in records] == [f"val-{i:04d}" for i in range(11)]
+    assert any(record["prediction"] for record in records)
+
+
+def test_two_processes_answer_each_example_once_and_alike(root, checkpoint, tmp_path):
+    data = write_data(tmp_path / "data", 9)
+    summary = evaluate_here(checkpoint, data, tmp_path / "one", passes=["after", "control"], batch_size_per_gpu=2)
+    output = finish(
+        run_script(
+            root, "--model_name_or_path", checkpoint, "--data_dir", data, "--output_dir", tmp_path / "two", "--fp32",
+            "--max_new_tokens", 12, "--passes", "after", "control", "--batch_size_per_gpu", 2, "--no-tqdm", processes=2,
+        )
+    )  # fmt: skip
+    assert "n = 9" in output
+    for name in ("after", "control"):
+        for file in ("predictions.jsonl", "metrics.json"):
+            assert (tmp_path / "one" / name / file).read_bytes() == (tmp_path / "two" / name / file).read_bytes()
+        assert not (tmp_path / "two" / name / "partial").exists()
+    assert summary["after"]["n"] == 9
+    assert "auroc" in summary["after"]["more"]
+    manifest = json.loads((tmp_path / "two/manifest.json").read_text())
+    assert manifest["kind"] == "evaluate"
+    timing = json.loads((tmp_path / "two/after/timing.json").read_text())
+    assert timing["processes"] == 2
+    assert timing["observed"]["activation_dtype"] == "float32"
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_file(root, checkpoint, tmp_path):
+    data = write_data(tmp_path / "data", 40)
+    flags = ["--model_name_or_path", checkpoint, "--data_dir", data, "--fp32", "--max_new_tokens", 48, "--batch_size_per_gpu", 1, "--no-tqdm"]
+    finish(run_script(root, *flags, "--output_dir", tmp_path / "whole"))
+    process = run_script(root, *flags, "--output_dir", tmp_path / "killed")
+    partial = tmp_path / "killed/after/partial"
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size > 300 for path in partial.glob("*.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed/manifest.json").exists()
+    part = next(partial.glob("*.jsonl"))
+    part.write_bytes(part.read_bytes() + b'{"id": "val-0039", "predic')
+    finish(run_script(root, *flags, "--output_dir", tmp_path / "killed"))
+    timing = json.loads((tmp_path / "killed/after/timing.json").read_text())
+    assert 0 < timing["observed"]["resumed_examples"] < 40
+    for file in ("predictions.jsonl", "metrics.json"):
+        assert (tmp_path / "killed/after" / file).read_bytes() == (tmp_path / "whole/after" / file).read_bytes()
+
+
+def test_parts_of_other_settings_are_not_taken_over(checkpoint, tmp_path):
+    from phi3v.evaluation.predictions import Partial
+
+    data = write_data(tmp_path / "data", 3)
+    stale = Partial(tmp_path / "out/after", "0123456789abcdef-after", 0)
+    stale.append([{"id": f"val-{i:04d}", "prediction": "stale", "tokens": 1, "choice": None} for i in range(3)])
+    evaluate_here(checkpoint, data, tmp_path / "out")
+    assert "stale" not in (tmp_path / "out/after/predictions.jsonl").read_text()
+
+
+def test_a_finished_pass_is_not_repeated_but_a_changed_setting_is(checkpoint, tmp_path):
+    data = write_data(tmp_path / "data", 3)
+    evaluate_here(checkpoint, data, tmp_path / "out")
+    first = (tmp_path / "out/after/timing.json").stat().st_mtime_ns
+    evaluate_here(checkpoint, data, tmp_path / "out")
+    assert (tmp_path / "out/after/timing.json").stat().st_mtime_ns == first
+    assert (tmp_path / "out/manifest.json").is_file()
+    evaluate_here(checkpoint, data, tmp_path / "out", max_new_tokens=3)
+    assert (tmp_path / "out/after/timing.json").stat().st_mtime_ns != first
+
+
+def test_an_adapter_is_evaluated_on_its_base(checkpoint, tmp_path):
+    import torch
+
+    from phi3v.model.adapters import add_lora
+    from phi3v.model.modeling import Phi3VForCausalLM
+
+    model = add_lora(Phi3VForCausalLM.from_pretrained(checkpoint), rank=4, alpha=8, dropout=0.0, freeze_vision=False, seed=0)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    data = write_data(tmp_path / "data", 4)
+    evaluate_here(checkpoint, data, tmp_path / "base")
+    evaluate_here(tmp_path / "adapter", data, tmp_path / "trained")
+    read = [(tmp_path / name / "after/predictions.jsonl").read_bytes() for name in ("base", "trained")]
+    assert read[0] != read[1]
+
+
+def test_bad_data_are_named(checkpoint, tmp_path):
+    from phi3v.data.conversations import DataError
+
+    data = write_data(tmp_path / "data", 3)
+    with pytest.raises(DataError, match="split 'test': not there; expected one of val"):
+        evaluate_here(checkpoint, data, tmp_path / "out", split="test")
+    lines = (data / "val.jsonl").read_text().splitlines()
+    (data / "val.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
+    with pytest.raises(DataError, match=r"val.jsonl:4: field `id`: got 'val-0000', already on line 1"):
+        evaluate_here(checkpoint, data, tmp_path / "out")
+    (data / "val.jsonl").write_text("\n".join(lines) + "\n")
+    (data / "images/2-0.png").unlink()
+    with pytest.raises(DataError, match="val.jsonl:3.*2-0.png: no such file"):
+        evaluate_here(checkpoint, data, tmp_path / "out")
+
+
+def test_a_dataset_of_one_picture_has_no_control(checkpoint, tmp_path):
+    from phi3v.data.conversations import DataError
+
+    data = write_data(tmp_path / "data", 2, shared=True)
+    with pytest.raises(DataError, match="no two examples whose pictures differ"):
+        evaluate_here(checkpoint, data, tmp_path / "out", passes=["control"])
