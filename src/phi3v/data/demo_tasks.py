@@ -71,18 +71,20 @@ def rng_of(seed: int, task: str, index: int) -> Random:
     return Random(f"{seed}/{task}/{index}")
 
 
-def _slip(rng: Random) -> tuple[Image.Image, dict[str, str]]:
+def _slip(rng: Random, filled: int = 4) -> tuple[Image.Image, dict[str, str]]:
+    """An order slip with `filled` of its four lines written on, and their values by field from top to bottom."""
     names = list(SLIP_FIELDS)
     rng.shuffle(names)
-    values = {name: rng.choice(SLIP_FIELDS[name]) for name in names}
-    return pictures.page(rng, list(values.items())), values
+    written = sorted(rng.sample(range(4), filled))
+    values = {names[line]: rng.choice(SLIP_FIELDS[names[line]]) for line in written}
+    return pictures.page(rng, [(name, values.get(name, "")) if name in values else ("", "") for name in names]), values
 
 
-def slip_question(rng: Random) -> tuple[Image.Image, str, str]:
-    """An order slip, one question on it and the answer."""
+def slip_row(rng: Random) -> TaskRow:
+    """An order slip with one question, as in the mini DocVQA set (which adds no instruction to it)."""
     picture, values = _slip(rng)
     name = rng.choice(list(SLIP_QUESTIONS))
-    return picture, SLIP_QUESTIONS[name], values[name]
+    return TaskRow((picture,), ((SLIP_QUESTIONS[name], values[name]),))
 
 
 def docvqa_row(rng: Random) -> TaskRow:
@@ -144,11 +146,14 @@ def nlvr2_row(rng: Random) -> TaskRow:
 
 
 def mixture_slip(rng: Random) -> TaskRow:
-    """Reading: a whole slip, then single lines."""
-    picture, values = _slip(rng)
+    """Reading: everything on a slip with one to four lines, then single lines of it."""
+    filled = rng.choice((1, 1, 2, 4))
+    picture, values = _slip(rng, filled)
     everything = " ".join(f"{name} {value}" for name, value in values.items())
-    asked = rng.sample(list(values), 2)
-    return TaskRow((picture,), (("Read all lines.", everything), *((f"Read the line {name}.", values[name]) for name in asked)))
+    asked = rng.sample(list(values), min(2, filled))
+    return TaskRow(
+        (picture,), (("Read all lines.", everything), *((f"Read the line {name}.", values[name]) for name in asked))
+    )
 
 
 def mixture_meme(rng: Random) -> TaskRow:
@@ -176,11 +181,6 @@ def mixture_pair(rng: Random) -> TaskRow:
 
 MIXTURE: tuple[Callable[[Random], TaskRow], ...] = (mixture_slip, mixture_meme, mixture_pair)
 """What the tiny base is pre-trained on, in turn: perception, with other words than the tasks use."""
-
-
-def mixture_row(rng: Random, index: int) -> TaskRow:
-    """Row `index` of the pre-training mixture."""
-    return MIXTURE[index % len(MIXTURE)](rng)
 
 
 def clip_frames(rng: Random, name: str, frames: int) -> list[Image.Image]:

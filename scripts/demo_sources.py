@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Make the demo's source files: synthetic ones in the hub's formats, and scikit-learn's handwritten digits.
+
+python scripts/demo_sources.py --output_dir results/demo-sources
+python scripts/demo_sources.py --output_dir /tmp/sources --seed 1 --size docvqa_train=64 --size mixture_train=100
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from phi3v.data.demo import SIZES, make_sources, resolve_sizes
+from phi3v.data.digits import HELD_OUT, write_digits
+
+
+def size(text: str) -> tuple[str, int]:
+    """NAME=ROWS of the command line."""
+    name, _, number = text.partition("=")
+    try:
+        resolve_sizes({name: int(number)})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}; expected NAME=ROWS") from None
+    return name, int(number)
+
+
+def main() -> int:
+    """Parse the command line and write the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="same seed and sizes, same bytes (default: 0)")
+    parser.add_argument(
+        "--size", type=size, action="append", default=[], metavar="NAME=ROWS", help=f"names: {', '.join(SIZES)}"
+    )
+    parser.add_argument("--digits_held_out", type=int, default=HELD_OUT, help=f"digits of val (default: {HELD_OUT})")
+    given = parser.parse_args()
+    for path in make_sources(given.output_dir, given.seed, dict(given.size)):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    for path in write_digits(f"{given.output_dir}/digits", given.seed, given.digits_held_out):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
