@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Literal, TypeVar, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from phi3v.settings.entries import Dataset, Metric, Strict, dataset_key
 from phi3v.settings.reading import SettingsError, read_entries, validate
 from phi3v.settings.rows import Dtype, Training
 
 C = TypeVar("C", bound=BaseModel)
+
+
+def _number_word(value: Any) -> Any:
+    """A command line's digits as a number, which a Literal does not make of them."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class Precision(Strict):
@@ -95,7 +100,7 @@ class FinetuneSettings(Precision):
     """Steps of linear warm-up before the linear decay."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass (non-reentrant)."""
-    zero_stage: Literal[0, 2, 3] = 2
+    zero_stage: Annotated[Literal[0, 2, 3], BeforeValidator(_number_word)] = 2
     """DeepSpeed ZeRO stage of full fine-tuning; LoRA and QLoRA use none. 0: plain data parallel (ours)."""
     seed: int = Field(42, ge=0)
     """Data order and initial adapters."""

@@ -1,0 +1,36 @@
+"""Fine-tune a Phi-3(.5)-vision checkpoint on a conversations folder.
+
+One machine with 8 GPUs, the recipe's full fine-tuning on the full DocVQA set:
+
+    torchrun --standalone --nproc_per_node=8 scripts/finetune.py --model_name_or_path results/models/KEY \\
+        --output_dir results/mine/train/docvqa --full_train --bf16 --use_flash_attention --batch_size 64
+
+LoRA on one GPU or a CPU, without torchrun:
+
+    python scripts/finetune.py --model_name_or_path MODEL --data_dir DATA --output_dir OUT --use_lora --bf16
+
+The same command goes on from the newest checkpoint of OUT/checkpoints. Exit codes: 0 done, 75 told by a signal to save
+and leave, 2 a wrong setting, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from phi3v.settings import FinetuneSettings, SettingsError, parse
+
+
+def main() -> int:
+    """Parse, train, and turn a wrong setting into one line."""
+    settings = parse(FinetuneSettings, __doc__ or "")
+    from phi3v.training.finetune import run
+
+    try:
+        return run(settings)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""From settings to a Trainer that is ready to run: what fine-tuning and the speed measurement share."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi3v.settings import FinetuneSettings, SettingsError
+from phi3v.training.batching import BatchPlan, packs_needed
+from phi3v.training.precision import attention_implementation, check_device, uses_zero, weight_dtype
+from phi3v.training.zero import quiet_start, zero_config
+
+
+@dataclass
+class Job:
+    """A Trainer and what it was built from."""
+
+    settings: FinetuneSettings
+    trainer: Any
+    model: Any
+    processor: Any
+    data_dir: Path
+    num_crops: int
+    left_out: int
+    """Training examples longer than --max_length."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first process of the job."""
+        return self.trainer.args.process_index == 0
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return self.trainer.args.device
+
+
+def prepare_process(settings: FinetuneSettings) -> None:
+    """Environment of a process before the heavy imports: quiet libraries, rendezvous for a lone process."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    quiet_start(torch.cuda.is_available())
+    if uses_zero(settings):
+        if "RANK" not in os.environ:
+            # DeepSpeed wants a process group even for one process started without torchrun.
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            os.environ.update(
+                RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            )  # fmt: skip
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # Notes of libraries to their own developers; ours to the reader come through `say`.
+    for message in (
+        ".*torch.distributed.reduce_op.*", ".*lr_scheduler.step.*before.*optimizer.step.*", ".*pin_memory.*",
+        ".*find_unused_parameters.*", ".*barrier.*device.*", ".*destroy_process_group.*", ".*torch_dtype.*",
+        ".*gradient_checkpointing.* is deprecated.*",
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", message=message)
+
+
+def deterministic_kernels() -> None:
+    """Only operators that repeat bit by bit; must run before CUDA is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def check_geometry(settings: FinetuneSettings, processes: int) -> int:
+    """Micro-steps of an optimizer step. Raises SettingsError where the batch does not divide."""
+    together = processes * settings.batch_size_per_gpu
+    if settings.batching == "packed":
+        if settings.batch_size % processes:
+            raise SettingsError(
+                f"command line: field `batch_size`: got {settings.batch_size}: expected a multiple of {processes} processes"
+            )
+        return 1
+    if settings.batch_size % together:
+        raise SettingsError(
+            f"command line: field `batch_size`: got {settings.batch_size}: expected a multiple of {together} "
+            f"({processes} processes x --batch_size_per_gpu {settings.batch_size_per_gpu})"
+        )
+    return settings.batch_size // together
+
+
+def load_model(settings: FinetuneSettings, device: torch.device) -> Any:
+    """The model with its trainable weights chosen: all, without the vision part, or adapters."""
+    from phi3v.model import Phi3VForCausalLM
+
+    attention, dtype = attention_implementation(settings, device), weight_dtype(settings)
+    if settings.use_qlora:
+        from phi3v.model.adapters import load_quantized
+
+        model = load_quantized(settings.model_name_or_path, dtype, attention, device=device)
+    else:
+        model = Phi3VForCausalLM.from_pretrained(
+            settings.model_name_or_path, dtype=dtype, attn_implementation=attention
+        )
+    model.config.use_cache = False
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.method in ("lora", "qlora"):
+        from phi3v.model.adapters import add_lora
+
+        return add_lora(
+            model, settings.lora_rank, settings.lora_alpha_ratio * settings.lora_rank, settings.lora_dropout,
+            freeze_vision=settings.freeze_vision_model != "no", use_dora=settings.use_dora, seed=settings.seed,
+        )  # fmt: skip
+    from phi3v.model.freezing import freeze_vision
+
+    if settings.freeze_vision_model != "no":
+        freeze_vision(model, settings.freeze_vision_model)
+    # The tower's last layer never runs (the recipe takes the features before it): it has nothing to train.
+    for name, parameter in model.named_parameters():
+        if name in unused_parameters(model):
+            parameter.requires_grad_(False)
+    return model
+
+
+def unused_parameters(model: Any) -> set[str]:
+    """Names of weights that no forward pass touches: the vision tower's last layer and its final norm."""
+    last = model.config.vision_config.num_hidden_layers - 1
+    marks = (f".img_processor.vision_model.encoder.layers.{last}.", ".img_processor.vision_model.post_layernorm.")
+    return {name for name, _ in model.named_parameters() if any(mark in name for mark in marks)}
+
+
+def read_data(settings: FinetuneSettings, processor: Any, split: str) -> tuple[Any, Path, int]:
+    """The split's dataset, its folder, and the number of tiles an image may have."""
+    from phi3v.data.loading import ConversationDataset
+
+    folder = settings.data_folder()
+    dataset = ConversationDataset(folder, split, processor, settings.num_crops, settings.seed)
+    return dataset, folder, dataset.num_crops
+
+
+def training_arguments(settings: FinetuneSettings, folder: Path, accumulation: int) -> Any:
+    """The Trainer's arguments; making them joins the process group."""
+    from transformers import TrainingArguments
+
+    cuda = torch.cuda.is_available()
+    first = os.environ.get("RANK", "0") == "0"
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size_per_gpu,
+        per_device_eval_batch_size=settings.batch_size_per_gpu,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps if settings.max_steps > 0 else -1,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.wd,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_epsilon=settings.adam_epsilon,
+        max_grad_norm=settings.max_grad_norm,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type="linear",
+        optim="adamw_torch",
+        bf16=settings.dtype == "bf16",
+        fp16=settings.dtype == "fp16",
+        seed=settings.seed,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="steps" if settings.eval_steps else "no",
+        eval_steps=settings.eval_steps or None,
+        prediction_loss_only=True,
+        report_to=["tensorboard", *settings.report_to] if first else [],
+        disable_tqdm=True,
+        log_level="error",
+        dataloader_num_workers=settings.num_workers,
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=False,
+        average_tokens_across_devices=False,
+        ddp_find_unused_parameters=False,
+        ddp_backend=("nccl" if cuda else "gloo") if "RANK" in os.environ else None,
+        ddp_broadcast_buffers=False,
+        deepspeed=zero_config(settings, accumulation, cuda) if uses_zero(settings) else None,
+    )
+
+
+def build(settings: FinetuneSettings, output: Path) -> Job:
+    """Everything up to `trainer.train()`. Raises SettingsError before anything heavy where something cannot work."""
+    prepare_process(settings)
+    if settings.deterministic:
+        deterministic_kernels()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation = check_geometry(settings, processes)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        check_device(settings, torch.device("cuda", torch.cuda.current_device()))
+    settings.data_folder()
+    if not (Path(settings.model_name_or_path) / "config.json").is_file():
+        raise SettingsError(
+            f"command line: field `model_name_or_path`: got {settings.model_name_or_path!r}: no config.json there; "
+            "expected a checkpoint folder in the official layout"
+        )
+    from phi3v.data.loading import collate
+    from phi3v.model import Phi3VProcessor
+    from phi3v.training.batches import Collator, PickedExamples
+    from phi3v.training.meter import Meter
+    from phi3v.training.trainer import RecipeTrainer
+
+    processor = Phi3VProcessor.from_pretrained(settings.model_name_or_path)
+    dataset, data_dir, num_crops = read_data(settings, processor, "train")
+    kept, lengths = _lengths(settings, dataset)
+    plan = BatchPlan(
+        examples=len(kept) if kept is not None else len(dataset), batch_size=settings.batch_size,
+        micro_batch_size=settings.batch_size_per_gpu, processes=processes, seed=settings.seed,
+        grouping=settings.batching, lengths=lengths, token_budget=settings.tokens_per_pack,
+    )  # fmt: skip
+    if plan.examples == 0:
+        raise SettingsError(f"{data_dir}: split train: no examples to train on; expected at least one")
+    if settings.batching == "packed":
+        plan = BatchPlan(**{**plan.__dict__, "packs": packs_needed(plan, _epochs(settings, plan))})
+    accumulation = plan.accumulation
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
+    # The Trainer's arguments come before the model: with ZeRO 3 they make the weights load in shards.
+    args = training_arguments(settings, output / "checkpoints", accumulation)
+    model = load_model(settings, args.device)
+    trainer = RecipeTrainer(
+        plan=plan, meter=Meter(args.device), model=model, args=args,
+        data_collator=Collator(collate, processor.tokenizer.pad_token_id, settings.batching),
+        train_dataset=PickedExamples(dataset, kept),
+    )  # fmt: skip
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    left_out = len(dataset) - plan.examples
+    return Job(settings, trainer, model, processor, data_dir, num_crops, left_out)
+
+
+def _epochs(settings: FinetuneSettings, plan: BatchPlan) -> int:
+    """Whole epochs the job will begin."""
+    if settings.max_steps > 0:
+        return -(-settings.max_steps // plan.steps_per_epoch)
+    return int(-(-settings.num_train_epochs // 1))
+
+
+def _lengths(settings: FinetuneSettings, dataset: Any) -> tuple[list[int] | None, list[int] | None]:
+    """(examples kept by --max_length or None for all, their lengths in tokens) where they are needed."""
+    if settings.batching == "fixed" and settings.max_length is None:
+        return None, None
+    lengths = dataset.lengths()
+    if settings.max_length is None:
+        return None, lengths
+    kept = [index for index, length in enumerate(lengths) if length <= settings.max_length]
+    return kept, [lengths[index] for index in kept]
+
+
+def excepthook_for_settings() -> None:
+    """A wrong setting ends a script with one line instead of a traceback."""
+
+    def show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, SettingsError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = show

@@ -1,0 +1,46 @@
+"""DeepSpeed ZeRO for full fine-tuning: its configuration, and its checkpoints as plain safetensors."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from phi3v.settings import FinetuneSettings
+
+
+def quiet_start(cuda: bool) -> None:
+    """Environment that must stand before `import deepspeed`: no compiling of its own kernels, no device search."""
+    os.environ.setdefault("DS_BUILD_OPS", "0")
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration; the optimizer and schedule are the Trainer's (torch AdamW, linear).
+
+    accumulation: micro-steps of an optimizer step. ZeRO 2 shards optimizer states and gradients, 3 weights as well.
+    """
+    # On a CPU a bucket is copied whole however little is in it; the published models fill 2e8 on a GPU.
+    bucket = 200_000_000 if cuda else 5_000_000
+    zero: dict[str, Any] = {
+        "stage": settings.zero_stage,
+        "overlap_comm": cuda,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if settings.zero_stage == 3:
+        zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_prefetch_bucket_size": bucket}
+    return {
+        "train_micro_batch_size_per_gpu": settings.batch_size_per_gpu,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": settings.max_grad_norm,
+        "bf16": {"enabled": settings.dtype == "bf16"},
+        "fp16": {"enabled": settings.dtype == "fp16", "initial_scale_power": 16, "loss_scale_window": 1000},
+        "zero_optimization": zero,
+        # DeepSpeed's own CPU Adam would be compiled on first use; torch's is there and needs no compiler.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
