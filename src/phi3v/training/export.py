@@ -18,7 +18,8 @@ def export_final(trainer: Any, processor: Any, settings: FinetuneSettings, folde
         shutil.rmtree(temporary, ignore_errors=True)
         model = trainer.accelerator.unwrap_model(trainer.model)
         if settings.method in ("lora", "qlora"):
-            model.save_pretrained(temporary)
+            # lm_head is a target, but its own weights stay the base checkpoint's.
+            model.save_pretrained(temporary, save_embedding_layers=False)
         else:
             model.save_pretrained(temporary, state_dict=state)
         processor.save_pretrained(temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -15,7 +16,7 @@ import torch
 from phi3v.settings import FinetuneSettings, SettingsError
 from phi3v.training.batching import BatchPlan, packs_needed
 from phi3v.training.precision import attention_implementation, check_device, uses_zero, weight_dtype
-from phi3v.training.zero import quiet_start, zero_config
+from phi3v.training.zero import prepare_deepspeed, zero_config
 
 
 @dataclass
@@ -46,7 +47,6 @@ def prepare_process(settings: FinetuneSettings) -> None:
     """Environment of a process before the heavy imports: quiet libraries, rendezvous for a lone process."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    quiet_start(torch.cuda.is_available())
     if uses_zero(settings):
         if "RANK" not in os.environ:
             # DeepSpeed wants a process group even for one process started without torchrun.
@@ -56,17 +56,23 @@ def prepare_process(settings: FinetuneSettings) -> None:
             os.environ.update(
                 RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
             )  # fmt: skip
-    from transformers.utils import logging
+    quiet_libraries()
+    if uses_zero(settings):
+        prepare_deepspeed(torch.cuda.is_available())
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # Notes of libraries to their own developers; ours to the reader come through `say`.
-    for message in (
-        ".*torch.distributed.reduce_op.*", ".*lr_scheduler.step.*before.*optimizer.step.*", ".*pin_memory.*",
-        ".*find_unused_parameters.*", ".*barrier.*device.*", ".*destroy_process_group.*", ".*torch_dtype.*",
-        ".*gradient_checkpointing.* is deprecated.*",
-    ):  # fmt: skip
-        warnings.filterwarnings("ignore", message=message)
+
+def quiet_libraries() -> None:
+    """Leave out what libraries say to their own developers; ours to the reader comes through `say`."""
+    for name in ("bitsandbytes", "accelerate", "torch.distributed", "DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    # The Trainer steps the schedule after a float16 step that was skipped, and says so each time.
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def deterministic_kernels() -> None:
@@ -182,6 +188,7 @@ def training_arguments(settings: FinetuneSettings, folder: Path, accumulation: i
         remove_unused_columns=False,
         average_tokens_across_devices=False,
         ddp_find_unused_parameters=False,
+        use_cpu=not cuda,
         ddp_backend=("nccl" if cuda else "gloo") if "RANK" in os.environ else None,
         ddp_broadcast_buffers=False,
         deepspeed=zero_config(settings, accumulation, cuda) if uses_zero(settings) else None,
