@@ -10,7 +10,9 @@ from snakemake.exceptions import WorkflowError
 # The scripts import phi3v from this checkout, whichever environment they run in.
 SOURCE = str(Path(workflow.basedir) / "src")
 sys.path.insert(0, SOURCE)
-os.environ["PYTHONPATH"] = os.pathsep.join([SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 from phi3v import settings
 
@@ -106,6 +108,37 @@ def common_run_flags(job):
         RUN.settings.seed,
         "--num_workers",
         RUN.settings.num_workers,
+        "--no-tqdm",
+    ]
+
+
+def base_flags():
+    """Training of the demo's base model, by the same script as every row."""
+    base = RUN.demo.base
+    batch = [
+        "--batch_size",
+        base.batch_size,
+        "--batch_size_per_gpu",
+        base.micro_batch_size,
+    ]
+    steps = ["--num_train_epochs", base.epochs, "--learning_rate", base.learning_rate]
+    how = [
+        "--bf16",
+        "--use_flash_attention",
+        "--no-gradient_checkpointing",
+        "--zero_stage",
+        0,
+    ]
+    named = ["--dataset", RUN.demo.mixture, "--row", "base"]
+    return [
+        *named,
+        *how,
+        *batch,
+        *steps,
+        "--num_crops",
+        base.num_crops,
+        "--seed",
+        RUN.demo.seed,
         "--no-tqdm",
     ]
 

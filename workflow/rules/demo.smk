@@ -1,0 +1,106 @@
+"""Where the demo's sources come from: files in the hub's formats, and a tiny base model. Nothing after this is special."""
+
+DEMO = RUN.demo
+
+if DEMO:
+
+    rule demo_sources:
+        """Synthetic source files in the hub's formats, and scikit-learn's handwritten digits as somebody's own files."""
+        output:
+            expand(
+                f"{DEMO.folder}/{{file}}",
+                file=[
+                    "the_cauldron/docvqa/train-00000-of-00001.parquet",
+                    "the_cauldron/hateful_memes/train-00000-of-00001.parquet",
+                    "the_cauldron/nlvr2/train-00000-of-00001.parquet",
+                    "docvqa_1200_examples/data/train-00000-of-00001.parquet",
+                    "docvqa_1200_examples/data/test-00000-of-00001.parquet",
+                    "ucf101-subset/UCF101_subset.tar.gz",
+                    "mixture/train-00000-of-00001.parquet",
+                    "mixture/val-00000-of-00001.parquet",
+                    "digits/train.tsv",
+                    "digits/val.tsv",
+                ],
+            ),
+        log:
+            f"{DEMO.folder}/logs/sources.log",
+        benchmark:
+            f"{DEMO.folder}/logs/sources.tsv"
+        conda:
+            "../../envs/train.yaml"
+        container:
+            "containers/train.sif"
+        threads: 1
+        resources:
+            mem_mb=2000,
+            runtime=10,
+        params:
+            folder=DEMO.folder,
+            seed=DEMO.seed,
+            sizes=" ".join(f"--size {name}={size}" for name, size in DEMO.sizes.items()),
+        message:
+            "make the demo's source files"
+        shell:
+            "python scripts/demo_sources.py --output_dir {params.folder} --seed {params.seed} {params.sizes} 2>&1 | tee {log}"
+
+    rule demo_model:
+        """A random tiny model, and a tokenizer that knows the words of the training splits."""
+        input:
+            [dataset_file(name) for name in DEMO.texts],
+        output:
+            directory(f"{DEMO.folder}/random"),
+        log:
+            f"{DEMO.folder}/logs/random.log",
+        benchmark:
+            f"{DEMO.folder}/logs/random.tsv"
+        conda:
+            "../../envs/train.yaml"
+        container:
+            "containers/train.sif"
+        threads: 1
+        resources:
+            mem_mb=2000,
+            runtime=10,
+        params:
+            data=[data_folder(name) for name in DEMO.texts],
+            seed=DEMO.seed,
+            geometry=" ".join(
+                f"--geometry {name}={size}" for name, size in DEMO.geometry.items()
+            ),
+        message:
+            "make a random tiny Phi-3.5-vision"
+        shell:
+            "python scripts/demo_model.py --data_dirs {params.data} --seed {params.seed} {params.geometry}"
+            " --output_dir {output} 2>&1 | tee {log}"
+
+    rule demo_base:
+        """Train the random model a little on a mixture, so that rows start from something."""
+        input:
+            model=rules.demo_model.output[0],
+            data=dataset_file(DEMO.mixture),
+        output:
+            directory(f"{DEMO.folder}/base/final"),
+            f"{DEMO.folder}/base/manifest.json",
+        log:
+            f"{DEMO.folder}/logs/base.log",
+        benchmark:
+            f"{DEMO.folder}/logs/base.tsv"
+        conda:
+            "../../envs/train.yaml"
+        container:
+            "containers/train.sif"
+        threads: DEMO.base.processes
+        resources:
+            mem_mb=6000,
+            runtime=30,
+            accelerators=DEMO.base.processes,
+        params:
+            data=data_folder(DEMO.mixture),
+            folder=f"{DEMO.folder}/base",
+            processes=DEMO.base.processes,
+            flags=base_flags(),
+        message:
+            "train the tiny base model a little"
+        shell:
+            "OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node={params.processes} scripts/finetune.py {params.flags}"
+            " --model_name_or_path {input.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"

@@ -9,7 +9,18 @@ from phi3v.settings.commands import (
     precision_flags,
     training_flags,
 )
-from phi3v.settings.entries import CONVERTER_VERSION, Dataset, Hardware, Model, Split, dataset_key, model_key
+from phi3v.settings.entries import (
+    CONVERTER_VERSION,
+    Dataset,
+    Geometry,
+    Hardware,
+    Model,
+    Peak,
+    Split,
+    VisionGeometry,
+    dataset_key,
+    model_key,
+)
 from phi3v.settings.reading import SettingsError, explain, read_entries, read_table, read_yaml, validate
 from phi3v.settings.rows import AccuracyRow, SpeedRow, Training
 from phi3v.settings.run import Demo, Job, NotRun, Pool, ResolvedRun, Run, load_run
@@ -21,10 +32,12 @@ __all__ = [
     "Demo",
     "EvaluateSettings",
     "FinetuneSettings",
+    "Geometry",
     "Hardware",
     "Job",
     "Model",
     "NotRun",
+    "Peak",
     "Pool",
     "Precision",
     "ResolvedRun",
@@ -34,6 +47,7 @@ __all__ = [
     "SpeedSettings",
     "Split",
     "Training",
+    "VisionGeometry",
     "dataset_key",
     "explain",
     "load_run",

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from phi3v.settings.commands import EvaluateSettings, FinetuneSettings, SpeedSettings
-from phi3v.settings.entries import Dataset, Hardware, Model, Split
+from phi3v.settings.entries import Dataset, Geometry, Hardware, Model, Peak, Split, VisionGeometry
 from phi3v.settings.rows import AccuracyRow, SpeedRow
 from phi3v.settings.run import Demo, DemoBase, Evaluation, Files, Pool, Run, Selection, SpeedMeasurement
 
@@ -27,9 +27,9 @@ SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
     (
         "Models and datasets: models.yaml, datasets.yaml",
         "Each entry is `name: {fields}`. Your own entries go into your own file, named in `files` of your run.",
-        [Model, Dataset, Split],
+        [Model, Geometry, VisionGeometry, Dataset, Split],
     ),
-    ("Hardware: hardware.yaml", "Facts of one device, each with its source.", [Hardware]),
+    ("Hardware: hardware.yaml", "Facts of one device, each with its source.", [Hardware, Peak]),
     (
         "Rows: accuracy.tsv, speed.tsv",
         "A line is a job; a column left out, or an empty cell, is the default, which is the recipe's constant.",

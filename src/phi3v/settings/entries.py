@@ -24,6 +24,64 @@ class Strict(BaseModel):
 # ---- what a run can name: models, datasets, hardware
 
 
+class VisionGeometry(Strict):
+    """Shape of the vision tower; names are those of CLIPVisionConfig."""
+
+    hidden_size: int = Field(ge=1)
+    """Width of a patch."""
+    intermediate_size: int = Field(ge=1)
+    """Width of the feed-forward layer."""
+    num_hidden_layers: int = Field(ge=2)
+    """Layers in the checkpoint; the last one never runs."""
+    num_attention_heads: int = Field(ge=1)
+    """Heads of a layer."""
+    image_size: int = Field(ge=1)
+    """Side of a tile in pixels."""
+    patch_size: int = Field(ge=1)
+    """Side of a patch in pixels."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> VisionGeometry:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size: {self.hidden_size}, expected a multiple of {self.num_attention_heads} heads")
+        if self.image_size % (2 * self.patch_size):
+            raise ValueError(
+                f"image_size: {self.image_size}, expected a multiple of twice the patch_size {self.patch_size}"
+                " (patches are merged two by two)"
+            )
+        return self
+
+
+class Geometry(Strict):
+    """Layer sizes of a model, enough to plan it without its weights; names are those of the published config.json."""
+
+    vocab_size: int = Field(ge=1)
+    """Rows of the embedding and of the head."""
+    hidden_size: int = Field(ge=1)
+    """Width of a token."""
+    intermediate_size: int = Field(ge=1)
+    """Width of the gated feed-forward layer."""
+    num_hidden_layers: int = Field(ge=1)
+    """Decoder layers."""
+    num_attention_heads: int = Field(ge=1)
+    """Query heads of a layer."""
+    num_key_value_heads: int = Field(ge=1)
+    """Key and value heads of a layer."""
+    vision: VisionGeometry
+    """The vision tower."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Geometry:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size: {self.hidden_size}, expected a multiple of {self.num_attention_heads} heads")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads}, expected a multiple of num_key_value_heads"
+                f" {self.num_key_value_heads}"
+            )
+        return self
+
+
 class Model(Strict):
     """A checkpoint folder in the official layout."""
 
@@ -35,6 +93,8 @@ class Model(Strict):
     """Hub commit; empty until first used for real, then pinned by the lock file beside the download."""
     licence: str = ""
     """Shown where the weights are downloaded."""
+    geometry: Geometry | None = None
+    """Layer sizes for the planner; empty: read from config.json where the url is a folder that exists."""
 
 
 class Split(Strict):
@@ -76,6 +136,17 @@ class Dataset(Strict):
         return self
 
 
+class Peak(Strict):
+    """Dense matrix products of one device in TFLOP/s (10^12), accumulated in float32, without structured sparsity."""
+
+    bf16: float | None = Field(None, gt=0)
+    """bfloat16; empty where the device has none."""
+    fp16: float | None = Field(None, gt=0)
+    """float16; empty where the device has none."""
+    fp32: float | None = Field(None, gt=0)
+    """float32, without TF32."""
+
+
 class Hardware(Strict):
     """One kind of accelerator, or the CPU."""
 
@@ -93,6 +164,26 @@ class Hardware(Strict):
     """Has a flash attention kernel (NVIDIA: Ampere and newer; CPU: that of PyTorch's SDPA)."""
     quantisation: bool
     """bitsandbytes' 4-bit kernels run (NVIDIA: Turing and newer; Volta too in current releases is not relied on)."""
+    generation: str = ""
+    """Architecture, as the recipe's advice names it (Volta, Turing, Ampere …)."""
+    peak_tflops: Peak = Peak()
+    """Dense peaks by dtype; they divide MFU and HFU. CPU: of one process on one core, nominal."""
+    bandwidth_gb_s: float | None = Field(None, gt=0)
+    """Memory bandwidth of one device in GB/s (10^9 bytes)."""
+    link_gb_s: float | None = Field(None, gt=0)
+    """Device to device within a machine, GB/s in one direction, all links of a device together."""
+    network_gb_s: float | None = Field(None, gt=0)
+    """Machine to machine, GB/s in one direction, all network ports of a machine together, in the machine named below."""
+    power_w: float | None = Field(None, gt=0)
+    """Board power of one device in W."""
+    machine: str = ""
+    """Machine that is meant by link, network, price and devices_per_machine: an Azure size where there is one."""
+    devices_per_machine: int = Field(1, ge=1)
+    """Devices of that machine."""
+    price_usd_hour: float | None = Field(None, gt=0)
+    """List price of one device for an hour in US dollars; empty: no price is shown."""
+    price_source: str = ""
+    """Whose price, where and when."""
     source: str
     """Where these facts come from."""
 

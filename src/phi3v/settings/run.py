@@ -75,10 +75,12 @@ class SpeedMeasurement(Strict):
 class DemoBase(Strict):
     """How the demo's tiny base model is first trained a little."""
 
+    processes: int = Field(2, ge=1)
     learning_rate: float = Field(gt=0, lt=1)
     epochs: float = Field(gt=0)
     batch_size: int = Field(64, ge=1)
     micro_batch_size: int = Field(32, ge=1)
+    num_crops: int = Field(4, ge=1)
 
 
 class Demo(Strict):
@@ -89,8 +91,12 @@ class Demo(Strict):
     seed: int = 0
     sizes: dict[str, int]
     """Rows of each source file."""
+    texts: list[str] = Field(min_length=1)
+    """Datasets whose training texts the tokenizer learns."""
     geometry: dict[str, int]
     """Shape of the tiny model: arguments of phi3v.model.tiny.build_tiny."""
+    mixture: str
+    """Dataset that the tiny base model is first trained on."""
     base: DemoBase
 
 
@@ -117,7 +123,8 @@ class Run(Strict):
     speed: SpeedMeasurement = SpeedMeasurement()
     num_workers: int = Field(2, ge=0)
     """Data loading processes of each training process."""
-    demo: Demo | None = None
+    demo: str | None = None
+    """File that says how synthetic sources and a tiny base model are made, for runs whose URLs point there."""
 
 
 class Job(BaseModel):
@@ -161,6 +168,7 @@ class ResolvedRun(BaseModel):
     accuracy: list[Job]
     speed: list[Job]
     not_run: list[NotRun]
+    demo: Demo | None
 
     def job(self, row: str) -> Job:
         """The job of a row id; raises KeyError."""
@@ -245,6 +253,18 @@ def _check_references(where: str, row: Training, tables: dict[str, dict[str, Any
             )
 
 
+def _read_demo(run: Run, root: Path, datasets: dict[str, Dataset]) -> Demo | None:
+    if run.demo is None:
+        return None
+    demo = validate(Demo, read_yaml(root / run.demo), run.demo)
+    for name in (*demo.texts, demo.mixture):
+        if name not in datasets:
+            raise SettingsError(
+                f"{run.demo}: field `texts` or `mixture`: got {name!r}: expected one of {', '.join(sorted(datasets))}"
+            )
+    return demo
+
+
 def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> ResolvedRun:
     """Read a run configuration and its tables, check them, and place the selected rows on the run's hardware.
 
@@ -310,5 +330,5 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
         raise SettingsError(f"{where}: field `overrides`: pattern {sorted(unused)[0]!r} matches no row of the tables")
     return ResolvedRun(
         settings=run, models=models, datasets=datasets, hardware=hardware,
-        accuracy=jobs["accuracy"], speed=jobs["speed"], not_run=not_run,
+        accuracy=jobs["accuracy"], speed=jobs["speed"], not_run=not_run, demo=_read_demo(run, root, datasets),
     )  # fmt: skip

@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Make the demo's random tiny Phi-3.5-vision: a checkpoint folder in the official layout, with its own tokenizer.
+
+python scripts/demo_model.py --data_dirs results/data/mixture-KEY --output_dir results/demo-sources/random \
+    --geometry hidden_size=96 --geometry layers=3
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+TEXTS_PER_FOLDER = 600
+"""Examples a data folder adds to the tokenizer's texts: enough for every word of the demo."""
+
+
+def setting(text: str) -> tuple[str, int]:
+    """NAME=NUMBER of the command line."""
+    name, _, number = text.partition("=")
+    if not name or not number.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=NUMBER")
+    return name, int(number)
+
+
+def texts(folders: list[str]) -> Iterator[str]:
+    """Questions and answers of the training splits."""
+    from phi3v.data.conversations import read_conversations
+    from phi3v.data.loading import split_file
+
+    for folder in folders:
+        for number, record in enumerate(read_conversations(split_file(folder, "train"))):
+            if number == TEXTS_PER_FOLDER:
+                break
+            for turn in record.conversations:
+                yield turn.user
+                yield turn.assistant
+
+
+def main() -> int:
+    """Parse the command line and write the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data_dirs", required=True, nargs="+", help="data folders whose training texts the tokenizer learns"
+    )
+    parser.add_argument("--output_dir", required=True, help="checkpoint folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="random weights (default: 0)")
+    parser.add_argument("--geometry", type=setting, action="append", default=[], metavar="NAME=NUMBER")
+    given = parser.parse_args()
+    from phi3v.model.tiny import build_tiny
+
+    folder = build_tiny(given.output_dir, texts(given.data_dirs), seed=given.seed, **dict(given.geometry))
+    print(f"{folder}: a random tiny model of the official layout")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
