@@ -43,7 +43,8 @@ class VisionGeometry(Strict):
     @model_validator(mode="after")
     def _divides(self) -> VisionGeometry:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size: {self.hidden_size}, expected a multiple of {self.num_attention_heads} heads")
+            heads = self.num_attention_heads
+            raise ValueError(f"hidden_size: {self.hidden_size}, expected a multiple of its {heads} heads")
         if self.image_size % (2 * self.patch_size):
             raise ValueError(
                 f"image_size: {self.image_size}, expected a multiple of twice the patch_size {self.patch_size}"
@@ -73,7 +74,8 @@ class Geometry(Strict):
     @model_validator(mode="after")
     def _divides(self) -> Geometry:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size: {self.hidden_size}, expected a multiple of {self.num_attention_heads} heads")
+            heads = self.num_attention_heads
+            raise ValueError(f"hidden_size: {self.hidden_size}, expected a multiple of its {heads} heads")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads: {self.num_attention_heads}, expected a multiple of num_key_value_heads"
@@ -173,7 +175,7 @@ class Hardware(Strict):
     link_gb_s: float | None = Field(None, gt=0)
     """Device to device within a machine, GB/s in one direction, all links of a device together."""
     network_gb_s: float | None = Field(None, gt=0)
-    """Machine to machine, GB/s in one direction, all network ports of a machine together, in the machine named below."""
+    """Machine to machine, GB/s in one direction, all ports of the machine named below together."""
     power_w: float | None = Field(None, gt=0)
     """Board power of one device in W."""
     machine: str = ""
