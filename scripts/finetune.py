@@ -15,20 +15,24 @@ and leave, 2 a wrong setting, 1 anything else.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from phi3v.settings import FinetuneSettings, SettingsError, parse
+from phi3v.training.startup import leave_out_unused
 
 
 def main() -> int:
     """Parse, train, and turn a wrong setting into one line."""
     settings = parse(FinetuneSettings, __doc__ or "")
+    leave_out_unused(settings)
     from phi3v.training.finetune import run
 
     try:
         return run(settings)
     except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +147,7 @@ def read_data(settings: FinetuneSettings, processor: Any, split: str) -> tuple[A
     return dataset, folder, dataset.num_crops
 
 
-def training_arguments(settings: FinetuneSettings, folder: Path, accumulation: int) -> Any:
+def training_arguments(settings: FinetuneSettings, folder: Path, accumulation: int, trackers: bool) -> Any:
     """The Trainer's arguments; making them joins the process group."""
     from transformers import TrainingArguments
 
@@ -180,7 +179,7 @@ def training_arguments(settings: FinetuneSettings, folder: Path, accumulation: i
         eval_strategy="steps" if settings.eval_steps else "no",
         eval_steps=settings.eval_steps or None,
         prediction_loss_only=True,
-        report_to=["tensorboard", *settings.report_to] if first else [],
+        report_to=["tensorboard", *settings.report_to] if first and trackers else [],
         disable_tqdm=True,
         log_level="error",
         dataloader_num_workers=settings.num_workers,
@@ -195,8 +194,10 @@ def training_arguments(settings: FinetuneSettings, folder: Path, accumulation: i
     )
 
 
-def build(settings: FinetuneSettings, output: Path) -> Job:
-    """Everything up to `trainer.train()`. Raises SettingsError before anything heavy where something cannot work."""
+def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Job:
+    """Everything up to `trainer.train()`; `trackers`: TensorBoard and others.
+
+    Raises SettingsError before anything heavy where something cannot work."""
     prepare_process(settings)
     if settings.deterministic:
         deterministic_kernels()
@@ -232,7 +233,7 @@ def build(settings: FinetuneSettings, output: Path) -> Job:
     accumulation = plan.accumulation
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
     # The Trainer's arguments come before the model: with ZeRO 3 they make the weights load in shards.
-    args = training_arguments(settings, output / "checkpoints", accumulation)
+    args = training_arguments(settings, output / "checkpoints", accumulation, trackers)
     model = load_model(settings, args.device)
     trainer = RecipeTrainer(
         plan=plan, meter=Meter(args.device), model=model, args=args,
@@ -262,15 +263,3 @@ def _lengths(settings: FinetuneSettings, dataset: Any) -> tuple[list[int] | None
         return None, lengths
     kept = [index for index, length in enumerate(lengths) if length <= settings.max_length]
     return kept, [lengths[index] for index in kept]
-
-
-def excepthook_for_settings() -> None:
-    """A wrong setting ends a script with one line instead of a traceback."""
-
-    def show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if isinstance(error, SettingsError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = show

@@ -1,0 +1,38 @@
+"""Measure the training speed of one row: images and tokens a second, step time, peak memory.
+
+    torchrun --standalone --nproc_per_node=8 scripts/speed.py --model_name_or_path results/models/KEY \\
+        --output_dir results/mine/speed/full-flash --full_train --bf16 --use_flash_attention --batch_size 64
+
+Two CPU processes in place of the published machines, labelled so in the result:
+
+    torchrun --standalone --nproc_per_node=2 scripts/speed.py --model_name_or_path MODEL --data_dir DATA \\
+        --output_dir OUT --bf16 --batch_size 64 --expect_processes 8 --stand_in
+
+Exit codes: 0 done, 2 a wrong setting, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from phi3v.settings import SettingsError, SpeedSettings, parse
+from phi3v.training.startup import leave_out_unused
+
+
+def main() -> int:
+    """Parse, measure, and turn a wrong setting into one line."""
+    settings = parse(SpeedSettings, __doc__ or "")
+    leave_out_unused(settings)
+    from phi3v.training.speed import measure
+
+    try:
+        return measure(settings)
+    except SettingsError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
