@@ -237,9 +237,35 @@ class EvaluateSettings(Precision):
     seed: int = Field(42, ge=0)
     """Order of the control's swap."""
     num_workers: int = Field(0, ge=0)
-    """Data loading processes of each evaluating process."""
+    """Threads of each evaluating process that decode the next pictures."""
     tqdm: bool = True
     """Progress bar; --no-tqdm for sparse lines."""
+
+
+class PredictSettings(Precision):
+    """scripts/predict.py"""
+
+    model_name_or_path: str
+    """Checkpoint folder, adapter folder (which names its base), or hub id."""
+    question: str
+    """What is asked; the pictures are put in front of it."""
+    image: list[str] = []
+    """Picture files, in order."""
+    num_crops: int | None = Field(None, ge=1, le=64)
+    """Largest number of tiles of a picture; left out: the checkpoint's."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest answer."""
+
+
+class ReportSettings(Strict):
+    """scripts/report.py"""
+
+    config: str
+    """The run's configuration file."""
+    results: str | None = None
+    """The run's results; left out: results/NAME."""
+    output_dir: str | None = None
+    """Where the report goes; left out: RESULTS/report."""
 
 
 def parse(settings: type[C], description: str, arguments: list[str] | None = None) -> C:
