@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from phi3v.data.sources import SourceError, fetch
@@ -35,15 +36,15 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     given = arguments()
     try:
-        entry: Dataset | Model
+        name = given.dataset or given.model
+        known: Mapping[str, Dataset | Model]
         if given.dataset:
-            name, known = given.dataset, read_entries(given.datasets, Dataset, Path("."))
+            known = read_entries(given.datasets, Dataset, Path("."))
         else:
-            name, known = given.model, read_entries(given.models, Model, Path("."))
+            known = read_entries(given.models, Model, Path("."))
         if name not in known:
-            raise SettingsError(
-                f"--{'dataset' if given.dataset else 'model'}: got {name!r}; expected one of {', '.join(sorted(known))}"
-            )
+            kind = "dataset" if given.dataset else "model"
+            raise SettingsError(f"--{kind}: got {name!r}; expected one of {', '.join(sorted(known))}")
         entry = known[name]
         if entry.licence:
             print(f"{name}: {entry.title}. Licence: {entry.licence}", file=sys.stderr)

@@ -349,6 +349,7 @@ def convert_files(
     workers: int = 2,
 ) -> dict[str, Any]:
     """Convert a file or folder by hand into one split; other splits of output_dir stay. Raises DataError."""
+    name = name or Path(output_dir).resolve().name
     if format_name not in FORMATS:
         raise DataError(f"--format: got {format_name!r}; expected one of {', '.join(FORMATS)}")
     if not source.exists():
@@ -367,10 +368,10 @@ def convert_files(
         "rows": rows,
         "options": shown_options,
     }
-    inputs = Inputs(files, root, split, name or source.stem, options, workers=workers)
+    inputs = Inputs(files, root, split, name, options, workers=workers)
     part = SplitSource(format_name, inputs, origin, rows, "first" if turns == "first" else "all")
     return convert(
-        name or source.stem, {split: part}, output_dir, turns, metric, num_crops, on_error, keep_other_splits=True
+        name, {split: part}, output_dir, turns, metric, num_crops, on_error, keep_other_splits=True
     )
 
 

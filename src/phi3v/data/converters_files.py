@@ -228,10 +228,11 @@ def llava(inputs: Inputs) -> Iterator[Sample | Rejection]:
 def _pairs(messages: list[Any], where: str) -> tuple[str, list[tuple[str, str]]]:
     """(system text, (question, answer) pairs) of LLaVA messages."""
     kinds = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-    system, texts = "", []
+    system = ""
+    texts: list[str] = []
     for index, message in enumerate(messages):
         field = f"conversations[{index}]"
-        kind = kinds.get(message.get("from", message.get("role"))) if isinstance(message, dict) else None
+        kind = kinds.get(str(message.get("from", message.get("role")))) if isinstance(message, dict) else None
         if kind is None:
             raise DataError(f"{where}: field `{field}.from`: got {shown(message)}; expected human, gpt or system")
         text = _text(message.get("value", message.get("content")), where, f"{field}.value")

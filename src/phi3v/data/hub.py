@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 def split_url(url: str) -> tuple[str, str, str]:
     """("dataset" or "model", "OWNER/REPO", "path or pattern") of a hub URL. Raises SourceError."""
-    match = re.fullmatch(r"hf://(datasets/)?([\w.-]+/[\w.-]+)(?:/(.+))?", url)
+    match = re.fullmatch(r"hf://(datasets/)?(?!datasets/)([\w.-]+/[\w.-]+)(?:/(.+))?", url)
     if not match:
         raise SourceError(f"source {url!r}: expected hf://datasets/OWNER/REPO/PATH or hf://OWNER/REPO")
     return ("dataset" if match[1] else "model"), match[2], match[3] or ""
@@ -83,32 +83,18 @@ def retry_after_header(headers: Any) -> str | None:
 
 def listing(url: str, revision: str | None, kind: str) -> tuple[str | None, list[Remote]]:
     """(commit, files that the URL's pattern names). Offline: what the cache has. Raises SourceError."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub.constants import is_offline_mode
     from huggingface_hub.hf_api import RepoFile
 
     repo_type, repo, pattern = split_url(url)
     if is_offline_mode():
-        patterns = [pattern] if pattern else list(MODEL_FILES) if kind == "model" else None
-        root = Path(
-            _call(
-                lambda: snapshot_download(
-                    repo, repo_type=repo_type, revision=revision, allow_patterns=patterns, local_files_only=True
-                ),
-                url,
-            )
-        )
-        found = sorted(
-            path
-            for path in root.rglob("*")
-            if path.is_file() and _selected(path.relative_to(root).as_posix(), pattern, kind)
-        )
+        root = _cached_snapshot(url, repo_type, repo, revision)
+        names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        found = [Remote(name, name, (root / name).stat().st_size) for name in names if _selected(name, pattern, kind)]
         if not found:
-            raise SourceError(
-                f"{url}: nothing of it in the cache, and HF_HUB_OFFLINE forbids the network; download it once online"
-            )
-        names = [path.relative_to(root).as_posix() for path in found]
-        return root.name, [Remote(name, name, path.stat().st_size) for name, path in zip(names, found, strict=True)]
+            raise SourceError(f"{url}: nothing of it in {root}, and HF_HUB_OFFLINE forbids the network; fetch it online")
+        return root.name, found
     api = HfApi()
     commit = _call(lambda: api.repo_info(repo, repo_type=repo_type, revision=revision).sha, url)
     fixed = (
@@ -133,6 +119,24 @@ def listing(url: str, revision: str | None, kind: str) -> tuple[str | None, list
         if remote.path.startswith("/") or ".." in remote.path.split("/"):
             raise SourceError(f"{url}: the listing names {remote.path!r}; expected paths inside the repository")
     return commit, sorted(remotes, key=lambda remote: remote.path)
+
+
+def _cached_snapshot(url: str, repo_type: str, repo: str, revision: str | None) -> Path:
+    """Folder of the cached commit: the one asked for, or the only one there. Raises SourceError."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    home = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=repo_type)
+    reference = home / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    snapshots = sorted((home / "snapshots").glob(commit or "*"))
+    if len(snapshots) != 1:
+        seen = ", ".join(path.name for path in snapshots) or "none"
+        raise SourceError(
+            f"{url}: HF_HUB_OFFLINE forbids the network, and the cache {home} has {seen} of revision {revision}; expected "
+            "one: fetch it online, or name the revision"
+        )
+    return snapshots[0]
 
 
 def _selected(path: str, pattern: str, kind: str) -> bool:

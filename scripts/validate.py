@@ -1,0 +1,59 @@
+#!/usr/bin/env python
+"""Check a data folder before training on it; every problem is listed as file:line: field, and the exit status is 1 if there is any.
+
+    python scripts/validate.py results/data/docvqa
+    python scripts/validate.py my_data --level paths                 # do not decode the pictures
+    python scripts/validate.py my_data --model results/models/phi35  # also count tokens and tiles, into statistics.json and .svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from phi3v.data.conversations import DataError
+from phi3v.data.validation import validate_folder
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir", type=Path, metavar="DIR", help="folder with images/ and a jsonl for each split")
+    parser.add_argument(
+        "--level", choices=["shape", "paths", "images"], default="images",
+        help="shape: lines and ids; paths: also image paths; images: also decode them and look for leaks (default)",
+    )  # fmt: skip
+    parser.add_argument("--allow-leaks", "--allow_leaks", action="store_true", help="pictures shared by splits are counted, not errors")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint folder, to count tokens and tiles")
+    parser.add_argument("--num_crops", type=int, metavar="N", help="largest number of tiles of an image (default: the data folder's)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="pictures decoded at a time")
+    return parser.parse_args()
+
+
+def main() -> int:
+    given = arguments()
+    try:
+        checks, problems, shared = validate_folder(given.data_dir, given.level, given.workers)
+        if given.allow_leaks:
+            problems.forget("leak: ")
+        for line in problems.lines():
+            print(line)
+        for split, found in checks.items():
+            pictures = f", {len(found.pictures)} pictures" if given.level != "shape" else ""
+            print(f"{split}: {found.examples} examples{pictures}", file=sys.stderr)
+        for pair, count in shared.items():
+            print(f"{pair}: {count} pictures in common", file=sys.stderr)
+        print(f"{given.data_dir}: {problems.total or 'no'} problems", file=sys.stderr)
+        if given.model and not problems.total:
+            from phi3v.data.statistics import write_statistics
+
+            print(write_statistics(given.data_dir, given.model, given.num_crops), file=sys.stderr)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 1 if problems.total else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

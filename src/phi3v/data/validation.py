@@ -1,0 +1,322 @@
+"""Checking a data folder: every line's shape, ids, image paths, the pictures themselves, and leaks between splits.
+
+Three levels, each with the ones before it: "shape" (lines and ids), "paths" (every image path is a file inside the folder), "images" (every
+picture decodes; the same picture in two splits is reported). All problems are gathered, the first 20 of each kind are kept with
+file:line:field, the rest are counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from phi3v.data.conversations import MAX_LINE_BYTES, DataError, decode_line, raw_lines, record_problem, shown
+from phi3v.data.images import open_rgb
+from phi3v.data.loading import describe
+
+Level = Literal["shape", "paths", "images"]
+
+KEPT_OF_A_KIND = 20
+
+# A line as the converter writes it, whole: fields in their order, so no key can be there twice; no `<`, so no control token; only the
+# short escapes, so no surrogates. Whatever does not match is not wrong, only looked at the slow way.
+_CHARACTER = r'[^"\\<\x00-\x1f]'
+_PLAIN = rf'[^"\\<\s\x00-\x1f]{_CHARACTER}*'
+_TEXT = rf'{_PLAIN}(?:\\["\\/bfnrt]{_CHARACTER}*)*'
+_PATH = r'"[\w-][\w. -]*(?:/[\w-][\w. -]*)*"'
+
+
+def _turn_pattern(group: int) -> str:
+    images = rf'"images": \[(?:{_PATH}(?:, {_PATH})*)?\]'
+    answers = rf'(?:, "answers": \["\{group}"(?:, "{_TEXT}")*\])?'
+    return rf'\{{{images}, "user": "{_TEXT}", "assistant": "({_TEXT})"{answers}\}}'
+
+
+_LINE = re.compile(
+    rf'\{{"id": "({_PLAIN})", "source": "{_PLAIN}", "conversations": '
+    rf"\[{_turn_pattern(2)}(?:, {_turn_pattern(3)})*\]\}}\n"
+)
+# Quotes inside texts are escaped, so this finds the image lists of a matching line and nothing else.
+_IMAGES = re.compile(r'"images": \[([^\]]+)\]')
+
+
+@dataclass
+class Problems:
+    """What is wrong, gathered by kind."""
+
+    kinds: dict[str, list[str]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, kind: str, message: str) -> None:
+        """One more problem of a kind."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        kept = self.kinds.setdefault(kind, [])
+        if len(kept) < KEPT_OF_A_KIND:
+            kept.append(message)
+
+    def forget(self, prefix: str) -> None:
+        """Drop the kinds that start so."""
+        for kind in [kind for kind in self.counts if kind.startswith(prefix)]:
+            del self.counts[kind], self.kinds[kind]
+
+    @property
+    def total(self) -> int:
+        """Number of problems."""
+        return sum(self.counts.values())
+
+    def lines(self) -> Iterator[str]:
+        """Messages, and a count where more of a kind were found than are shown."""
+        for kind, kept in self.kinds.items():
+            yield from kept
+            if self.counts[kind] > len(kept):
+                yield f"… {self.counts[kind] - len(kept)} more: {kind}"
+
+
+@dataclass
+class SplitCheck:
+    """What was found in a split."""
+
+    file: str
+    examples: int = 0
+    image_references: int = 0
+    pictures: dict[str, int] = field(default_factory=dict)
+    """Path of each picture to the line that first names it."""
+
+
+def _kind(problem: str) -> str:
+    """A problem without its numbers and values."""
+    text = re.sub(r"\[\d+\]", "[]", re.sub(r"got .*?; expected", "expected", problem, flags=re.DOTALL))
+    return re.sub(r"\d+", "N", text)
+
+
+def check_lines(path: Path, problems: Problems, with_paths: bool, ids: set[str] | None = None) -> SplitCheck:
+    """Shape of every line and uniqueness of ids; with_paths also gathers the pictures. ids: those of other splits."""
+    found = SplitCheck(path.name)
+    seen = set() if ids is None else ids
+    match, images_of, add_id = _LINE.match, _IMAGES.findall, seen.add
+    pictures = found.pictures
+    number = 0
+    for first, block in _blocks(path):
+        number = first - 1
+        position, end = 0, len(block)
+        while position < end:
+            number += 1
+            fast = match(block, position)
+            if fast is None:
+                stop = block.find("\n", position) + 1 or end
+                _slow_line(block[position:stop], number, found, problems, seen, with_paths)
+                position = stop
+                continue
+            known = len(seen)
+            add_id(fast[1])
+            if len(seen) == known:
+                problems.add("id: not unique", f"{path}:{number}: field `id`: got {shown(fast[1])}; expected it once")
+            if with_paths:
+                for names in images_of(block, position, fast.end()):
+                    for name in names[1:-1].split('", "'):
+                        found.image_references += 1
+                        if name not in pictures:
+                            pictures[name] = number
+                            if len(name) > 1024:
+                                problems.add("image path", f"{path}:{number}: image path of {len(name)} characters")
+            position = fast.end()
+    found.examples = number
+    if not number:
+        problems.add("empty file", f"{path}: empty; expected one JSON object a line")
+    return found
+
+
+def _blocks(path: Path) -> Iterator[tuple[int, str]]:
+    """(number of its first line, whole lines as text); a block that is not UTF-8 or has an overlong line comes line by line."""
+    with open(path, "rb") as file:
+        number, rest = 1, b""
+        while block := file.read(1 << 20):
+            block = rest + block
+            cut = block.rfind(b"\n") + 1
+            if not cut and len(block) > MAX_LINE_BYTES:
+                file.seek(file.tell() - len(block))
+                line = next(raw_lines(file))[1]
+                yield number, line[: MAX_LINE_BYTES + 1].decode("utf-8", "surrogateescape")
+                number, rest = number + 1, b""
+                continue
+            block, rest = block[:cut], block[cut:]
+            if block:
+                # Bytes that are not UTF-8 become lone surrogates, which the slow way turns back and names.
+                yield number, block.decode("utf-8", "surrogateescape")
+                number += block.count(b"\n")
+        if rest:
+            yield number, rest.decode("utf-8", "surrogateescape")
+
+
+def _slow_line(
+    line: str, number: int, found: SplitCheck, problems: Problems, seen: set[str], with_paths: bool
+) -> None:
+    where = f"{found.file}:{number}"
+    data = line.encode("utf-8", "surrogateescape")
+    if len(data) > MAX_LINE_BYTES:
+        problems.add("line too long", f"{where}: more than {MAX_LINE_BYTES} bytes; expected a shorter line")
+        return
+    try:
+        record = decode_line(data)
+    except ValueError as error:
+        problems.add(_kind(str(error)), f"{where}: {error}")
+        return
+    if problem := record_problem(record):
+        problems.add(_kind(problem), f"{where}: {problem}")
+        return
+    if record["id"] in seen:
+        problems.add("id: not unique", f"{where}: field `id`: got {shown(record['id'])}; expected it once")
+    seen.add(record["id"])
+    if with_paths:
+        for turn in record["conversations"]:
+            for name in turn.get("images", ()):
+                found.image_references += 1
+                found.pictures.setdefault(name, number)
+
+
+def check_paths(images: Path, checks: Iterable[SplitCheck], problems: Problems) -> None:
+    """Every picture is a file inside `images`, links included."""
+    root = os.path.realpath(images)
+    folders: dict[str, bool] = {}
+    lstat, is_file = os.lstat, stat.S_ISREG
+    for found in checks:
+        for name, number in found.pictures.items():
+            folder = name.rpartition("/")[0]
+            plain = folders.get(folder)
+            if plain is None:
+                plain = folders[folder] = os.path.realpath(f"{root}/{folder}") == f"{root}/{folder}".rstrip("/")
+            try:
+                if plain and is_file(lstat(f"{root}/{name}").st_mode):
+                    continue
+            except (OSError, ValueError):
+                pass  # looked at again below, where the reason is found
+            if reason := _path_problem(root, name):
+                problems.add(f"image: {reason}", f"{found.file}:{number}: image {shown(name)}: {reason} in {images}")
+
+
+def _path_problem(root: str, name: str) -> str | None:
+    file = os.path.realpath(f"{root}/{name}")
+    if not file.startswith(root + os.sep):
+        return "is a link that leaves the folder"
+    if not os.path.exists(file):
+        return "no such file"
+    if not os.path.isfile(file):
+        return "not a file"
+    return None
+
+
+def check_picture(path: str) -> tuple[str, bytes, int, int]:
+    """(problem or "", hash of the pixels, width, height) of a file."""
+    try:
+        with open_rgb(Path(path), "picture") as image:
+            digest = hashlib.blake2b(struct.pack(">II", *image.size), digest_size=16)
+            digest.update(image.tobytes())
+            return "", digest.digest(), image.width, image.height
+    except DataError as error:
+        return str(error).removeprefix("picture: "), b"", 0, 0
+
+
+def check_images(images: Path, checks: dict[str, SplitCheck], problems: Problems, workers: int) -> dict[str, int]:
+    """Every picture decodes; the same pixels in two splits are a leak. Returns {"SPLIT and SPLIT": shared pictures}."""
+    names = list(dict.fromkeys(name for found in checks.values() for name in found.pictures))
+    first = {name: f"{found.file}:{number}" for found in checks.values() for name, number in found.pictures.items()}
+    paths = [str(images / name) for name in names]
+    hashes: dict[str, bytes] = {}
+    with ProcessPoolExecutor(workers) as pool:
+        results = pool.map(check_picture, paths, chunksize=16)
+        for name, (problem, digest, width, height) in zip(
+            names, tqdm(results, total=len(names), desc="decoding", unit="picture", disable=None), strict=True
+        ):
+            if problem:
+                problems.add("image does not decode", f"{first[name]}: image {shown(name)}: {problem}")
+                continue
+            hashes[name] = digest
+            if width > 336 * height or height > 336 * width:
+                problems.add(
+                    "image too thin",
+                    f"{first[name]}: image {shown(name)}: {width} x {height}; expected sides within 1 : 336 (a tile is 336 pixels)",
+                )
+    return _leaks(checks, hashes, problems)
+
+
+def _leaks(checks: dict[str, SplitCheck], hashes: dict[str, bytes], problems: Problems) -> dict[str, int]:
+    splits = list(checks)
+    owners = {split: {hashes[name]: name for name in checks[split].pictures if name in hashes} for split in splits}
+    shared: dict[str, int] = {}
+    for position, one in enumerate(splits):
+        for other in splits[position + 1 :]:
+            common = owners[one].keys() & owners[other].keys()
+            if common:
+                shared[f"{one} and {other}"] = len(common)
+            for digest in sorted(common, key=lambda digest: checks[other].pictures[owners[other][digest]]):  # noqa: B023
+                name = owners[other][digest]
+                where = f"{checks[other].file}:{checks[other].pictures[name]}"
+                problems.add(
+                    f"leak: picture of {other} also in {one}",
+                    f"{where}: image {shown(name)}: the same pixels as {shown(owners[one][digest])} of split {one}",
+                )
+    return shared
+
+
+def splits_of(data_dir: Path) -> dict[str, Path]:
+    """Splits and their files: as dataset.json says, else every *.jsonl but rejected.jsonl."""
+    entries = describe(data_dir).get("splits")
+    if entries:
+        return {split: data_dir / entry["file"] for split, entry in entries.items()}
+    return {
+        path.stem.rpartition("_")[2]: path for path in sorted(data_dir.glob("*.jsonl")) if path.name != "rejected.jsonl"
+    }
+
+
+def validate_folder(
+    data_dir: str | Path, level: Level = "images", workers: int = 1
+) -> tuple[dict[str, SplitCheck], Problems, dict[str, int]]:
+    """(what each split holds, everything that is wrong, shared pictures of two splits). Raises DataError: no data at all."""
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise DataError(f"{data_dir}: no such folder; expected one with images/ and a jsonl for each split")
+    splits = splits_of(data_dir)
+    if not splits:
+        raise DataError(f"{data_dir}: no jsonl; expected one for each split")
+    problems = Problems()
+    checks: dict[str, SplitCheck] = {}
+    ids: set[str] = set()
+    described: dict[str, Any] = describe(data_dir).get("splits", {})
+    for split, path in splits.items():
+        if not path.is_file():
+            problems.add("split missing", f"{path}: missing; dataset.json names it as split {split}")
+            continue
+        checks[split] = check_lines(path, problems, level != "shape", ids)
+        expected = described.get(split, {}).get("examples")
+        if expected not in (None, checks[split].examples):
+            problems.add(
+                "number of examples",
+                f"{path}: {checks[split].examples} lines; expected {expected}, as dataset.json says",
+            )
+    shared: dict[str, int] = {}
+    if level != "shape" and any(found.pictures for found in checks.values()):
+        images = data_dir / "images"
+        before = problems.total
+        check_paths(images, checks.values(), problems)
+        if level == "images":
+            if problems.total != before:
+                _drop_missing(images, checks)
+            shared = check_images(images, checks, problems, workers)
+    return checks, problems, shared
+
+
+def _drop_missing(images: Path, checks: dict[str, SplitCheck]) -> None:
+    """Pictures that are not there or lie outside are reported already; opening them would report them twice."""
+    root = os.path.realpath(images)
+    for found in checks.values():
+        found.pictures = {name: line for name, line in found.pictures.items() if _path_problem(root, name) is None}
