@@ -1,0 +1,188 @@
+"""Checkpoints that are whole or not there: written aside, digested, synced, renamed; found again by themselves.
+
+    checkpoints/checkpoint-120/   what the Trainer and DeepSpeed write, and checkpoint.json with sizes and digests
+    checkpoints/.writing/         a checkpoint that is not finished; removed by the next one
+    checkpoints/unused-…/         a checkpoint that cannot be gone on from, set aside with its reason
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from phi3v.manifest import digest_file, write_json
+from phi3v.settings import FinetuneSettings
+
+SEAL = "checkpoint.json"
+WRITING = ".writing"
+# Settings that decide neither the data, nor the updates, nor their order.
+INDIFFERENT = {
+    "tqdm", "save_steps", "save_minutes", "keep_checkpoints", "num_workers", "output_dir", "row", "report_to",
+    "lock_wait_minutes", "nan_patience", "data_dir", "model_name_or_path", "full_train",
+}  # fmt: skip
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or cannot be used."""
+
+
+def fingerprint(settings: FinetuneSettings, data_dir: Path) -> dict[str, Any]:
+    """What a checkpoint must have been written with to go on from it: settings, data and base weights."""
+    values = {name: value for name, value in settings.model_dump().items() if name not in INDIFFERENT}
+    return values | {"data": digest_folder(data_dir, "*.json*"), "model": digest_folder(Path(settings.model_name_or_path), "*")}
+
+
+def digest_folder(folder: Path, pattern: str) -> str:
+    """Digest of a folder's files: of their bytes up to 64 MiB each, of size and modification time beyond."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.glob(pattern) if path.is_file() and path.name != "manifest.json"):
+        stat = path.stat()
+        small = stat.st_size <= 64 * 2**20
+        content = digest_file(path) if small else f"{stat.st_size} {stat.st_mtime_ns}"
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files of a checkpoint but its seal, in a fixed order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+
+
+def digest_and_sync(folder: Path, share: int, shares: int) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of this process's share of the files, each forced to disk."""
+    result = {}
+    for path in files_of(folder)[share::shares]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        result[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest_file(path)}
+    return result
+
+
+def seal(folder: Path, target: Path, files: dict[str, Any], step: int, processes: int, settings: dict[str, Any]) -> None:
+    """Write the seal and give the folder its final name; from here on it counts."""
+    write_json(
+        folder / SEAL,
+        {
+            "step": step, "processes": processes, "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "settings": settings, "files": dict(sorted(files.items())),
+        },
+    )  # fmt: skip
+    sync(folder)
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(folder, target)
+    sync(target.parent)
+
+
+def sync(folder: Path) -> None:
+    """Force a folder's entries to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass
+class Found:
+    """The checkpoint to go on from, and what was passed over."""
+
+    path: Path | None = None
+    skipped: dict[Path, str] = field(default_factory=dict)
+    """Reason by checkpoint, newest first."""
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Checkpoints by step, newest first; names that are no step are not ours."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+
+
+def find(folder: Path, settings: dict[str, Any], processes: int, sharded: bool) -> Found:
+    """The newest checkpoint of `folder` that is whole and was written with these settings.
+
+    sharded: ZeRO, whose checkpoints belong to their number of processes.
+    """
+    result = Found()
+    for path in checkpoint_folders(folder):
+        reason = why_not(path, settings, processes, sharded)
+        if not reason:
+            result.path = path
+            break
+        result.skipped[path] = reason
+    return result
+
+
+def why_not(path: Path, settings: dict[str, Any], processes: int, sharded: bool) -> str:
+    """Why a checkpoint cannot be gone on from; "" where it can."""
+    try:
+        sealed = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        files, written, other = sealed["files"], sealed["settings"], sealed["processes"]
+    except FileNotFoundError:
+        return f"{SEAL} is missing: it was not finished"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{SEAL} cannot be read ({error})"
+    changed = [name for name in settings if written.get(name) != settings[name]]
+    if changed:
+        name = changed[0]
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        return f"written with other settings: {name} {written.get(name)!r}, now {settings[name]!r}{more}"
+    if sharded and other != processes:
+        return f"written by {other} processes, now {processes}: ZeRO's shards belong to their number of processes"
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            return f"{name} has {size} bytes, expected {expected['bytes']}"
+        try:
+            digest = digest_file(file)
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
+        if digest != expected["sha256"]:
+            return f"{name} has another content than was written (sha256 {digest[:12]}, expected {expected['sha256'][:12]})"
+    return ""
+
+
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint that cannot be used, so that none is mistaken for newer than those to come."""
+    target = path.with_name(f"unused-{path.name}")
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(path, target)
+
+
+def rotate(folder: Path, keep: int, best: Path | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    for path in checkpoint_folders(folder)[keep:]:
+        if path != best:
+            shutil.rmtree(path)
+
+
+def bytes_needed(trainable: int, total: int, sharded: bool, weight_bytes: int) -> int:
+    """Size of a checkpoint: weights, float32 master copy (ZeRO) and Adam's two moments.
+
+    trainable, total: parameters. Without ZeRO the optimizer keeps two float32 moments beside the trained weights.
+    """
+    if sharded:
+        return total * weight_bytes + trainable * 12
+    return trainable * 12
+
+
+def check_space(folder: Path, needed: int, count: int) -> None:
+    """Raises CheckpointError where the disk cannot hold `count` checkpoints of `needed` bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = sum(file.stat().st_size for path in checkpoint_folders(folder) for file in files_of(path))
+    free = shutil.disk_usage(folder).free + held
+    if free < needed * count:
+        raise CheckpointError(
+            f"{folder}: {free / 1e9:.1f} GB free, {count} checkpoints of {needed / 1e9:.1f} GB are asked for; free "
+            f"{(needed * count - free) / 1e9:.1f} GB, choose another --output_dir, or lower --keep_checkpoints"
+        )

@@ -1,0 +1,197 @@
+"""One owner for a row's folder: a lock file with a heartbeat.
+
+A workflow that was killed and started again may submit a job while the old one still runs; both would write. A process
+id says nothing on another host, so liveness is the age of the heartbeat, and squeue's word where there is SLURM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+NAME = ".lock.json"
+BEAT_SECONDS = 10.0
+# Three missed beats and as much again for a slow file server.
+STALE_SECONDS = 60.0
+
+
+class LockedError(RuntimeError):
+    """Another job owns the folder."""
+
+
+def _place() -> dict[str, Any]:
+    """What makes a pid of this process meaningful: host, boot and pid namespace; and when the process started."""
+
+    def read(path: str) -> str:
+        try:
+            return Path(path).read_text(encoding="ascii").strip()
+        except OSError:
+            return ""
+
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return {"host": platform.node(), "boot": read("/proc/sys/kernel/random/boot_id"), "namespace": namespace}
+
+
+def _started(pid: int) -> str | None:
+    """Start time of a process in clock ticks since boot; None where there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    # Field 22, counted after the command name, which may hold spaces and brackets (proc(5)).
+    return text.rpartition(")")[2].split()[19]
+
+
+def _slurm_state(job: str) -> str | None:
+    """State of a SLURM job by squeue: "" when it is gone, None where squeue cannot tell."""
+    if not job or shutil.which("squeue") is None:
+        return None
+    asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=30)
+    if asked.returncode:
+        return "" if "Invalid job id" in asked.stderr else None
+    return asked.stdout.strip()
+
+
+class FolderLock:
+    """Own `folder` from `acquire` to `release`; a thread keeps the heartbeat."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None], beat_seconds: float = BEAT_SECONDS) -> None:
+        self.path, self.say, self.beat_seconds = folder / NAME, say, beat_seconds
+        self.stale_seconds = STALE_SECONDS * beat_seconds / BEAT_SECONDS
+        self.token = uuid.uuid4().hex
+        self.lost = False
+        """True when another job has taken the lock over: this one must stop writing."""
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self, wait_seconds: float = 0.0) -> None:
+        """Take the lock, waiting up to `wait_seconds`; raises LockedError that names the holder."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + wait_seconds
+        told = False
+        while not self._create():
+            holder = self._read()
+            if holder is None:
+                continue  # released between the two looks
+            reason = self._stale(holder)
+            if reason:
+                self._take_over(holder, reason)
+                continue
+            if time.monotonic() >= deadline:
+                raise LockedError(
+                    f"{self.path.parent}: owned by {describe(holder)}, still alive; this job would write the same files. "
+                    "Wait for it, cancel it, or give --lock_wait_minutes"
+                )
+            if not told:
+                self.say(f"{self.path.parent}: owned by {describe(holder)}; waiting")
+                told = True
+            time.sleep(min(self.beat_seconds, max(0.05, deadline - time.monotonic())))
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the folder back; nothing happens where the lock is not held any more."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        holder = self._read()
+        if holder is not None and holder.get("token") == self.token:
+            self.path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        """Write the lock file unless there is one; a hard link is atomic on network file systems too."""
+        holder = {
+            "job": os.environ.get("SLURM_JOB_ID", ""), **_place(), "pid": os.getpid(), "started": _started(os.getpid()),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"), "token": self.token,
+        }  # fmt: skip
+        temporary = self.path.with_name(f"{NAME}.{self.token}")
+        temporary.write_text(json.dumps(holder) + "\n", encoding="utf-8")
+        try:
+            os.link(temporary, self.path)
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+
+    def _read(self) -> dict[str, Any] | None:
+        """The holder; None where there is no lock. An unreadable lock belongs to nobody known."""
+        try:
+            value = json.loads(self.path.read_text(encoding="utf-8"))
+            return value if isinstance(value, dict) else {}
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {}
+
+    def _stale(self, holder: dict[str, Any]) -> str:
+        """Why the holder is gone, or "" where it must be taken for alive."""
+        place = _place()
+        if all(holder.get(key) == value for key, value in place.items()):
+            pid = holder.get("pid")
+            if isinstance(pid, int) and _started(pid) == holder.get("started"):
+                return ""
+            return "its process is gone"
+        age = self._age()
+        if age < self.stale_seconds:
+            return ""
+        state = _slurm_state(str(holder.get("job", "")))
+        if state:
+            return ""
+        return f"no heartbeat for {age:.0f} s" + (" and SLURM does not know its job any more" if state == "" else "")
+
+    def _age(self) -> float:
+        """Seconds since the last heartbeat, by the file server's own clock."""
+        probe = self.path.with_name(f"{NAME}.clock.{self.token}")
+        try:
+            probe.touch()
+            return probe.stat().st_mtime - self.path.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _take_over(self, holder: dict[str, Any], reason: str) -> None:
+        aside = self.path.with_name(f"{NAME}.stale.{self.token}")
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
+            return
+        try:
+            taken = json.loads(aside.read_text(encoding="utf-8"))
+        except ValueError:
+            taken = {}
+        if taken != holder:
+            # Another waiting job was quicker: this is its new lock. Put it back.
+            os.rename(aside, self.path)
+            return
+        aside.unlink()
+        self.say(f"{self.path.parent}: lock of {describe(holder)} taken over: {reason}")
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self.beat_seconds):
+            holder = self._read()
+            if holder is None or holder.get("token") != self.token:
+                self.lost = True
+                return
+            os.utime(self.path)
+
+
+def describe(holder: dict[str, Any]) -> str:
+    """The holder in words."""
+    job = f"job {holder['job']}, " if holder.get("job") else ""
+    return f"{job}pid {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
