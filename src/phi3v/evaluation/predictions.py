@@ -10,7 +10,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,22 @@ def finished(folder: Path, fingerprint: str) -> bool:
         return False
 
 
-def scores_of(path: Path) -> dict[str, float]:
-    """Score by id of a predictions.jsonl, without keeping its texts.
+@dataclass(frozen=True, slots=True)
+class ScoredLine:
+    """A line of a predictions.jsonl."""
+
+    id: str
+    score: float
+    raw: bytes
+
+
+def scored_lines(path: Path) -> Iterator[ScoredLine]:
+    """Id and score of each line of a predictions.jsonl, one at a time.
 
     Raises DataError naming file, line, field and value: not JSON, an id missing or given twice, no accepted answers, a score that is NaN or
-    outside 0-1.
+    outside 0-1, no line at all.
     """
-    scores: dict[str, float] = {}
+    seen: set[str] = set()
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -168,13 +178,13 @@ def scores_of(path: Path) -> dict[str, float]:
                 raise DataError(f"{path}:{number}: {what}; expected id, prompt, answers, prediction, score") from None
             if not isinstance(identifier, str) or not identifier:
                 raise DataError(f"{path}:{number}: field `id`: got {identifier!r}; expected a string")
-            if identifier in scores:
+            if identifier in seen:
                 raise DataError(f"{path}:{number}: field `id`: got {identifier!r}, which an earlier line has; expected unique ids")
             if not answers:
                 raise DataError(f"{path}:{number}: field `answers`: got {answers!r}; expected at least one accepted answer")
             if isinstance(score, bool) or not isinstance(score, int | float) or math.isnan(score) or not 0 <= score <= 1:
                 raise DataError(f"{path}:{number}: field `score`: got {score!r}; expected a number 0-1")
-            scores[identifier] = float(score)
-    if not scores:
+            seen.add(identifier)
+            yield ScoredLine(identifier, float(score), line)
+    if not seen:
         raise DataError(f"{path}: empty; expected one prediction a line")
-    return scores

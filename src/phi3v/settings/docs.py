@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from phi3v.settings.commands import EvaluateSettings, FinetuneSettings, SpeedSettings
+from phi3v.settings.commands import EvaluateSettings, FinetuneSettings, PredictSettings, ReportSettings, SpeedSettings
 from phi3v.settings.entries import Dataset, Geometry, Hardware, Model, Peak, Split, VisionGeometry
 from phi3v.settings.rows import AccuracyRow, SpeedRow
 from phi3v.settings.run import Demo, DemoBase, Evaluation, Files, Pool, Run, Selection, SpeedMeasurement
@@ -36,9 +36,9 @@ SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
         [AccuracyRow, SpeedRow],
     ),
     (
-        "Command lines: scripts/finetune.py, speed.py, evaluate.py",
+        "Command lines: scripts/finetune.py, speed.py, evaluate.py, predict.py, report.py",
         "What the workflow types is what a person types; `speed.py` takes all flags of `finetune.py` besides its own.",
-        [FinetuneSettings, SpeedSettings, EvaluateSettings],
+        [FinetuneSettings, SpeedSettings, EvaluateSettings, PredictSettings, ReportSettings],
     ),
 ]
 HEADER = """# Configuration

@@ -1,0 +1,18 @@
+"""The run's tables beside the published numbers, as one page and as files.
+
+    python scripts/report.py --config config/demo.yaml
+    python scripts/report.py --config config/config.yaml --results results/published --output_dir results/published/report
+
+Writes index.html (one file, works offline), accuracy.tsv, speed.tsv, report.json and tables.md. It reads whatever is there: rows that
+are not done say why. No GPU, no PyTorch.
+"""
+
+from phi3v.reporting.build import build_report
+from phi3v.settings import ReportSettings, parse
+
+if __name__ == "__main__":
+    settings = parse(ReportSettings, __doc__ or "")
+    tables = build_report(settings)
+    done = sum(line.status == "done" for line in tables.accuracy)
+    timed = sum(line.status == "done" for line in tables.speed)
+    print(f"report: {done} of {len(tables.accuracy)} accuracy rows, {timed} of {len(tables.speed)} speed rows done")

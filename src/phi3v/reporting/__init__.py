@@ -1,0 +1,1 @@
+"""Result files of a run, joined into tables, figures and one page."""

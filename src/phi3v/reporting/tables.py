@@ -1,0 +1,438 @@
+"""Rows of the two tables joined with their results: what index.html, accuracy.tsv, speed.tsv and report.json all show.
+
+A score is 0-100, a difference is in points, an interval is 95 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phi3v.evaluation import statistics
+from phi3v.reporting.results import AccuracyResult, SpeedResult, read_accuracy, read_speed
+from phi3v.settings import AccuracyRow, Job, NotRun, ResolvedRun, SpeedRow
+
+PUBLISHED_EXAMPLES = {"nlvr2": 500, "hateful_memes": 500, "docvqa": 200, "docvqa_mini": 200}
+"""Examples behind the recipe's figures (its scripts: the first 500 rows, the 200 of the mini DocVQA set)."""
+HARMLESS = frozenset({"micro_batch_size"})
+"""Fields that cannot change the result: the loss does not depend on how examples are grouped into micro-batches."""
+GB = 1e9
+PUBLISHED_TOKENS = 2443.23
+"""Mean length of an example of the recipe's speed tables, in tokens."""
+
+METHODS = {"full": "full", "frozen": "vision frozen", "lora": "LoRA", "qlora": "QLoRA"}
+
+
+@dataclass
+class AccuracyLine:
+    """A row of the accuracy table as it is shown."""
+
+    row: AccuracyRow
+    status: str
+    """done, not run yet, did not finish, damaged, cannot run."""
+    reason: str = ""
+    job: Job | None = None
+    result: AccuracyResult | None = None
+    verdict: str = ""
+    verdict_reason: str = ""
+    against: statistics.AgainstPublished | None = None
+    same_as: list[str] = field(default_factory=list)
+    """Rows that ask for something else but ran the same code."""
+    notes: list[str] = field(default_factory=list)
+
+    def score(self, name: str) -> float | None:
+        """Score of a pass."""
+        found = self.result.passes.get(name) if self.result else None
+        return None if found is None else found.score
+
+    @property
+    def n(self) -> int | None:
+        found = self.result.passes.get("after") if self.result else None
+        return None if found is None else found.n
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Training time times devices."""
+        seconds = self.result.train.seconds if self.result else None
+        return None if seconds is None or self.job is None else seconds * self.job.processes / 3600
+
+
+@dataclass
+class SpeedLine:
+    """A row of the speed table as it is shown."""
+
+    row: SpeedRow
+    status: str
+    reason: str = ""
+    job: Job | None = None
+    result: SpeedResult | None = None
+    speedup: float | None = None
+    verdict: str = ""
+    verdict_reason: str = ""
+    same_as: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def value(self, name: str) -> Any:
+        """A field of speed.json."""
+        return self.result.speed.get(name) if self.result else None
+
+    @property
+    def spread(self) -> dict[str, float] | None:
+        """Spread of images/s over the repeats."""
+        repeats = [r["images_per_second"] if isinstance(r, dict) else r for r in self.value("repeats") or []]
+        return statistics.spread(repeats) if repeats else None
+
+
+@dataclass
+class Tables:
+    """A run's two tables."""
+
+    run: ResolvedRun
+    accuracy: list[AccuracyLine]
+    speed: list[SpeedLine]
+
+
+def build_tables(run: ResolvedRun, results: Path, code: dict[str, Any] | None = None) -> Tables:
+    """Read every row's results under `results` (results/NAME) and join them with the tables, in the tables' order.
+
+    code: commit of the code that reports, to mark results of older code.
+    """
+    baselines: dict[str, Any] = {}
+    lines: dict[str, Any] = {}
+    for job in run.accuracy:
+        result = read_accuracy(results, job.row.row, job.baseline, job.row.dataset, run.settings.seed, baselines)
+        line = AccuracyLine(job.row, *_accuracy_status(result), job=job, result=result)  # type: ignore[arg-type]
+        line.verdict, line.verdict_reason, line.against = _accuracy_verdict(run, line)
+        line.notes = _notes(run, job, result.settings, result.train.manifest, code)
+        lines[job.row.row] = line
+    for job in run.speed:
+        speed = read_speed(results, job.row.row)
+        lines[job.row.row] = SpeedLine(job.row, *_work_status("timing", speed.work, speed.problems, bool(speed.speed)), job=job, result=speed)  # type: ignore[arg-type]
+        lines[job.row.row].notes = _notes(run, job, {}, speed.work.manifest, code)
+    for skipped in run.not_run:
+        kind = AccuracyLine if isinstance(skipped.row, AccuracyRow) else SpeedLine
+        lines[skipped.row.row] = kind(skipped.row, "cannot run", _without_field(skipped), verdict="not run", verdict_reason=skipped.reason)  # type: ignore[arg-type]
+    accuracy = [line for line in lines.values() if isinstance(line, AccuracyLine)]
+    speed_lines = [line for line in lines.values() if isinstance(line, SpeedLine)]
+    _mark_same_code(run, accuracy)
+    _mark_same_code(run, speed_lines)
+    _speedups(run, speed_lines)
+    return Tables(run, accuracy, speed_lines)
+
+
+def _without_field(skipped: NotRun) -> str:
+    return skipped.reason
+
+
+# ---- status
+
+
+def _work_status(verb: str, work: Any, problems: list[str], complete: bool) -> tuple[str, str]:
+    if complete:
+        return "done", ""
+    if problems:
+        return "damaged", problems[0]
+    if work.log is not None:
+        return "did not finish", f"{verb} is running or failed; its log: {work.log}"
+    return "not run yet", f"{verb} has not run yet"
+
+
+def _accuracy_status(result: AccuracyResult) -> tuple[str, str]:
+    if "after" in result.passes:
+        return "done", ""
+    if result.problems:
+        return "damaged", result.problems[0]
+    if result.train.manifest is None:
+        status, reason = _work_status("training", result.train, [], False)
+        if status == "not run yet" and result.curve:
+            return "did not finish", f"training stopped after step {result.curve[-1].get('step')}"
+        if status == "not run yet" and result.baseline.manifest is None and result.baseline.log is not None:
+            return "did not finish", f"the evaluation before training is running or failed; its log: {result.baseline.log}"
+        return status, reason
+    return _work_status("evaluation", result.evaluate, [], False)
+
+
+# ---- verdicts
+
+
+def _accuracy_verdict(run: ResolvedRun, line: AccuracyLine) -> tuple[str, str, statistics.AgainstPublished | None]:
+    """Verdict, its reason, and the comparison where one is allowed."""
+    if line.status != "done":
+        return "not run" if line.status == "not run yet" else line.status, line.reason, None
+    if line.row.published is None:
+        return "", "no published figure", None
+    reason = _not_comparable(run, line)
+    if reason:
+        return "not comparable", reason, None
+    assert line.result is not None
+    after = line.result.passes["after"]
+    against = statistics.against_published(
+        after.score, after.n, line.row.published, PUBLISHED_EXAMPLES.get(line.row.dataset, after.n), after.scores
+    )
+    low, high = against.interval
+    return against.verdict, f"difference {against.difference:+.1f} [{low:+.1f}, {high:+.1f}], margin {statistics.MARGIN:g}", against
+
+
+def _not_comparable(run: ResolvedRun, line: AccuracyLine) -> str:
+    """Why our figure must not be held against the published one, or an empty string."""
+    assert line.job is not None and line.result is not None
+    if not run.settings.comparable:
+        return run.settings.notice or "this run is marked as not comparable"
+    if line.job.pool.stand_in or run.hardware[line.job.pool.device].kind == "cpu":
+        return f"other hardware: {run.hardware[line.job.pool.device].title}"
+    if "inference" in line.row.note:
+        return "the published figure very likely trained less than it says (see the note)"
+    changed = sorted(set(line.job.departures) - HARMLESS)
+    if changed:
+        return f"departs from the recipe: {', '.join(changed)}"
+    expected = PUBLISHED_EXAMPLES.get(line.row.dataset)
+    if expected is not None and line.n != expected:
+        return f"{line.n} examples; the published figure has {expected}"
+    return ""
+
+
+# ---- notes
+
+
+def _notes(run: ResolvedRun, job: Job, trained: dict[str, Any], manifest: dict[str, Any] | None, code: dict[str, Any] | None) -> list[str]:
+    """What a reader must know about a result that was chosen not to be repeated."""
+    notes = []
+    expected = {"learning_rate": job.row.learning_rate, "num_train_epochs": job.row.epochs, "batch_size": job.row.batch_size}
+    for name, value in expected.items():
+        if name in trained and trained[name] != value:
+            notes.append(f"made with {name} {trained[name]}; the settings now say {value}")
+    made_by = (manifest or {}).get("commit")
+    if code and made_by and code.get("commit") and made_by != code["commit"]:
+        notes.append(f"made by older code ({made_by[:10]}); the report by {code['commit'][:10]}")
+    if manifest and manifest.get("dirty"):
+        notes.append("made by code with uncommitted changes")
+    return notes
+
+
+# ---- rows that ran the same code
+
+
+def _ran(line: AccuracyLine | SpeedLine) -> tuple[Any, ...] | None:
+    """What really ran: dtype and kernels seen, 4-bit layers, processes; None when unknown."""
+    if line.status != "done" or line.result is None:
+        return None
+    seen = observed(line)
+    return tuple(seen[name] for name in OBSERVED if name != "linear4bit_bytes") if seen["activation_dtype"] else None
+
+
+def _mark_same_code(run: ResolvedRun, lines: list[Any]) -> None:
+    """Note at each row the other rows that ask for something else, and ran the same code all the same."""
+    asked_only = {
+        "row", "model", "dtype", "flash_attention", "gpus", "published", "origin", "source", "note", "hardware", "nodes", "gpus_per_node",
+        "published_images_per_second", "published_speedup", "published_memory_gb",
+    }  # fmt: skip
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for line in lines:
+        ran = _ran(line)
+        if ran is None:
+            continue
+        model = run.models[line.row.model]
+        same = tuple(sorted((k, str(v)) for k, v in line.row.model_dump().items() if k not in asked_only))
+        groups.setdefault((model.url, model.revision, same, ran), []).append(line)
+    for group in groups.values():
+        for line in group:
+            line.same_as = [other.row.row for other in group if other is not line]
+
+
+def _speedups(run: ResolvedRun, lines: list[SpeedLine]) -> None:
+    """Speed-up against the first row of the same hardware's table, and what may be said about the published figure."""
+    first: dict[str, float | None] = {}
+    for line in lines:
+        rate = line.value("images_per_second")
+        first.setdefault(line.row.hardware, rate)
+        base = first[line.row.hardware]
+        line.speedup = rate / base if rate and base else None
+        if line.status != "done":
+            line.verdict, line.verdict_reason = ("not run" if line.status in ("not run yet", "cannot run") else line.status), line.reason
+            continue
+        assert line.job is not None
+        if line.value("stand_in") or line.job.pool.stand_in:
+            line.verdict, line.verdict_reason = "not comparable", stand_in_text(line)
+        elif not run.settings.comparable:
+            line.verdict, line.verdict_reason = "not comparable", run.settings.notice
+        elif "inference" in line.row.note:
+            line.verdict, line.verdict_reason = "not comparable", "the published figure very likely did less work (see the note)"
+        elif line.row.published_images_per_second:
+            ratio = rate / line.row.published_images_per_second
+            line.verdict, line.verdict_reason = f"{ratio:.2f} x published", "images/s over the published images/s"
+
+
+def stand_in_text(line: SpeedLine) -> str:
+    """Which processes stand for which machines."""
+    devices = line.row.nodes * line.row.gpus_per_node
+    processes = line.value("world_size") or (line.job.processes if line.job else "?")
+    return f"{processes} CPU processes stand for {devices} {hardware_name(line.row.hardware)}"
+
+
+def hardware_name(entry: str) -> str:
+    """`a100-80gb` as A100, for texts."""
+    return entry.split("-")[0].upper()
+
+
+# ---- what dtype and kernels were asked for and seen
+
+
+def asked(row: AccuracyRow | SpeedRow) -> str:
+    """dtype and attention as the table asks."""
+    return f"{row.dtype}, {'flash' if row.flash_attention else 'eager'}"
+
+
+OBSERVED = ("activation_dtype", "attention_decoder", "attention_vision", "linear4bit_layers", "linear4bit_bytes", "zero_stage", "world_size", "nodes")
+
+
+def observed(line: AccuracyLine | SpeedLine) -> dict[str, Any]:
+    """What a row was seen to run with, from observed.json or speed.json; None for what is not known."""
+    known: dict[str, Any] = dict.fromkeys(OBSERVED)
+    if isinstance(line.result, AccuracyResult):
+        known.update(line.result.observed)
+    elif line.result is not None:
+        known.update({**line.result.speed, **(line.result.speed.get("observed") or {})})
+    return known
+
+
+# ---- columns
+
+
+Column = tuple[str, Callable[[Any], Any]]
+
+
+def _bound(get: Callable[[AccuracyLine], Any], index: int) -> Callable[[AccuracyLine], Any]:
+    def value(line: AccuracyLine) -> Any:
+        found = get(line)
+        return None if found is None else found.interval[index]
+
+    return value
+
+
+def _after(line: AccuracyLine) -> Any:
+    return line.result.passes.get("after") if line.result else None
+
+
+def _gain(line: AccuracyLine) -> Any:
+    return line.result.gain if line.result else None
+
+
+def _looking(line: AccuracyLine) -> Any:
+    return line.result.looking if line.result else None
+
+
+def _more(name: str) -> Callable[[AccuracyLine], Any]:
+    def value(line: AccuracyLine) -> Any:
+        after = _after(line)
+        return (after.more.get(name) or {}).get("score") if after else None
+
+    return value
+
+
+def _departures(line: Any) -> str:
+    changed = line.job.departures if line.job else {}
+    return "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+
+
+ACCURACY_COLUMNS: list[Column] = [
+    ("row", lambda r: r.row.row),
+    ("model", lambda r: r.row.model),
+    ("dataset", lambda r: r.row.dataset),
+    ("method", lambda r: r.row.method),
+    ("dtype", lambda r: r.row.dtype),
+    ("metric", lambda r: _after(r).metric if _after(r) else None),
+    ("before", lambda r: r.score("before")),
+    ("after", lambda r: r.score("after")),
+    ("control", lambda r: r.score("control")),
+    ("n", lambda r: r.n),
+    ("published", lambda r: r.row.published),
+    ("after_low", _bound(_after, 0)),
+    ("after_high", _bound(_after, 1)),
+    ("after_minus_before", lambda r: _gain(r).difference if _gain(r) else None),
+    ("after_minus_before_low", _bound(_gain, 0)),
+    ("after_minus_before_high", _bound(_gain, 1)),
+    ("after_minus_control", lambda r: _looking(r).difference if _looking(r) else None),
+    ("after_minus_control_low", _bound(_looking, 0)),
+    ("after_minus_control_high", _bound(_looking, 1)),
+    ("after_minus_published", lambda r: r.against.difference if r.against else None),
+    ("verdict", lambda r: r.verdict),
+    ("verdict_reason", lambda r: r.verdict_reason),
+    ("official_anls", _more("official_anls")),
+    ("auroc", _more("auroc")),
+    ("consistency", _more("consistency")),
+    ("origin", lambda r: r.row.origin),
+    ("source", lambda r: r.row.source),
+    ("asked_attention", lambda r: "flash" if r.row.flash_attention else "eager"),
+    ("observed_dtype", lambda r: observed(r).get("activation_dtype")),
+    ("observed_attention", lambda r: observed(r).get("attention_decoder")),
+    ("linear4bit_layers", lambda r: observed(r).get("linear4bit_layers")),
+    ("linear4bit_bytes", lambda r: observed(r).get("linear4bit_bytes")),
+    ("not_distinguished_from", lambda r: " ".join(r.same_as)),
+    ("departures", _departures),
+    ("train_seconds", lambda r: r.result.train.seconds if r.result else None),
+    ("evaluate_seconds", lambda r: r.result.evaluate.seconds if r.result else None),
+    ("gpu_hours", lambda r: r.gpu_hours),
+    ("status", lambda r: r.status),
+    ("reason", lambda r: r.reason),
+    ("note", lambda r: r.row.note),
+]
+
+SPEED_COLUMNS: list[Column] = [
+    ("row", lambda r: r.row.row),
+    ("model", lambda r: r.row.model),
+    ("dataset", lambda r: r.row.dataset),
+    ("method", lambda r: r.row.method),
+    ("dtype", lambda r: r.row.dtype),
+    ("flash_attention", lambda r: "yes" if r.row.flash_attention else "no"),
+    ("hardware", lambda r: r.row.hardware),
+    ("nodes", lambda r: r.row.nodes),
+    ("gpus", lambda r: r.row.nodes * r.row.gpus_per_node),
+    ("images_per_second", lambda r: r.value("images_per_second")),
+    ("published_images_per_second", lambda r: r.row.published_images_per_second),
+    ("speedup", lambda r: r.speedup),
+    ("published_speedup", lambda r: r.row.published_speedup),
+    ("tokens_per_second", lambda r: r.value("tokens_per_second")),
+    ("step_seconds", lambda r: r.value("step_seconds")),
+    ("images_per_second_low", lambda r: r.spread["low"] if r.spread else None),
+    ("images_per_second_high", lambda r: r.spread["high"] if r.spread else None),
+    ("mfu", lambda r: r.value("mfu")),
+    ("hfu", lambda r: r.value("hfu")),
+    ("peak_memory_gb", lambda r: r.value("peak_memory_bytes") / GB if r.value("peak_memory_bytes") else None),
+    ("reserved_memory_gb", lambda r: r.value("reserved_memory_bytes") / GB if r.value("reserved_memory_bytes") else None),
+    ("published_memory_gb", lambda r: r.row.published_memory_gb),
+    ("processes", lambda r: r.value("world_size")),
+    ("device", lambda r: r.value("device")),
+    ("stand_in", lambda r: None if r.value("stand_in") is None else "yes" if r.value("stand_in") else "no"),
+    ("verdict", lambda r: r.verdict),
+    ("verdict_reason", lambda r: r.verdict_reason),
+    ("observed_dtype", lambda r: observed(r).get("activation_dtype")),
+    ("observed_attention", lambda r: observed(r).get("attention_decoder")),
+    ("not_distinguished_from", lambda r: " ".join(r.same_as)),
+    ("departures", _departures),
+    ("seconds", lambda r: r.result.work.seconds if r.result else None),
+    ("status", lambda r: r.status),
+    ("reason", lambda r: r.reason),
+    ("note", lambda r: r.row.note),
+]
+
+
+def as_records(lines: list[Any], columns: list[Column]) -> list[dict[str, Any]]:
+    """The lines as plain values, a dict each."""
+    return [{name: get(line) for name, get in columns} for line in lines]
+
+
+def as_tsv(records: list[dict[str, Any]], columns: list[Column]) -> str:
+    """Tab-separated text with a header; numbers with at most four decimals, nothing for what is not there."""
+    out = ["\t".join(name for name, _ in columns)]
+    out += ["\t".join(_cell(record[name]) for name, _ in columns) for record in records]
+    return "\n".join(out) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4f}".rstrip("0").rstrip(".")
+    return " ".join(str(value).split())
