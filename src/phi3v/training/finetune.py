@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ import torch.distributed as dist
 
 from phi3v.manifest import write_json, write_manifest
 from phi3v.settings import FinetuneSettings
+from phi3v.training import checkpoints
 from phi3v.training.job import Job, build
+from phi3v.training.lock import FolderLock
 from phi3v.training.observe import device_name, linear4bit, peak_memory_bytes
 from phi3v.training.signals import REQUEUE_EXIT_CODE, StopRequest
 from phi3v.training.watching import say
@@ -21,21 +26,33 @@ from phi3v.training.watching import say
 def run(settings: FinetuneSettings) -> int:
     """Train and write OUTPUT_DIR; returns the exit code: 0, or 75 when a signal asked to save and leave.
 
-    Raises SettingsError for what cannot work, CensusError where a group that should train gets no gradient, and
-    NotANumberError where the loss stays NaN or infinite.
+    Raises SettingsError for what cannot work, LockedError where another job owns the folder, CheckpointError,
+    CensusError where a group that should train gets no gradient, and NotANumberError where the loss stays no number.
     """
-    started = time.perf_counter()
     output = Path(settings.output_dir)
     stop = StopRequest().listen()
-    output.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(output, say) if os.environ.get("RANK", "0") == "0" else None
+    if lock is not None:
+        lock.acquire(settings.lock_wait_minutes * 60)
+    try:
+        return _run(settings, output, stop, lock)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: FolderLock | None) -> int:
+    started = time.perf_counter()
     job = build(settings, output)
     if job.is_main:
         (output / "manifest.json").unlink(missing_ok=True)
         write_json(output / "settings.json", settings.model_dump())
         say(headline(job))
-    watch = attach_watchers(job, output, stop)
+    resume = prepare_checkpoints(job, output / "checkpoints")
+    watch = attach_watchers(job, output, stop, lock)
     train_seconds = -time.perf_counter()
-    job.trainer.train()
+    with explain_memory(settings, job.device):
+        job.trainer.train(resume_from_checkpoint=resume)
     train_seconds += time.perf_counter()
     if watch.stopped_by_signal:
         say(f"{stop.signal or 'signal'}: saved at step {job.trainer.state.global_step}; the same command goes on from there")
@@ -56,7 +73,76 @@ def run(settings: FinetuneSettings) -> int:
     return leave(0)
 
 
-def attach_watchers(job: Job, output: Path, stop: StopRequest) -> Any:
+def prepare_checkpoints(job: Job, folder: Path) -> str | None:
+    """The checkpoint to go on from, or None; a collective call.
+
+    Says which checkpoints are passed over and why. Raises CheckpointError where the disk cannot hold what is asked for.
+    """
+    settings, trainer = job.settings, job.trainer
+    chosen: list[Any] = [None, None]
+    if job.is_main:
+        try:
+            trainer.fingerprint = checkpoints.fingerprint(settings, job.data_dir)
+            found = checkpoints.find(folder, trainer.fingerprint, trainer.args.world_size, trainer.is_deepspeed_enabled)
+            for path, reason in found.skipped.items():
+                say(f"{path}: not used: {reason}")
+                checkpoints.set_aside(path)
+            if settings.save_steps or settings.save_minutes or settings.keep_best:
+                checkpoints.check_space(folder, _checkpoint_bytes(job), settings.keep_checkpoints + 1)
+            if found.path is not None:
+                say(f"{found.path}: going on from here")
+                chosen[0] = str(found.path)
+        except checkpoints.CheckpointError as error:
+            chosen[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen)
+    if chosen[1]:
+        raise checkpoints.CheckpointError(chosen[1])
+    return chosen[0]
+
+
+def _checkpoint_bytes(job: Job) -> int:
+    parameters = [(p.numel(), p.requires_grad, p.element_size()) for p in job.model.parameters()]
+    trainable = sum(count for count, trains, _ in parameters if trains)
+    total = sum(count for count, _, _ in parameters)
+    return checkpoints.bytes_needed(trainable, total, job.trainer.is_deepspeed_enabled, parameters[0][2])
+
+
+@contextlib.contextmanager
+def explain_memory(settings: FinetuneSettings, device: torch.device) -> Iterator[None]:
+    """Out of memory as one message: the numbers, and the three settings that would help most."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        numbers = str(error).split(". ")[0]
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            numbers = (
+                f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB allocated at the peak, "
+                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free ({numbers})"
+            )
+        advice = [
+            text
+            for text, helps in (
+                (f"--batch_size_per_gpu 1 (now {settings.batch_size_per_gpu}; the batch stays)", settings.batch_size_per_gpu > 1),
+                ("--gradient_checkpointing (now off)", not settings.gradient_checkpointing),
+                ("--use_flash_attention (now off)", not settings.use_flash_attention),
+                ("--use_lora (now full fine-tuning)", settings.method in ("full", "frozen")),
+                ("--use_qlora (now LoRA on whole weights)", settings.method == "lora"),
+                ("--zero_stage 3 on several GPUs", settings.method in ("full", "frozen") and settings.zero_stage < 3),
+                (f"--num_crops 4 (now {settings.num_crops or 'the data folder' + chr(39) + 's'})", settings.num_crops != 4),
+                ("--freeze_vision_model", settings.freeze_vision_model == "no"),
+            )
+            if helps
+        ][:3]
+        raise OutOfMemoryError(f"out of memory on {device_name(device)}: {numbers}. What helps most: {'; '.join(advice)}") from error
+
+
+class OutOfMemoryError(RuntimeError):
+    """The device's memory did not suffice."""
+
+
+def attach_watchers(job: Job, output: Path, stop: StopRequest, lock: FolderLock | None) -> Any:
     """Callbacks of a training job: census, observation, metrics, progress. Returns the StepCallback."""
     from phi3v.model.freezing import parameter_group
     from phi3v.training.census import Census, census_label
@@ -67,8 +153,7 @@ def attach_watchers(job: Job, output: Path, stop: StopRequest) -> Any:
     settings, trainer = job.settings, job.trainer
     census = Census(job.model, parameter_group, census_label(settings.method, settings.freeze_vision_model))
     watch = StepCallback(
-        trainer, output, stop, census=census, observer=Observer(job.model), nan_patience=settings.nan_patience,
-        save_minutes=settings.save_minutes,
+        trainer, output, stop, census=census, observer=Observer(job.model), lock=lock, settings=settings,
     )  # fmt: skip
     trainer.add_callback(watch)
     trainer.step_values = watch.values

@@ -175,7 +175,11 @@ def training_arguments(settings: FinetuneSettings, folder: Path, accumulation: i
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        # Other saves are asked for by StepCallback, see steps.py.
+        save_strategy="best" if settings.keep_best else "no",
+        load_best_model_at_end=settings.keep_best,
+        metric_for_best_model="loss" if settings.keep_best else None,
+        greater_is_better=False if settings.keep_best else None,
         eval_strategy="steps" if settings.eval_steps else "no",
         eval_steps=settings.eval_steps or None,
         prediction_loss_only=True,
@@ -235,10 +239,21 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     # The Trainer's arguments come before the model: with ZeRO 3 they make the weights load in shards.
     args = training_arguments(settings, output / "checkpoints", accumulation, trackers)
     model = load_model(settings, args.device)
+    pad = processor.tokenizer.pad_token_id
+    validation: dict[str, Any] = {}
+    if settings.eval_steps:
+        eval_dataset = read_data(settings, processor, "val")[0]
+        count = min(settings.eval_examples or len(eval_dataset), len(eval_dataset))
+        validation = {
+            "eval_dataset": PickedExamples(eval_dataset), "eval_collator": Collator(collate, pad, "fixed"),
+            "eval_plan": BatchPlan(
+                examples=count, batch_size=count, micro_batch_size=settings.batch_size_per_gpu, processes=processes, seed=0
+            ),
+        }  # fmt: skip
     trainer = RecipeTrainer(
         plan=plan, meter=Meter(args.device), model=model, args=args,
-        data_collator=Collator(collate, processor.tokenizer.pad_token_id, settings.batching),
-        train_dataset=PickedExamples(dataset, kept),
+        data_collator=Collator(collate, pad, settings.batching), train_dataset=PickedExamples(dataset, kept),
+        keep_checkpoints=settings.keep_checkpoints, **validation,
     )  # fmt: skip
     from transformers.trainer_callback import PrinterCallback
 

@@ -10,7 +10,9 @@ import torch
 from transformers import TrainerCallback
 
 from phi3v.manifest import write_json
+from phi3v.settings import FinetuneSettings
 from phi3v.training.census import Census
+from phi3v.training.lock import FolderLock, LockedError
 from phi3v.training.meter import StepCounts
 from phi3v.training.observe import Observer
 from phi3v.training.signals import StopRequest
@@ -31,16 +33,20 @@ class StepCallback(TrainerCallback):
         stop: StopRequest,
         census: Census | None = None,
         observer: Observer | None = None,
-        nan_patience: int = 3,
-        save_minutes: float = 0,
+        lock: FolderLock | None = None,
+        settings: FinetuneSettings | None = None,
     ) -> None:
         self.trainer, self.folder, self.stop = trainer, folder, stop
-        self.census, self.observer, self.nan_patience = census, observer, nan_patience
-        self.save_seconds = save_minutes * 60
+        self.census, self.observer, self.lock = census, observer, lock
+        self.nan_patience = settings.nan_patience if settings else 3
+        self.save_steps = settings.save_steps if settings else 0
+        self.save_seconds = settings.save_minutes * 60 if settings else 0.0
+        self.eval_patience = settings.early_stopping_patience if settings else 0
         self.counts: StepCounts | None = None
         self.stopped_by_signal = False
         self.examples = 0
         """Examples trained on by this start of the job, over all processes."""
+        self._collapse_told = False
         self._bad_steps = 0
         self._bad_ids: list[list[str]] = []
         self._saved_at = time.monotonic()
@@ -51,7 +57,11 @@ class StepCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         meter = self.trainer.meter
+        if self.lock is not None and self.lock.lost:
+            raise LockedError(f"{self.folder}: another job took this folder over; nothing more is written from here")
         self._check_loss(meter)
+        if args.fp16:
+            self._check_scale(state.global_step)
         minutes_are_up = bool(self.save_seconds) and time.monotonic() - self._saved_at >= self.save_seconds
         self.counts = meter.finish_step(self.stop.asked, minutes_are_up)
         self.examples += self.counts.examples
@@ -65,8 +75,9 @@ class StepCallback(TrainerCallback):
         if self.counts.stop_asked and state.global_step < state.max_steps:
             self.stopped_by_signal = True
             control.should_save = control.should_training_stop = True
-        if self.counts.save_asked:
-            control.should_save = True
+        if self.counts.save_asked or (self.save_steps and state.global_step % self.save_steps == 0):
+            # The last step is followed by the export; a checkpoint of it would be removed at once.
+            control.should_save = control.should_save or state.global_step < state.max_steps
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._saved_at = time.monotonic()
@@ -74,6 +85,10 @@ class StepCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.meter.restart_clock()
+        losses = [line["eval_loss"] for line in state.log_history if "eval_loss" in line]
+        if self.eval_patience and stale_for(losses) >= self.eval_patience:
+            say(f"step {state.global_step}: no lower validation loss in {self.eval_patience} validations: stopping early")
+            control.should_training_stop = True
 
     def values(self) -> dict[str, float]:
         """What the step adds to the Trainer's log."""
@@ -85,6 +100,15 @@ class StepCallback(TrainerCallback):
             "tokens_per_second": self.counts.tokens / seconds,
             "loading_share": self.counts.loading_seconds / seconds,
         }
+
+    def _check_scale(self, step: int) -> None:
+        """Name a float16 loss scale that has collapsed: below 1, gradients overflow whatever it is."""
+        engine = self.trainer.model_wrapped
+        scaler = self.trainer.accelerator.scaler
+        scale = scaler.get_scale() if scaler is not None else getattr(engine.optimizer, "cur_scale", None)
+        if scale is not None and scale < 1 and not self._collapse_told:
+            self._collapse_told = True
+            say(f"step {step}: the float16 loss scale has collapsed to {scale:g}; gradients overflow whatever it is: use --bf16")
 
     def _check_loss(self, meter: Any) -> None:
         """Raises NotANumberError after `nan_patience` bad steps in a row on this process."""
@@ -105,7 +129,7 @@ class StepCallback(TrainerCallback):
         )
 
 
-def note_scale(scale: float, step: int) -> None:
-    """Name a float16 loss scale that has collapsed; at 1 and below gradients vanish rather than overflow."""
-    if scale < 1:
-        say(f"step {step}: the float16 loss scale has collapsed to {scale:g}: gradients overflow whatever it is; use --bf16")
+def stale_for(losses: list[float]) -> int:
+    """How many of the last validations brought no new lowest loss."""
+    best = min(range(len(losses)), key=losses.__getitem__)
+    return len(losses) - 1 - best

@@ -1,29 +1,43 @@
-"""The Hugging Face Trainer with the recipe's loss, our own batches, and float16 that is float16 on a CPU too."""
+"""The Hugging Face Trainer with the recipe's loss, our own batches, whole checkpoints, and float16 that is float16."""
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from phi3v.training import checkpoints
 from phi3v.training.batches import TRAINER_KEYS
 from phi3v.training.batching import BatchPlan, PlannedBatches
+from phi3v.training.checkpoints import CheckpointError
 from phi3v.training.meter import Meter
 
 
 class RecipeTrainer(Trainer):
     """Trains on a `BatchPlan`; loss = mean over the examples of a step of each example's mean over its label tokens."""
 
-    def __init__(self, *, plan: BatchPlan, meter: Meter, **arguments: Any) -> None:
-        self.plan, self.meter = plan, meter
+    def __init__(
+        self, *, plan: BatchPlan, meter: Meter, eval_plan: BatchPlan | None = None, eval_collator: Any = None,
+        keep_checkpoints: int = 2, **arguments: Any,
+    ) -> None:  # fmt: skip
+        self.plan, self.meter, self.eval_plan, self.eval_collator = plan, meter, eval_plan, eval_collator
+        self.keep_checkpoints = keep_checkpoints
         self.step_values: Callable[[], dict[str, float]] | None = None
+        """What a step adds to the log."""
+        self.fingerprint: dict[str, Any] = {}
+        """Settings, data and base weights that a checkpoint belongs to; known to the first process."""
+        self.sampler: PlannedBatches | None = None
+        self._writing: Path | None = None
         super().__init__(**arguments)
         # compute_loss divides by the examples of the whole step, so nothing is left to divide.
         self.loss_is_scaled_for_ga = True
-        self.sampler: PlannedBatches | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer; on a CPU accelerate takes float16 for float32 without a word, so it is switched on here."""
@@ -32,20 +46,22 @@ class RecipeTrainer(Trainer):
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
+    # ---- data
+
     def get_train_dataloader(self) -> DataLoader:
         """The planned micro-batches of this process."""
         self.sampler = PlannedBatches(self.plan, self.args.process_index)
+        return self._loader(self.train_dataset, self.sampler, self.data_collator)
+
+    def _loader(self, dataset: Any, sampler: PlannedBatches, collator: Any) -> DataLoader:
+        workers = self.args.dataloader_num_workers
         return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.device.type == "cuda",
-            multiprocessing_context="fork" if self.args.dataloader_num_workers else None,
-        )
+            dataset, batch_sampler=sampler, collate_fn=collator, num_workers=workers,
+            pin_memory=self.args.device.type == "cuda", multiprocessing_context="fork" if workers else None,
+        )  # fmt: skip
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order and turns; called by `EpochCallback`."""
+        """Choose the epoch's order and turns."""
         assert self.sampler is not None
         self.sampler.set_epoch(epoch)
         self.train_dataset.set_epoch(epoch)
@@ -67,6 +83,8 @@ class RecipeTrainer(Trainer):
         prepared = super()._prepare_inputs({key: value for key, value in inputs.items() if key != "loss_weights"})
         return {**prepared, "loss_weights": weights}
 
+    # ---- loss
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -82,6 +100,30 @@ class RecipeTrainer(Trainer):
             self.meter.saw(counts, loss.detach())
         return (loss, outputs) if return_outputs else loss
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The same loss on the validation split; a collective call."""
+        assert self.eval_plan is not None
+        start = time.perf_counter()
+        loader = self._loader(
+            self.eval_dataset, PlannedBatches(self.eval_plan, self.args.process_index), self.eval_collator
+        )
+        model = self.model_wrapped
+        model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        with torch.no_grad():
+            for inputs in loader:
+                total += self.compute_loss(model, self._prepare_inputs(inputs)).double()
+        model.train()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        loss = float(total) / self.accelerator.num_processes
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_seconds": time.perf_counter() - start}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer, with throughput and data loading beside the loss, for every tracker."""
         if "loss" in logs and self.step_values is not None:
@@ -91,3 +133,64 @@ class RecipeTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """The Trainer's estimate walks over all parameters at every micro-step and knows no pictures: switched off."""
         return 0
+
+    # ---- checkpoints
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # With save_strategy "best" the Trainer forgets a save that was asked for in the same step.
+        return bool(super()._determine_best_metric(metrics, trial)) or self.control.should_save
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._writing or self.args.output_dir)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """The Trainer's checkpoint, written aside and named only when it is whole; a collective call."""
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        writing, name = folder / checkpoints.WRITING, f"checkpoint-{step}"
+        if self.args.process_index == 0:
+            shutil.rmtree(writing, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._writing = writing
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
+                if self.args.process_index == 0:
+                    self.state.save_to_json(str(writing / name / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            own = checkpoints.digest_and_sync(writing / name, self.args.process_index, self.args.world_size)
+            files = self._everyones(own)
+            if self.args.process_index == 0:
+                checkpoints.seal(writing / name, folder / name, files, step, self.args.world_size, self.fingerprint)
+                best = self.state.best_model_checkpoint
+                checkpoints.rotate(folder, self.keep_checkpoints, Path(best) if best else None)
+        except Exception as error:
+            free = shutil.disk_usage(folder).free / 1e9
+            raise CheckpointError(
+                f"step {step}: {folder / name} could not be written ({error}); {free:.2f} GB are free there. Checkpoints "
+                "written before are untouched: the same command goes on from the newest"
+            ) from error
+        finally:
+            self._writing = None
+        self.accelerator.wait_for_everyone()
+
+    def _everyones(self, own: dict[str, Any]) -> dict[str, Any]:
+        """The union of all processes' dictionaries."""
+        if self.args.world_size == 1:
+            return own
+        shares: list[Any] = [None] * self.args.world_size
+        dist.all_gather_object(shares, own)
+        return {name: value for share in shares for name, value in share.items()}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The weights of a checkpoint; DeepSpeed's own files hold them already, so they are not written twice."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not hasattr(self.model, "peft_config"):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            # lm_head is a target, but its own weights stay the base checkpoint's.
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
