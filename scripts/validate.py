@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Check a data folder before training on it; every problem is listed as file:line: field, and the exit status is 1 if there is any.
+"""Check a data folder before training on it; every problem is listed as file:line: field, and the exit status is 1 if
+there is any.
 
-    python scripts/validate.py results/data/docvqa
-    python scripts/validate.py my_data --level paths                 # do not decode the pictures
-    python scripts/validate.py my_data --model results/models/phi35  # also count tokens and tiles, into statistics.json and .svg
+python scripts/validate.py results/data/docvqa
+python scripts/validate.py my_data --level paths                 # do not decode the pictures
+python scripts/validate.py my_data --model results/models/phi35  # also count tokens and tiles, into statistics.json and .svg
 """
 
 from __future__ import annotations
@@ -24,10 +25,16 @@ def arguments() -> argparse.Namespace:
         "--level", choices=["shape", "paths", "images"], default="images",
         help="shape: lines and ids; paths: also image paths; images: also decode them and look for leaks (default)",
     )  # fmt: skip
-    parser.add_argument("--allow-leaks", "--allow_leaks", action="store_true", help="pictures shared by splits are counted, not errors")
+    parser.add_argument(
+        "--allow-leaks", "--allow_leaks", action="store_true", help="pictures shared by splits are counted, not errors"
+    )
     parser.add_argument("--model", metavar="DIR", help="checkpoint folder, to count tokens and tiles")
-    parser.add_argument("--num_crops", type=int, metavar="N", help="largest number of tiles of an image (default: the data folder's)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="pictures decoded at a time")
+    parser.add_argument(
+        "--num_crops", type=int, metavar="N", help="largest number of tiles of an image (default: the data folder's)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="pictures decoded at a time"
+    )
     return parser.parse_args()
 
 

@@ -1,4 +1,5 @@
-"""Fetching: local files, web files and hub repositories, from a loopback server that fails in every way servers fail."""
+"""Fetching: local files, web files and hub repositories, from a loopback server that fails in every way servers
+fail."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from data_examples import COMMIT, HubServer
+
 from phi3v.data import sources, web
 from phi3v.data.sources import LOCK, PINS, SourceError, fetch, folder_name, locked_files
 
@@ -24,8 +26,17 @@ NOTE = b"small text file"
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setenv("PHI3V_DOWNLOAD_PAUSE", "0.01")
     repositories = {
-        "datasets/owner/set": {"docvqa/train-0.parquet": SHARD, "docvqa/train-1.parquet": SHARD[::-1], "nlvr2/x.parquet": NOTE},
-        "owner/model": {"config.json": b"{}", "model.safetensors": SHARD, "modeling.py": b"code", "pytorch_model.bin": NOTE},
+        "datasets/owner/set": {
+            "docvqa/train-0.parquet": SHARD,
+            "docvqa/train-1.parquet": SHARD[::-1],
+            "nlvr2/x.parquet": NOTE,
+        },
+        "owner/model": {
+            "config.json": b"{}",
+            "model.safetensors": SHARD,
+            "modeling.py": b"code",
+            "pytorch_model.bin": NOTE,
+        },
         "": {"files/UCF.tar.gz": SHARD},
     }
     with HubServer(repositories) as server:
@@ -123,7 +134,8 @@ def test_bytes_that_stay_wrong_are_an_error_and_leave_no_lock(tmp_path: Path, hu
     hub.faults = {"train-0.parquet": ["wrong"] * 20}
     done = download(tmp_path, hub, PHI3V_DOWNLOAD_ATTEMPTS="2")
     assert done.returncode == 2
-    assert "train-0.parquet" in done.stderr and "wrong bytes" in done.stderr
+    assert "train-0.parquet" in done.stderr
+    assert "wrong bytes" in done.stderr
     assert not (tmp_path / "out" / LOCK).exists()
     assert not list((tmp_path / "out").rglob("train-0.parquet"))
 
@@ -142,11 +154,12 @@ def test_what_is_not_there_is_named(tmp_path: Path, hub: HubServer, entry: str, 
     (tmp_path / "own.yaml").write_text(text)
     done = download(tmp_path, hub, "--datasets", "own.yaml", "--dataset", "docvqa", "--output_dir", "out")
     assert done.returncode == 2
-    assert entry in done.stderr and expected in done.stderr
+    assert entry in done.stderr
+    assert expected in done.stderr
 
 
 def test_a_revision_that_does_not_exist_is_named(tmp_path: Path, hub: HubServer) -> None:
-    text = DATASETS.replace("parquet\", format", "parquet\", revision: v9, format")
+    text = DATASETS.replace('parquet", format', 'parquet", revision: v9, format')
     (tmp_path / "own.yaml").write_text(text)
     done = download(tmp_path, hub, "--datasets", "own.yaml", "--dataset", "docvqa", "--output_dir", "out")
     assert done.returncode == 2
@@ -159,13 +172,19 @@ def test_content_that_changed_since_first_use_is_refused(tmp_path: Path, hub: Hu
     (tmp_path / "out" / folder_name(URL, None) / "docvqa" / "train-0.parquet").unlink()
     done = download(tmp_path, hub, HF_HOME=str(tmp_path / "other"), PHI3V_DOWNLOAD_ATTEMPTS="2")
     assert done.returncode == 2
-    assert "sha256" in done.stderr and "train-0.parquet" in done.stderr
+    assert "sha256" in done.stderr
+    assert "train-0.parquet" in done.stderr
 
 
 def test_of_a_model_only_weights_configuration_and_tokenizer_are_taken(tmp_path: Path, hub: HubServer) -> None:
     done = download(tmp_path, hub, "--models", "models.yaml", "--model", "tiny", "--output_dir", "model")
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors", LOCK, PINS]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        LOCK,
+        PINS,
+    ]
     assert "MIT" in done.stderr
 
 
@@ -207,7 +226,8 @@ def test_a_final_refusal_is_not_tried_again(tmp_path: Path, hub: HubServer, stat
 def test_retry_after_is_seconds_or_a_date() -> None:
     assert web.retry_after("7") == 7
     assert web.retry_after("Fri, 01 Jan 1990 00:00:00 GMT") == 0
-    assert web.retry_after("soon") is None and web.retry_after(None) is None
+    assert web.retry_after("soon") is None
+    assert web.retry_after(None) is None
 
 
 def test_room_is_checked_before_the_first_byte(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +250,8 @@ def test_local_files_are_linked_and_never_changed(tmp_path: Path) -> None:
     fetch([(url, None)], tmp_path / "out")
     root, files, _ = locked_files(tmp_path / "out", url, None)
     assert [path.relative_to(root).as_posix() for path in files] == ["table.csv", "pictures/a.png"]
-    assert original.read_bytes() == NOTE and os.stat(original).st_mtime_ns == before.st_mtime_ns
+    assert original.read_bytes() == NOTE
+    assert os.stat(original).st_mtime_ns == before.st_mtime_ns
     # What its owner changes is taken anew; what he removes goes.
     (tmp_path / "mine" / "table.csv").unlink()
     original.unlink()
@@ -272,5 +293,5 @@ def test_a_fetched_file_that_was_touched_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "out" / LOCK).write_text("{}")
     with pytest.raises(SourceError, match="not a lock"):
         locked_files(tmp_path / "out", url, None)
-    with pytest.raises(SourceError, match="missing; expected the result of scripts/download.py"):
+    with pytest.raises(SourceError, match=r"missing; expected the result of scripts/download.py"):
         locked_files(tmp_path, url, None)

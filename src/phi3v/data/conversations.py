@@ -219,10 +219,10 @@ def raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
-        yield number, line
         if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
             while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                 pass
+        yield number, line
 
 
 def read_conversations(path: str | Path) -> Iterator[Conversation]:

@@ -370,9 +370,7 @@ def convert_files(
     }
     inputs = Inputs(files, root, split, name, options, workers=workers)
     part = SplitSource(format_name, inputs, origin, rows, "first" if turns == "first" else "all")
-    return convert(
-        name, {split: part}, output_dir, turns, metric, num_crops, on_error, keep_other_splits=True
-    )
+    return convert(name, {split: part}, output_dir, turns, metric, num_crops, on_error, keep_other_splits=True)
 
 
 def _sha256(path: Path) -> str:

@@ -93,7 +93,9 @@ def listing(url: str, revision: str | None, kind: str) -> tuple[str | None, list
         names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
         found = [Remote(name, name, (root / name).stat().st_size) for name in names if _selected(name, pattern, kind)]
         if not found:
-            raise SourceError(f"{url}: nothing of it in {root}, and HF_HUB_OFFLINE forbids the network; fetch it online")
+            raise SourceError(
+                f"{url}: nothing of it in {root}, and HF_HUB_OFFLINE forbids the network; fetch it online"
+            )
         return root.name, found
     api = HfApi()
     commit = _call(lambda: api.repo_info(repo, repo_type=repo_type, revision=revision).sha, url)
@@ -133,7 +135,8 @@ def _cached_snapshot(url: str, repo_type: str, repo: str, revision: str | None) 
     if len(snapshots) != 1:
         seen = ", ".join(path.name for path in snapshots) or "none"
         raise SourceError(
-            f"{url}: HF_HUB_OFFLINE forbids the network, and the cache {home} has {seen} of revision {revision}; expected "
+            f"{url}: HF_HUB_OFFLINE forbids the network, and the cache {home} has {seen} of revision {revision}; "
+            f"expected "
             "one: fetch it online, or name the revision"
         )
     return snapshots[0]

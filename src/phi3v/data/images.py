@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png"}
 
 READ = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """Formats that are opened at all: no vector formats, nothing that runs other programs."""
+
+# Pillow warns of a bomb above its limit of pixels and refuses at twice that; here the limit itself refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 

@@ -1,8 +1,8 @@
 """Checking a data folder: every line's shape, ids, image paths, the pictures themselves, and leaks between splits.
 
-Three levels, each with the ones before it: "shape" (lines and ids), "paths" (every image path is a file inside the folder), "images" (every
-picture decodes; the same picture in two splits is reported). All problems are gathered, the first 20 of each kind are kept with
-file:line:field, the rest are counted.
+Three levels, each with the ones before it: "shape" (lines and ids), "paths" (every image path is a file inside the
+folder), "images" (every picture decodes; the same picture in two splits is reported). All problems are gathered, the
+first 20 of each kind are kept with file:line:field, the rest are counted.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Level = Literal["shape", "paths", "images"]
 
 KEPT_OF_A_KIND = 20
 
-# A line as the converter writes it, whole: fields in their order, so no key can be there twice; no `<`, so no control token; only the
-# short escapes, so no surrogates. Whatever does not match is not wrong, only looked at the slow way.
+# A line as the converter writes it, whole: fields in their order, so no key can be there twice; no `<`, so no control
+# token; only the short escapes, so no surrogates. Whatever does not match is not wrong, only looked at the slow way.
 _CHARACTER = r'[^"\\<\x00-\x1f]'
 _PLAIN = rf'[^"\\<\s\x00-\x1f]{_CHARACTER}*'
 _TEXT = rf'{_PLAIN}(?:\\["\\/bfnrt]{_CHARACTER}*)*'
@@ -137,7 +137,8 @@ def check_lines(path: Path, problems: Problems, with_paths: bool, ids: set[str] 
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, str]]:
-    """(number of its first line, whole lines as text); a block that is not UTF-8 or has an overlong line comes line by line."""
+    """(number of its first line, whole lines as text); a block that is not UTF-8 or has an overlong line comes line by
+    line."""
     with open(path, "rb") as file:
         number, rest = 1, b""
         while block := file.read(1 << 20):
@@ -158,9 +159,7 @@ def _blocks(path: Path) -> Iterator[tuple[int, str]]:
             yield number, rest.decode("utf-8", "surrogateescape")
 
 
-def _slow_line(
-    line: str, number: int, found: SplitCheck, problems: Problems, seen: set[str], with_paths: bool
-) -> None:
+def _slow_line(line: str, number: int, found: SplitCheck, problems: Problems, seen: set[str], with_paths: bool) -> None:
     where = f"{found.file}:{number}"
     data = line.encode("utf-8", "surrogateescape")
     if len(data) > MAX_LINE_BYTES:
@@ -244,7 +243,8 @@ def check_images(images: Path, checks: dict[str, SplitCheck], problems: Problems
             if width > 336 * height or height > 336 * width:
                 problems.add(
                     "image too thin",
-                    f"{first[name]}: image {shown(name)}: {width} x {height}; expected sides within 1 : 336 (a tile is 336 pixels)",
+                    f"{first[name]}: image {shown(name)}: {width} x {height}; expected sides within 1 : 336 (a tile is "
+                    f"336 pixels)",
                 )
     return _leaks(checks, hashes, problems)
 
@@ -258,7 +258,7 @@ def _leaks(checks: dict[str, SplitCheck], hashes: dict[str, bytes], problems: Pr
             common = owners[one].keys() & owners[other].keys()
             if common:
                 shared[f"{one} and {other}"] = len(common)
-            for digest in sorted(common, key=lambda digest: checks[other].pictures[owners[other][digest]]):  # noqa: B023
+            for digest in sorted(common, key=lambda digest: checks[other].pictures[owners[other][digest]]):
                 name = owners[other][digest]
                 where = f"{checks[other].file}:{checks[other].pictures[name]}"
                 problems.add(
@@ -281,7 +281,8 @@ def splits_of(data_dir: Path) -> dict[str, Path]:
 def validate_folder(
     data_dir: str | Path, level: Level = "images", workers: int = 1
 ) -> tuple[dict[str, SplitCheck], Problems, dict[str, int]]:
-    """(what each split holds, everything that is wrong, shared pictures of two splits). Raises DataError: no data at all."""
+    """(what each split holds, everything that is wrong, shared pictures of two splits). Raises DataError: no data at
+    all."""
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such folder; expected one with images/ and a jsonl for each split")

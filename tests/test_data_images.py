@@ -1,0 +1,146 @@
+"""Pictures of every kind that people have, and of the kinds that must not get in."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_examples import picture_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from phi3v.data.conversations import DataError
+from phi3v.data.images import as_png, inspect, open_rgb
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises many pixels and holds none."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    body = zlib.compress(b"\0" * 1000)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+GREY = Image.linear_gradient("L")  # 256 x 256, black on top
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
+def test_every_kind_opens_as_rgb(kind: str) -> None:
+    data = picture_bytes(1, kind)
+    assert inspect(data, "x").width == 40
+    image = open_rgb(data, "x")
+    assert image.mode == "RGB"
+    assert image.size == (40, 30)
+    assert Image.open(io.BytesIO(as_png(data, "x"))).format == "PNG"
+
+
+def test_modes_come_out_as_a_viewer_shows_them() -> None:
+    cmyk = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
+    assert open_rgb(cmyk, "x").getpixel((4, 4))[0] > 200
+    palette = encoded(Image.new("RGB", (8, 8), (10, 200, 30)).convert("P"), "PNG")
+    assert open_rgb(palette, "x").getpixel((0, 0))[1] > 150
+    clear = encoded(Image.new("RGBA", (8, 8), (10, 20, 30, 0)), "PNG")
+    assert open_rgb(clear, "x").getpixel((0, 0)) == (10, 20, 30)
+    one_bit = encoded(Image.new("1", (8, 8), 1), "PNG")
+    assert open_rgb(one_bit, "x").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_16_bit_grey_keeps_its_shades() -> None:
+    ramp = np.linspace(0, 65535, 256, dtype=np.uint16)[:, None].repeat(16, 1)
+    grey = np.asarray(open_rgb(encoded(Image.fromarray(ramp), "PNG"), "x"))[:, 0, 0]
+    assert grey.tolist() == (ramp[:, 0] // 256).tolist()
+
+
+def test_an_animation_is_its_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert open_rgb(data, "x").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right by 90 degrees to see it upright
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("black", (0, 0, 20, 20))
+    seen = open_rgb(encoded(image, "PNG", exif=exif), "x")
+    assert seen.size == (20, 40)
+    assert seen.getpixel((10, 5)) == (0, 0, 0)
+    assert seen.getpixel((10, 35)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "not a picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (png_header(60_000, 60_000), "pixels"),
+        (png_header(10_000, 10_000), "10000 x 10000 pixels; expected at most"),
+    ],
+)
+def test_what_is_no_picture_or_a_bomb_is_refused(data: bytes, expected: str) -> None:
+    for action in (inspect, open_rgb):
+        with pytest.raises(DataError, match=expected) as error:
+            action(data, "row 7")
+        assert str(error.value).startswith("row 7: ")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.99])
+def test_truncation_is_seen_without_decoding(kind: str, part: float) -> None:
+    data = picture_bytes(3, kind, (120, 90))
+    data = data[: int(len(data) * part)]
+    for action in (inspect, open_rgb):
+        with pytest.raises(DataError):
+            action(data, "x")
+
+
+def test_a_flipped_byte_in_a_png_is_seen() -> None:
+    data = bytearray(picture_bytes(3, "PNG"))
+    data[len(data) // 2] ^= 0x40
+    with pytest.raises(DataError, match="wrong checksum"):
+        inspect(bytes(data), "x")
+
+
+def test_pixels_that_do_not_decode_are_refused() -> None:
+    with pytest.raises(DataError, match="cannot be decoded"):
+        open_rgb(png_header(3000, 3000), "x")
+
+
+def test_a_one_pixel_thin_picture_opens() -> None:
+    assert open_rgb(encoded(Image.new("RGB", (500, 1)), "PNG"), "x").size == (500, 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"]),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8),
+)
+def test_damaged_pictures_open_or_are_a_data_error(kind: str, damage: list[tuple[float, int]]) -> None:
+    data = bytearray(picture_bytes(5, kind))
+    for place, value in damage:
+        data[int(place * (len(data) - 1))] = value
+    for action in (inspect, open_rgb):
+        # Any other exception fails the test.
+        with contextlib.suppress(DataError):
+            action(bytes(data), "x")
+
+
+def test_a_file_that_is_not_there_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        open_rgb(tmp_path / "none.png", "x")
