@@ -32,7 +32,7 @@ def texts(folders: list[str]) -> Iterator[str]:
         for number, record in enumerate(read_conversations(split_file(folder, "train"))):
             if number == TEXTS_PER_FOLDER:
                 break
-            for turn in record.conversations:
+            for turn in record.turns:
                 yield turn.user
                 yield turn.assistant
 

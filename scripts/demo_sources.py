@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make the demo's source files: synthetic ones in the hub's formats, and scikit-learn's handwritten digits.
+"""Make the demo's source files: synthetic ones in the hub's formats.
 
 python scripts/demo_sources.py --output_dir results/demo-sources
 python scripts/demo_sources.py --output_dir /tmp/sources --seed 1 --size docvqa_train=64 --size mixture_train=100
@@ -11,7 +11,6 @@ import argparse
 import sys
 
 from phi3v.data.demo import SIZES, make_sources, resolve_sizes
-from phi3v.data.digits import HELD_OUT, write_digits
 
 
 def size(text: str) -> tuple[str, int]:
@@ -32,12 +31,9 @@ def main() -> int:
     parser.add_argument(
         "--size", type=size, action="append", default=[], metavar="NAME=ROWS", help=f"names: {', '.join(SIZES)}"
     )
-    parser.add_argument("--digits_held_out", type=int, default=HELD_OUT, help=f"digits of val (default: {HELD_OUT})")
     given = parser.parse_args()
     for path in make_sources(given.output_dir, given.seed, dict(given.size)):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-    for path in write_digits(f"{given.output_dir}/digits", given.seed, given.digits_held_out):
-        print(path)
     return 0
 
 

@@ -79,7 +79,7 @@ rule convert:
         "../../envs/train.yaml"
     container:
         "containers/train.sif"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=4000,
         runtime=240,
@@ -90,4 +90,4 @@ rule convert:
         "convert {params.dataset} to the conversations jsonl"
     shell:
         "python scripts/convert.py --datasets {params.files} --dataset {params.dataset}"
-        " --source_dir results/data/{wildcards.key}/source --output_dir results/data/{wildcards.key} 2>&1 | tee {log}"
+        " --source_dir results/data/{wildcards.key}/source --output_dir results/data/{wildcards.key} --workers {threads} 2>&1 | tee {log}"

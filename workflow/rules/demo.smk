@@ -2,10 +2,33 @@
 
 DEMO = RUN.demo
 
+
+rule digits:
+    """Real handwritten digits as somebody's own files: pictures, and a table a split."""
+    output:
+        directory("results/digits-source"),
+    log:
+        "results/logs/digits.log",
+    benchmark:
+        "results/logs/digits.tsv"
+    conda:
+        "../../envs/train.yaml"
+    container:
+        "containers/train.sif"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    message:
+        "write the handwritten digits as files"
+    shell:
+        "python scripts/digits.py --output_dir {output} 2>&1 | tee {log}"
+
+
 if DEMO:
 
     rule demo_sources:
-        """Synthetic source files in the hub's formats, and scikit-learn's handwritten digits as somebody's own files."""
+        """Synthetic source files in the hub's formats."""
         output:
             expand(
                 f"{DEMO.folder}/{{file}}",
@@ -18,8 +41,6 @@ if DEMO:
                     "ucf101-subset/UCF101_subset.tar.gz",
                     "mixture/train-00000-of-00001.parquet",
                     "mixture/val-00000-of-00001.parquet",
-                    "digits/train.tsv",
-                    "digits/val.tsv",
                 ],
             ),
         log:

@@ -124,6 +124,8 @@ def tiny_config(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads or heads,
         max_position_embeddings=max_position_embeddings,
+        # The published 0.02 suits a width of 3072; narrow layers start on a plateau with it.
+        initializer_range=hidden_size**-0.5,
         original_max_position_embeddings=original_max_position_embeddings,
         # Factors that grow with the wavelength, as the published ones do.
         rope_scaling={

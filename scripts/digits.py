@@ -1,0 +1,28 @@
+#!/usr/bin/env python
+"""Write scikit-learn's 1,797 real handwritten digits as somebody's own files: pictures, and a table a split.
+
+python scripts/digits.py --output_dir results/digits-source
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from phi3v.data.digits import HELD_OUT, write_digits
+
+
+def main() -> int:
+    """Parse the command line and write the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="which digits are held out (default: 0)")
+    parser.add_argument("--held_out", type=int, default=HELD_OUT, help=f"digits of val (default: {HELD_OUT})")
+    given = parser.parse_args()
+    for path in write_digits(given.output_dir, given.seed, given.held_out):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
