@@ -164,7 +164,7 @@ def test_bad_data_are_named(checkpoint, tmp_path):
     from phi3v.data.conversations import DataError
 
     data = write_data(tmp_path / "data", 3)
-    with pytest.raises(DataError, match="split 'test': not there; expected one of val"):
+    with pytest.raises(DataError, match="split 'test'"):
         evaluate_here(checkpoint, data, tmp_path / "out", split="test")
     lines = (data / "val.jsonl").read_text().splitlines()
     (data / "val.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
@@ -182,3 +182,16 @@ def test_a_dataset_of_one_picture_has_no_control(checkpoint, tmp_path):
     data = write_data(tmp_path / "data", 2, shared=True)
     with pytest.raises(DataError, match="no two examples whose pictures differ"):
         evaluate_here(checkpoint, data, tmp_path / "out", passes=["control"])
+
+
+def test_pictures_that_were_trained_on_are_counted(checkpoint, tmp_path):
+    data = write_data(tmp_path / "data", 4)
+    index = json.loads((data / "dataset.json").read_text())
+    index["splits"]["train"] = {"file": "train.jsonl", "examples": 2}
+    (data / "dataset.json").write_text(json.dumps(index))
+    (data / "images/copy.png").write_bytes((data / "images/2-0.png").read_bytes())
+    lines = [json.loads(line) for line in (data / "val.jsonl").read_text().splitlines()[:2]]
+    for line, name in zip(lines, ("copy.png", "1-0.png"), strict=True):
+        line["conversations"][0]["images"] = [name]
+    (data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluate_here(checkpoint, data, tmp_path / "out")["after"]["leaked"] == 2

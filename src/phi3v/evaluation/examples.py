@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from random import Random
 from PIL import Image
 
 from phi3v.data.conversations import DataError, Turn, prompt_text, read_conversations
+from phi3v.data.loading import split_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +26,6 @@ class Question:
     prompt: str
     """What the model reads, up to where the answer starts."""
     answers: tuple[str, ...]
-
-
-def split_file(data_dir: Path, split: str) -> Path:
-    """The jsonl of a split: as dataset.json names it, else SPLIT.jsonl or *_SPLIT.jsonl. Raises DataError."""
-    index = data_dir / "dataset.json"
-    if index.is_file():
-        splits = json.loads(index.read_text(encoding="utf-8")).get("splits", {})
-        if split not in splits:
-            raise DataError(f"{index}: split {split!r}: not there; expected one of {', '.join(splits) or '(none)'}")
-        return data_dir / splits[split]["file"]
-    found = [path for path in (data_dir / f"{split}.jsonl",) if path.is_file()] or sorted(data_dir.glob(f"*_{split}.jsonl"))
-    if len(found) != 1:
-        there = ", ".join(path.name for path in found or sorted(data_dir.glob("*.jsonl"))) or "no jsonl"
-        raise DataError(f"{data_dir}: split {split!r}: found {there}; expected one {split}.jsonl or *_{split}.jsonl")
-    return found[0]
 
 
 def read_questions(data_dir: str | Path, split: str) -> list[Question]:
@@ -65,6 +50,30 @@ def content_digests(folder: Path, questions: Sequence[Question]) -> dict[str, st
     """Path to digest of its bytes, for every picture of the questions: equal pictures under two names have one digest."""
     paths = {image for question in questions for image in question.images}
     return {path: hashlib.sha256((folder / "images" / path).read_bytes()).hexdigest() for path in sorted(paths)}
+
+
+def leaked(data_dir: str | Path, questions: Sequence[Question], train: str = "train") -> int | None:
+    """Questions of which a picture, byte for byte, is also in the training split; None where there is no such split.
+
+    Only training pictures as long as one of the questions' are read, so that a hundred thousand of them take seconds.
+    """
+    folder = Path(data_dir)
+    try:
+        path = split_file(folder, train)
+    except DataError:
+        return None
+    images = folder / "images"
+    digests = content_digests(folder, questions)
+    sizes = {(images / name).stat().st_size for name in digests}
+    wanted = set(digests.values())
+    names = {name for example in read_conversations(path) for name in example.images}
+    found = set()
+    for name in names:
+        picture = images / name
+        if picture.is_file() and picture.stat().st_size in sizes:
+            found.add(hashlib.sha256(picture.read_bytes()).hexdigest())
+    found &= wanted
+    return sum(any(digests[name] in found for name in question.images) for question in questions)
 
 
 def swap_pictures(questions: Sequence[Question], digests: dict[str, str], seed: int) -> tuple[list[Question], list[str]]:

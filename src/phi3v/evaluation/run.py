@@ -20,6 +20,7 @@ import torch
 
 from phi3v.data.conversations import DataError
 from phi3v.data.images import open_rgb
+from phi3v.data.loading import describe, split_file
 from phi3v.evaluation import examples, predictions
 from phi3v.evaluation.examples import Question
 from phi3v.evaluation.generate import Answer, Choice, answer, choice_of, end_token_ids, prepare
@@ -51,7 +52,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, dict[str, Any]]:
     """
     started = time.perf_counter()
     data_dir, output = Path(settings.data_dir), Path(settings.output_dir)
-    index = _dataset_index(data_dir)
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"--data_dir {data_dir}: no such folder; expected images/ and a jsonl for each split")
+    index = describe(data_dir)
     metric = settings.metric or index.get("metric")
     if metric is None:
         raise DataError(f"{data_dir}: no dataset.json that names a metric, and no --metric; expected accuracy or anls")
@@ -84,7 +87,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, dict[str, Any]]:
             output,
             kind="evaluate",
             settings=settings,
-            inputs={"model": settings.model_name_or_path, "data": str(data_dir), "split": str(examples.split_file(data_dir, settings.split))},
+            inputs={"model": settings.model_name_or_path, "data": str(data_dir), "split": str(split_file(data_dir, settings.split))},
             seed=settings.seed,
             seconds=time.perf_counter() - started,
             device=processes.title,
@@ -95,13 +98,6 @@ def evaluate(settings: EvaluateSettings) -> dict[str, dict[str, Any]]:
 
 
 # ---- what is asked
-
-
-def _dataset_index(data_dir: Path) -> dict[str, Any]:
-    if not data_dir.is_dir():
-        raise FileNotFoundError(f"--data_dir {data_dir}: no such folder; expected images/ and a jsonl for each split")
-    path = data_dir / "dataset.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _questions_of(name: str, questions: list[Question], data_dir: Path, seed: int) -> tuple[list[Question], list[str]]:
@@ -119,7 +115,7 @@ def _fingerprint(settings: EvaluateSettings, data_dir: Path, num_crops: int) -> 
     files = sorted(path for path in model.glob("*") if path.is_file()) if model.is_dir() else []
     facts = {
         "model": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files] or str(model),
-        "split": digest_file(examples.split_file(data_dir, settings.split)),
+        "split": digest_file(split_file(data_dir, settings.split)),
         "settings": settings.model_dump(exclude={"output_dir", "passes", "tqdm", "num_workers", "row", "dataset"}),
         "num_crops": num_crops,
         "code": commit(),
@@ -284,6 +280,8 @@ def _finish_pass(
     records = predictions.merge(questions, answers, metric)
     summary = predictions.summarise(records, metric, settings.seed)
     summary["left_out"] = len(left_out)
+    if folder.name != "control" and settings.split != "train":
+        summary["leaked"] = examples.leaked(settings.data_dir, questions)
     tokens = sum(answers[question.id]["tokens"] for question in questions)
     timing = {
         "fingerprint": part.fingerprint,

@@ -42,7 +42,7 @@ def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool
         "text": f"{len(shown)} rows; each with its score before and after training, with swapped pictures, and as published.",
         "traces": traces,
         "layout": {
-            "height": 110 + 34 * len(shown),
+            "height": 130 + 34 * len(shown),
             "xaxis": {"title": {"text": f"{after[0].metric} (0-100)"}, "range": [-2, 102]},
             "yaxis": {"type": "category", "categoryorder": "array", "categoryarray": labels},
             "hovermode": "closest",
@@ -84,7 +84,7 @@ def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None
         "title": f"{title}: training loss",
         "text": f"Loss over epochs of {len(traces)} rows.",
         "traces": traces,
-        "layout": {"height": 340, "xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": "loss"}, "rangemode": "tozero"}},
+        "layout": {"height": 300, "xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": "loss"}, "rangemode": "tozero"}},
         "columns": ["row", "first loss", "last loss", "steps", "epochs"],
         "rows": rows,
     }

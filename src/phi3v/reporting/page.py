@@ -21,12 +21,14 @@ from phi3v.reporting.pictures import Thumbnails
 from phi3v.reporting.tables import (
     GB,
     METHODS,
+    HARMLESS,
     PUBLISHED_TOKENS,
     AccuracyLine,
     SpeedLine,
     Tables,
     asked,
     observed,
+    plain,
     stand_in_text,
 )
 from phi3v.settings import dataset_key
@@ -74,8 +76,8 @@ def render(tables: Tables, results: Path, code: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(figure=figure_text, signed=signed_text, duration=duration_text, count=count_text, gb=gigabytes_text)
-    environment.globals.update(METHODS=METHODS, asked=asked, observed=observed, hidden_fields=HIDDEN_FIELDS)
+    environment.filters.update(figure=figure_text, signed=signed_text, duration=duration_text, count=count_text, gb=gigabytes_text, plain=plain)
+    environment.globals.update(METHODS=METHODS, asked=asked, observed=observed, hidden_fields=HIDDEN_FIELDS, HARMLESS=HARMLESS)
     data = {"plots": {figure["id"]: figure for figure in plots}, "pictures": thumbnails.data}
     return environment.get_template("index.html").render(
         run=tables.run,
@@ -156,6 +158,8 @@ def _summary(tables: Tables) -> dict[str, Any]:
         "speed_rows": len(tables.speed),
         "verdicts": verdicts,
         "seconds": sum(seconds) + sum(bases.values()),
+        "older": sum(line.older for line in [*tables.accuracy, *tables.speed]),
+        "has_mfu": any(line.value("mfu") is not None for line in tables.speed),
     }
 
 

@@ -48,6 +48,8 @@ class Pass:
     examples: list[dict[str, Any]]
     """Records shown in the report, wrong and right ones."""
     left_out: int = 0
+    leaked: int | None = None
+    """Examples with a picture that was trained on."""
 
 
 @dataclass
@@ -218,7 +220,7 @@ def read_pass(folder: Path, manifest: dict[str, Any], expected: Callable[[dict[s
     timing = read_json(folder / "timing.json") if (folder / "timing.json").is_file() else {}
     return Pass(
         str(metrics.get("metric", "")), score, n, (float(bounds[0]), float(bounds[1])), metrics.get("more") or {}, timing, manifest,
-        np.asarray(ids, dtype=np.uint64), np.asarray(scores), sample.records(), int(metrics.get("left_out", 0)),
+        np.asarray(ids, dtype=np.uint64), np.asarray(scores), sample.records(), int(metrics.get("left_out") or 0), metrics.get("leaked"),
     )  # fmt: skip
 
 

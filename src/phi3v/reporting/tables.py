@@ -41,6 +41,8 @@ class AccuracyLine:
     same_as: list[str] = field(default_factory=list)
     """Rows that ask for something else but ran the same code."""
     notes: list[str] = field(default_factory=list)
+    older: bool = False
+    """Made by other code than the report."""
 
     def score(self, name: str) -> float | None:
         """Score of a pass."""
@@ -73,6 +75,7 @@ class SpeedLine:
     verdict_reason: str = ""
     same_as: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    older: bool = False
 
     def value(self, name: str) -> Any:
         """A field of speed.json."""
@@ -105,12 +108,14 @@ def build_tables(run: ResolvedRun, results: Path, code: dict[str, Any] | None = 
         result = read_accuracy(results, job.row.row, job.baseline, job.row.dataset, run.settings.seed, baselines)
         line = AccuracyLine(job.row, *_accuracy_status(result), job=job, result=result)  # type: ignore[arg-type]
         line.verdict, line.verdict_reason, line.against = _accuracy_verdict(run, line)
-        line.notes = _notes(run, job, result.settings, result.train.manifest, code)
+        line.notes = _notes(job, result.settings, result.train.manifest)
+        line.older = _is_older(result.train.manifest, code)
         lines[job.row.row] = line
     for job in run.speed:
         speed = read_speed(results, job.row.row)
         lines[job.row.row] = SpeedLine(job.row, *_work_status("timing", speed.work, speed.problems, bool(speed.speed)), job=job, result=speed)  # type: ignore[arg-type]
-        lines[job.row.row].notes = _notes(run, job, {}, speed.work.manifest, code)
+        lines[job.row.row].notes = _notes(job, {}, speed.work.manifest)
+        lines[job.row.row].older = _is_older(speed.work.manifest, code)
     for skipped in run.not_run:
         kind = AccuracyLine if isinstance(skipped.row, AccuracyRow) else SpeedLine
         lines[skipped.row.row] = kind(skipped.row, "cannot run", _without_field(skipped), verdict="not run", verdict_reason=skipped.reason)  # type: ignore[arg-type]
@@ -196,19 +201,22 @@ def _not_comparable(run: ResolvedRun, line: AccuracyLine) -> str:
 # ---- notes
 
 
-def _notes(run: ResolvedRun, job: Job, trained: dict[str, Any], manifest: dict[str, Any] | None, code: dict[str, Any] | None) -> list[str]:
-    """What a reader must know about a result that was chosen not to be repeated."""
+def _notes(job: Job, trained: dict[str, Any], manifest: dict[str, Any] | None) -> list[str]:
+    """What a reader must know about a result that was not repeated after a change."""
     notes = []
     expected = {"learning_rate": job.row.learning_rate, "num_train_epochs": job.row.epochs, "batch_size": job.row.batch_size}
     for name, value in expected.items():
         if name in trained and trained[name] != value:
-            notes.append(f"made with {name} {trained[name]}; the settings now say {value}")
-    made_by = (manifest or {}).get("commit")
-    if code and made_by and code.get("commit") and made_by != code["commit"]:
-        notes.append(f"made by older code ({made_by[:10]}); the report by {code['commit'][:10]}")
+            notes.append(f"made with {name} {trained[name]:g}; the settings now say {value:g}")
     if manifest and manifest.get("dirty"):
         notes.append("made by code with uncommitted changes")
     return notes
+
+
+def _is_older(manifest: dict[str, Any] | None, code: dict[str, Any] | None) -> bool:
+    """Whether a result was made at another commit than the report. Re-runs are chosen, so this is shown, not mended."""
+    made_by = (manifest or {}).get("commit")
+    return bool(code and made_by and code.get("commit") and made_by != code["commit"])
 
 
 # ---- rows that ran the same code
@@ -333,7 +341,14 @@ def _more(name: str) -> Callable[[AccuracyLine], Any]:
 
 def _departures(line: Any) -> str:
     changed = line.job.departures if line.job else {}
-    return "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+    return "; ".join(f"{name} {plain(old)} -> {plain(new)}" for name, (old, new) in changed.items())
+
+
+def plain(value: Any) -> str:
+    """A setting as a person writes it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 ACCURACY_COLUMNS: list[Column] = [
@@ -362,6 +377,7 @@ ACCURACY_COLUMNS: list[Column] = [
     ("official_anls", _more("official_anls")),
     ("auroc", _more("auroc")),
     ("consistency", _more("consistency")),
+    ("leaked", lambda r: _after(r).leaked if _after(r) else None),
     ("origin", lambda r: r.row.origin),
     ("source", lambda r: r.row.source),
     ("asked_attention", lambda r: "flash" if r.row.flash_attention else "eager"),

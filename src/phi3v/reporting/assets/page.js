@@ -40,8 +40,14 @@
     for (const key of Object.keys(layout)) if (/^[xy]axis/.test(key)) layout[key] = { ...axis, ...layout[key] };
     for (const key of ["xaxis", "yaxis"]) layout[key] = { ...axis, ...layout[key] };
     if (narrow && layout.yaxis.type === "category") {
-      // Row ids would take the whole width of a phone: they go above their marks instead.
-      layout.yaxis = { ...layout.yaxis, ticklabelposition: "inside top", ticklabelstandoff: 2, tickfont: { size: 10.5 } };
+      // Row ids would take half of a phone's width: they are broken in two.
+      const names = layout.yaxis.categoryarray;
+      const broken = (name) => {
+        const cuts = [...name.matchAll(/-/g)].map((match) => match.index + 1);
+        const cut = cuts.sort((a, b) => Math.abs(a - name.length / 2) - Math.abs(b - name.length / 2))[0] || name.length;
+        return escapeHtml(name.slice(0, cut)) + "<br>" + escapeHtml(name.slice(cut));
+      };
+      layout.yaxis = { ...layout.yaxis, tickmode: "array", tickvals: names, ticktext: names.map(broken), tickfont: { size: 10 } };
       layout.height = (layout.height || 300) * 1.25;
     }
     Object.assign(layout, {
