@@ -2,14 +2,18 @@
 
     make_sources("results/demo-sources", seed=0, sizes={"docvqa_train": 600})
 
-writes
-    the_cauldron/{docvqa,hateful_memes,nlvr2}/train-00000-of-00001.parquet    images [{bytes, path}], texts [{user, assistant, source}]
-    docvqa_1200_examples/data/{train,test}-00000-of-00001.parquet             id, image {bytes, path}, query {en}, answers
-    ucf101-subset/UCF101_subset.tar.gz                                        UCF101_subset/{train,val,test}/CLASS/v_CLASS_gNN_cNN.avi
-    mixture/{train,val}-00000-of-00001.parquet                                as the_cauldron: what the tiny base is pre-trained on
+writes, below that folder,
+    the_cauldron/{docvqa,hateful_memes,nlvr2}/train-00000-of-00001.parquet
+        images [{bytes, path}], texts [{user, assistant, source}]
+    docvqa_1200_examples/data/{train,test}-00000-of-00001.parquet
+        id, image {bytes, path}, query {en}, answers
+    ucf101-subset/UCF101_subset.tar.gz
+        UCF101_subset/{train,val,test}/CLASS/v_CLASS_gNN_cNN.avi
+    mixture/{train,val}-00000-of-00001.parquet
+        like the_cauldron: what the tiny base is pre-trained on
 
-The same seed and sizes give the same bytes (with the same versions of Pillow, PyArrow and PyAV), and no picture occurs twice in
-all of them, so nothing evaluated was ever trained on.
+The same seed and sizes give the same bytes (with the same versions of Pillow, PyArrow and PyAV), and no picture occurs
+twice in all of them, so nothing evaluated was ever trained on.
 """
 
 from __future__ import annotations

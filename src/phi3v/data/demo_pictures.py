@@ -1,8 +1,9 @@
 """Small pictures drawn from a seed: lettering, shapes and scenes for the demo's source files.
 
-Everything is drawn on a grid of cells of 14 x 14 pixels and 112 x 112 pixels a picture. With the tiny model's tiles of
-28 x 28 pixels and `num_crops` 4 the HD transform halves such a picture to 56 x 56, so that one letter falls on one patch of
-7 x 7: the smallest picture on which lettering is still legible, hence the cheapest one from which a model can learn to read.
+Everything is drawn on a grid of cells of 14 x 14 pixels. With the tiny model's tiles of 28 x 28 pixels and `num_crops`
+4 the HD transform halves a page of 112 x 112 (2 x 2 tiles) and a card of 112 x 56 (2 x 1 tiles), so that one letter falls
+on one patch of 7 x 7: the smallest picture on which lettering is still legible, hence the cheapest one from which a
+model can learn to read.
 
 The letters are a bitmap font of this module: the same bytes whatever font library the machine has.
 """
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw
 CELL = 14
 """Pixels from one letter to the next."""
 SIDE = 8 * CELL
-"""Width and height of a page or meme, pixels: 8 letters across, 8 lines down."""
+"""Width and height of a page, pixels: 8 letters across, 8 rows of cells down."""
 
 Colour = tuple[int, int, int]
 
@@ -161,26 +162,27 @@ def house(canvas: ImageDraw.ImageDraw, box: tuple[int, int, int, int], fill: Col
 
 
 def meme(rng: Random, figure: str, first: str, second: str) -> Image.Image:
-    """A meme: a `figure` ("face" or "house") in the upper half, two lines of up to 8 letters in the lower half."""
-    background = shade(rng, (120, 170, 210), 35)
-    picture = Image.new("RGB", (SIDE, SIDE), background)
+    """A meme, twice as wide as high: a `figure` ("face" or "house"), and beside it two words of up to 4 letters."""
+    half = SIDE // 2
+    picture = Image.new("RGB", (SIDE, half), shade(rng, (120, 170, 210), 35))
     canvas = ImageDraw.Draw(picture)
-    side = 46 + rng.randint(0, 8)
-    left, top = rng.randint(2, SIDE - side - 2), rng.randint(0, 56 - side)
+    side = 42 + rng.randint(0, 8)
+    left, top = rng.randint(1, half - side - 2), rng.randint(1, half - side - 2)
     draw = {"face": face, "house": house}[figure]
     draw(canvas, (left, top, left + side, top + side), shade(rng, (235, 200, 120), 20))
-    canvas.rectangle((0, SIDE // 2, SIDE, SIDE), fill=paper(rng))
+    canvas.rectangle((half, 0, SIDE, half), fill=paper(rng))
     ink = shade(rng, (25, 25, 25), 25)
     for number, line in enumerate((first, second)):
-        write(canvas, 0, SIDE // 2 + 7 + 2 * CELL * number, line, ink)
+        write(canvas, half, CELL // 2 + 2 * CELL * number, line, ink)
     return picture
 
 
-def figure_card(rng: Random, kind: str, colour: str, side: int = SIDE // 2) -> Image.Image:
-    """One coloured shape, large, somewhere on a light square of `side` pixels."""
-    picture = Image.new("RGB", (side, side), paper(rng))
-    size = side * rng.randint(60, 75) // 100
-    left, top = rng.randint(2, side - size - 2), rng.randint(2, side - size - 2)
+def figure_card(rng: Random, kind: str, colour: str) -> Image.Image:
+    """One coloured shape somewhere on a light card, twice as wide as high."""
+    width, height = SIDE, SIDE // 2
+    picture = Image.new("RGB", (width, height), paper(rng))
+    size = rng.randint(38, 46)
+    left, top = rng.randint(2, width - size - 2), rng.randint(2, height - size - 2)
     shape(ImageDraw.Draw(picture), kind, (left, top, left + size, top + size), shade(rng, COLOURS[colour]))
     return picture
 

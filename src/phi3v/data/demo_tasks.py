@@ -1,11 +1,11 @@
 """The demo's tasks: one row of pictures, questions and answers at a time, each from its own seed.
 
-Every task needs its picture. Order slips hold four words drawn from eight each; a meme is hateful only when a mean word stands
-below a face (either alone is harmless); statements about picture pairs are true and false equally often; a clip's class is the colour
-and the direction of a moving ball. Whoever answers without looking gets one slip word in eight, half of the memes and statements,
-and one clip in ten.
+Every task needs its picture. Order slips hold four words drawn from eight each; a meme is hateful only when a mean word
+stands beside a face (either alone is harmless); statements about picture pairs are true and false equally often; a
+clip's class is the colour and the direction of a moving ball. Whoever answers without looking gets one slip word in
+eight, half of the memes and statements, and one clip in ten.
 
-A row's numbers come from (seed, task, index) alone, so that a longer file starts with the rows of a shorter one.
+A row's numbers come from (seed, task, index) alone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ SLIP_QUESTIONS = {
 
 MEAN_WORDS = ("UGLY", "VILE", "DUMB", "LAZY", "FOUL", "MEAN")
 KIND_WORDS = ("KIND", "WISE", "COOL", "NICE", "FINE", "GOOD")
-MEME_OPENINGS = ("LOOK HOW", "THAT IS", "SO VERY", "OH HOW")
+MEME_OPENINGS = ("SO", "VERY", "HOW", "TOO")
 
+SIDES = ("left", "right")
 PAIR_COLOURS = ("red", "green", "blue", "yellow")
 PAIR_SHAPES = ("circle", "square", "triangle", "cross")
 
@@ -106,7 +107,7 @@ def hateful_memes_row(rng: Random) -> TaskRow:
     """A meme, hateful in half of the rows."""
     hateful = rng.random() < 0.5
     picture, *_ = _meme(rng, hateful)
-    question = "Is this meme hateful? Look at the text and the picture.\nAnswer yes or no."
+    question = "Is this meme hateful?\nAnswer yes or no."
     return TaskRow((picture,), ((question, "Yes." if hateful else "No."),))
 
 
@@ -121,26 +122,24 @@ def _other(rng: Random, options: tuple[str, ...], value: str) -> str:
     return rng.choice([option for option in options if option != value])
 
 
-def _statement(rng: Random, contents: list[tuple[str, str]], true: bool) -> str:
+def _statement(rng: Random, contents: list[tuple[str, str]], side: int, true: bool) -> str:
     """A true or false statement about one side's colour or shape."""
-    side = rng.randrange(2)
     colour, shape = contents[side]
-    name = ("left", "right")[side]
+    name = SIDES[side]
     if rng.random() < 0.5:
         said = colour if true else _other(rng, PAIR_COLOURS, colour)
-        return f"The {name} image shows something {said}."
+        return f"The {name} image is {said}."
     said = shape if true else _other(rng, PAIR_SHAPES, shape)
-    return f"The {name} image shows a {said}."
+    return f"The {name} image is a {said}."
 
 
 def nlvr2_row(rng: Random) -> TaskRow:
-    """A picture pair with three statements, each true in half of the rows."""
+    """A picture pair with a statement on either side, each true in half of the rows."""
     cards, contents = _pair(rng)
     turns = []
-    for _ in range(3):
+    for side in rng.sample(range(2), 2):
         true = rng.random() < 0.5
-        statement = _statement(rng, contents, true)
-        question = f"Given the two images, is the following statement correct? {statement}\nAnswer yes or no."
+        question = f"{_statement(rng, contents, side, true)} Is this statement true?\nAnswer yes or no."
         turns.append((question, "Yes." if true else "No."))
     return TaskRow(cards, tuple(turns))
 
@@ -165,17 +164,14 @@ def mixture_meme(rng: Random) -> TaskRow:
 
 
 def mixture_pair(rng: Random) -> TaskRow:
-    """Describing both cards of a pair, then yes-no questions."""
+    """Describing both cards of a pair, then one question on either, half of them to be answered yes."""
     cards, contents = _pair(rng)
-    turns = [(f"Describe the {side} image.", " ".join(content)) for side, content in zip(("left", "right"), contents)]
-    rng.shuffle(turns)
-    for _ in range(3):
-        side = rng.randrange(2)
+    turns = [("Describe both.", " ".join(word for content in contents for word in content))]
+    for side in rng.sample(range(2), 2):
         kind = rng.randrange(2)
-        value = contents[side][kind]
-        true = rng.random() < 0.5
+        value, true = contents[side][kind], rng.random() < 0.5
         said = value if true else _other(rng, (PAIR_COLOURS, PAIR_SHAPES)[kind], value)
-        turns.append((f"Is the {('left', 'right')[side]} image {said}?", "Yes." if true else "No."))
+        turns.append((f"Is the {SIDES[side]} one {said}?", "Yes." if true else "No."))
     return TaskRow(cards, tuple(turns))
 
 

@@ -2,10 +2,11 @@
 
     write_digits("results/demo-sources/digits", seed=0)
 
-writes the two layouts people have: pictures as {train,val}/DIGIT/NNNN.png (8 x 8 grey pixels, as scanned) for the converter
-`image_folder`, and train.tsv, val.tsv with the columns image, question, answer for the converter `table`.
+writes the two layouts people have: pictures as {train,val}/DIGIT/NNNN.png (8 x 8 grey pixels, as scanned) for the
+converter `image_folder`, and train.tsv, val.tsv with the columns image, question, answer for the converter `table`.
 
-Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998 (its test part).
+Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998
+(its test part, as scikit-learn ships it).
 """
 
 from __future__ import annotations
