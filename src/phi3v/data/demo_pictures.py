@@ -1,9 +1,9 @@
 """Small pictures drawn from a seed: lettering, shapes and scenes for the demo's source files.
 
 Everything is drawn on a grid of cells of 14 x 14 pixels. With the tiny model's tiles of 28 x 28 pixels and `num_crops`
-4 the HD transform halves a page of 112 x 112 (2 x 2 tiles) and a card of 112 x 56 (2 x 1 tiles), so that one letter falls
-on one patch of 7 x 7: the smallest picture on which lettering is still legible, hence the cheapest one from which a
-model can learn to read.
+4 the HD transform halves a page of 112 x 112 (2 x 2 tiles) and a card of 112 x 56 (2 x 1 tiles), so that a letter falls
+on a patch of 7 x 7: the smallest picture on which lettering is still legible, hence the cheapest one from which a model
+can learn to read.
 
 The letters are a bitmap font of this module: the same bytes whatever font library the machine has.
 """
