@@ -74,7 +74,7 @@ def plan_attention(
     seen = attention_mask.bool()
     if past + queries != seen.shape[1]:
         raise ValueError(
-            f"attention_mask: {seen.shape[1]} columns; expected {past + queries} ({past} cached and {queries} new tokens)."
+            f"attention_mask: {seen.shape[1]} columns; expected {past + queries} ({past} cached, {queries} new)."
         )
     # Padding on the right is never seen by a token under causal attention: no mask, and the fast kernels stay open.
     if bool(seen.all()) or (past == 0 and bool((seen[:, 1:] <= seen[:, :-1]).all())):
@@ -198,7 +198,9 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     causal = plan.mask is None and query.shape[2] > 1
     mask = plan.mask
-    if causal and key.shape[2] > query.shape[2]:  # queries are the last of the keys; SDPA's own flag counts from the first
+    if (
+        causal and key.shape[2] > query.shape[2]
+    ):  # queries are the last of the keys; SDPA's own flag counts from the first
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         mask, causal = mask.tril(key.shape[2] - query.shape[2]), False
     if implementation == "eager":
@@ -245,7 +247,9 @@ def _packed(
 ) -> torch.Tensor:
     """Causal attention within each example of a packed batch: [B, Q, H, D]."""
     batch, heads, queries, width = query.shape
-    flat = [x.transpose(1, 2).reshape(1, batch * queries, x.shape[1], width).transpose(1, 2) for x in (query, key, value)]
+    flat = [
+        x.transpose(1, 2).reshape(1, batch * queries, x.shape[1], width).transpose(1, 2) for x in (query, key, value)
+    ]
     if module.config._attn_implementation == "sdpa" and dropout == 0 and _has_varlen_kernel(query):
         from torch.nn.attention.varlen import varlen_attn
 
@@ -284,7 +288,8 @@ def _flash(
     packed = {}
     if plan.lengths is not None:
         query, key, value = (
-            x.transpose(1, 2).reshape(1, batch * queries, x.shape[1], width).transpose(1, 2) for x in (query, key, value)
+            x.transpose(1, 2).reshape(1, batch * queries, x.shape[1], width).transpose(1, 2)
+            for x in (query, key, value)
         )
         ends, longest = plan.cu_seqlens, plan.max_length
         packed = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

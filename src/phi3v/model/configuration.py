@@ -6,7 +6,7 @@ fields; absent = ViT-L/14 at 336 pixels, the published geometry).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import CLIPVisionConfig, PreTrainedConfig
 
@@ -58,8 +58,8 @@ class Phi3VConfig(PreTrainedConfig):
     """
 
     model_type = "phi3_v"
-    keys_to_ignore_at_inference = ["past_key_values"]
-    sub_configs_defaults = {"vision_config": CLIPVisionConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    sub_configs_defaults: ClassVar[dict] = {"vision_config": CLIPVisionConfig}
 
     vocab_size: int = OFFICIAL_VOCAB_SIZE
     hidden_size: int = 3072
@@ -165,7 +165,8 @@ class Phi3VConfig(PreTrainedConfig):
             return
         if set(self.rope_scaling) != {"type", "short_factor", "long_factor"}:
             raise ValueError(
-                f"config rope_scaling: keys {sorted(self.rope_scaling)}; expected exactly type, short_factor, long_factor."
+                f"config rope_scaling: keys {sorted(self.rope_scaling)}; "
+                "expected exactly type, short_factor, long_factor."
             )
         if self.rope_scaling["type"] not in ("su", "yarn", "longrope"):
             raise ValueError(f"config rope_scaling.type: {self.rope_scaling['type']!r}; expected 'su'.")

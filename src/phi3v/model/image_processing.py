@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def num_image_tokens(tiles_down: int, tiles_across: int, tile_grid: int = 12) ->
 
 
 def global_views(canvas: torch.Tensor, tile_size: int) -> torch.Tensor:
-    """The global view of normalised canvases [..., 3, H, W] as [..., 3, S, S]: bicubic, not antialiased, not clamped."""
+    """Global views of normalised canvases [k, 3, H, W] as [k, 3, S, S]: bicubic, not antialiased, not clamped."""
     return torch.nn.functional.interpolate(canvas, size=(tile_size, tile_size), mode="bicubic", align_corners=False)
 
 
@@ -78,7 +78,9 @@ def expand_uint8_tiles(
     for down, across in grids:
         count = down * across
         local = normalised[source : source + count]
-        canvas = local.view(down, across, 3, size, size).permute(2, 0, 3, 1, 4).reshape(1, 3, down * size, across * size)
+        canvas = (
+            local.view(down, across, 3, size, size).permute(2, 0, 3, 1, 4).reshape(1, 3, down * size, across * size)
+        )
         out[target : target + 1] = global_views(canvas, size)
         out[target + 1 : target + 1 + count] = local
         source, target = source + count, target + 1 + count
@@ -99,7 +101,7 @@ class Phi3VImageProcessor(ImageProcessingMixin):
     `num_crops` may be changed at any time. Saved as the publisher's preprocessor_config.json.
     """
 
-    model_input_names = ["pixel_values", "image_sizes"]
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "image_sizes"]
 
     def __init__(
         self,
@@ -167,7 +169,7 @@ class Phi3VImageProcessor(ImageProcessingMixin):
         return padded
 
     def tiles(self, canvas: np.ndarray, as_uint8: bool = False) -> torch.Tensor:
-        """Tiles of a canvas: float32 [1 + h*w, 3, S, S], or with `as_uint8` the local ones alone, uint8 [h*w, 3, S, S]."""
+        """Tiles of a canvas: float32 [1 + h*w, 3, S, S]; with `as_uint8` the local ones alone, uint8 [h*w, 3, S, S]."""
         size = self.tile_size
         down, across = canvas.shape[0] // size, canvas.shape[1] // size
         pixels = torch.from_numpy(np.require(canvas, requirements=["C", "W"])).permute(2, 0, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -35,12 +35,12 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     config_class = Phi3VConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\.weight$"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"vision_embed_tokens\.wte\.weight$"]
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
@@ -184,6 +184,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         if renamed:
             # Saving would turn the renaming round; files are written under the decoder's name.
             model._weight_conversions = None
+        # Loading makes new parameters, which all ask for gradients.
+        model.model.vision_embed_tokens.img_processor.vision_model.freeze_unused()
         model._stop_at_every_end_token()
         return loaded
 
@@ -215,13 +217,18 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.lm_head = value
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
-        """Activation checkpointing, always non-reentrant: the reentrant kind drops the gradients of layers whose
-        input needs none, which silently untrains a decoder under frozen embeddings. Raises ValueError when asked for."""
-        arguments = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Activation checkpointing, always non-reentrant.
+
+        The reentrant kind drops the gradients of layers whose input needs none, which silently untrains a decoder under
+        frozen embeddings. Raises ValueError where it is asked for.
+        """
+        arguments = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if arguments["use_reentrant"]:
-            raise ValueError("gradient_checkpointing_kwargs use_reentrant: true; expected false (see the docstring).")
-        super().gradient_checkpointing_enable(arguments, **kwargs)
+            raise ValueError("activation checkpointing, use_reentrant: true; expected false (it drops gradients).")
+        self._activation_checkpointing_enable(arguments, every_n_layers, offload)
 
     # Forward --------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from phi3v.model.image_processing import Phi3VImageProcessor
 
-IMAGE_TOKEN = "<|image|>"
+IMAGE_TOKEN = "<|image|>"  # noqa: S105
 _TAG = re.compile(r"<\|image_(\d+)\|>")
 
 CHAT_TEMPLATE = (
@@ -63,9 +63,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 class Phi3VProcessor(ProcessorMixin):
     """An image processor and a tokenizer; call it with prompts and pictures to get model inputs."""
 
-    def __init__(
-        self, image_processor: Phi3VImageProcessor, tokenizer: PreTrainedTokenizerFast, **kwargs: Any
-    ) -> None:
+    def __init__(self, image_processor: Phi3VImageProcessor, tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> None:
         # ProcessorMixin's own constructor checks class names against transformers' list of models and is not called.
         self.image_processor = image_processor
         self.tokenizer = tokenizer

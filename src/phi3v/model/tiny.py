@@ -36,8 +36,9 @@ def train_tokenizer(texts: Iterable[str], max_tokens: int = 2000) -> PreTrainedT
     Words that appear at least twice become single tokens as long as `max_tokens` allows. Ids: 0 <unk>, 1 <s>, 2 </s>,
     then 256 bytes, letters and merges, then the special tokens.
     """
+    unknown = "<unk>"
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
-    trainee = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    trainee = Tokenizer(models.BPE(unk_token=unknown, byte_fallback=True, fuse_unk=True))
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainee.normalizer = normalizer
     # Training must not merge across words, nor take in line breaks and digits, which the published vocabulary keeps
@@ -57,7 +58,7 @@ def train_tokenizer(texts: Iterable[str], max_tokens: int = 2000) -> PreTrainedT
     learnt = json.loads(trainee.to_str())["model"]
     merges = [tuple(merge) for merge in learnt["merges"]]
     tokenizer = Tokenizer(
-        models.BPE(vocab=learnt["vocab"], merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        models.BPE(vocab=learnt["vocab"], merges=merges, unk_token=unknown, byte_fallback=True, fuse_unk=True)
     )
     tokenizer.normalizer = normalizer
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -172,9 +173,7 @@ def build_tiny(
         model = Phi3VForCausalLM(config).to(dtype)
     model.save_pretrained(folder)
     processor = Phi3VProcessor(
-        Phi3VImageProcessor(
-            num_crops=num_crops, num_img_tokens=config.tokens_per_tile, tile_size=config.tile_size
-        ),
+        Phi3VImageProcessor(num_crops=num_crops, num_img_tokens=config.tokens_per_tile, tile_size=config.tile_size),
         tokenizer,
     )
     processor.save_pretrained(folder)

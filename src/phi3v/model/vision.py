@@ -26,7 +26,10 @@ class VisionTower(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)  # the published spelling
         self.encoder = CLIPEncoder(vision)
         self.post_layernorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
-        # The last layer and the norm after it stand in every checkpoint and never run: kept for the files, never trained.
+        self.freeze_unused()
+
+    def freeze_unused(self) -> None:
+        """Take the last layer and the norm after it out of training: they stand in every checkpoint and never run."""
         for unused in (self.encoder.layers[-1], self.post_layernorm):
             unused.requires_grad_(False)
 
@@ -72,7 +75,8 @@ class ImageEmbedding(nn.Module):
         sizes = image_sizes.cpu()
         if sizes.dim() != 2 or sizes.shape[1] != 2 or bool((sizes % size).any()) or bool((sizes < size).any()):
             raise ValueError(
-                f"image_sizes: {sizes.tolist()}; expected [height, width] of each canvas in whole tiles of {size} pixels."
+                f"image_sizes: {sizes.tolist()}; expected [height, width] of each canvas "
+                f"in whole tiles of {size} pixels."
             )
         grids = sizes // size  # [n_images, 2]
         tiles = grids.prod(dim=1) + 1
@@ -127,7 +131,7 @@ def gather_index(grids: torch.Tensor, grid: int) -> torch.Tensor:
     """Where each image token stands in the table of `_project`, [I], for pictures of `grids` [n_images, 2] tiles.
 
     A picture is its local tiles stitched to rows of g*w tokens, each row closed by the row separator, then the picture
-    separator, then the global tile likewise. Table rows: g*g a tile (global tile first), row separator, picture separator.
+    separator, then the global tile likewise. Table rows: g*g a tile (global tile first), then the two separators.
     """
     down, across = grids[:, 0], grids[:, 1]
     tiles = down * across + 1
