@@ -10,6 +10,7 @@ from typing import Any
 from phi3v.reporting.tables import METHODS, AccuracyLine, SpeedLine
 
 Figure = dict[str, Any]
+METRICS = {"anls": "ANLS"}
 
 
 def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool) -> Figure | None:
@@ -38,12 +39,12 @@ def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool
     traces.append(ours)
     return {
         "id": f"forest-{dataset}",
-        "title": f"{title}: {after[0].metric} of each row",
+        "title": f"{title}: {METRICS.get(after[0].metric, after[0].metric)} of each row",
         "text": f"{len(shown)} rows; each with its score before and after training, with swapped pictures, and as published.",
         "traces": traces,
         "layout": {
             "height": 130 + 34 * len(shown),
-            "xaxis": {"title": {"text": f"{after[0].metric} (0-100)"}, "range": [-2, 102]},
+            "xaxis": {"title": {"text": f"{METRICS.get(after[0].metric, after[0].metric)} (0–100)"}, "range": [-2, 102]},
             "yaxis": {"type": "category", "categoryorder": "array", "categoryarray": labels},
             "hovermode": "closest",
         },
