@@ -35,6 +35,10 @@ def arguments() -> argparse.Namespace:
         help="rows that cannot be taken (default: stop)",
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="clips decoded at a time (default: 2)")
+    parser.add_argument(
+        "--shards", type=float, default=0, metavar="MB",
+        help="pack the pictures of split train into tar shards of this size, for file systems that dislike many files",
+    )  # fmt: skip
     entry = parser.add_argument_group("an entry of a datasets file")
     entry.add_argument("--datasets", nargs="+", default=["config/datasets.yaml"], metavar="FILE", help="datasets files")
     entry.add_argument("--dataset", metavar="NAME", help="entry to convert")
@@ -73,19 +77,21 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     given = arguments()
+    shard_bytes = int(given.shards * 10**6)
     try:
         if given.dataset:
             known = read_entries(given.datasets, Dataset, Path("."))
             if given.dataset not in known:
                 raise SettingsError(f"--dataset: got {given.dataset!r}; expected one of {', '.join(sorted(known))}")
             convert_dataset(
-                given.dataset, known[given.dataset], given.source_dir, given.output_dir, given.on_error, given.workers
-            )
+                given.dataset, known[given.dataset], given.source_dir, given.output_dir, given.on_error, given.workers,
+                shard_bytes,
+            )  # fmt: skip
         else:
             convert_files(
                 given.format, given.input, given.output_dir, given.split, given.images_dir, given.name,
                 given.turns, given.metric, given.num_crops, given.rows,
-                dict(option.split("=", 1) for option in given.option), given.on_error, given.workers,
+                dict(option.split("=", 1) for option in given.option), given.on_error, given.workers, shard_bytes,
             )  # fmt: skip
     except (SettingsError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ there is any.
 
 python scripts/validate.py results/data/docvqa
 python scripts/validate.py my_data --level paths                 # do not decode the pictures
-python scripts/validate.py my_data --model results/models/phi35  # also count tokens and tiles, into statistics.json and .svg
+    python scripts/validate.py my_data --model MODEL_DIR    # also count tokens and tiles: statistics.json, .svg
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ def main() -> int:
         print(f"{given.data_dir}: {problems.total or 'no'} problems", file=sys.stderr)
         if given.model and not problems.total:
             from phi3v.data.statistics import write_statistics
+            from phi3v.model.processing import Phi3VProcessor
 
-            print(write_statistics(given.data_dir, given.model, given.num_crops), file=sys.stderr)
-    except DataError as error:
+            processor = Phi3VProcessor.from_pretrained(given.model)
+            print(write_statistics(given.data_dir, processor, given.num_crops), file=sys.stderr)
+    except (DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 1 if problems.total else 0

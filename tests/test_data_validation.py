@@ -150,7 +150,7 @@ def test_a_picture_in_two_splits_is_a_leak_even_when_encoded_anew(tmp_path: Path
         tmp_path / "d", train=[example(0, "1.png")], val=[example(1, "2.png", "val"), example(2, "3.png", "val")]
     )
     (data / "images" / "2.png").write_bytes(picture_bytes(1, "BMP"))
-    checks, found, shared = validate_folder(data)
+    _, found, shared = validate_folder(data)
     assert shared == {"train and val": 1}
     assert list(found.lines()) == ["val.jsonl:1: image '2.png': the same pixels as '1.png' of split train"]
 

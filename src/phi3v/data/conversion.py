@@ -23,6 +23,7 @@ from tqdm import tqdm
 from phi3v.data.conversations import Conversation, DataError, Turn, format_line, image_path_problem, shown
 from phi3v.data.converters import FORMATS
 from phi3v.data.images import KEPT, as_png, inspect
+from phi3v.data.pictures import write_shards
 from phi3v.data.samples import Inputs, Picture, Rejection, Sample
 from phi3v.data.sources import link_or_copy, locked_files, write_json
 from phi3v.settings import CONVERTER_VERSION, Dataset
@@ -205,11 +206,13 @@ def convert(
     num_crops: int | None,
     on_error: OnError = "stop",
     keep_other_splits: bool = False,
+    shard_bytes: int = 0,
 ) -> dict[str, Any]:
     """Convert splits into output_dir and return dataset.json's content.
 
     on_error: "stop" at the first row that cannot be taken, or "skip" it: it is listed in rejected.jsonl and counted.
     keep_other_splits: splits already there stay (conversion of one split by hand); else they go.
+    shard_bytes: pack the pictures of split train into tar shards of about that size instead of files; 0: files.
     Raises DataError, or OSError (a full disk): then nothing of the output folder has changed.
     """
     output_dir = Path(output_dir)
@@ -235,6 +238,11 @@ def convert(
                 results[split] = _convert_split(split, moved, work, on_error, rejected)
                 shutil.rmtree(scratch, ignore_errors=True)
         entries = {**previous.get("splits", {}), **{split: result.entry() for split, result in results.items()}}
+        if shard_bytes and "train" in results:
+            # Only the split that is read over and over, at random, by every process; evaluation reads few files once.
+            jsonl = work / results["train"].file
+            entries["train"] |= write_shards(jsonl, work / "images", work, "train", shard_bytes)
+            shutil.rmtree(work / "images" / "train")
         origins = {**previous.get("source", {}), **{split: source.origin for split, source in splits.items()}}
         dataset = {
             "name": name,
@@ -277,6 +285,12 @@ def _move_into_place(work: Path, output_dir: Path, results: dict[str, SplitResul
     (output_dir / "dataset.json").unlink(missing_ok=True)
     (output_dir / "images").mkdir(exist_ok=True)
     for split, result in results.items():
+        for path in (output_dir / "shards").glob(f"{split}[-.]*"):
+            path.unlink()
+        if (work / "shards").exists() and split == "train":
+            (output_dir / "shards").mkdir(exist_ok=True)
+            for path in (work / "shards").iterdir():
+                os.replace(path, output_dir / "shards" / path.name)
         old = output_dir / "images" / split
         if old.exists():
             shutil.rmtree(old)
@@ -307,6 +321,7 @@ def convert_dataset(
     output_dir: str | Path,
     on_error: OnError = "stop",
     workers: int = 2,
+    shard_bytes: int = 0,
 ) -> dict[str, Any]:
     """Convert an entry of a datasets file from what scripts/download.py fetched. Raises DataError."""
     splits: dict[str, SplitSource] = {}
@@ -330,7 +345,9 @@ def convert_dataset(
         inputs = Inputs(files, folder, entry.options.get("split", split), name, entry.options, workers=workers)
         turns = entry.options.get("turns", "first" if dataset.turns == "first" else "all")
         splits[split] = SplitSource(entry.format, inputs, origin, entry.rows, turns)
-    return convert(name, splits, output_dir, dataset.turns, dataset.metric, dataset.num_crops, on_error)
+    return convert(
+        name, splits, output_dir, dataset.turns, dataset.metric, dataset.num_crops, on_error, shard_bytes=shard_bytes
+    )
 
 
 def convert_files(
@@ -347,6 +364,7 @@ def convert_files(
     options: dict[str, str] | None = None,
     on_error: OnError = "stop",
     workers: int = 2,
+    shard_bytes: int = 0,
 ) -> dict[str, Any]:
     """Convert a file or folder by hand into one split; other splits of output_dir stay. Raises DataError."""
     name = name or Path(output_dir).resolve().name
@@ -370,7 +388,17 @@ def convert_files(
     }
     inputs = Inputs(files, root, split, name, options, workers=workers)
     part = SplitSource(format_name, inputs, origin, rows, "first" if turns == "first" else "all")
-    return convert(name, {split: part}, output_dir, turns, metric, num_crops, on_error, keep_other_splits=True)
+    return convert(
+        name,
+        {split: part},
+        output_dir,
+        turns,
+        metric,
+        num_crops,
+        on_error,
+        keep_other_splits=True,
+        shard_bytes=shard_bytes,
+    )
 
 
 def _sha256(path: Path) -> str:

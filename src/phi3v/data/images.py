@@ -36,6 +36,9 @@ READ = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 # Pillow warns of a bomb above its limit of pixels and refuses at twice that; here the limit itself refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+_ORIENTATION = 0x0112
+"""EXIF's tag; 5 to 8 turn the picture by a quarter."""
+
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
@@ -139,6 +142,13 @@ def open_rgb(data: bytes | Path, where: str) -> Image.Image:
         MemoryError,
     ) as error:
         raise DataError(f"{where}: cannot be decoded: {error}") from None
+
+
+def displayed_size(data: bytes | Path, where: str) -> tuple[int, int]:
+    """(width, height) as open_rgb would give it, from the header alone. Raises DataError."""
+    with _open(data, where) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else image.size
 
 
 def as_png(data: bytes | Path, where: str) -> bytes:

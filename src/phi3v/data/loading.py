@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import Dataset
 
 from phi3v.data.conversations import MAX_LINE_BYTES, Conversation, DataError, Turn, answer_text, parse_line, prompt_text
-from phi3v.data.images import open_rgb
+from phi3v.data.pictures import pictures_of
 
 DEFAULT_NUM_CROPS = 16
 """The recipe's, where neither the caller nor dataset.json says one."""
@@ -128,21 +128,28 @@ class ConversationDataset(Dataset):
         self.lines = LineIndex(split_file(data_dir, split))
         if not len(self.lines):
             raise DataError(f"{self.lines.path}: empty; expected one JSON object a line")
-        self.images = Path(os.path.realpath(self.data_dir / "images"))
+        self.pictures = pictures_of(data_dir, self.description.get("splits", {}).get(split, {}))
         self.turns = turns or self.description.get("turns", "all")
         self.num_crops = num_crops or self.description.get("num_crops") or DEFAULT_NUM_CROPS
         # A copy: another dataset may use the same processor with another number of crops.
         self.processor = copy.copy(processor)
         self.processor.image_processor = copy.copy(processor.image_processor)
         self.processor.image_processor.num_crops = self.num_crops
-        self.seed, self.epoch, self.as_uint8 = seed, 0, as_uint8
+        self.seed, self.as_uint8 = seed, as_uint8
+        # Shared with loader processes that outlive an epoch.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch whose turns are drawn from now on."""
-        self.epoch = epoch
+        """The epoch whose turns are drawn from now on, in loader processes too."""
+        self._epoch[0] = epoch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose turns are drawn."""
+        return int(self._epoch[0])
 
     def conversation(self, index: int) -> Conversation:
         """The record of an example, all its turns. Raises DataError."""
@@ -159,19 +166,18 @@ class ConversationDataset(Dataset):
             turns = (Turn(conversation.images, drawn.user, drawn.assistant, drawn.answers),)
         return Conversation(conversation.id, conversation.source, turns)
 
-    def picture(self, path: str, where: str) -> Any:
-        """A picture of this folder, decoded. Raises DataError: outside the folder, missing, or not decodable."""
-        file = os.path.realpath(self.images / path)
-        if not file.startswith(f"{self.images}{os.sep}"):
-            raise DataError(f"{where}: image {path!r} is a link out of {self.images}; expected a file inside it")
-        return open_rgb(Path(file), f"{where}: image {path!r}")
+    def lengths(self) -> list[int]:
+        """Tokens of every example, from texts and picture headers; where a turn is drawn, those of the longest turn."""
+        from phi3v.data.statistics import lengths
+
+        return lengths(self)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index}; expected 0 … {len(self) - 1}")
         conversation = self.selected(index)
         where = f"{self.lines.path}:{index + 1}"
-        pictures = [[self.picture(path, where) for path in turn.images] for turn in conversation.turns]
+        pictures = [[self.pictures.open(path, where) for path in turn.images] for turn in conversation.turns]
         try:
             return {"id": conversation.id, **encode(self.processor, conversation.turns, pictures, self.as_uint8)}
         except ValueError as error:

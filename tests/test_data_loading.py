@@ -1,0 +1,301 @@
+"""Loading: any example by its number as model inputs, exactly; batches; tar shards; lengths without decoding."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_examples import cauldron_rows, picture_bytes, write_parquet
+
+from phi3v.data.conversations import (
+    Conversation,
+    DataError,
+    Turn,
+    answer_text,
+    format_line,
+    prompt_text,
+    write_conversations,
+)
+from phi3v.data.conversion import convert_files
+from phi3v.data.loading import ConversationDataset, LineIndex, collate, split_file
+from phi3v.data.pictures import read_shard, shard_order
+from phi3v.data.statistics import padding_share, plot, write_statistics
+from phi3v.model.image_processing import Phi3VImageProcessor
+from phi3v.model.processing import Phi3VProcessor
+from phi3v.model.tiny import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def processor() -> Phi3VProcessor:
+    texts = [f"Question {row}.{k}? Answer {row}.{k} What is it? A cat or a dog." for row in range(30) for k in range(3)]
+    return Phi3VProcessor(Phi3VImageProcessor(num_crops=4, tile_size=28, num_img_tokens=4), train_tokenizer(texts, 400))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """train: 12 rows of two pictures and three turns, to draw from; val: 3 rows."""
+    source = write_parquet(tmp_path / "a.parquet", cauldron_rows(15, pictures=2, turns=3))
+    for split, rows in (("train", "0:12"), ("val", "12:")):
+        convert_files("cauldron", source, tmp_path / "data", split, rows=rows, turns="draw", num_crops=6)
+    return tmp_path / "data"
+
+
+def test_an_example_is_the_prompt_and_its_labelled_answer(data: Path, processor: Phi3VProcessor) -> None:
+    dataset = ConversationDataset(data, "val", processor, num_crops=2)
+    example = dataset[1]
+    turn = dataset.selected(1).turns[0]
+    assert example["id"] == "data-val-00000013"
+    answer = processor.tokenizer(answer_text(turn), add_special_tokens=False)["input_ids"]
+    assert example["labels"].tolist()[-len(answer) :] == answer == example["input_ids"].tolist()[-len(answer) :]
+    assert (example["labels"][: -len(answer)] == -100).all()
+    pictures = [dataset.pictures.open(path, "") for path in turn.images]
+    inputs = processor(prompt_text(turn), images=pictures, num_crops=2)
+    assert example["input_ids"].tolist()[: -len(answer)] == inputs["input_ids"][0].tolist()
+    assert torch.equal(example["pixel_values"], inputs["pixel_values"])
+    assert torch.equal(example["image_sizes"], inputs["image_sizes"])
+    assert (example["input_ids"] == processor.image_token_id).sum() > 0
+    assert processor.image_processor.num_crops == 4  # the caller's stays
+
+
+def test_all_turns_are_the_whole_conversation_in_one(data: Path, processor: Phi3VProcessor) -> None:
+    dataset = ConversationDataset(data, "train", processor, turns="all")
+    example, turns = dataset[3], dataset.conversation(3).turns
+    text = "".join(prompt_text(turn) + answer_text(turn) for turn in turns)
+    pictures = [dataset.pictures.open(path, "") for path in dataset.conversation(3).images]
+    assert example["input_ids"].tolist() == processor(text, images=pictures, num_crops=6)["input_ids"][0].tolist()
+    labels = example["labels"][example["labels"] != -100].tolist()
+    answers = [processor.tokenizer(answer_text(turn), add_special_tokens=False)["input_ids"] for turn in turns]
+    assert labels == [token for answer in answers for token in answer]
+
+
+def test_later_turns_may_bring_pictures_and_text_only_turns_need_none(
+    tmp_path: Path, processor: Phi3VProcessor
+) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "images" / name).write_bytes(picture_bytes(1, "PNG"))
+    turns = (Turn(("a.png",), "What is it?", "A cat"), Turn(("b.png",), "Answer?", "dog"), Turn((), "Question?", "A"))
+    text_only = Conversation("t", "s", (Turn((), "What?", "A cat"),))
+    write_conversations(tmp_path / "my_train.jsonl", [Conversation("a", "s", turns), text_only])
+    dataset = ConversationDataset(tmp_path, "train", processor)
+    assert dataset.num_crops == 16
+    example = dataset[0]
+    assert len(example["image_sizes"]) == 2
+    single = prompt_text(turns[0]) + answer_text(turns[0]) + prompt_text(turns[1], 2) + answer_text(turns[1])
+    single += prompt_text(turns[2]) + answer_text(turns[2])
+    picture = dataset.pictures.open("a.png", "")
+    whole = processor(single, images=[picture, picture], num_crops=16)["input_ids"][0].tolist()
+    assert example["input_ids"].tolist() == whole
+    assert dataset[1]["pixel_values"].shape[0] == 0
+    assert (
+        dataset[1]["input_ids"].tolist()
+        == processor(prompt_text(text_only.turns[0]) + answer_text(text_only.turns[0]))["input_ids"][0].tolist()
+    )
+    mixed = collate([dataset[1], dataset[0]], 0)
+    assert mixed["pixel_values"].shape[0] == example["pixel_values"].shape[0]
+    assert "pixel_values" not in collate([dataset[1]], 0)
+
+
+def test_one_turn_is_drawn_an_epoch_by_seed(data: Path, processor: Phi3VProcessor) -> None:
+    def drawn(epoch: int, seed: int = 42) -> list[str]:
+        dataset = ConversationDataset(data, "train", processor, seed=seed)
+        dataset.set_epoch(epoch)
+        assert all(len(dataset.selected(i).turns) == 1 and len(dataset.selected(i).images) == 2 for i in range(12))
+        return [dataset.selected(index).turns[0].user for index in range(len(dataset))]
+
+    assert drawn(0) == drawn(0)
+    assert drawn(0) != drawn(1)
+    assert drawn(0) != drawn(0, seed=1)
+    seen = {question for epoch in range(20) for question in drawn(epoch)}
+    assert len(seen) == 36  # every question of every row comes up
+
+
+def _user_in_process(dataset: ConversationDataset, wait: Any, result: Any) -> None:
+    wait.wait()
+    result.put((dataset.epoch, dataset[2]["id"], [dataset.selected(index).turns[0].user for index in range(12)]))
+
+
+def test_a_loader_process_that_lives_on_sees_the_new_epoch(data: Path, processor: Phi3VProcessor) -> None:
+    dataset = ConversationDataset(data, "train", processor)
+    dataset[0]  # files are open in this process
+    context = multiprocessing.get_context("fork")
+    wait, result = context.Event(), context.Queue()
+    process = context.Process(target=_user_in_process, args=(dataset, wait, result))
+    process.start()
+    dataset.set_epoch(7)
+    wait.set()
+    seen = result.get(timeout=60)
+    process.join()
+    assert seen == (7, dataset[2]["id"], [dataset.selected(index).turns[0].user for index in range(12)])
+
+
+def test_collate_weighs_every_example_the_same() -> None:
+    def example(prompt: int, answer: int) -> dict:
+        ids = torch.arange(1, prompt + answer + 1)
+        labels = torch.cat([torch.full((prompt,), -100), ids[prompt:]])
+        empty = {"pixel_values": torch.empty(0, 3, 0, 0), "image_sizes": torch.empty(0, 2, dtype=torch.int64)}
+        return {"id": "x", "input_ids": ids, "labels": labels, **empty}
+
+    batch = collate([example(3, 4), example(5, 1)], pad_token_id=99)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 99]]
+    assert batch["attention_mask"].tolist() == [[1] * 7, [1] * 6 + [0]]
+    assert batch["labels"].tolist() == [[-100] * 3 + [4, 5, 6, 7], [-100] * 5 + [6, -100]]
+    assert batch["loss_weights"].tolist() == [[0, 0, 0, 0.25, 0.25, 0.25, 0.25], [0, 0, 0, 0, 0, 1, 0]]
+
+
+def test_lengths_are_those_of_the_loaded_examples(data: Path, processor: Phi3VProcessor) -> None:
+    for turns in ("all", "first"):
+        dataset = ConversationDataset(data, "train", processor, turns=turns)
+        assert dataset.lengths() == [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+    drawn = ConversationDataset(data, "train", processor)
+    longest = [0] * len(drawn)
+    for epoch in range(20):
+        drawn.set_epoch(epoch)
+        longest = [max(longest[index], len(drawn[index]["input_ids"])) for index in range(len(drawn))]
+    assert drawn.lengths() == longest
+
+
+def test_statistics_are_those_of_the_loaded_examples(data: Path, processor: Phi3VProcessor) -> None:
+    line = write_statistics(data, processor)
+    statistics = json.loads((data / "statistics.json").read_text())
+    dataset = ConversationDataset(data, "val", processor, turns="first")
+    values = statistics["val"]
+    assert values["examples"] == 3
+    assert values["images"] == 6
+    assert values["turns"] == 9
+    assert values["tiles"]["mean"] == sum(len(dataset[index]["pixel_values"]) for index in range(3)) / 3
+    drawn = ConversationDataset(data, "val", processor)
+    lengths = []
+    for epoch in range(60):
+        drawn.set_epoch(epoch)
+        lengths += [len(drawn[index]["input_ids"]) for index in range(3)]
+    assert values["tokens"]["mean"] == pytest.approx(sum(lengths) / len(lengths), rel=0.02)
+    assert sum(values["histogram"]["counts"]) == 3
+    assert "val: 3 examples" in line
+    assert plot(statistics).count("<rect") == 48
+
+
+def test_padding_share() -> None:
+    assert padding_share([10, 10, 5], [[0, 1], [2]]) == 0
+    assert padding_share([10, 5], [[0, 1]]) == pytest.approx(0.25)
+
+
+# ---- the index of lines
+
+
+def test_lines_by_number(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [b"x" * (number % 300) + b"\n" for number in range(5000)]
+    path.write_bytes(b"".join(lines) + b"last")
+    index = LineIndex(path)
+    assert len(index) == 5001
+    assert [index[number] for number in (0, 1, 299, 4999, 5000)] == [
+        lines[0],
+        lines[1],
+        lines[299],
+        lines[4999],
+        b"last",
+    ]
+    assert pickle.loads(pickle.dumps(index))[4999] == lines[4999]
+    path.write_bytes(b"")
+    assert len(LineIndex(path)) == 0
+    with pytest.raises(DataError, match="became shorter"):
+        index[3000]
+
+
+def test_what_cannot_be_loaded_is_named(data: Path, tmp_path: Path, processor: Phi3VProcessor) -> None:
+    with pytest.raises(
+        DataError, match=r"split 'test': expected one test\.jsonl or \*_test\.jsonl; there: train\.jsonl, val\.jsonl"
+    ):
+        ConversationDataset(data, "test", processor)
+    with pytest.raises(DataError, match="no such folder"):
+        split_file(tmp_path / "none", "train")
+    dataset = ConversationDataset(data, "val", processor)
+    with pytest.raises(IndexError):
+        dataset[3]
+    image = data / "images" / dataset.conversation(0).images[0]
+    image.write_bytes(image.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"val\.jsonl:1: image .*: cannot be (opened|decoded)"):
+        dataset[0]
+    image.unlink()
+    image.symlink_to("/etc/hostname")
+    with pytest.raises(DataError, match=r"val\.jsonl:1: image .* is a link out of"):
+        dataset[0]
+    image.unlink()
+    image.write_bytes(picture_bytes(0, "PNG", (4000, 1)))
+    with pytest.raises(DataError, match=r"val\.jsonl:1: example 'data-val-00000012': "):
+        dataset[0]
+    (data / "val.jsonl").write_bytes(b'{"id": 1}\n')
+    with pytest.raises(DataError, match=r"val\.jsonl:1: field `id`"):
+        ConversationDataset(data, "val", processor)[0]
+
+
+# ---- tar shards
+
+
+def test_shards_hold_the_same_records(data: Path, tmp_path: Path, processor: Phi3VProcessor) -> None:
+    source = tmp_path / "a.parquet"
+    for split, rows in (("train", "0:12"), ("val", "12:")):
+        convert_files(
+            "cauldron",
+            source,
+            tmp_path / "sharded",
+            split,
+            rows=rows,
+            turns="draw",
+            num_crops=6,
+            shard_bytes=10_000,
+            name="data",
+        )
+    description = json.loads((tmp_path / "sharded" / "dataset.json").read_text())["splits"]
+    assert len(description["train"]["shards"]) > 2
+    assert "shards" not in description["val"]
+    assert not (tmp_path / "sharded" / "images" / "train").exists()
+    for split in ("train", "val"):
+        files, shards = (ConversationDataset(tmp_path / name, split, processor) for name in ("data", "sharded"))
+        assert files.lengths() == shards.lengths()
+        for index in range(len(files)):
+            one, other = files[index], shards[index]
+            assert one.pop("id") == other.pop("id")
+            assert all(torch.equal(one[key], other[key]) for key in one)
+    stored = [item for name in description["train"]["shards"] for item in read_shard(tmp_path / "sharded" / name)]
+    lines = (tmp_path / "data" / "train.jsonl").read_bytes()
+    assert b"".join(format_line(example) for example, _ in stored) == lines
+    for example, pictures in stored:
+        assert [(tmp_path / "data" / "images" / path).read_bytes() for path in example.images] == pictures
+    # Again as files: the shards go.
+    convert_files(
+        "cauldron", source, tmp_path / "sharded", "train", rows="0:12", turns="draw", num_crops=6, name="data"
+    )
+    assert not list((tmp_path / "sharded" / "shards").iterdir())
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path, processor: Phi3VProcessor) -> None:
+    source = write_parquet(tmp_path / "a.parquet", cauldron_rows(4))
+    convert_files("cauldron", source, tmp_path / "data", "train", shard_bytes=10**9)
+    shard = tmp_path / "data" / "shards" / "train-00000.tar"
+    shard.write_bytes(shard.read_bytes()[:3000])
+    with pytest.raises(DataError, match="shorter than its index says"):
+        ConversationDataset(tmp_path / "data", "train", processor)[3]
+    (tmp_path / "data" / "shards" / "train.index.npz").write_bytes(b"junk")
+    with pytest.raises(DataError, match="not an index of shards"):
+        ConversationDataset(tmp_path / "data", "train", processor)
+
+
+def test_the_order_of_shards_is_a_permutation_that_stays_together() -> None:
+    starts = [0, 10, 25, 27, 50]
+    order = shard_order(starts, 60, seed=1, epoch=0, together=2)
+    assert sorted(order) == list(range(60))
+    assert order == shard_order(starts, 60, 1, 0, 2)
+    assert order != shard_order(starts, 60, 1, 1, 2)
+    shard_of = [max(k for k, start in enumerate(starts) if start <= index) for index in range(60)]
+    visited = [shard_of[index] for index in order]
+    last = {shard: len(visited) - 1 - visited[::-1].index(shard) for shard in set(visited)}
+    for place in range(60):
+        under_way = {shard for shard in set(visited[: place + 1]) if last[shard] > place}
+        assert len(under_way) <= 2
