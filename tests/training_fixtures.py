@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +58,51 @@ def launch(arguments: list[str], processes: int = 1, script: str = "scripts/fine
         [*command, script, *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
+    """(exit code, output) of a script that should end by itself; its whole group is killed when it does not."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    return process.returncode, output
+
+
+def kill(process: subprocess.Popen) -> str:
+    """SIGKILL the script with all its processes; returns what it had said."""
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()
+    for child in family:  # torchrun's workers lead sessions of their own
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(family, timeout=10)
+    output, _ = process.communicate()
+    return output
+
+
+def last_step(folder: Path) -> int:
+    """Step of the last whole line of metrics.jsonl; 0 where there is none."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+    except OSError:
+        return 0
+
+
+def await_step(process: subprocess.Popen, folder: Path, step: int, seconds: float = 300) -> None:
+    """Wait until training has done `step` steps; fails when the process ends before."""
+    deadline = time.monotonic() + seconds
+    while last_step(folder) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"step {step} not reached in {seconds} s"
+        time.sleep(0.02)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Digest of each safetensors file of a final folder."""
+    return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in sorted(folder.glob("*.safetensors"))}
 
 
 def free_port() -> int:
