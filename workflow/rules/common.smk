@@ -124,7 +124,6 @@ def base_flags():
     steps = ["--num_train_epochs", base.epochs, "--learning_rate", base.learning_rate]
     how = [
         "--bf16",
-        "--use_flash_attention",
         "--no-gradient_checkpointing",
         "--zero_stage",
         0,

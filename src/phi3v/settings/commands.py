@@ -311,7 +311,8 @@ def training_flags(row: Training, num_crops: int) -> list[str]:
     flags += ["--batch_size", str(row.batch_size), "--batch_size_per_gpu", str(row.micro_batch_size)]
     flags += ["--num_crops", str(num_crops), "--num_train_epochs", _number(row.epochs)]
     flags += ["--learning_rate", _number(row.learning_rate), "--wd", _number(row.weight_decay)]
-    return flags + ["--warmup_steps", str(row.warmup_steps)]
+    flags += ["--warmup_steps", str(row.warmup_steps)]
+    return flags + ([] if row.gradient_checkpointing else ["--no-gradient_checkpointing"])
 
 
 def precision_flags(row: Training) -> list[str]:

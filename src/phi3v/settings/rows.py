@@ -58,6 +58,8 @@ class Training(Strict):
     """AdamW's decoupled weight decay."""
     warmup_steps: int = Field(50, ge=0)
     """Steps of linear warm-up before the linear decay."""
+    gradient_checkpointing: YesNo = True
+    """Recompute activations in the backward pass."""
     legacy_freezing: YesNo = False
     """Frozen rows only: freeze the text embedding as well, as the recipe's scripts did."""
 
