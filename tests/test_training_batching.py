@@ -1,0 +1,96 @@
+"""The order of examples, and how a step's examples are dealt to processes and micro-steps."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phi3v.training.batching import BatchPlan, PlannedBatches, epoch_order, packs_needed
+
+
+def steps_of(plan: BatchPlan, epoch: int) -> list[set[int]]:
+    """The counted examples of each optimizer step, put together from what every process does."""
+    micro = [list(plan.epoch(epoch, rank)) for rank in range(plan.processes)]
+    bounds, start = [], 0
+    for step in range(plan.steps_per_epoch):
+        bounds.append((start, start + plan.micro_steps(step)))
+        start += plan.micro_steps(step)
+    return [
+        {pick.index for own in micro for batch in own[first:last] for pick in batch if pick.counted}
+        for first, last in bounds
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    examples=st.integers(1, 70), processes=st.integers(1, 5), micro=st.integers(1, 4), accumulation=st.integers(1, 3),
+    grouping=st.sampled_from(["fixed", "length", "packed"]), epoch=st.integers(0, 3),
+)  # fmt: skip
+def test_every_example_once_and_every_process_in_step(examples, processes, micro, accumulation, grouping, epoch):
+    lengths = [random.Random(i).randrange(5, 60) for i in range(examples)]
+    plan = BatchPlan(
+        examples=examples, batch_size=processes * micro * accumulation, micro_batch_size=micro, processes=processes,
+        seed=1, grouping=grouping, lengths=lengths, token_budget=100,
+    )  # fmt: skip
+    if grouping == "packed":
+        plan = BatchPlan(**{**plan.__dict__, "packs": packs_needed(plan, 4)})
+    order = epoch_order(examples, 1, epoch)
+    steps = steps_of(plan, epoch)
+    # The same examples make a step, whatever the processes and the grouping: those of the seed's order.
+    assert steps == [set(order[s : s + plan.batch_size]) for s in range(0, examples, plan.batch_size)]
+    per_rank = [list(plan.epoch(epoch, rank)) for rank in range(processes)]
+    assert {len(own) for own in per_rank} == {plan.micro_steps_per_epoch()} == {len(PlannedBatches(plan, 0))}
+    assert all(batch for own in per_rank for batch in own)
+    counted = [pick.index for own in per_rank for batch in own for pick in batch if pick.counted]
+    assert sorted(counted) == list(range(examples))
+    for own in per_rank:
+        for batch in own:
+            assert len({pick.in_step for pick in batch}) == 1
+            if grouping == "packed" and len(batch) > 1:
+                assert sum(lengths[pick.index] for pick in batch) <= 100
+            if grouping != "packed":
+                assert len(batch) <= micro
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    assert epoch_order(20, 7, 0) == epoch_order(20, 7, 0)
+    assert epoch_order(20, 7, 0) != epoch_order(20, 7, 1) != epoch_order(20, 8, 1)
+
+
+def test_length_grouping_pads_less_than_fixed():
+    lengths = [random.Random(f"l{i}").randrange(10, 400) for i in range(256)]
+
+    def padding(grouping: str) -> int:
+        plan = BatchPlan(256, 64, 8, 2, 3, grouping, lengths)
+        batches = [batch for rank in range(2) for batch in plan.epoch(0, rank)]
+        return sum(len(b) * max(lengths[p.index] for p in b) - sum(lengths[p.index] for p in b) for b in batches)
+
+    assert padding("length") < padding("fixed") / 4
+
+
+def test_packs_are_few_and_keep_to_the_budget():
+    lengths = [random.Random(f"p{i}").randrange(10, 400) for i in range(256)]
+    plan = BatchPlan(256, 64, 1, 2, 3, "packed", lengths, token_budget=2048)
+    packs = packs_needed(plan, 1)
+    by_tokens = max(
+        sum(lengths[i] for i in epoch_order(256, 3, 0)[s : s + 64]) for s in range(0, 256, 64)
+    ) / (2 * 2048)  # fmt: skip
+    assert by_tokens <= packs <= by_tokens * 1.35 + 1
+
+
+def test_an_example_longer_than_the_budget_is_a_pack_by_itself():
+    plan = BatchPlan(4, 4, 1, 1, 0, "packed", [500, 10, 10, 10], token_budget=100)
+    plan = BatchPlan(**{**plan.__dict__, "packs": packs_needed(plan, 1)})
+    packs = [sorted(pick.index for pick in batch) for batch in plan.epoch(0, 0)]
+    assert [0] in packs and sorted(i for pack in packs for i in pack) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_fillers_weigh_nothing_and_keep_processes_together(processes):
+    plan = BatchPlan(7, 6, 1, processes, 0)
+    last = [list(plan.epoch(0, rank))[-1] for rank in range(processes)]
+    assert [batch[0].counted for batch in last] == [True] + [False] * (processes - 1)
+    assert {batch[0].in_step for batch in last} == {1}
