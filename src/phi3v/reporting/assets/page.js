@@ -169,7 +169,7 @@
   }
   if (form && document.querySelector("tr[data-row]")) {
     form.hidden = false;
-    form.addEventListener("input", filter);
+    for (const change of ["input", "change"]) form.addEventListener(change, filter);
     form.addEventListener("submit", (event) => event.preventDefault());
     filter();
   }
