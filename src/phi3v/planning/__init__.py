@@ -1,0 +1,60 @@
+"""What a row costs before it runs: FLOP, memory, time, money, and which hardware can do it. Imports no torch.
+
+For training (MFU, HFU, fitting micro-batches):
+
+    from phi3v.planning import example_work, geometry_from_config, hardware_of_device, training_flops, utilisation
+
+    geometry = geometry_from_config(model.config.to_dict())            # or the models entry's geometry
+    work = sum over the step of example_work(geometry, tokens, tiles, labels)
+    flops = training_flops(geometry, work, "lora", rank=32, flash=True, checkpointing="non_reentrant")
+    device = hardware_of_device(torch.cuda.get_device_name(), entries)  # None: unknown, then show no MFU
+    mfu = utilisation(flops.model, seconds, device.peak_tflops.bf16, devices=world_size)
+    hfu = utilisation(flops.hardware, seconds, device.peak_tflops.bf16, devices=world_size)
+
+`work` is that of all devices together in `seconds`. The method is the tables' (full, frozen, lora, qlora).
+"""
+
+from phi3v.planning.flops import (
+    FORMULA,
+    Flops,
+    TrainingFlops,
+    Work,
+    example_work,
+    forward_flops,
+    training_flops,
+    utilisation,
+)
+from phi3v.planning.geometry import geometry_from_config, model_geometry, parameters, trainable_parameters
+from phi3v.planning.hardware import find_hardware, hardware_of_device
+from phi3v.planning.memory import Memory, fits, memory
+from phi3v.planning.plan import Resources, plan_run, resources
+from phi3v.planning.roofline import StepTime, images_per_second, step_time
+from phi3v.planning.setup import Constants, Setup
+
+__all__ = [
+    "FORMULA",
+    "Constants",
+    "Flops",
+    "Memory",
+    "Resources",
+    "Setup",
+    "StepTime",
+    "TrainingFlops",
+    "Work",
+    "example_work",
+    "find_hardware",
+    "fits",
+    "forward_flops",
+    "geometry_from_config",
+    "hardware_of_device",
+    "images_per_second",
+    "memory",
+    "model_geometry",
+    "parameters",
+    "plan_run",
+    "resources",
+    "step_time",
+    "trainable_parameters",
+    "training_flops",
+    "utilisation",
+]

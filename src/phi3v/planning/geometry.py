@@ -1,0 +1,171 @@
+"""Sizes that follow from a model's geometry: parameters by group, tiles and tokens of a picture. No torch.
+
+The formulas are those of the published Phi-3-vision files: CLIP with a class token and biases, a two-layer projector
+over 2x2 merged patches, a decoder without biases, and a head of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from phi3v.settings import Geometry, Model, SettingsError, VisionGeometry, validate
+
+# The order in which tables show them; the same names as phi3v.model.freezing.
+GROUPS = ("clip", "projector", "separators", "embedding", "decoder", "head", "adapters")
+
+# The published config.json has no vision_config: it means this tower (openai/clip-vit-large-patch14-336).
+CLIP_VIT_L_14_336 = VisionGeometry(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
+
+
+def geometry_from_config(config: dict[str, Any], where: str = "config.json") -> Geometry:
+    """The geometry of a config.json's values, or of `model.config.to_dict()`; raises SettingsError naming `where`."""
+    vision = config.get("vision_config")
+    tower = CLIP_VIT_L_14_336.model_dump()
+    if vision:
+        tower |= {name: vision[name] for name in tower if name in vision}
+    fields = {name: config[name] for name in Geometry.model_fields if name in config and name != "vision"}
+    fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
+    return validate(Geometry, {**fields, "vision": tower}, where)
+
+
+def model_geometry(name: str, model: Model, root: Path = Path()) -> Geometry:
+    """The geometry of a models entry: its own field, or config.json of the folder that its url names.
+
+    root: folder that the url starts from. Raises SettingsError where neither is there: a geometry is never guessed.
+    """
+    if model.geometry:
+        return model.geometry
+    folder = model.url.removeprefix("file:").removeprefix("//")
+    file = root / folder / "config.json"
+    if "://" not in model.url and file.is_file():
+        return geometry_from_config(json.loads(file.read_text(encoding="utf-8")), str(file))
+    raise SettingsError(
+        f"model `{name}`: field `geometry`: empty, and {model.url} is no folder with a config.json here; expected the "
+        "layer sizes in the models file (config/README.md, Geometry)"
+    )
+
+
+def clip_layer_parameters(vision: VisionGeometry) -> int:
+    """Weights and biases of one layer of the tower."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    return 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
+
+
+def decoder_layer_linears(geometry: Geometry) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the four linear layers of a decoder layer, in the order they run."""
+    width, inner = geometry.hidden_size, geometry.intermediate_size
+    head = width // geometry.num_attention_heads
+    return {
+        "qkv_proj": (width, (geometry.num_attention_heads + 2 * geometry.num_key_value_heads) * head),
+        "o_proj": (geometry.num_attention_heads * head, width),
+        "gate_up_proj": (width, 2 * inner),
+        "down_proj": (inner, width),
+    }
+
+
+def clip_layer_linears(vision: VisionGeometry) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the six linear layers of a layer of the tower, in the order they run."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    square = (width, width)
+    return {
+        "q_proj": square,
+        "k_proj": square,
+        "v_proj": square,
+        "out_proj": square,
+        "fc1": (width, inner),
+        "fc2": (inner, width),
+    }
+
+
+def projector_linears(geometry: Geometry) -> list[tuple[int, int]]:
+    """(inputs, outputs) of the two linear layers of the projector."""
+    return [(4 * geometry.vision.hidden_size, geometry.hidden_size), (geometry.hidden_size, geometry.hidden_size)]
+
+
+def parameters(geometry: Geometry) -> dict[str, int]:
+    """Parameters by group, without adapters; their sum is the model's."""
+    vision, width = geometry.vision, geometry.hidden_size
+    patches = (vision.image_size // vision.patch_size) ** 2
+    embeddings = vision.hidden_size * (1 + 3 * vision.patch_size**2 + 1 + patches)
+    layer = sum(inputs * outputs for inputs, outputs in decoder_layer_linears(geometry).values()) + 2 * width
+    return {
+        "clip": embeddings + 4 * vision.hidden_size + vision.num_hidden_layers * clip_layer_parameters(vision),
+        "projector": sum(inputs * outputs + outputs for inputs, outputs in projector_linears(geometry)),
+        "separators": 2 * 4 * vision.hidden_size,
+        "embedding": geometry.vocab_size * width,
+        "decoder": geometry.num_hidden_layers * layer + width,
+        "head": geometry.vocab_size * width,
+    }
+
+
+def adapter_parameters(geometry: Geometry, rank: int, vision: bool = True) -> int:
+    """LoRA parameters of the recipe's targets: rank x (inputs + outputs) each.
+
+    The decoder's four projections and the head; with `vision` also the tower's six in every layer that runs and the
+    projector's two.
+    """
+    decoder = sum(i + o for i, o in decoder_layer_linears(geometry).values()) * geometry.num_hidden_layers
+    head = geometry.hidden_size + geometry.vocab_size
+    tower = sum(i + o for i, o in clip_layer_linears(geometry.vision).values()) * (
+        geometry.vision.num_hidden_layers - 1
+    )
+    projector = sum(i + o for i, o in projector_linears(geometry))
+    return rank * (decoder + head + (tower + projector if vision else 0))
+
+
+def trainable_parameters(
+    geometry: Geometry, method: str, rank: int | None = None, legacy_freezing: bool = False
+) -> dict[str, int]:
+    """Parameters that the optimizer holds, by group (zero where a group is frozen).
+
+    method: full, frozen, lora or qlora. The tower's last layer and the norm after it never run and are never trained.
+    legacy_freezing: the text embedding is frozen as well.
+    """
+    held = parameters(geometry)
+    vision = geometry.vision
+    held["clip"] -= clip_layer_parameters(vision) + 2 * vision.hidden_size
+    if method in ("lora", "qlora"):
+        return dict.fromkeys(held, 0) | {"adapters": adapter_parameters(geometry, rank or 0)}
+    frozen = {"clip", "projector", "separators"} if method == "frozen" else set()
+    frozen |= {"embedding"} if legacy_freezing else set()
+    return {group: 0 if group in frozen else count for group, count in held.items()} | {"adapters": 0}
+
+
+def quantised_parameters(geometry: Geometry) -> int:
+    """Weights that QLoRA keeps in 4 bits: every linear layer but the head, the tower's last layer included."""
+    decoder = sum(i * o for i, o in decoder_layer_linears(geometry).values()) * geometry.num_hidden_layers
+    tower = sum(i * o for i, o in clip_layer_linears(geometry.vision).values()) * geometry.vision.num_hidden_layers
+    return decoder + tower + sum(i * o for i, o in projector_linears(geometry))
+
+
+def patches_per_tile(vision: VisionGeometry) -> int:
+    """Patches of a tile, without the class token."""
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def picture_grid(width: int, height: int, num_crops: int) -> tuple[int, int]:
+    """(tiles down, tiles across) of a picture: the largest grid of at most num_crops tiles that keeps its shape.
+
+    The image processor's own rule: the largest s with s * ceil(s / ratio) <= num_crops, ratio >= 1.
+    """
+    ratio = max(width, height) / min(width, height)
+    scale = 1
+    while (scale + 1) * -(-(scale + 1) // ratio) <= num_crops:
+        scale += 1
+    short = int(-(-scale // ratio))
+    return (short, scale) if width >= height else (scale, short)
+
+
+def picture_tokens(geometry: Geometry, down: int, across: int) -> int:
+    """Image tokens of a picture of down x across tiles: local rows with separators, one between, the global view."""
+    grid = geometry.vision.image_size // geometry.vision.patch_size // 2
+    return down * grid * (across * grid + 1) + 1 + grid * (grid + 1)

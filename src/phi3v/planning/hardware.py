@@ -1,0 +1,52 @@
+"""Hardware entries by the names people and drivers use. Nothing is guessed: an unknown device is refused, or None."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+from phi3v.settings import Hardware, SettingsError
+
+HOW_TO_ADD = (
+    "add an entry with its datasheet's figures to your own hardware file (fields: config/README.md, Hardware) and name "
+    "it in `files.hardware` of your run, or with scripts/plan.py --hardware FILE"
+)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("nvidia", "").replace("geforce", "").replace("quadro", ""))
+
+
+def find_hardware(name: str, entries: dict[str, Hardware]) -> str:
+    """Key of the entry that a person means by `name` ("V100-32GB", "rtx 4090"); raises SettingsError otherwise.
+
+    Spelling is free as to case, spaces and makers' names. A beginning that fits one entry alone is enough; one that
+    fits several is refused with their names.
+    """
+    wanted = _plain(name)
+    exact = [key for key in entries if _plain(key) == wanted]
+    if exact:
+        return exact[0]
+    starting = [key for key in entries if wanted and _plain(key).startswith(wanted)]
+    if len(starting) == 1:
+        return starting[0]
+    if starting:
+        raise SettingsError(f"GPU {name!r}: fits {', '.join(starting)}; expected one of them")
+    raise SettingsError(f"GPU {name!r}: unknown; expected one of {', '.join(sorted(entries))}; or {HOW_TO_ADD}")
+
+
+def hardware_of_device(device_name: str, entries: dict[str, Hardware]) -> str | None:
+    """Key of the entry for a driver's device name ("NVIDIA A100-SXM4-80GB", "Tesla T4"), or None where none fits.
+
+    Every part of the entry's name must stand in the device's name as a word of its own (or two words in one); the entry
+    that says most wins. PCIe boards of a card whose entry is SXM are not it: their peaks differ.
+    """
+    words = re.findall(r"[a-z0-9]+", device_name.lower())
+    known = set(words) | {first + second for first, second in itertools.pairwise(words)}
+    fitting = []
+    for key, entry in entries.items():
+        parts = re.findall(r"[a-z0-9]+", key.lower())
+        other_board = "SXM" in entry.source + entry.title and "pcie" in words
+        if entry.kind != "cpu" and all(part in known for part in parts) and not other_board:
+            fitting.append((sum(map(len, parts)), key))
+    return max(fitting)[1] if fitting else None

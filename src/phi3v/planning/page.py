@@ -1,0 +1,54 @@
+"""The plan as a part of a page: tables without scripts or outside files, for the report to take in."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+COLUMNS = (
+    ("row", "row", ""),
+    ("device", "device", ""),
+    ("devices", "n", "d"),
+    ("peak_gb", "peak GB", ".1f"),
+    ("fits", "fits", ""),
+    ("micro_batch", "largest micro-batch", "d"),
+    ("images_per_second", "img/s", ".2f"),
+    ("published_images_per_second", "published", ".3f"),
+    ("as_published", "as published", ".2f"),
+    ("mfu", "MFU", ".0%"),
+    ("hfu", "HFU", ".0%"),
+    ("hours", "hours", ".2f"),
+    ("gpu_hours", "GPU-hours", ".1f"),
+    ("price_usd", "USD", ".0f"),
+    ("energy_kwh", "kWh", ".0f"),
+    ("disk_gb", "disk GB", ".0f"),
+)
+
+
+def plan_html(plan: dict[str, Any]) -> str:
+    """A `<section>` from the values of plan.json (Plan.as_dict)."""
+    planned = [row for row in plan["rows"] if "hours" in row]
+    others = [row for row in plan["rows"] if row["status"] != "run"]
+    head = "".join(f"<th>{escape(title)}</th>" for _, title, _ in COLUMNS)
+    lines = [
+        '<section id="plan">',
+        "<h2>Plan</h2>",
+        "<p>Predicted before anything ran: FLOP and bytes counted from the layer sizes, with constants calibrated on the"
+        " published speed tables. <em>as published</em>: the prediction for what the recipe's scripts ran on the"
+        " published hardware; frozen rows there very likely ran the decoder forward only (an inference).</p>",
+        f"<table><thead><tr>{head}</tr></thead><tbody>",
+    ]
+    for row in planned:
+        cells = "".join(f"<td>{escape(_cell(row.get(key), form))}</td>" for key, _, form in COLUMNS)
+        lines.append(f"<tr>{cells}</tr>")
+    lines.append("</tbody></table>")
+    disk = ", ".join(f"{escape(name)} {size:.0f} GB" for name, size in plan["disk_gb"].items())
+    lines.append(f"<p>Disk: {disk}.</p>")
+    if others:
+        items = "".join(f"<li><code>{escape(row['row'])}</code>: {escape(row['status'])}</li>" for row in others)
+        lines.append(f"<h3>Rows that do not run here</h3><ul>{items}</ul>")
+    return "\n".join([*lines, "</section>", ""])
+
+
+def _cell(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form)

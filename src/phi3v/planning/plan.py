@@ -1,0 +1,335 @@
+"""The plan of a run: each row on the hardware it was placed on, before anything starts.
+
+plan = plan_run(load_run("config/config.yaml"))
+print(plan.table()); plan.as_dict()
+resources(run, job)                 # what a cluster job should ask for
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from phi3v.planning.calibration import published_setup
+from phi3v.planning.flops import utilisation
+from phi3v.planning.geometry import model_geometry, parameters, trainable_parameters
+from phi3v.planning.memory import GB, Fit, fits, memory
+from phi3v.planning.roofline import images_per_second, peak_tflops, step_time
+from phi3v.planning.setup import Constants, Setup
+from phi3v.planning.workload import Workload, mean_and_longest, workload
+from phi3v.settings import AccuracyRow, Job, ResolvedRun, SettingsError, SpeedRow
+
+# Three passes of an accuracy row: before (shared by rows), after, control.
+EVALUATION_PASSES = 3
+# A job's time limit over its predicted time, and minutes for start, loading and saving.
+MARGIN, START_MINUTES = 1.5, 30
+# Nominal CPU peaks are rough.
+CPU_MARGIN = 4.0
+CHECKPOINTS_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A row on its hardware; quantities of a row that cannot be planned or run are left out, and `status` says why."""
+
+    row: str
+    kind: str
+    status: str
+    device: str = ""
+    nodes: int = 0
+    devices: int = 0
+    method: str = ""
+    dtype: str = ""
+    flash_attention: bool = False
+    parameters: dict[str, int] | None = None
+    trainable: dict[str, int] | None = None
+    memory_gb: dict[str, float] | None = None
+    peak_gb: float | None = None
+    floor_gb: float | None = None
+    fits: Fit | None = None
+    micro_batch: int | None = None
+    """Largest that fits, and divides the batch."""
+    images_per_second: float | None = None
+    published_images_per_second: float | None = None
+    as_published: float | None = None
+    """images_per_second of what the recipe's scripts ran, on the published hardware."""
+    step_seconds: dict[str, float] | None = None
+    mfu: float | None = None
+    hfu: float | None = None
+    steps: int | None = None
+    hours: float | None = None
+    """Training (or timing) and evaluation."""
+    gpu_hours: float | None = None
+    price_usd: float | None = None
+    energy_kwh: float | None = None
+    """At the boards' full power: an upper bound, without the rest of the machine."""
+    disk_gb: float | None = None
+    """Final weights or adapters, and checkpoints while training."""
+
+
+def setup_of(run: ResolvedRun, job: Job, root: Path = Path()) -> tuple[Setup, Workload]:
+    """The setup and workload of a placed row, as this project runs it; raises SettingsError where data are missing."""
+    row = job.row
+    geometry = model_geometry(row.model, run.models[row.model], root)
+    load = workload(row.dataset, run.datasets[row.dataset], root)
+    mean, longest = mean_and_longest(load, geometry, job.num_crops)
+    setup = Setup(
+        geometry, run.hardware[job.pool.device], row.method, row.dtype, row.flash_attention, mean, longest,
+        row.batch_size, job.nodes, job.processes_per_node, row.micro_batch_size, row.lora_rank or 0,
+    )  # fmt: skip
+    return setup, load
+
+
+def largest_micro_batch(setup: Setup, constants: Constants) -> int | None:
+    """The largest micro-batch that fits with room and divides the batch; None where not even one does."""
+    best = None
+    for size in range(1, setup.batch_size // setup.devices + 1):
+        if setup.batch_size % (setup.devices * size):
+            continue
+        if fits(replace(setup, micro_batch=size), constants) != "yes":
+            break
+        best = size
+        if setup.hardware.memory_gb is None:
+            return size
+    return best
+
+
+def evaluation_seconds(setup: Setup, load: Workload, constants: Constants) -> float:
+    """Seconds of the three passes: prompts as forward passes, then each answer token reads the weights once."""
+    forward = replace(setup, method="frozen_forward_only", checkpointing=False, batch_size=setup.devices, micro_batch=1)
+    flops = step_time(forward, constants)
+    prompt = flops.matmul + flops.attention + flops.elementwise
+    weights = 2 * sum(parameters(setup.geometry).values())
+    bandwidth = float(setup.hardware.bandwidth_gb_s or 0) * GB * constants.bandwidth_efficiency
+    return EVALUATION_PASSES * load.evaluation / setup.devices * (prompt + load.labels * weights / bandwidth)
+
+
+def training_steps(row: AccuracyRow | SpeedRow, load: Workload, run: ResolvedRun) -> int:
+    """Optimizer steps of the job: epochs over the data, or the timing's."""
+    if isinstance(row, SpeedRow):
+        timing = run.settings.speed
+        return timing.warmup_steps + timing.timed_steps * timing.repeats
+    return math.ceil(load.train / row.batch_size) * math.ceil(row.epochs)
+
+
+def disk_gb(setup: Setup) -> float:
+    """Final weights or adapters and two checkpoints with optimizer states, GB."""
+    trained = sum(trainable_parameters(setup.geometry, setup.trains_by, setup.rank).values())
+    held = sum(parameters(setup.geometry).values())
+    if setup.adapters:
+        return trained * (4 + CHECKPOINTS_KEPT * 12) / GB
+    return (2 * held + CHECKPOINTS_KEPT * (2 * held + 12 * trained)) / GB
+
+
+def _published_prediction(job: Job, run: ResolvedRun, setup: Setup, constants: Constants) -> float | None:
+    row = job.row
+    if not isinstance(row, SpeedRow) or job.pool.stand_in or row.published_images_per_second is None:
+        return None
+    return images_per_second(published_setup(row, setup.geometry, run.hardware[row.hardware]), constants)
+
+
+def plan_job(run: ResolvedRun, job: Job, root: Path = Path(), constants: Constants | None = None) -> Planned:
+    """The plan of one placed row."""
+    constants = constants or Constants()
+    row, kind = job.row, "accuracy" if isinstance(job.row, AccuracyRow) else "speed"
+    try:
+        setup, load = setup_of(run, job, root)
+        time, peak = step_time(setup, constants), peak_tflops(setup)
+    except SettingsError as error:
+        return Planned(row.row, kind, f"not planned: {error}", job.pool.device)
+    need, state = memory(setup, constants), fits(setup, constants)
+    steps = training_steps(row, load, run)
+    seconds = steps * time.seconds
+    if kind == "accuracy":
+        seconds += evaluation_seconds(setup, load, constants)
+    hours = seconds / 3600
+    hardware, devices = setup.hardware, setup.devices
+    parts = asdict(time)
+    parts.pop("flops")
+    return Planned(
+        row=row.row, kind=kind, status="run" if state != "no" else f"does not fit: {what_would_fit(setup, constants)}",
+        device=job.pool.device, nodes=job.nodes, devices=devices, method=row.method, dtype=row.dtype,
+        flash_attention=row.flash_attention, parameters=parameters(setup.geometry),
+        trainable=trainable_parameters(setup.geometry, setup.trains_by, setup.rank, row.legacy_freezing),
+        memory_gb=need.parts(), peak_gb=need.total_gb, floor_gb=need.floor_gb, fits=state,
+        micro_batch=largest_micro_batch(setup, constants), images_per_second=setup.batch_size / time.seconds,
+        published_images_per_second=getattr(row, "published_images_per_second", None),
+        as_published=_published_prediction(job, run, setup, constants), step_seconds=parts,
+        mfu=utilisation(time.flops.model, time.seconds, peak, devices),
+        hfu=utilisation(time.flops.hardware, time.seconds, peak, devices), steps=steps, hours=hours,
+        gpu_hours=hours * devices, price_usd=hardware.price_usd_hour and hardware.price_usd_hour * hours * devices,
+        energy_kwh=hardware.power_w and hardware.power_w * hours * devices / 1000, disk_gb=disk_gb(setup),
+    )  # fmt: skip
+
+
+def alternatives(setup: Setup, constants: Constants, rank: int = 64) -> list[Setup]:
+    """Cheaper ways on the same devices, in the recipe's order; only those that the hardware can do and that fit."""
+    found = []
+    for method in ("full", "frozen", "lora", "qlora"):
+        if method == "qlora" and not setup.hardware.quantisation:
+            continue
+        other = replace(
+            setup, method=method, rank=(setup.rank or rank) if "lora" in method else 0, micro_batch=1,
+            flash=setup.hardware.flash_attention,
+        )  # fmt: skip
+        if fits(other, constants) == "yes" and (other.method, other.flash) != (setup.method, setup.flash):
+            found.append(other)
+    return found
+
+
+def what_would_fit(setup: Setup, constants: Constants) -> str:
+    """By how much a setup misses its device, and what would do."""
+    need, capacity = memory(setup, constants), float(setup.hardware.memory_gb or 0)
+    ways = []
+    if setup.micro_batch > 1 and fits(replace(setup, micro_batch=1), constants) != "no":
+        ways.append("micro_batch_size 1")
+    ways += [
+        f"{other.method}{' with flash attention' if other.flash and not setup.flash else ''} "
+        f"({memory(other, constants).total_gb:.0f} GB)"
+        for other in alternatives(setup, constants)
+    ]
+    for nodes in (2, 4, 8, 16):
+        wider = replace(setup, nodes=setup.nodes * nodes, batch_size=max(setup.batch_size, setup.devices * nodes))
+        if not setup.adapters and fits(wider, constants) != "no":
+            ways.append(f"{wider.devices} devices ({memory(wider, constants).floor_gb:.0f} GB each)")
+            break
+    ways.append(f"a device with {math.ceil(need.total_gb)} GB")
+    return (
+        f"cannot do with less than {need.floor_gb:.0f} GB, {setup.hardware.title} has {capacity:.0f} GB: "
+        f"{need.floor_gb - capacity:.0f} GB too much; would fit: {', '.join(ways)}"
+    )
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a cluster job should ask for, per machine where it has several."""
+
+    runtime: int
+    """Minutes."""
+    mem_mb: int
+    cpus: int
+    nodes: int
+    gres: str
+    """SLURM's per-node devices, empty on a CPU."""
+    partition: str
+
+
+def resources(run: ResolvedRun, job: Job, root: Path = Path(), kind: str = "train") -> Resources:
+    """Defaults for a job of a placed row: kind `train` (accuracy row), `evaluate`, or `speed`.
+
+    Times are the plan's with a margin of a half (CPU: fourfold, never under an hour) and half an hour for start and
+    saving, rounded up to ten minutes. Where the row cannot be planned yet (no geometry, data not converted): a day.
+    """
+    cpu = run.hardware[job.pool.device].kind == "cpu"
+    processes = job.processes_per_node
+    cores, gres = processes * (1 if cpu else 8), "" if cpu else f"gpu:{processes}"
+    try:
+        setup, load = setup_of(run, job, root)
+        constants = Constants()
+        if kind == "evaluate":
+            seconds = evaluation_seconds(setup, load, constants)
+        else:
+            seconds = training_steps(job.row, load, run) * step_time(setup, constants).seconds
+        minutes = seconds / 60 * (CPU_MARGIN if cpu else MARGIN) + START_MINUTES
+        # A process holds its libraries, the weights it reads and those it gathers to save; a CPU one all its tensors.
+        weights = 2 * sum(parameters(setup.geometry).values()) / 1e6
+        tensors = memory(setup, replace(constants, runtime_gb=0)).total_gb * 1000 if cpu else 2 * weights
+        mem_mb = processes * (3_000 + tensors if cpu else 12_000 + tensors)
+    except SettingsError:
+        minutes, mem_mb = 24 * 60.0, processes * (3_000.0 if cpu else 48_000.0)
+    minutes = max(minutes, 60.0) if cpu else minutes
+    return Resources(10 * math.ceil(minutes / 10), math.ceil(mem_mb), cores, job.nodes, gres, job.pool.slurm_partition)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run."""
+
+    name: str
+    rows: list[Planned]
+    disk: dict[str, float]
+    """GB by folder: models, datasets, and rows (all final weights, and one row's checkpoints)."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values; units as in Planned, the constants in use beside them."""
+        listed = [{key: value for key, value in asdict(row).items() if value is not None} for row in self.rows]
+        return {"name": self.name, "constants": asdict(Constants()), "disk_gb": self.disk, "rows": listed}
+
+    def totals(self) -> dict[str, float]:
+        """Sums over the rows that run."""
+        run = [row for row in self.rows if row.status == "run"]
+        return {
+            name: sum(float(getattr(row, name) or 0) for row in run)
+            for name in ("gpu_hours", "price_usd", "energy_kwh")
+        }
+
+    def table(self) -> str:
+        """A line a row, then the sums, the disk, and the rows that cannot run."""
+        head = f"{'row':32} {'device':11} {'n':>3} {'peak GB':>8} {'fits':5} {'micro':>5} {'img/s':>8}"
+        lines = [f"{head} {'MFU':>5} {'HFU':>5} {'hours':>7} {'GPU-h':>7} {'USD':>7} {'kWh':>6}"]
+        for row in self.rows:
+            if row.hours is None:
+                continue
+            price = "" if row.price_usd is None else f"{row.price_usd:.0f}"
+            energy = "" if row.energy_kwh is None else f"{row.energy_kwh:.0f}"
+            lines.append(
+                f"{row.row:32} {row.device:11} {row.devices:3} {row.peak_gb:8.1f} {row.fits:5}"
+                f" {row.micro_batch or '-':>5} {row.images_per_second:8.2f} {100 * (row.mfu or 0):4.0f}%"
+                f" {100 * (row.hfu or 0):4.0f}% {row.hours:7.2f} {row.gpu_hours:7.1f} {price:>7} {energy:>6}"
+            )
+        totals = self.totals()
+        lines.append(
+            f"all rows that run: {totals['gpu_hours']:.0f} GPU-hours, {totals['price_usd']:.0f} USD where prices are"
+            f" known, {totals['energy_kwh']:.0f} kWh at full board power"
+        )
+        lines.append("disk: " + ", ".join(f"{name} {size:.0f} GB" for name, size in self.disk.items()))
+        lines += [f"{row.row}: {row.status}" for row in self.rows if row.status != "run"]
+        return "\n".join(lines)
+
+
+def plan_run(run: ResolvedRun, root: Path = Path(), constants: Constants | None = None) -> Plan:
+    """The plan of every selected row, those that cannot run included with their reason."""
+    jobs = [*run.accuracy, *run.speed]
+    rows = [plan_job(run, job, root, constants) for job in jobs]
+    for skipped in run.not_run:
+        kind = "accuracy" if isinstance(skipped.row, AccuracyRow) else "speed"
+        rows.append(Planned(skipped.row.row, kind, f"not run: {skipped.reason}"))
+    return Plan(run.settings.name, rows, _disk(run, jobs, rows, root))
+
+
+def _disk(run: ResolvedRun, jobs: list[Job], rows: list[Planned], root: Path) -> dict[str, float]:
+    models = datasets = finals = 0.0
+    planned = {row.row: row for row in rows if row.parameters}
+    seen: set[str] = set()
+    for job in jobs:
+        if job.row.row not in planned:
+            continue
+        plan = planned[job.row.row]
+        assert plan.parameters is not None
+        assert plan.trainable is not None
+        whole = 2 * sum(plan.parameters.values()) / GB
+        if job.row.model not in seen:
+            models += whole
+        if job.row.dataset not in seen:
+            load = workload(job.row.dataset, run.datasets[job.row.dataset], root)
+            # The downloaded source and the pictures taken out of it.
+            datasets += 2 * (load.train + load.evaluation) * load.pictures * load.picture_bytes / GB
+        seen |= {job.row.model, job.row.dataset}
+        if plan.kind == "accuracy":
+            finals += 4 * plan.trainable["adapters"] / GB if plan.trainable["adapters"] else whole
+    checkpoints = max((row.disk_gb or 0 for row in rows if row.kind == "accuracy"), default=0)
+    return {"models": models, "datasets": datasets, "final weights": finals, "checkpoints of one row": checkpoints}
+
+
+def check_disk(plan: Plan, folder: Path) -> None:
+    """Raises SettingsError where the file system of `folder` has less free than the plan needs."""
+    need, free = sum(plan.disk.values()), shutil.disk_usage(folder).free / GB
+    if need > free:
+        raise SettingsError(
+            f"{folder}: {free:.0f} GB free, the plan needs {need:.0f} GB "
+            f"({', '.join(f'{name} {size:.0f}' for name, size in plan.disk.items())}): {need - free:.0f} GB too "
+            "little; select fewer rows, or put results/ on a larger file system"
+        )
