@@ -11,11 +11,17 @@ where it was when started again. On a CPU, with the demo's data:
         --data_dir results/data/KEY --output_dir /tmp/evaluated
 """
 
+import sys
+
 from phi3v.settings import EvaluateSettings, parse
 
 if __name__ == "__main__":
     settings = parse(EvaluateSettings, __doc__ or "")
     # After the command line is checked: loading PyTorch takes seconds.
+    from phi3v.data.conversations import DataError
     from phi3v.evaluation.run import evaluate
 
-    evaluate(settings)
+    try:
+        evaluate(settings)
+    except (DataError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -7,12 +7,17 @@ Writes index.html (one file, works offline), accuracy.tsv, speed.tsv, report.jso
 are not done say why. No GPU, no PyTorch.
 """
 
+import sys
+
 from phi3v.reporting.build import build_report
-from phi3v.settings import ReportSettings, parse
+from phi3v.settings import ReportSettings, SettingsError, parse
 
 if __name__ == "__main__":
     settings = parse(ReportSettings, __doc__ or "")
-    tables = build_report(settings)
+    try:
+        tables = build_report(settings)
+    except SettingsError as error:
+        sys.exit(f"error: {error}")
     done = sum(line.status == "done" for line in tables.accuracy)
     timed = sum(line.status == "done" for line in tables.speed)
     print(f"report: {done} of {len(tables.accuracy)} accuracy rows, {timed} of {len(tables.speed)} speed rows done")

@@ -195,3 +195,22 @@ def test_pictures_that_were_trained_on_are_counted(checkpoint, tmp_path):
         line["conversations"][0]["images"] = [name]
     (data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert evaluate_here(checkpoint, data, tmp_path / "out")["after"]["leaked"] == 2
+
+
+def test_predict_answers_about_ones_own_pictures(checkpoint, tmp_path):
+    from phi3v.data.conversations import DataError
+    from phi3v.evaluation.predict import predict
+    from phi3v.settings import PredictSettings
+
+    data = write_data(tmp_path / "data", 2, images=2)
+    evaluate_here(checkpoint, data, tmp_path / "out", num_crops=2)
+    record = json.loads((tmp_path / "out/after/predictions.jsonl").read_text().splitlines()[1])
+    ask = {"model_name_or_path": str(checkpoint), "question": record["prompt"], "fp32": True, "num_crops": 2, "max_new_tokens": 12}
+    pictures = [str(data / "images" / path) for path in record["images"]]
+    assert predict(PredictSettings(image=pictures, **ask)) == record["prediction"]
+    with pytest.raises(DataError, match="--image nowhere.png: no such file"):
+        predict(PredictSettings(image=["nowhere.png"], **ask))
+    with pytest.raises(DataError, match="no control token"):
+        predict(PredictSettings(**{**ask, "question": "<|image_1|> hm"}))
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        predict(PredictSettings(**{**ask, "model_name_or_path": "./nowhere"}))

@@ -28,7 +28,7 @@ from phi3v.evaluation.metrics import normalise
 from phi3v.evaluation.processes import DTYPES, Processes, join
 from phi3v.evaluation.progress import Progress
 from phi3v.manifest import commit, digest_file, write_manifest
-from phi3v.settings import EvaluateSettings
+from phi3v.settings import EvaluateSettings, PredictSettings
 
 DEFAULT_CROPS = 16
 _DEVICE_MEMORY = (torch.cuda.OutOfMemoryError,)
@@ -126,14 +126,24 @@ def _fingerprint(settings: EvaluateSettings, data_dir: Path, num_crops: int) -> 
 # ---- the model
 
 
-def _load(settings: EvaluateSettings, device: torch.device, num_crops: int, questions: list[Question]) -> Loaded:
+def load_model(settings: EvaluateSettings | PredictSettings, device: torch.device) -> tuple[Any, Any]:
+    """Model in eval mode, and processor, of a checkpoint folder, an adapter folder on its base, or a hub id.
+
+    Raises FileNotFoundError for a path that is neither there nor a hub id.
+    """
     from phi3v.model.adapters import base_of, is_adapter, load_for_inference
     from phi3v.model.processing import Phi3VProcessor
 
     name = settings.model_name_or_path
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"--model_name_or_path {name}: no such folder; expected a checkpoint, an adapter or a hub id OWNER/NAME")
     attention = _flash_implementation() if settings.use_flash_attention else "eager"
     model = load_for_inference(name, DTYPES[settings.dtype], attention, device)
-    processor = Phi3VProcessor.from_pretrained(base_of(name) if is_adapter(name) else name)
+    return model, Phi3VProcessor.from_pretrained(base_of(name) if is_adapter(name) else name)
+
+
+def _load(settings: EvaluateSettings, device: torch.device, num_crops: int, questions: list[Question]) -> Loaded:
+    model, processor = load_model(settings, device)
     truths = {normalise(answer) for question in questions for answer in question.answers}
     choice = choice_of(processor.tokenizer) if truths == {"yes", "no"} else None
     return Loaded(model, processor, num_crops, end_token_ids(processor.tokenizer, model.generation_config), choice)
