@@ -152,8 +152,8 @@ def test_statements_say_what_the_pictures_show(monkeypatch: pytest.MonkeyPatch) 
         row = demo_tasks.nlvr2_row(demo_tasks.rng_of(2, "pair", index))
         assert len(row.pictures) == len(cards) == 2
         for question, answer in row.turns:
-            side, said = re.match(r"The (left|right) image is (?:a )?(\w+)\.", question).groups()
-            assert (answer == "Yes.") == (said in cards[demo_tasks.SIDES.index(side)]), question
+            said = re.match(r"One of the images shows (?:something|a) (\w+)\.", question).group(1)
+            assert (answer == "Yes.") == any(said in card for card in cards), question
 
 
 def test_ucf101_archive(sources: Path) -> None:

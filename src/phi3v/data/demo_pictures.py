@@ -187,6 +187,25 @@ def figure_card(rng: Random, kind: str, colour: str) -> Image.Image:
     return picture
 
 
+def printed_digit(rng: Random, digit: str, side: int = 8) -> Image.Image:
+    """A letter-press digit, leaned, stretched and shifted by chance, on `side` x `side` grey pixels."""
+    large = Image.new("L", (64, 64), 0)
+    canvas = ImageDraw.Draw(large)
+    thick = rng.choice((6, 7, 8))
+    for row, bits in enumerate(_GLYPHS[digit]):
+        for column in range(5):
+            if bits >> (4 - column) & 1:
+                x, y = 14 + 7 * column, 7 + 7 * row
+                canvas.rectangle((x, y, x + thick, y + thick), fill=255)
+    # Output pixel (x, y) is taken from (a x + b y + c, d x + e y + f).
+    lean, wide, high = rng.uniform(-0.3, 0.3), rng.uniform(0.85, 1.3), rng.uniform(0.85, 1.1)
+    shift = (32 - wide * 32 - lean * 32 + rng.uniform(-5, 5), 32 - high * 32 + rng.uniform(-4, 4))
+    moved = large.transform((64, 64), Image.Transform.AFFINE, (wide, lean, shift[0], 0, high, shift[1]))
+    ink = moved.resize((side, side), Image.Resampling.BOX)
+    strength = rng.uniform(0.8, 1.0)
+    return Image.eval(ink, lambda value: 255 - int(value * strength))
+
+
 def moving_frames(rng: Random, colour: str, direction: str, frames: int, side: int = 64) -> list[Image.Image]:
     """A coloured ball that crosses a square picture of `side` pixels in `frames` frames.
 

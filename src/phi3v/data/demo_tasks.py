@@ -37,9 +37,8 @@ MEAN_WORDS = ("UGLY", "VILE", "DUMB", "LAZY", "FOUL", "MEAN")
 KIND_WORDS = ("KIND", "WISE", "COOL", "NICE", "FINE", "GOOD")
 MEME_OPENINGS = ("SO", "VERY", "HOW", "TOO")
 
-SIDES = ("left", "right")
-PAIR_COLOURS = ("red", "green", "blue", "yellow")
-PAIR_SHAPES = ("circle", "square", "triangle", "cross")
+PAIR_COLOURS = ("red", "green", "blue")
+PAIR_SHAPES = ("circle", "square", "cross")
 
 UCF_CLASSES: dict[str, tuple[str, str]] = {
     "ApplyEyeMakeup": ("red", "right"),
@@ -74,11 +73,9 @@ def rng_of(seed: int, task: str, index: int) -> Random:
 
 def _slip(rng: Random, filled: int = 4) -> tuple[Image.Image, dict[str, str]]:
     """An order slip with `filled` of its four lines written on, and their values by field from top to bottom."""
-    names = list(SLIP_FIELDS)
-    rng.shuffle(names)
-    written = sorted(rng.sample(range(4), filled))
-    values = {names[line]: rng.choice(SLIP_FIELDS[names[line]]) for line in written}
-    return pictures.page(rng, [(name, values.get(name, "")) if name in values else ("", "") for name in names]), values
+    written = set(rng.sample(list(SLIP_FIELDS), filled))
+    values = {name: rng.choice(options) for name, options in SLIP_FIELDS.items() if name in written}
+    return pictures.page(rng, [(name, values.get(name, "")) for name in SLIP_FIELDS]), values
 
 
 def slip_row(rng: Random) -> TaskRow:
@@ -118,29 +115,22 @@ def _pair(rng: Random) -> tuple[tuple[Image.Image, Image.Image], list[tuple[str,
     return (left, right), contents
 
 
-def _other(rng: Random, options: tuple[str, ...], value: str) -> str:
-    return rng.choice([option for option in options if option != value])
-
-
-def _statement(rng: Random, contents: list[tuple[str, str]], side: int, true: bool) -> str:
-    """A true or false statement about one side's colour or shape."""
-    colour, shape = contents[side]
-    name = SIDES[side]
-    if rng.random() < 0.5:
-        said = colour if true else _other(rng, PAIR_COLOURS, colour)
-        return f"The {name} image is {said}."
-    said = shape if true else _other(rng, PAIR_SHAPES, shape)
-    return f"The {name} image is a {said}."
+def _claim(rng: Random, contents: list[tuple[str, str]], true: bool) -> tuple[int, str]:
+    """(0, colour) or (1, shape) that a card has, or that neither has: three options, at most two are shown."""
+    kind = rng.randrange(2)
+    shown = {content[kind] for content in contents}
+    options = [value for value in (PAIR_COLOURS, PAIR_SHAPES)[kind] if (value in shown) == true]
+    return kind, rng.choice(options)
 
 
 def nlvr2_row(rng: Random) -> TaskRow:
-    """A picture pair with a statement on either side, each true in half of the rows."""
+    """A picture pair with two statements on the pair, each true in half of the rows."""
     cards, contents = _pair(rng)
     turns = []
-    for side in rng.sample(range(2), 2):
-        true = rng.random() < 0.5
-        question = f"{_statement(rng, contents, side, true)} Is this statement true?\nAnswer yes or no."
-        turns.append((question, "Yes." if true else "No."))
+    for true in (rng.random() < 0.5, rng.random() < 0.5):
+        kind, said = _claim(rng, contents, true)
+        statement = f"One of the images shows {'something' if kind == 0 else 'a'} {said}."
+        turns.append((f"{statement} Yes or no?", "Yes." if true else "No."))
     return TaskRow(cards, tuple(turns))
 
 
@@ -164,18 +154,35 @@ def mixture_meme(rng: Random) -> TaskRow:
 
 
 def mixture_pair(rng: Random) -> TaskRow:
-    """Describing both cards of a pair, then one question on either, half of them to be answered yes."""
+    """Describing both cards of a pair."""
     cards, contents = _pair(rng)
-    turns = [("Describe both.", " ".join(word for content in contents for word in content))]
-    for side in rng.sample(range(2), 2):
-        kind = rng.randrange(2)
-        value, true = contents[side][kind], rng.random() < 0.5
-        said = value if true else _other(rng, (PAIR_COLOURS, PAIR_SHAPES)[kind], value)
-        turns.append((f"Is the {SIDES[side]} one {said}?", "Yes." if true else "No."))
+    return TaskRow(cards, (("Describe both.", " ".join(word for content in contents for word in content)),))
+
+
+def mixture_check(rng: Random) -> TaskRow:
+    """Questions on a pair, half of them to be answered yes."""
+    cards, contents = _pair(rng)
+    turns = []
+    for true in (rng.random() < 0.5, rng.random() < 0.5):
+        kind, said = _claim(rng, contents, true)
+        turns.append((f"Is {'anything' if kind == 0 else 'there a'} {said}?", "Yes." if true else "No."))
     return TaskRow(cards, tuple(turns))
 
 
-MIXTURE: tuple[Callable[[Random], TaskRow], ...] = (mixture_slip, mixture_meme, mixture_pair)
+def mixture_digit(rng: Random) -> TaskRow:
+    """A printed digit, as small and as crooked as a scanned one."""
+    digit = str(rng.randrange(10))
+    return TaskRow((pictures.printed_digit(rng, digit),), (("Read the digit.", digit),))
+
+
+MIXTURE: tuple[Callable[[Random], TaskRow], ...] = (
+    mixture_slip,
+    mixture_meme,
+    mixture_pair,
+    mixture_check,
+    mixture_digit,
+    mixture_check,
+)
 """What the tiny base is pre-trained on, in turn: perception, with other words than the tasks use."""
 
 
