@@ -138,6 +138,10 @@ def load_model(settings: EvaluateSettings | PredictSettings, device: torch.devic
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"--model_name_or_path {name}: no such folder; expected a checkpoint, an adapter or a hub id OWNER/NAME")
     attention = _flash_implementation() if settings.use_flash_attention else "eager"
+    if device.type == "cpu" and settings.dtype == "fp16":
+        from phi3v.model.half import use_float32_sums
+
+        use_float32_sums()
     model = load_for_inference(name, DTYPES[settings.dtype], attention, device)
     return model, Phi3VProcessor.from_pretrained(base_of(name) if is_adapter(name) else name)
 

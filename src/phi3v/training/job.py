@@ -100,7 +100,10 @@ def check_geometry(settings: FinetuneSettings, processes: int) -> int:
 def load_model(settings: FinetuneSettings, device: torch.device) -> Any:
     """The model with its trainable weights chosen: all, without the vision part, or adapters."""
     from phi3v.model import Phi3VForCausalLM
+    from phi3v.model.half import use_float32_sums
 
+    if device.type == "cpu" and settings.dtype == "fp16":
+        use_float32_sums()
     attention, dtype = attention_implementation(settings, device), weight_dtype(settings)
     if settings.use_qlora:
         from phi3v.model.adapters import load_quantized
