@@ -26,7 +26,7 @@ def main() -> int:
     """Parse, train, and turn a wrong setting into one line."""
     settings = parse(FinetuneSettings, __doc__ or "")
     leave_out_unused(settings)
-    from phi3v.training.finetune import run
+    from phi3v.training.finetune import EXPECTED_ERRORS, run
 
     try:
         return run(settings)
@@ -34,6 +34,9 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except EXPECTED_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def test_an_example_longer_than_the_budget_is_a_pack_by_itself():
     plan = BatchPlan(4, 4, 1, 1, 0, "packed", [500, 10, 10, 10], token_budget=100)
     plan = BatchPlan(**{**plan.__dict__, "packs": packs_needed(plan, 1)})
     packs = [sorted(pick.index for pick in batch) for batch in plan.epoch(0, 0)]
-    assert [0] in packs and sorted(i for pack in packs for i in pack) == [0, 1, 2, 3]
+    assert [0] in packs
+    assert sorted(i for pack in packs for i in pack) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

@@ -57,5 +57,5 @@ def test_killed_five_times_and_resumed_ends_with_the_same_bytes(tmp_path: Path, 
     assert code == 0, output
     assert f"checkpoint-{saved}: going on from here" in output, output
     assert weights(broken / "final") == weights(straight / "final")
-    steps = [line for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    steps = list((broken / "metrics.jsonl").read_text().splitlines())
     assert len(steps) == STEPS

@@ -48,7 +48,8 @@ lock.release()
     assert waiting.poll() is None
     first.release()
     output, _ = waiting.communicate(timeout=30)
-    assert "waiting" in output and output.endswith("mine\n")
+    assert "waiting" in output
+    assert output.endswith("mine\n")
 
 
 def test_the_lock_of_a_killed_process_on_this_host_is_taken_at_once(tmp_path: Path, said):

@@ -42,7 +42,14 @@ def write_model(folder: Path, **geometry: int) -> Path:
     from phi3v.model.tiny import build_tiny
 
     words = ["Which colour is the square ?", *COLOURS, *COLOURS, "square", "square", "Which colour is the square ?"]
-    sizes = {"hidden_size": 32, "vision_hidden_size": 32, "layers": 2, "vision_layers": 2, "heads": 2, "vision_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "vision_hidden_size": 32,
+        "layers": 2,
+        "vision_layers": 2,
+        "heads": 2,
+        "vision_heads": 2,
+    }
     return build_tiny(folder, words, seed=3, num_crops=2, **(sizes | geometry))
 
 

@@ -52,7 +52,9 @@ class Collator:
             "ids": [str(example["id"]) for example in counted],
             "example_count": len(counted),
             "token_count": sum(len(example["input_ids"]) for example in counted),
-            "image_count": sum(len(example["image_sizes"]) for example in counted if example.get("image_sizes") is not None),
+            "image_count": sum(
+                len(example["image_sizes"]) for example in counted if example.get("image_sizes") is not None
+            ),
         }
 
 

@@ -99,7 +99,7 @@ class BatchPlan:
             return self._pack(members, micro_steps)
         if self.grouping == "length":
             assert self.lengths is not None
-            # Neighbours in length run at the same micro-step, so neither padding nor waiting for another process is long.
+            # Neighbours in length run at the same micro-step, so padding is short and so is waiting for others.
             members = sorted(members, key=lambda index: (-self.lengths[index], index))  # type: ignore[index]
         dealt: list[list[list[int]]] = [[[] for _ in range(micro_steps)] for _ in range(self.processes)]
         for position, index in enumerate(members):
@@ -135,7 +135,8 @@ def _balanced(members: Sequence[int], lengths: Sequence[int], bins: int) -> list
 
 def packs_needed(plan: BatchPlan, epochs: int) -> int:
     """The smallest M with which every pack of `epochs` epochs keeps to the budget; longer examples stand alone."""
-    assert plan.lengths is not None and plan.token_budget > 0
+    assert plan.lengths is not None
+    assert plan.token_budget > 0
     needed = 1
     for epoch in range(epochs):
         order = epoch_order(plan.examples, plan.seed, epoch)

@@ -46,7 +46,9 @@ class Census:
             size = getattr(parameter, "ds_numel", parameter.numel())
             size *= 2 if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8 else 1
             group = census_group(name, parameter_group)
-            entry = self.groups.setdefault(group, {"parameters": 0, "trainable": 0, "with_gradient": 0, "expected": False})
+            entry = self.groups.setdefault(
+                group, {"parameters": 0, "trainable": 0, "with_gradient": 0, "expected": False}
+            )
             entry["parameters"] += size
             if not parameter.requires_grad:
                 continue
@@ -76,7 +78,10 @@ class Census:
         for handle in self._handles:
             handle.remove()
         flags = torch.stack(
-            [torch.zeros((), dtype=torch.bool, device=device) if seen is None else seen.to(device) for seen in self._seen]
+            [
+                torch.zeros((), dtype=torch.bool, device=device) if seen is None else seen.to(device)
+                for seen in self._seen
+            ]
         ).to(torch.int32)
         if dist.is_initialized():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -92,7 +97,7 @@ class Census:
             names = [name for name, group in zip(self._names, self._group_of, strict=True) if group in silent]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise CensusError(
-                f"group {', '.join(silent)}: should train, but the first step gave no gradient to any of its parameters "
+                f"group {', '.join(silent)}: should train, but the first step gave no gradient to any of its weights "
                 f"({', '.join(names[:5])}{more}); nothing was saved"
             )
 

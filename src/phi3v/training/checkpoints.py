@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there: written aside, digested, synced, renamed; found again by themselves.
 
-    checkpoints/checkpoint-120/   what the Trainer and DeepSpeed write, and checkpoint.json with sizes and digests
-    checkpoints/.writing/         a checkpoint that is not finished; removed by the next one
-    checkpoints/unused-…/         a checkpoint that cannot be gone on from, set aside with its reason
+checkpoints/checkpoint-120/   what the Trainer and DeepSpeed write, and checkpoint.json with sizes and digests
+checkpoints/.writing/         a checkpoint that is not finished; removed by the next one
+checkpoints/unused-…/         a checkpoint that cannot be gone on from, set aside with its reason
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class CheckpointError(RuntimeError):
 def fingerprint(settings: FinetuneSettings, data_dir: Path) -> dict[str, Any]:
     """What a checkpoint must have been written with to go on from it: settings, data and base weights."""
     values = {name: value for name, value in settings.model_dump().items() if name not in INDIFFERENT}
-    return values | {"data": digest_folder(data_dir, "*.json*"), "model": digest_folder(Path(settings.model_name_or_path), "*")}
+    return values | {
+        "data": digest_folder(data_dir, "*.json*"),
+        "model": digest_folder(Path(settings.model_name_or_path), "*"),
+    }
 
 
 def digest_folder(folder: Path, pattern: str) -> str:
@@ -64,7 +67,9 @@ def digest_and_sync(folder: Path, share: int, shares: int) -> dict[str, dict[str
     return result
 
 
-def seal(folder: Path, target: Path, files: dict[str, Any], step: int, processes: int, settings: dict[str, Any]) -> None:
+def seal(
+    folder: Path, target: Path, files: dict[str, Any], step: int, processes: int, settings: dict[str, Any]
+) -> None:
     """Write the seal and give the folder its final name; from here on it counts."""
     write_json(
         folder / SEAL,
@@ -147,7 +152,7 @@ def why_not(path: Path, settings: dict[str, Any], processes: int, sharded: bool)
         except OSError as error:
             return f"{name} cannot be read ({error})"
         if digest != expected["sha256"]:
-            return f"{name} has another content than was written (sha256 {digest[:12]}, expected {expected['sha256'][:12]})"
+            return f"{name} is not what was written (sha256 {digest[:12]}, expected {expected['sha256'][:12]})"
     return ""
 
 

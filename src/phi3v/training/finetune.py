@@ -16,11 +16,21 @@ import torch.distributed as dist
 from phi3v.manifest import write_json, write_manifest
 from phi3v.settings import FinetuneSettings
 from phi3v.training import checkpoints
+from phi3v.training.census import Census, CensusError, census_label
 from phi3v.training.job import Job, build
-from phi3v.training.lock import FolderLock
-from phi3v.training.observe import device_name, linear4bit, peak_memory_bytes
+from phi3v.training.lock import FolderLock, LockedError
+from phi3v.training.observe import Observer, device_name, linear4bit, peak_memory_bytes
 from phi3v.training.signals import REQUEUE_EXIT_CODE, StopRequest
-from phi3v.training.watching import say
+from phi3v.training.steps import NotANumberError, StepCallback
+from phi3v.training.watching import MetricsFile, Progress, say
+
+
+class OutOfMemoryError(RuntimeError):
+    """The device's memory did not suffice."""
+
+
+EXPECTED_ERRORS = (OutOfMemoryError, LockedError, checkpoints.CheckpointError, CensusError, NotANumberError)
+"""What a script reports as one line: the message says all there is to say."""
 
 
 def run(settings: FinetuneSettings) -> int:
@@ -30,12 +40,12 @@ def run(settings: FinetuneSettings) -> int:
     CensusError where a group that should train gets no gradient, and NotANumberError where the loss stays no number.
     """
     output = Path(settings.output_dir)
-    stop = StopRequest().listen()
     lock = FolderLock(output, say) if os.environ.get("RANK", "0") == "0" else None
     if lock is not None:
         lock.acquire(settings.lock_wait_minutes * 60)
     try:
-        return _run(settings, output, stop, lock)
+        with StopRequest() as stop:
+            return _run(settings, output, stop, lock)
     finally:
         if lock is not None:
             lock.release()
@@ -55,7 +65,9 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
         job.trainer.train(resume_from_checkpoint=resume)
     train_seconds += time.perf_counter()
     if watch.stopped_by_signal:
-        say(f"{stop.signal or 'signal'}: saved at step {job.trainer.state.global_step}; the same command goes on from there")
+        say(
+            f"{stop.signal or 'signal'}: saved at step {job.trainer.state.global_step}; the same command goes on from there"
+        )
         return leave(REQUEUE_EXIT_CODE)
     from phi3v.training.export import export_final
 
@@ -69,7 +81,9 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
             inputs={"data": str(job.data_dir), "model": settings.model_name_or_path},
             seed=settings.seed, seconds=time.perf_counter() - started, device=device_name(job.device),
         )  # fmt: skip
-        say(f"{output}: done, {observed['steps']} steps, {observed['examples']} examples, {train_seconds:.1f} s training")
+        say(
+            f"{output}: done, {observed['steps']} steps, {observed['examples']} examples, {train_seconds:.1f} s training"
+        )
     return leave(0)
 
 
@@ -124,31 +138,31 @@ def explain_memory(settings: FinetuneSettings, device: torch.device) -> Iterator
         advice = [
             text
             for text, helps in (
-                (f"--batch_size_per_gpu 1 (now {settings.batch_size_per_gpu}; the batch stays)", settings.batch_size_per_gpu > 1),
+                (
+                    f"--batch_size_per_gpu 1 (now {settings.batch_size_per_gpu}; the batch stays)",
+                    settings.batch_size_per_gpu > 1,
+                ),
                 ("--gradient_checkpointing (now off)", not settings.gradient_checkpointing),
                 ("--use_flash_attention (now off)", not settings.use_flash_attention),
                 ("--use_lora (now full fine-tuning)", settings.method in ("full", "frozen")),
                 ("--use_qlora (now LoRA on whole weights)", settings.method == "lora"),
                 ("--zero_stage 3 on several GPUs", settings.method in ("full", "frozen") and settings.zero_stage < 3),
-                (f"--num_crops 4 (now {settings.num_crops or 'the data folder' + chr(39) + 's'})", settings.num_crops != 4),
+                (
+                    f"--num_crops 4 (now {settings.num_crops or 'the data folder' + chr(39) + 's'})",
+                    settings.num_crops != 4,
+                ),
                 ("--freeze_vision_model", settings.freeze_vision_model == "no"),
             )
             if helps
         ][:3]
-        raise OutOfMemoryError(f"out of memory on {device_name(device)}: {numbers}. What helps most: {'; '.join(advice)}") from error
+        raise OutOfMemoryError(
+            f"out of memory on {device_name(device)}: {numbers}. What helps most: {'; '.join(advice)}"
+        ) from error
 
 
-class OutOfMemoryError(RuntimeError):
-    """The device's memory did not suffice."""
-
-
-def attach_watchers(job: Job, output: Path, stop: StopRequest, lock: FolderLock | None) -> Any:
+def attach_watchers(job: Job, output: Path, stop: StopRequest, lock: FolderLock | None) -> StepCallback:
     """Callbacks of a training job: census, observation, metrics, progress. Returns the StepCallback."""
     from phi3v.model.freezing import parameter_group
-    from phi3v.training.census import Census, census_label
-    from phi3v.training.observe import Observer
-    from phi3v.training.steps import StepCallback
-    from phi3v.training.watching import MetricsFile, Progress
 
     settings, trainer = job.settings, job.trainer
     census = Census(job.model, parameter_group, census_label(settings.method, settings.freeze_vision_model))

@@ -46,15 +46,14 @@ def prepare_process(settings: FinetuneSettings) -> None:
     """Environment of a process before the heavy imports: quiet libraries, rendezvous for a lone process."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if uses_zero(settings):
-        if "RANK" not in os.environ:
-            # DeepSpeed wants a process group even for one process started without torchrun.
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            os.environ.update(
-                RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-            )  # fmt: skip
+    if uses_zero(settings) and "RANK" not in os.environ:
+        # DeepSpeed wants a process group even for one process started without torchrun.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )  # fmt: skip
     quiet_libraries()
     if uses_zero(settings):
         prepare_deepspeed(torch.cuda.is_available())

@@ -103,10 +103,14 @@ def measure(settings: SpeedSettings) -> int:
     steps = settings.speed_warmup_steps + settings.repeats * settings.timed_steps
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    job = build(settings.model_copy(update={"max_steps": steps, "eval_steps": 0, "report_to": []}), output, trackers=False)
+    job = build(
+        settings.model_copy(update={"max_steps": steps, "eval_steps": 0, "report_to": []}), output, trackers=False
+    )
     if job.is_main:
         (output / "manifest.json").unlink(missing_ok=True)
-        say(f"{headline(job)}; {settings.speed_warmup_steps} warm-up and {settings.repeats} x {settings.timed_steps} timed steps")
+        say(
+            f"{headline(job)}; {settings.speed_warmup_steps} warm-up and {settings.repeats} x {settings.timed_steps} timed steps"
+        )
     watch = StepCallback(job.trainer, output, StopRequest(), observer=Observer(job.model))
     stopwatch = Stopwatch(watch, job.device, settings.speed_warmup_steps, settings.timed_steps)
     for callback in (watch, stopwatch, Progress(settings.tqdm, lambda: peak_memory_bytes(job.device))):

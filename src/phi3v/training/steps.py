@@ -87,7 +87,9 @@ class StepCallback(TrainerCallback):
         self.trainer.meter.restart_clock()
         losses = [line["eval_loss"] for line in state.log_history if "eval_loss" in line]
         if self.eval_patience and stale_for(losses) >= self.eval_patience:
-            say(f"step {state.global_step}: no lower validation loss in {self.eval_patience} validations: stopping early")
+            say(
+                f"step {state.global_step}: no lower validation loss in {self.eval_patience} validations: stopping early"
+            )
             control.should_training_stop = True
 
     def values(self) -> dict[str, float]:
@@ -108,7 +110,9 @@ class StepCallback(TrainerCallback):
         scale = scaler.get_scale() if scaler is not None else getattr(engine.optimizer, "cur_scale", None)
         if scale is not None and scale < 1 and not self._collapse_told:
             self._collapse_told = True
-            say(f"step {step}: the float16 loss scale has collapsed to {scale:g}; gradients overflow whatever it is: use --bf16")
+            say(
+                f"step {step}: the float16 loss scale has collapsed to {scale:g}; gradients overflow whatever it is: use --bf16"
+            )
 
     def _check_loss(self, meter: Any) -> None:
         """Raises NotANumberError after `nan_patience` bad steps in a row on this process."""

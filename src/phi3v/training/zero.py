@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+from pathlib import Path
 from typing import Any
 
 from phi3v.settings import FinetuneSettings
@@ -52,3 +55,36 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
+
+
+def export_zero_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str = "bf16") -> Path:
+    """A ZeRO checkpoint as plain safetensors in the official layout, from its float32 master weights; needs no GPU.
+
+    checkpoint: a checkpoint-N folder. base: the folder that training started from (configuration, processor).
+    Raises ValueError where a rank's shard or a weight is missing, or OUT holds files already.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: not empty; expected a new folder for the exported checkpoint")
+    if not (checkpoint / "latest").is_file():
+        raise ValueError(f"{checkpoint}: no file `latest`; expected a checkpoint-N folder that ZeRO wrote")
+    prepare_deepspeed(cuda=False)
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
+    from phi3v.training.precision import TORCH_DTYPE
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does shard by shard
+        try:
+            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+        except (FileNotFoundError, AssertionError, ValueError) as error:
+            raise ValueError(f"{checkpoint}: its shards are not complete ({error})") from error
+    model = Phi3VForCausalLM.from_pretrained(base)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"{checkpoint}: {len(missing)} weights missing, {len(unexpected)} unknown ({[*missing, *unexpected][:3]}); "
+            f"expected those of {base}"
+        )
+    model.to(TORCH_DTYPE[dtype]).save_pretrained(out)
+    Phi3VProcessor.from_pretrained(base).save_pretrained(out)
+    return out

@@ -1,0 +1,252 @@
+"""Fine-tuning for real, one process, tiny model: losses, census, precision, what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_fixtures import write_data, write_model
+
+from phi3v.settings import FinetuneSettings, SettingsError, validate
+
+DECODER = ("model.layers.", "model.norm.", "lm_head.")
+VISION = ("img_processor", "img_projection", "glb_GN", "sub_GN")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    base = tmp_path_factory.mktemp("training")
+    return write_model(base / "model"), write_data(base / "data", examples=20, text_only_every=7)
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """accelerate keeps its precision and devices for the life of a process; a script has one job, a test has many."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.use_deterministic_algorithms(False)
+
+
+def train(folders: tuple[Path, Path], out: Path, **values) -> Path:
+    from phi3v.training.finetune import run
+
+    model, data = folders
+    defaults = {
+        "model_name_or_path": str(model), "data_dir": str(data), "output_dir": str(out), "batch_size": 8, "max_steps": 4,
+        "warmup_steps": 1, "learning_rate": 2e-3, "zero_stage": 0, "tqdm": False, "lora_rank": 4,
+    }  # fmt: skip
+    assert run(validate(FinetuneSettings, defaults | values, "test")) == 0
+    return out
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def test_the_loss_curve_does_not_depend_on_grouping(folders, tmp_path):
+    """20 float32 steps over text-only and picture examples, last partial step of each epoch included."""
+    ways = {
+        "one by one": {},
+        "in fours": {"batch_size_per_gpu": 4},
+        "like lengths": {"batch_size_per_gpu": 4, "batching": "length"},
+        "packed": {"batching": "packed", "tokens_per_pack": 300},
+    }
+    curves = {
+        way: losses(train(folders, tmp_path / way, fp32=True, max_steps=20, gradient_checkpointing=False, **values))
+        for way, values in ways.items()
+    }
+    reference = torch.tensor(curves["one by one"])
+    assert reference[-1] < 0.9 * reference[0]
+    for way, curve in curves.items():
+        assert torch.allclose(torch.tensor(curve), reference, rtol=1e-5, atol=0), way
+
+
+def test_the_step_loss_is_the_mean_of_the_examples_means(folders, tmp_path):
+    """Against the definition, computed example by example with the untrained model."""
+    from phi3v.data.loading import ConversationDataset
+    from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
+    from phi3v.training.batching import epoch_order
+
+    model_dir, data = folders
+    out = train(folders, tmp_path / "out", fp32=True, max_steps=1, batch_size_per_gpu=8)
+    model = Phi3VForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
+    dataset = ConversationDataset(data, "train", Phi3VProcessor.from_pretrained(model_dir), seed=42)
+    means = []
+    for index in epoch_order(len(dataset), 42, 0)[:8]:
+        example = dataset[index]
+        pictures = {key: example[key] for key in ("pixel_values", "image_sizes") if len(example["image_sizes"])}
+        with torch.no_grad():
+            logits = model(input_ids=example["input_ids"][None], **pictures).logits[0]
+        means.append(torch.nn.functional.cross_entropy(logits[:-1], example["labels"][1:]))
+    assert losses(out)[0] == pytest.approx(float(torch.stack(means).mean()), rel=1e-5)
+
+
+METHODS = {
+    "full": ({}, {"clip", "projector", "separators", "embedding", "decoder", "head"}),
+    "frozen": ({"freeze_vision_model": "vision"}, {"embedding", "decoder", "head"}),
+    "legacy": ({"freeze_vision_model": "legacy"}, {"decoder", "head"}),
+    "lora": ({"use_lora": True}, {f"adapters ({g})" for g in ("clip", "projector", "decoder", "head")}),
+    "lora frozen": ({"use_lora": True, "freeze_vision_model": "vision"}, {"adapters (decoder)", "adapters (head)"}),
+    "dora": (
+        {"use_lora": True, "use_dora": True},
+        {f"adapters ({g})" for g in ("clip", "projector", "decoder", "head")},
+    ),
+    "qlora": ({"use_qlora": True}, {f"adapters ({g})" for g in ("clip", "projector", "decoder", "head")}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_census_says_what_trains(folders, tmp_path, method):
+    values, expected = METHODS[method]
+    out = train(folders, tmp_path, bf16=True, max_steps=2, **values)
+    groups = read(out / "census.json")["groups"]
+    assert {name for name, group in groups.items() if group["expected"]} == expected
+    assert {name for name, group in groups.items() if group["with_gradient"]} == expected
+    if "adapters (clip)" not in expected:
+        for name in expected:
+            if not name.startswith("adapters"):
+                assert groups[name]["with_gradient"] == groups[name]["trainable"], name
+    assert ("legacy" in read(out / "census.json")["label"]) == (method == "legacy")
+    assert (out / "final" / ("adapter_config.json" if "adapters (head)" in expected else "config.json")).is_file()
+
+
+def test_frozen_vision_stays_bitwise_and_embedding_and_decoder_move(folders, tmp_path):
+    before = tensors(folders[0])
+    after = tensors(train(folders, tmp_path, fp32=True, freeze_vision_model="vision") / "final")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        moved = not torch.equal(value, after[name])
+        assert moved == (not any(mark in name for mark in VISION)), name
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_what_ran_is_what_was_asked(folders, tmp_path, dtype, flash, method):
+    out = train(folders, tmp_path, **{dtype: True}, use_flash_attention=flash, max_steps=2, use_qlora=method == "qlora")
+    observed = read(out / "observed.json")
+    assert observed["asked"] == {"dtype": dtype, "attention": "flash" if flash else "eager"}
+    assert observed["activation_dtype"] == dtype
+    kernel = "sdpa flash (CPU)" if flash else "eager"
+    assert (observed["attention_decoder"], observed["attention_vision"]) == (kernel, kernel)
+    assert (observed["linear4bit_layers"] > 0) == (method == "qlora") == (observed["linear4bit_bytes"] > 0)
+    assert observed["steps"] == 2
+    assert observed["examples"] == 16
+    if method == "full":  # master weights are float32 whatever the compute type
+        assert {value.dtype for value in tensors(out / "final").values()} == {torch.float32}
+
+
+def test_what_a_finished_row_holds(folders, tmp_path):
+    out = train(folders, tmp_path, fp32=True, eval_steps=2, save_steps=1, deterministic=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert all(line["images_per_second"] > 0 and line["tokens_per_second"] > 0 for line in steps)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
+    assert steps[1]["learning_rate"] == pytest.approx(2e-3)
+    assert list((out / "tensorboard").glob("events.out.tfevents.*"))
+    assert read(out / "manifest.json")["kind"] == "train"
+    assert not (out / "checkpoints").exists()
+    assert not (out / ".lock.json").exists()
+    from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
+
+    Phi3VForCausalLM.from_pretrained(out / "final")
+    Phi3VProcessor.from_pretrained(out / "final")
+
+
+def test_the_best_weights_are_exported_and_training_stops_early(folders, tmp_path, capfd):
+    """At an absurd learning rate the loss soon rises: the exported weights are those of the lowest validation loss."""
+    out = train(
+        folders, tmp_path, fp32=True, learning_rate=0.3, max_steps=12, eval_steps=1, keep_best=True,
+        early_stopping_patience=3,
+    )  # fmt: skip
+    evals = [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "eval_loss" in line]
+    best = min(evals, key=lambda line: line["eval_loss"])
+    assert len(evals) == best["step"] + 3 < 12
+    assert "stopping early" in capfd.readouterr().err
+    again = train(
+        (out / "final", folders[1]), tmp_path / "again", fp32=True, max_steps=1, eval_steps=1, learning_rate=1e-9
+    )
+    value = json.loads((again / "metrics.jsonl").read_text().splitlines()[-1])["eval_loss"]
+    assert value == pytest.approx(best["eval_loss"], rel=1e-5)
+
+
+def test_two_deterministic_runs_are_bitwise_equal(folders, tmp_path):
+    first, second = (train(folders, tmp_path / n, bf16=True, use_lora=True, deterministic=True) for n in "ab")
+    other = train(folders, tmp_path / "c", bf16=True, use_lora=True, deterministic=True, seed=7)
+    a, b, c = (tensors(out / "final") for out in (first, second, other))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_examples(folders, tmp_path):
+    from phi3v.training.steps import NotANumberError
+
+    model = write_model(tmp_path / "model")
+    path = model / "model.safetensors"
+    state = load_file(path)
+    state["lm_head.weight"][:] = float("nan")
+    from safetensors.torch import save_file
+
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(NotANumberError, match="2 steps in a row; the examples"):
+        train((model, folders[1]), tmp_path / "out", fp32=True, nan_patience=2)
+    saved = read(tmp_path / "out" / "bad_examples.rank0.json")
+    assert [len(ids) for ids in saved["ids"]] == [8, 8]
+    assert saved["ids"][0][0].startswith("train-")
+    assert not (tmp_path / "out" / "final").exists()
+
+
+def test_a_group_that_should_train_and_does_not_stops_the_job(folders, tmp_path, monkeypatch):
+    """Reentrant checkpointing under a frozen embedding, the recipe's old fault, put back on purpose."""
+    from transformers import PreTrainedModel
+
+    from phi3v.model import Phi3VForCausalLM
+    from phi3v.training.census import CensusError
+
+    monkeypatch.setattr(
+        Phi3VForCausalLM, "gradient_checkpointing_enable",
+        lambda self, *args: PreTrainedModel.gradient_checkpointing_enable(self, {"use_reentrant": True}),
+    )  # fmt: skip
+    with pytest.raises(CensusError, match=r"group decoder: should train.*model\.layers\.0\."):
+        train(folders, tmp_path, fp32=True, freeze_vision_model="legacy")
+
+
+def test_longer_examples_are_left_out_and_counted(folders, tmp_path, capfd):
+    from phi3v.data.loading import ConversationDataset
+    from phi3v.model import Phi3VProcessor
+
+    dataset = ConversationDataset(folders[1], "train", Phi3VProcessor.from_pretrained(folders[0]))
+    limit = sorted(dataset.lengths())[-5]
+    longer = sum(length > limit for length in dataset.lengths())
+    assert longer
+    train(folders, tmp_path, fp32=True, max_steps=1, max_length=limit)
+    assert f"{20 - longer} examples, {longer} longer than {limit} tokens left out" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 9, "batch_size_per_gpu": 2}, "`batch_size`: got 9: expected a multiple of 2"),
+        ({"data_dir": "/nowhere"}, "`data_dir`: got '/nowhere': no such folder"),
+        ({"model_name_or_path": "/nowhere"}, "`model_name_or_path`: got '/nowhere': no config.json"),
+        ({"max_length": 1}, "split train: no examples"),
+    ],
+)
+def test_wrong_settings_are_refused_before_training(folders, tmp_path, values, message):
+    with pytest.raises(SettingsError, match=message):
+        train(folders, tmp_path, fp32=True, **values)
