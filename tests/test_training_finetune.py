@@ -37,8 +37,8 @@ def train(folders: tuple[Path, Path], out: Path, **values) -> Path:
 
     model, data = folders
     defaults = {
-        "model_name_or_path": str(model), "data_dir": str(data), "output_dir": str(out), "batch_size": 8, "max_steps": 4,
-        "warmup_steps": 1, "learning_rate": 2e-3, "zero_stage": 0, "tqdm": False, "lora_rank": 4,
+        "model_name_or_path": str(model), "data_dir": str(data), "output_dir": str(out), "batch_size": 8,
+        "max_steps": 4, "warmup_steps": 1, "learning_rate": 2e-3, "zero_stage": 0, "tqdm": False, "lora_rank": 4,
     }  # fmt: skip
     assert run(validate(FinetuneSettings, defaults | values, "test")) == 0
     return out

@@ -66,7 +66,8 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
     train_seconds += time.perf_counter()
     if watch.stopped_by_signal:
         say(
-            f"{stop.signal or 'signal'}: saved at step {job.trainer.state.global_step}; the same command goes on from there"
+            f"{stop.signal or 'signal'}: saved at step {job.trainer.state.global_step}; "
+            "the same command goes on from there"
         )
         return leave(REQUEUE_EXIT_CODE)
     from phi3v.training.export import export_final
@@ -82,7 +83,7 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
             seed=settings.seed, seconds=time.perf_counter() - started, device=device_name(job.device),
         )  # fmt: skip
         say(
-            f"{output}: done, {observed['steps']} steps, {observed['examples']} examples, {train_seconds:.1f} s training"
+            f"{output}: done at step {observed['steps']}, {observed['examples']} examples in {train_seconds:.1f} s of training"
         )
     return leave(0)
 

@@ -85,7 +85,8 @@ def check_geometry(settings: FinetuneSettings, processes: int) -> int:
     if settings.batching == "packed":
         if settings.batch_size % processes:
             raise SettingsError(
-                f"command line: field `batch_size`: got {settings.batch_size}: expected a multiple of {processes} processes"
+                f"command line: field `batch_size`: got {settings.batch_size}: expected a multiple of the "
+                f"{processes} processes"
             )
         return 1
     if settings.batch_size % together:
@@ -249,7 +250,8 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
         validation = {
             "eval_dataset": PickedExamples(eval_dataset), "eval_collator": Collator(collate, pad, "fixed"),
             "eval_plan": BatchPlan(
-                examples=count, batch_size=count, micro_batch_size=settings.batch_size_per_gpu, processes=processes, seed=0
+                examples=count, batch_size=count, micro_batch_size=settings.batch_size_per_gpu,
+                processes=processes, seed=0,
             ),
         }  # fmt: skip
     trainer = RecipeTrainer(

@@ -92,7 +92,7 @@ class FolderLock:
                 continue
             if time.monotonic() >= deadline:
                 raise LockedError(
-                    f"{self.path.parent}: owned by {describe(holder)}, still alive; this job would write the same files. "
+                    f"{self.path.parent}: owned by {describe(holder)}, still alive; both would write the same files. "
                     "Wait for it, cancel it, or give --lock_wait_minutes"
                 )
             if not told:

@@ -73,7 +73,8 @@ class Meter:
             values = total.tolist()
         now = time.perf_counter()
         counts = StepCounts(
-            examples=int(values[0]), images=int(values[1]), tokens=int(values[2]), stop_asked=values[3] > 0, save_asked=values[4] > 0,
+            examples=int(values[0]), images=int(values[1]), tokens=int(values[2]),
+            stop_asked=values[3] > 0, save_asked=values[4] > 0,
             seconds=now - self.clock, loading_seconds=self.loading_seconds,
         )  # fmt: skip
         self.clock, self.examples, self.images, self.tokens, self.loading_seconds = now, 0, 0, 0, 0.0

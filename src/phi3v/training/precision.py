@@ -12,7 +12,7 @@ TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 
 def attention_implementation(settings: FinetuneSettings, device: torch.device) -> str:
-    """The model's `attn_implementation`: without --use_flash_attention eager, with it the fastest flash kernel there is.
+    """The model's `attn_implementation`: eager, or with --use_flash_attention the fastest flash kernel there is.
 
     On CUDA with float16 or bfloat16 the flash-attn package where it is installed, else PyTorch's SDPA; on a CPU SDPA,
     which has a flash kernel of its own.

@@ -88,7 +88,7 @@ class StepCallback(TrainerCallback):
         losses = [line["eval_loss"] for line in state.log_history if "eval_loss" in line]
         if self.eval_patience and stale_for(losses) >= self.eval_patience:
             say(
-                f"step {state.global_step}: no lower validation loss in {self.eval_patience} validations: stopping early"
+                f"step {state.global_step}: no lower validation loss {self.eval_patience} times in a row: stopping early"
             )
             control.should_training_stop = True
 
@@ -111,7 +111,7 @@ class StepCallback(TrainerCallback):
         if scale is not None and scale < 1 and not self._collapse_told:
             self._collapse_told = True
             say(
-                f"step {step}: the float16 loss scale has collapsed to {scale:g}; gradients overflow whatever it is: use --bf16"
+                f"step {step}: the float16 loss scale has collapsed to {scale:g}, gradients overflow at any: use --bf16"
             )
 
     def _check_loss(self, meter: Any) -> None:
@@ -127,9 +127,9 @@ class StepCallback(TrainerCallback):
         path = self.folder / f"bad_examples.rank{self.trainer.args.process_index}.json"
         write_json(path, {"step": self.trainer.state.global_step, "ids": self._bad_ids})
         raise NotANumberError(
-            f"step {self.trainer.state.global_step}: the loss was not a finite number in {self._bad_steps} steps in a row;"
-            f" the examples of these steps are in {path}. A lower --learning_rate, --bf16 in place of --fp16, or leaving "
-            "these examples out are what usually helps."
+            f"step {self.trainer.state.global_step}: the loss was not a finite number in {self._bad_steps} steps in "
+            f"a row; the examples of these steps are in {path}. What usually helps: a lower --learning_rate, --bf16 in "
+            "place of --fp16, or leaving these examples out."
         )
 
 

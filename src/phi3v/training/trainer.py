@@ -168,8 +168,8 @@ class RecipeTrainer(Trainer):
         except Exception as error:
             free = shutil.disk_usage(folder).free / 1e9
             raise CheckpointError(
-                f"step {step}: {folder / name} could not be written ({error}); {free:.2f} GB are free there. Checkpoints "
-                "written before are untouched: the same command goes on from the newest"
+                f"step {step}: {folder / name} could not be written ({error}); {free:.2f} GB are free there. "
+                "Checkpoints written before are untouched: the same command goes on from the newest"
             ) from error
         finally:
             self._writing = None
