@@ -52,7 +52,8 @@ def test_killed_five_times_and_resumed_ends_with_the_same_bytes(tmp_path: Path, 
     stopped, output = finish(process)
     saved = last_step(broken)
     if saved < STEPS:
-        assert stopped != 0 and f"saved at step {saved}" in output, output
+        assert stopped != 0, output
+        assert f"saved at step {saved}" in output, output
     code, output = finish(launch(command(tmp_path, broken, method), processes=2))
     assert code == 0, output
     assert f"checkpoint-{saved}: going on from here" in output, output

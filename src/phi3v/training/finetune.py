@@ -82,9 +82,7 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
             inputs={"data": str(job.data_dir), "model": settings.model_name_or_path},
             seed=settings.seed, seconds=time.perf_counter() - started, device=device_name(job.device),
         )  # fmt: skip
-        say(
-            f"{output}: done at step {observed['steps']}, {observed['examples']} examples in {train_seconds:.1f} s of training"
-        )
+        say(f"{output}: done at step {observed['steps']}, {observed['examples']} examples in {train_seconds:.1f} s")
     return leave(0)
 
 

@@ -109,7 +109,8 @@ def measure(settings: SpeedSettings) -> int:
     if job.is_main:
         (output / "manifest.json").unlink(missing_ok=True)
         say(
-            f"{headline(job)}; {settings.speed_warmup_steps} warm-up and {settings.repeats} x {settings.timed_steps} timed steps"
+            f"{headline(job)}; {settings.speed_warmup_steps} warm-up and "
+            f"{settings.repeats} x {settings.timed_steps} timed steps"
         )
     watch = StepCallback(job.trainer, output, StopRequest(), observer=Observer(job.model))
     stopwatch = Stopwatch(watch, job.device, settings.speed_warmup_steps, settings.timed_steps)

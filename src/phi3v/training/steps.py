@@ -87,9 +87,7 @@ class StepCallback(TrainerCallback):
         self.trainer.meter.restart_clock()
         losses = [line["eval_loss"] for line in state.log_history if "eval_loss" in line]
         if self.eval_patience and stale_for(losses) >= self.eval_patience:
-            say(
-                f"step {state.global_step}: no lower validation loss {self.eval_patience} times in a row: stopping early"
-            )
+            say(f"step {state.global_step}: no lower validation loss for {self.eval_patience} times: stopping early")
             control.should_training_stop = True
 
     def values(self) -> dict[str, float]:
