@@ -195,10 +195,11 @@ def _count(
             Flops(part.forward, 0.0) for part in (patch, tower, tower_attention, projector)
         )
 
-    # Under frozen inputs a decoder whose norms train still needs every input gradient; one with adapters only does not.
+    # Under frozen inputs a decoder whose norms train still needs every input gradient; one with adapters only does not,
+    # unless PEFT makes the embeddings require gradients, which it does for checkpointing.
     decoder = _tower(
         decoder_layer_linears(geometry), 1, work.tokens, geometry.num_hidden_layers, decoder_rank, weights,
-        checkpointing, first_has_input_gradient=weights or trains_vision,
+        checkpointing, first_has_input_gradient=weights or trains_vision or checkpointing != "none",
     )  # fmt: skip
     pairs = (work.tokens_squared + work.tokens) / 2 if causal else work.tokens_squared
     attention = _attention(geometry.hidden_size, pairs, geometry.num_hidden_layers, kernel, checkpointing)

@@ -3,9 +3,10 @@
     parts = memory(setup, constants)
     parts.total_gb, parts.floor_gb, fits(setup, constants)
 
-`total` is what the process takes where there is room; `floor` is what cannot be given back: gradients leave as soon as
-their bucket is reduced, and the allocator returns its cache when the device is full. A job between the two runs, with
-the device full and some time lost to the allocator, as the published V100 rows show.
+`total` is what the process takes where there is room: all parts at once, as the allocator keeps them. `floor` is the
+larger of two moments when it gives back what it can: the backward pass, with gradients leaving as soon as their bucket
+is reduced, and the optimizer step, without activations. A job between the two runs, with the device full and some time
+lost to the allocator, as the published V100 rows show.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ class Memory:
     quantisation: float
     """The largest 4-bit weight while it is expanded."""
     runtime: float
-    releasable: float
-    """Share of the total that a full device gets back; not a part of its own."""
+    floor: float
+    """What a full device cannot do without; not a part of its own."""
 
     def parts(self) -> dict[str, float]:
         """Part to GB; they add up to total_gb."""
-        return {field.name: getattr(self, field.name) / GB for field in fields(self) if field.name != "releasable"}
+        return {field.name: getattr(self, field.name) / GB for field in fields(self) if field.name != "floor"}
 
     @property
     def total_gb(self) -> float:
@@ -76,7 +77,7 @@ class Memory:
     @property
     def floor_gb(self) -> float:
         """Peak when everything that can be given back is, GB."""
-        return self.total_gb - self.releasable / GB
+        return self.floor / GB
 
 
 def _weights(setup: Setup) -> float:
@@ -137,21 +138,19 @@ def memory(setup: Setup, constants: Constants) -> Memory:
             constants.cached_scores * geometry.num_attention_heads * work.tokens_squared * geometry.num_hidden_layers
         )
     buckets = 0.0 if setup.adapters or setup.devices == 1 else float(BUCKET_BYTES)
+    weights = _weights(setup)
+    logits = work.labels * geometry.vocab_size * LOGIT_LIVE_BYTES
+    expanded = largest * 6.0 if setup.method == "qlora" else 0.0
+    runtime = constants.runtime_gb * GB
     # One layer's gradients stay: they are reduced together.
-    bucketed = gradients / (geometry.num_hidden_layers + 1)
+    one_layer = gradients / (geometry.num_hidden_layers + 1)
+    backward = weights + one_layer + resting + kept + alive + scores + logits + buckets + expanded + runtime
+    stepping = weights + optimizer + buckets + runtime
     return Memory(
-        weights=_weights(setup),
-        gradients=gradients,
-        optimizer=optimizer,
-        checkpoints=kept,
-        activations=alive,
-        scores=scores + piled,
-        logits=work.labels * geometry.vocab_size * LOGIT_LIVE_BYTES,
-        buckets=buckets,
-        quantisation=largest * 6.0 if setup.method == "qlora" else 0.0,
-        runtime=constants.runtime_gb * GB,
-        releasable=(gradients - bucketed) + max(0.0, optimizer - resting) + piled,
-    )
+        weights=weights, gradients=gradients, optimizer=optimizer, checkpoints=kept, activations=alive,
+        scores=scores + piled, logits=logits, buckets=buckets, quantisation=expanded, runtime=runtime,
+        floor=max(backward, stepping),
+    )  # fmt: skip
 
 
 Fit = Literal["yes", "full", "no"]

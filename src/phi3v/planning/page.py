@@ -33,8 +33,8 @@ def plan_html(plan: dict[str, Any]) -> str:
     lines = [
         '<section id="plan">',
         "<h2>Plan</h2>",
-        "<p>Predicted before anything ran: FLOP and bytes counted from the layer sizes, with constants calibrated on the"
-        " published speed tables. <em>as published</em>: the prediction for what the recipe's scripts ran on the"
+        "<p>Predicted before anything ran: FLOP and bytes counted from the layer sizes, with constants calibrated on"
+        " the published speed tables. <em>as published</em>: the prediction for what the recipe's scripts ran on the"
         " published hardware; frozen rows there very likely ran the decoder forward only (an inference).</p>",
         f"<table><thead><tr>{head}</tr></thead><tbody>",
     ]

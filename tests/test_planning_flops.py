@@ -1,0 +1,188 @@
+"""FLOP against PyTorch's FlopCounterMode on small models, for every method; tolerance 1 %."""
+
+import pytest
+
+from phi3v.planning import example_work, geometry_from_config, parameters, training_flops, utilisation
+from phi3v.planning.geometry import adapter_parameters, picture_grid, picture_tokens, quantised_parameters
+from phi3v.settings import load_run
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def build():
+    """A function that makes a small model of its own sizes, wide enough that nothing is negligible."""
+    from phi3v.model.configuration import Phi3VConfig
+    from phi3v.model.modeling import Phi3VForCausalLM
+
+    def make(attention="eager", kv_heads=4):
+        vision = {
+            "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "image_size": 56, "patch_size": 7,
+        }  # fmt: skip
+        config = Phi3VConfig(
+            vocab_size=600, hidden_size=96, intermediate_size=224, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=kv_heads, image_token_id=599, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            max_position_embeddings=4096, original_max_position_embeddings=4096, vision_config=vision,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        config._attn_implementation = attention
+        return Phi3VForCausalLM(config).train()
+
+    return make
+
+
+def batch_of(model, text=23, labels=9):
+    """One example: a picture of 2 x 1 tiles, text, and answer tokens with labels."""
+    geometry = geometry_from_config(model.config.to_dict())
+    size, image = model.config.tile_size, picture_tokens(geometry, 2, 1)
+    ids = torch.randint(3, 590, (1, image + text))
+    ids[0, 1 : 1 + image] = model.config.image_token_id
+    targets = torch.full_like(ids, -100)
+    targets[0, -labels:] = ids[0, -labels:]
+    batch = {
+        "input_ids": ids, "labels": targets, "pixel_values": torch.randn(3, 3, size, size),
+        "image_sizes": torch.tensor([[2 * size, size]]),
+    }  # fmt: skip
+    return batch, example_work(geometry, image + text, tiles=3, labels=labels)
+
+
+def counted(model, batch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
+@pytest.mark.parametrize("method", ["full", "frozen", "frozen legacy", "lora", "lora frozen"])
+def test_hardware_flops_are_what_pytorch_counts(build, method, checkpointing):
+    from phi3v.model.adapters import add_lora
+    from phi3v.model.freezing import freeze_vision
+
+    model = build()
+    geometry = geometry_from_config(model.config.to_dict())
+    batch, work = batch_of(model)
+    if checkpointing != "none":
+        model.gradient_checkpointing_enable()
+    rank = None
+    if method.startswith("frozen"):
+        freeze_vision(model, "legacy" if "legacy" in method else "vision")
+    elif method.startswith("lora"):
+        rank = 8
+        model = add_lora(model, rank, 16, freeze_vision=method == "lora frozen", seed=0).train()
+    name = method.split()[0]
+    expected = training_flops(
+        geometry, work, name, rank, flash=False, checkpointing=checkpointing, vision_adapters=method != "lora frozen"
+    )
+    assert expected.hardware == pytest.approx(counted(model, batch), rel=0.01)
+
+
+def test_frozen_forward_only_is_the_head_alone(build):
+    model = build()
+    geometry = geometry_from_config(model.config.to_dict())
+    batch, work = batch_of(model)
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    model.model.norm.requires_grad_(True)
+    expected = training_flops(geometry, work, "frozen_forward_only", flash=False, checkpointing="none")
+    assert expected.hardware == pytest.approx(counted(model, batch), rel=0.01)
+
+
+def test_qlora(build, tmp_path):
+    from phi3v.model.adapters import add_lora, load_quantized
+
+    pytest.importorskip("bitsandbytes")
+    build().save_pretrained(tmp_path)
+    model = load_quantized(tmp_path, torch.float32, "eager", "cpu")
+    geometry = geometry_from_config(model.config.to_dict())
+    batch, work = batch_of(model)
+    model = add_lora(model, 8, 16, seed=0).train()
+    expected = training_flops(geometry, work, "qlora", 8, flash=False, checkpointing="none")
+    assert expected.hardware == pytest.approx(counted(model, batch), rel=0.01)
+
+
+def test_grouped_heads_and_several_examples_add_up(build):
+    """Work is additive: two padded examples cost their own squares with packing, and the batch's without."""
+    model = build(kv_heads=2)
+    geometry = geometry_from_config(model.config.to_dict())
+    batch, work = batch_of(model)
+    twice = {name: torch.cat((value, value)) for name, value in batch.items()}
+    expected = training_flops(geometry, work + work, "full", flash=False, checkpointing="none")
+    assert expected.hardware == pytest.approx(counted(model, twice), rel=0.01)
+
+
+def test_model_flops_leave_out_what_the_method_does_not_need(build):
+    geometry = geometry_from_config(build().config.to_dict())
+    _, work = batch_of(build())
+    full = training_flops(geometry, work, "full", flash=True, checkpointing="non_reentrant")
+    frozen = training_flops(geometry, work, "frozen", flash=True, checkpointing="non_reentrant")
+    lora = training_flops(geometry, work, "lora", 8, flash=True, checkpointing="non_reentrant")
+    for flops in (full, frozen, lora):
+        assert flops.model < flops.hardware
+    assert frozen.model < full.model
+    assert lora.model < full.model
+    again = training_flops(geometry, work, "full", flash=True, checkpointing="none")
+    assert again.model == full.model
+    with pytest.raises(ValueError, match="rank: None; method lora expects an integer"):
+        training_flops(geometry, work, "lora")
+
+
+def test_published_model(root):
+    """Parameters of the published checkpoint, and the recipe's TFLOP an image at 2,443 tokens and 17 tiles."""
+    geometry = load_run(root / "config/config.yaml", root).models["phi35-vision"].geometry
+    assert sum(parameters(geometry).values()) == 4_146_621_440
+    work = example_work(geometry, 2443.23, 17, 2443.23)
+    flops = training_flops(geometry, work, "full", checkpointing="reentrant")
+    assert flops.parts["vision"].forward / 1e12 == pytest.approx(5.7, abs=0.05)
+    language = (flops.parts["decoder"].forward + flops.parts["head"].forward) / 1e12
+    assert language == pytest.approx(18.2, abs=0.1)
+    # RECIPE: full + flash on 8 A100 at 8.657 images/s is 27 % MFU and 35 % HFU.
+    assert utilisation(flops.model * 8.657, 1.0, 312, 8) == pytest.approx(0.27, abs=0.005)
+    assert utilisation(flops.hardware * 8.657, 1.0, 312, 8) == pytest.approx(0.36, abs=0.01)
+    # The published frozen row is impossible if the decoder was trained, plausible if it ran forward only.
+    correct = training_flops(geometry, work, "frozen", checkpointing="reentrant")
+    legacy = training_flops(geometry, work, "frozen_forward_only")
+    assert utilisation(correct.hardware * 31.736, 1.0, 312, 8) > 1.0
+    assert utilisation(legacy.hardware * 31.736, 1.0, 312, 8) < 0.36
+    with pytest.raises(ValueError, match="peak_tflops"):
+        utilisation(1e12, 1.0, 0)
+
+
+def test_sizes_against_the_model(build):
+    """Parameter counts, adapters and 4-bit weights against a real module tree; tiles against the image processor."""
+    from phi3v.model.adapters import add_lora
+    from phi3v.model.freezing import parameter_group
+
+    model = build(kv_heads=2)
+    geometry = geometry_from_config(model.config.to_dict())
+    found = dict.fromkeys(parameters(geometry), 0)
+    for name, parameter in model.named_parameters():
+        found[parameter_group(name)] += parameter.numel()
+    assert parameters(geometry) == found
+    linears = sum(
+        m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
+    )
+    assert quantised_parameters(geometry) == linears
+    for vision in (True, False):
+        peft = add_lora(build(kv_heads=2), 4, 8, freeze_vision=not vision, seed=0)
+        trained = sum(p.numel() for p in peft.parameters() if p.requires_grad)
+        assert adapter_parameters(geometry, 4, vision) == trained
+
+
+@pytest.mark.parametrize("shape", [(1700, 2200), (320, 240), (1000, 100), (640, 640), (3, 3), (900, 1300)])
+@pytest.mark.parametrize("num_crops", [1, 4, 16])
+def test_tiles_are_the_image_processors(root, shape, num_crops):
+    import numpy as np
+    from PIL import Image
+
+    from phi3v.model.image_processing import Phi3VImageProcessor
+
+    geometry = load_run(root / "config/config.yaml", root).models["phi35-vision"].geometry
+    picture = Image.fromarray(np.zeros((shape[1], shape[0], 3), dtype=np.uint8))
+    made = Phi3VImageProcessor(num_crops=num_crops)(picture, return_tensors="pt")
+    down, across = picture_grid(*shape, num_crops)
+    assert made["pixel_values"].reshape(-1, 3, 336, 336).shape[0] == down * across + 1
+    assert [value // 336 for value in made["image_sizes"][0].tolist()] == [down, across]
+    assert picture_tokens(geometry, down, across) == (down * across + 1) * 144 + 1 + (down + 1) * 12

@@ -1,0 +1,35 @@
+localrules:
+    plan_run,
+
+
+rule plan_run:
+    """What every row costs before it runs: memory, time, price, disk; needs no GPU and no torch."""
+    input:
+        config=rules.run_settings.output,
+    output:
+        json=f"{RESULTS}/plan/plan.json",
+        page=report(
+            f"{RESULTS}/plan/plan.html",
+            caption="../report/plan.rst",
+            category="Plan",
+            labels={"what": "plan"},
+        ),
+    log:
+        f"{RESULTS}/logs/plan.log",
+    benchmark:
+        f"{RESULTS}/logs/plan.tsv"
+    conda:
+        "../../envs/report.yaml"
+    container:
+        "containers/report.sif"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+    params:
+        tables=tables_digest(),
+        folder=lambda wildcards, output: Path(output.json).parent,
+    message:
+        "plan every row"
+    shell:
+        "python scripts/plan.py --config {input.config} --output_dir {params.folder} 2>&1 | tee {log}"
