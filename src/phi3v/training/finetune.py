@@ -29,6 +29,8 @@ class OutOfMemoryError(RuntimeError):
     """The device's memory did not suffice."""
 
 
+STOPPED = "stopped.json"
+"""In checkpoints/: there while a job has saved and left because it was told to."""
 EXPECTED_ERRORS = (OutOfMemoryError, LockedError, checkpoints.CheckpointError, CensusError, NotANumberError)
 """What a script reports as one line: the message says all there is to say."""
 
@@ -56,6 +58,7 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
     job = build(settings, output)
     if job.is_main:
         (output / "manifest.json").unlink(missing_ok=True)
+        (output / "checkpoints" / STOPPED).unlink(missing_ok=True)
         write_json(output / "settings.json", settings.model_dump())
         say(headline(job))
     resume = prepare_checkpoints(job, output / "checkpoints")
@@ -65,6 +68,10 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
         job.trainer.train(resume_from_checkpoint=resume)
     train_seconds += time.perf_counter()
     if watch.stopped_by_signal:
+        if job.is_main:
+            # torchrun answers any failed worker with 1: who starts it again tells the cases apart by this file.
+            stopped = {"step": job.trainer.state.global_step, "exit_code": REQUEUE_EXIT_CODE}
+            write_json(output / "checkpoints" / STOPPED, stopped)
         say(
             f"{stop.signal or 'signal'}: saved at step {job.trainer.state.global_step}; "
             "the same command goes on from there"

@@ -1,0 +1,207 @@
+"""Checkpoints: found, refused with a reason, kept whole; and a real resume under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_fixtures import await_step, finish, kill, launch, weights, write_data, write_model
+
+from phi3v.settings import FinetuneSettings, validate
+from phi3v.training import checkpoints
+from phi3v.training.checkpoints import SEAL, CheckpointError, check_space, digest_and_sync, find, rotate, seal
+
+SETTINGS = {"learning_rate": 1e-3, "data": "d", "model": "m"}
+
+
+def write_checkpoint(folder: Path, step: int, settings: dict | None = None, processes: int = 2) -> Path:
+    """A checkpoint as two processes write it: each digests its share."""
+    writing = folder / ".writing" / f"checkpoint-{step}"
+    (writing / "global_step").mkdir(parents=True)
+    for name in ("model.bin", "rng_state_0.pth", "rng_state_1.pth", "global_step/shard_0.pt", "global_step/shard_1.pt"):
+        (writing / name).write_bytes(f"{name} {step}".encode() * 50)
+    files = digest_and_sync(writing, 0, 2) | digest_and_sync(writing, 1, 2)
+    seal(writing, folder / f"checkpoint-{step}", files, step, processes, settings or SETTINGS)
+    return folder / f"checkpoint-{step}"
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path):
+    for step in (5, 10, 100):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / ".writing" / "checkpoint-200").mkdir()
+    found = find(tmp_path, SETTINGS, 2, True)
+    assert found.path == tmp_path / "checkpoint-100"
+    assert not found.skipped
+
+
+def test_damage_to_any_file_is_seen_and_named(tmp_path):
+    write_checkpoint(tmp_path, 5)
+    newest = write_checkpoint(tmp_path, 10)
+    for path in [*checkpoints.files_of(newest), newest / SEAL]:
+        name = path.relative_to(newest).as_posix()
+        whole = path.read_bytes()
+        flipped = bytes([whole[0] ^ 1]) + whole[1:]
+        for damaged in (None, whole[:-1], b"", flipped):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            found = find(tmp_path, SETTINGS, 2, True)
+            assert found.path == tmp_path / "checkpoint-5"
+            assert name in found.skipped[newest]
+            path.write_bytes(whole)
+    assert find(tmp_path, SETTINGS, 2, True).path == newest
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "sharded", "reason"),
+    [
+        ({**SETTINGS, "learning_rate": 2e-3}, 2, True, "written with other settings: learning_rate 0.001, now 0.002"),
+        ({**SETTINGS, "model": "n"}, 2, True, "written with other settings: model 'm', now 'n'"),
+        (SETTINGS, 4, True, "written by 2 processes, now 4"),
+        (SETTINGS, 4, False, ""),
+    ],
+)
+def test_another_jobs_checkpoint_is_not_gone_on_from(tmp_path, settings, processes, sharded, reason):
+    path = write_checkpoint(tmp_path, 5)
+    found = find(tmp_path, settings, processes, sharded)
+    assert (found.path is None) == bool(reason)
+    assert reason in found.skipped.get(path, "")
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4):
+        write_checkpoint(tmp_path, step)
+    rotate(tmp_path, 2, best=tmp_path / "checkpoint-1")
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 3, 4)]
+
+
+def test_space_is_checked_with_the_numbers(tmp_path):
+    check_space(tmp_path, 10, 3)
+    with pytest.raises(CheckpointError, match=r"GB free, 3 checkpoints of 1000000.0 GB are asked for"):
+        check_space(tmp_path, 10**15, 3)
+
+
+def test_the_fingerprint_follows_settings_data_and_base_weights(tmp_path):
+    write_data(tmp_path / "data")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    values = {"model_name_or_path": str(tmp_path / "model"), "output_dir": "o"}
+
+    def mark(**more) -> dict:
+        return checkpoints.fingerprint(validate(FinetuneSettings, values | more, "test"), tmp_path / "data")
+
+    before = mark()
+    assert mark(save_steps=3, tqdm=False, output_dir="elsewhere") == before
+    assert mark(learning_rate=1e-3) != before
+    (tmp_path / "model" / "config.json").write_text("{ }")
+    assert mark()["model"] != before["model"]
+    with (tmp_path / "data" / "train.jsonl").open("a") as file:
+        file.write("\n")
+    assert mark()["data"] != before["data"]
+
+
+def arguments(base: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "--model_name_or_path", str(base / "model"), "--data_dir", str(base / "data"), "--output_dir", str(out),
+        "--batch_size", "8", "--max_steps", "14", "--warmup_steps", "2", "--learning_rate", "2e-3", "--bf16",
+        "--save_steps", "3", "--no-tqdm", *more,
+    ]  # fmt: skip
+
+
+def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_path):
+    """ZeRO 2 on two processes: SIGKILL, then damage to the newest checkpoint, then SIGTERM; the weights do not show it.
+
+    On the way: a checkpoint becomes safetensors, and a second job is refused.
+    """
+    write_data(tmp_path / "data", examples=20, text_only_every=7)
+    write_model(tmp_path / "model")
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    code, output = finish(launch(arguments(tmp_path, straight), processes=2))
+    assert code == 0, output
+
+    process = launch(arguments(tmp_path, broken), processes=2)
+    await_step(process, broken, 7)
+    second = finish(launch(arguments(tmp_path, broken)))
+    assert second[0] == 1
+    assert "still alive; both would write the same files" in second[1]
+    kill(process)
+    newest = checkpoints.checkpoint_folders(broken / "checkpoints")[0]
+    shard = next(path for path in checkpoints.files_of(newest) if "optim_states" in path.name)
+    shard.write_bytes(shard.read_bytes()[:-7])
+
+    process = launch(arguments(tmp_path, broken), processes=2)
+    await_step(process, broken, 10)
+    for child in os.popen(f"pgrep -P {process.pid}").read().split():
+        os.kill(int(child), signal.SIGUSR1)
+    code, output = finish(process)
+    assert f"{newest}: not used: {shard.relative_to(newest).as_posix()} has" in output, output
+    stopped = int(output.split("saved at step ")[1].split(";")[0])
+    assert code != 0
+    assert "exitcode  : 75" in output, output
+    assert json.loads((broken / "checkpoints" / "stopped.json").read_text())["step"] == stopped
+
+    from phi3v.training.zero import export_zero_checkpoint
+
+    saved = broken / "checkpoints" / f"checkpoint-{stopped}"
+    damaged = shutil.copytree(saved, tmp_path / "damaged")
+    next(damaged.rglob("*rank_1*optim_states.pt")).unlink()
+    with pytest.raises(ValueError, match="shards are not complete"):
+        export_zero_checkpoint(damaged, tmp_path / "model", tmp_path / "nothing")
+    plain = load_file(export_zero_checkpoint(saved, tmp_path / "model", tmp_path / "plain") / "model.safetensors")
+    base = load_file(tmp_path / "model" / "model.safetensors")
+    assert plain.keys() == base.keys()
+    assert {value.dtype for value in plain.values()} == {torch.bfloat16}
+
+    code, output = finish(launch(arguments(tmp_path, broken), processes=2))
+    assert code == 0, output
+    assert f"checkpoint-{stopped}: going on from here" in output
+    assert weights(broken / "final") == weights(straight / "final")
+    lines = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 15))
+    assert [line["loss"] for line in lines] == [
+        json.loads(line)["loss"] for line in (straight / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(tmp_path):
+    """The limit on file size stands in for the disk: the second checkpoint cannot be written."""
+    from accelerate.state import AcceleratorState
+
+    from phi3v.training.finetune import run
+
+    write_data(tmp_path / "data", examples=16)
+    write_model(tmp_path / "model")
+    values = {
+        "model_name_or_path": str(tmp_path / "model"), "data_dir": str(tmp_path / "data"), "batch_size": 8,
+        "output_dir": str(tmp_path / "out"), "max_steps": 5, "save_steps": 2, "zero_stage": 0, "fp32": True, "tqdm": False,
+    }  # fmt: skip
+    from phi3v.training.trainer import RecipeTrainer
+
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    original = RecipeTrainer._save_checkpoint
+
+    def save(self, model, trial):
+        if self.state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        original(self, model, trial)
+
+    try:
+        RecipeTrainer._save_checkpoint = save
+        with pytest.raises(CheckpointError, match=r"step 4: .*could not be written.*GB are free.*untouched"):
+            run(validate(FinetuneSettings, values, "test"))
+    finally:
+        RecipeTrainer._save_checkpoint = original
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    kept = tmp_path / "out" / "checkpoints"
+    assert [path.name for path in checkpoints.checkpoint_folders(kept)] == ["checkpoint-2"]
+    sealed = json.loads((kept / "checkpoint-2" / SEAL).read_text())
+    assert not checkpoints.why_not(kept / "checkpoint-2", sealed["settings"], 1, False)
