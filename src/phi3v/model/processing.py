@@ -77,14 +77,10 @@ class Phi3VProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Phi3VProcessor:
-        """Load from a checkpoint folder or a hub name; `num_crops=...` overrides the saved number."""
+        """Load from a checkpoint folder; `num_crops=...` overrides the saved number."""
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            patterns = ["*.json", "*.jinja"]
-            hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if kwargs.get(key)}
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub))
+            raise FileNotFoundError(f"{folder}: no such folder; expected a downloaded checkpoint folder.")
         overrides = {key: kwargs[key] for key in ("num_crops",) if kwargs.get(key) is not None}
         image_processor = Phi3VImageProcessor.from_pretrained(folder, **overrides)
         return cls(image_processor, load_tokenizer(folder))

@@ -1,0 +1,288 @@
+"""Speed of the model on a CPU, beside the published code's figures on the same workloads.
+
+    python scripts/bench_model.py                           # everything, 2 threads, medians of 5
+    python scripts/bench_model.py --only train generate --repeats 3
+    python scripts/bench_model.py --profile train_full      # where the time of a step goes
+
+Workloads and reference figures: tests/golden/README.md, "How fast the official code is". Prints JSON. A figure is only
+worth something on an idle machine: the load before and after stands in the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+# Medians of the published code on a machine like the one the goals were set for (tests/golden/README.md).
+OFFICIAL = {
+    "processor": {"images_per_second": 11.1, "goal": 3.0},
+    "train_full": {"seconds": 6.48, "goal": 1.3},
+    "train_frozen": {"seconds": 2.67, "goal": 1.35},
+    "train_padded_tiles": {"seconds": 10.1, "goal": 2.0},
+    "train_text": {"seconds": 3.06, "seconds_without_dummy_vision": 1.56},
+    "generate": {"seconds": 2.42, "goal": 1.5},
+    "peak_rss_gib": 3.9,
+}
+PROMPT = "<|user|>\n<|image_1|>\nTranscribe the page.<|end|>\n<|assistant|>\n"
+ANSWER = "The page holds rows of dark blocks on a bright, colourful ground.<|end|>\n<|endoftext|>"
+
+
+def build_model() -> Any:
+    """Decoder 512 wide with 8 layers, CLIP 1024 wide with 8 layers; weights by name as in the golden data."""
+    import torch
+    from golden.golden_common import make_weight
+
+    from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+
+    spec = json.loads((ROOT / "tests/golden/state_dict_tiny.json").read_text())["tiny_mha"]["text"]
+    official = ROOT / "tests/golden/rope_factors.json"
+    factors = json.loads(official.read_text())
+    chosen = {key: [factors[key][i * 48 // 32] for i in range(32)] for key in ("short_factor", "long_factor")}
+    config = Phi3VConfig.from_dict(
+        {
+            **spec,
+            "hidden_size": 512,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "rope_scaling": {"type": "su", **chosen},
+            "vision_config": {"num_hidden_layers": 8, "intermediate_size": 1024},
+        }
+    )
+    config._attn_implementation = "sdpa"
+    model = Phi3VForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(make_weight(name, parameter.shape)))
+    return model
+
+
+def page_batch(num_crops: int) -> dict[str, Any]:
+    """The page with its prompt and answer, labels on the answer. Ids are stand-ins of the right number (no tokenizer
+    is needed for speed): 15 before and after the picture, 18 of the answer."""
+    import torch
+    from golden.golden_common import make_image, text_ids
+
+    from phi3v.model import Phi3VImageProcessor
+
+    out = Phi3VImageProcessor(num_crops=num_crops)(make_image(1700, 2200, 0))
+    head, tail, answer = text_ids(4, 1), text_ids(13, 2), text_ids(18, 3)
+    image = [32044] * out["num_img_tokens"][0]
+    ids = torch.tensor([[*head, *image, *tail, *answer]])
+    labels = torch.full_like(ids, -100)
+    labels[:, -len(answer) :] = ids[:, -len(answer) :]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": out["pixel_values"],
+        "image_sizes": out["image_sizes"],
+        "labels": labels,
+    }
+
+
+def forward_flops(model: Any, batch: dict[str, Any]) -> dict[str, float]:
+    """Floating-point operations of one forward pass by part: 2 a multiply-add, causal attention at half."""
+    config, vision = model.config, model.config.vision_config
+    tokens = batch["input_ids"].shape[1]
+    labels = int((batch["labels"][:, 1:] != -100).sum()) if "labels" in batch else 1
+    kv = config.num_key_value_heads * config.head_dim
+    per_token = (
+        2 * config.hidden_size**2 + 2 * config.hidden_size * kv + 3 * config.hidden_size * config.intermediate_size
+    )
+    parts = {
+        "decoder": 2.0 * tokens * config.num_hidden_layers * per_token
+        + 2.0 * tokens**2 * config.hidden_size * config.num_hidden_layers,
+        "head": 2.0 * labels * config.hidden_size * config.vocab_size,
+        "clip": 0.0,
+        "projector": 0.0,
+    }
+    if "pixel_values" in batch:
+        tiles, width = len(batch["pixel_values"]), vision.hidden_size
+        patches = (vision.image_size // vision.patch_size) ** 2
+        layer = (
+            2.0 * (patches + 1) * (4 * width**2 + 2 * width * vision.intermediate_size)
+            + 4.0 * (patches + 1) ** 2 * width
+        )
+        parts["clip"] = tiles * (
+            (vision.num_hidden_layers - 1) * layer + 2.0 * patches * 3 * vision.patch_size**2 * width
+        )
+        merged = tiles * patches / 4 + 2
+        parts["projector"] = 2.0 * merged * (4 * width * config.hidden_size + config.hidden_size**2)
+    return parts
+
+
+def timed(action: Callable[[], Any], repeats: int, warmup: int = 1) -> dict[str, Any]:
+    """Median, extremes and all timings of `action` in seconds."""
+    for _ in range(warmup):
+        action()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds), "all": [round(s, 3) for s in seconds]}
+
+
+def matrix_product_rate(repeats: int) -> float:
+    """GFLOP/s of float32 products of the two shapes that carry most of a step."""
+    import torch
+
+    rates = []
+    for m, k, n in ((2885, 1024, 1024), (792, 512, 1536)):
+        left, right = torch.randn(m, k), torch.randn(k, n)
+        count = max(1, int(2e10 / (2 * m * k * n)))
+        result = timed(lambda a=left, b=right, c=count: [a @ b for _ in range(c)], repeats)  # type: ignore[misc]
+        rates.append(2e-9 * m * k * n * count / result["seconds"])
+    return max(rates)
+
+
+def bench_processor(repeats: int, **_: Any) -> dict[str, Any]:
+    """50 pages of 1700 x 2200 pixels at num_crops 16."""
+    from golden.golden_common import make_image
+    from PIL import Image
+
+    from phi3v.model import Phi3VImageProcessor
+
+    processor = Phi3VImageProcessor(num_crops=16)
+    pages = [make_image(1700, 2200, seed) for seed in range(4)]
+    result = timed(lambda: [processor(pages[i % 4]) for i in range(50)], repeats, warmup=1)
+    small = timed(lambda: [processor(pages[i % 4], as_uint8=True) for i in range(50)], repeats, warmup=1)
+    floor = timed(
+        lambda: [
+            pages[i % 4].transpose(Image.Transpose.TRANSPOSE).resize((1344, 1038), Image.Resampling.BILINEAR)
+            for i in range(50)
+        ],
+        repeats,
+    )
+    return {
+        "images_per_second": round(50 / result["seconds"], 2),
+        "images_per_second_as_uint8": round(50 / small["seconds"], 2),
+        "floor_images_per_second_pil_transpose_and_resize": round(50 / floor["seconds"], 2),
+        "all": result["all"],
+    }
+
+
+def bench_step(
+    repeats: int, model: Any, rate: float, batch: dict[str, Any], frozen: bool = False, **_: Any
+) -> dict[str, Any]:
+    """Forward and backward with pixel values ready, no optimizer."""
+    from phi3v.model.freezing import freeze_vision
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model.model.vision_embed_tokens.img_processor.vision_model.freeze_unused()
+    if frozen:  # the reference froze CLIP alone: projector and separators train
+        freeze_vision(model)
+        for name, parameter in model.named_parameters():
+            if "img_processor" not in name:
+                parameter.requires_grad_(True)
+    model.train()
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(**batch).loss.backward()
+
+    result = timed(step, repeats)
+    flops = forward_flops(model, batch)
+    total = sum(value * (1 if frozen and part == "clip" else 3) for part, value in flops.items())
+    achieved = total / result["seconds"] / 1e9
+    return {
+        **result,
+        "tokens": batch["input_ids"].shape[1],
+        "gflop": round(total / 1e9, 1),
+        "gflop_per_second": round(achieved, 1),
+        "of_matrix_product_rate": round(achieved / rate, 3) if rate else None,
+    }
+
+
+def bench_generate(repeats: int, model: Any, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
+    """32 new tokens after the page."""
+    model.eval()
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    cut = batch["input_ids"].shape[1] - 18
+    inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, :cut], inputs["attention_mask"][:, :cut]
+    result = timed(lambda: model.generate(**inputs, max_new_tokens=32, do_sample=False, eos_token_id=-1), repeats)
+    prefill = timed(lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False, eos_token_id=-1), repeats)
+    return {**result, "prefill_seconds": prefill["seconds"], "prompt_tokens": cut}
+
+
+def profile(name: str, jobs: dict[str, Callable[..., Any]]) -> None:
+    """Print the operators that take the time of one run of `name`."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    jobs[name](repeats=1)
+    with profiler(activities=[ProfilerActivity.CPU]) as record:
+        jobs[name](repeats=1)
+    print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
+
+
+def main() -> None:
+    """Run the chosen workloads and print their JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="beginnings of workload names (default: all)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--profile", help="print where one workload's time goes instead")
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    import torch
+    import transformers
+    from golden.golden_common import text_ids
+
+    torch.set_num_threads(arguments.threads)
+    load_before = os.getloadavg()
+    rate = matrix_product_rate(arguments.repeats)
+    model = build_model()
+    page = page_batch(4)
+    ids = torch.tensor([text_ids(1024, 4)])
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    jobs: dict[str, Callable[..., Any]] = {
+        "processor": bench_processor,
+        "train_full": lambda repeats: bench_step(repeats, model, rate, page),
+        "train_frozen": lambda repeats: bench_step(repeats, model, rate, page, frozen=True),
+        "train_padded_tiles": lambda repeats: bench_step(repeats, model, rate, page_batch(8)),
+        "train_text": lambda repeats: bench_step(repeats, model, rate, text),
+        "generate": lambda repeats: bench_generate(repeats, model, page),
+    }
+    if arguments.profile:
+        profile(arguments.profile, jobs)
+        return
+    results: dict[str, Any] = {}
+    for name, job in jobs.items():
+        if arguments.only and not any(name.startswith(chosen) for chosen in arguments.only):
+            continue
+        result, reference = job(repeats=arguments.repeats), OFFICIAL[name]
+        if "images_per_second" in result:
+            result["speed_up"] = round(result["images_per_second"] / reference["images_per_second"], 2)
+        else:
+            result["speed_up"] = round(reference["seconds"] / result["seconds"], 2)
+        results[name] = {**result, "official": reference}
+    report = {
+        "matrix_product_gflop_per_second": round(rate, 1),
+        "workloads": results,
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "official_peak_rss_gib": OFFICIAL["peak_rss_gib"],
+        "threads": torch.get_num_threads(),
+        "load_before": load_before,
+        "load_after": os.getloadavg(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

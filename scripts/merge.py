@@ -1,0 +1,56 @@
+"""Fold a LoRA or QLoRA adapter into a checkpoint in the published layout, with a model card.
+
+    python scripts/merge.py --adapter results/NAME/train/ROW/final --out merged/my-model
+    python scripts/merge.py --adapter ADAPTER --out OUT --dtype float32 --manifest results/NAME/train/ROW/manifest.json
+
+The merged model is compared with base plus adapter before anything is written. The sum is formed in float32, so a full
+size model needs about 18 GiB of memory. Nothing leaves this machine unless --push_to_hub names a repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Merge, write the card, upload where asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", required=True, type=Path, help="folder with adapter_config.json")
+    parser.add_argument("--out", required=True, type=Path, help="new folder for the merged checkpoint")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (default: the base's)"
+    )
+    parser.add_argument("--manifest", type=Path, help="the run's manifest.json (default: in or above --adapter)")
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder as a private repository")
+    chosen = parser.parse_args(arguments)
+    if chosen.manifest is not None and not chosen.manifest.is_file():
+        parser.error(f"--manifest {chosen.manifest}: no such file")
+    if not (chosen.adapter / "adapter_config.json").is_file():
+        parser.error(f"--adapter {chosen.adapter}: no adapter_config.json there; expected a PEFT adapter folder")
+
+    import torch
+
+    from phi3v.model.adapters import base_of, merge
+    from phi3v.model.card import find_manifest, write_card
+
+    try:
+        report = merge(chosen.adapter, chosen.out, getattr(torch, chosen.dtype) if chosen.dtype else None)
+        write_card(chosen.out, base_of(chosen.adapter), chosen.manifest or find_manifest(chosen.adapter), report)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({"out": str(chosen.out), **report}, indent=1))
+    if chosen.push_to_hub:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(chosen.push_to_hub, private=True, exist_ok=True)
+        api.upload_folder(repo_id=chosen.push_to_hub, folder_path=str(chosen.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""A model card from a training run's manifest: what was trained on what, how, and how to load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# Settings that a reader of the card asks for first; the others follow below them.
+_FIRST = (
+    "model_name_or_path", "dataset", "data_dir", "full_train", "use_lora", "use_qlora", "lora_rank", "lora_alpha_ratio",
+    "freeze_vision_model", "learning_rate", "num_train_epochs", "batch_size", "num_crops", "bf16", "fp16", "seed",
+)  # fmt: skip
+
+
+def find_manifest(folder: str | Path) -> Path | None:
+    """The manifest of the run that wrote an adapter or checkpoint folder: in the folder or in the one above."""
+    for candidate in (Path(folder) / "manifest.json", Path(folder).resolve().parent / "manifest.json"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def model_card(name: str, base: str, manifest: dict[str, Any] | None, merge_report: dict[str, float] | None) -> str:
+    """The card as Markdown with its YAML head.
+
+    manifest: as `phi3v.manifest.write_manifest` writes it; None says so in the card. Folders are named by their last
+    part, and user and host stay out: a card is published.
+    """
+    lines = [
+        "---",
+        "license: mit",
+        f"base_model: {base}",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "tags: [phi3_v, vision, fine-tuned]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"Fine-tuned from `{base}` with phi3v; weights in the base's own checkpoint layout.",
+        "",
+        "## Training",
+        "",
+    ]
+    if manifest is None:
+        lines += ["No manifest was found beside the trained weights: how they came about is not recorded.", ""]
+    else:
+        settings = manifest.get("settings") or {}
+        ordered = [key for key in _FIRST if key in settings] + sorted(set(settings) - set(_FIRST))
+        lines += ["| setting | value |", "|---|---|"]
+        lines += [f"| {key} | {_shown(key, settings[key])} |" for key in ordered if settings[key] is not None]
+        changed = " with uncommitted changes" if manifest.get("dirty") else ""
+        versions = ", ".join(f"{package} {version}" for package, version in (manifest.get("versions") or {}).items())
+        lines += [
+            "",
+            f"Code: commit {manifest.get('commit') or 'unknown'}{changed}. "
+            f"Device: {manifest.get('device', 'unknown')}. Wall time: {manifest.get('seconds', 0):.0f} s. Finished: {manifest.get('finished', 'unknown')}.",
+            "",
+            f"Versions: {versions or 'unknown'}.",
+            "",
+        ]
+        for key, value in (manifest.get("inputs") or {}).items():
+            digest = value.get("sha256") or value.get("value")
+            lines.append(f"- input {key}: `{Path(str(value.get('path', ''))).name}` {digest}")
+        lines.append("")
+    if merge_report:
+        lines += [
+            "## Merge",
+            "",
+            "The adapter was folded into the base's weights. On a fixed prompt with one picture the merged model "
+            f"differs from base plus adapter by at most {merge_report['max_logit_difference']:.2g} in a logit "
+            f"(deviation of the logits: {merge_report['logit_scale']:.2g}); "
+            f"{merge_report['top_token_agreement']:.1%} of the most probable tokens are the same.",
+            "",
+        ]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from phi3v.model import Phi3VForCausalLM, Phi3VProcessor",
+        "",
+        f'model = Phi3VForCausalLM.from_pretrained("{name}").eval()',
+        f'processor = Phi3VProcessor.from_pretrained("{name}")',
+        "```",
+        "",
+        "Programs that run the publisher's remote code need the publisher's Python files beside these weights.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_card(
+    folder: str | Path, base: str | Path, manifest: Path | None, merge_report: dict[str, float] | None = None
+) -> Path:
+    """Write FOLDER/README.md; raises ValueError for a manifest that is no JSON object."""
+    content = None
+    if manifest is not None:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{manifest}: {type(content).__name__}; expected a JSON object.")
+    path = Path(folder) / "README.md"
+    path.write_text(model_card(Path(folder).resolve().name, Path(base).name, content, merge_report), encoding="utf-8")
+    return path
+
+
+def _shown(key: str, value: Any) -> str:
+    """A setting's value for the table; of folders only the last part."""
+    if key.endswith(("_dir", "_path")) or key == "model_name_or_path":
+        return Path(str(value)).name
+    return str(value).replace("|", "\\|").replace("\n", " ")
