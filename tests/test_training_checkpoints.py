@@ -180,7 +180,8 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(tmp_path)
     write_model(tmp_path / "model")
     values = {
         "model_name_or_path": str(tmp_path / "model"), "data_dir": str(tmp_path / "data"), "batch_size": 8,
-        "output_dir": str(tmp_path / "out"), "max_steps": 5, "save_steps": 2, "zero_stage": 0, "fp32": True, "tqdm": False,
+        "output_dir": str(tmp_path / "out"), "max_steps": 5, "save_steps": 2, "zero_stage": 0, "fp32": True,
+        "tqdm": False,
     }  # fmt: skip
     from phi3v.training.trainer import RecipeTrainer
 
