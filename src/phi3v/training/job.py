@@ -105,10 +105,6 @@ def load_model(settings: FinetuneSettings, device: torch.device) -> Any:
     if device.type == "cpu" and settings.dtype == "fp16":
         use_float32_sums()
     attention, dtype = attention_implementation(settings, device), weight_dtype(settings)
-    if settings.dtype == "fp16" and device.type == "cpu":
-        from phi3v.model.half import use_float32_sums
-
-        use_float32_sums()
     if settings.use_qlora:
         from phi3v.model.adapters import load_quantized
 
