@@ -39,24 +39,28 @@ def cauldron_rows(count: int, pictures: int = 1, turns: int = 2) -> list[dict]:
     return [
         {
             "images": [
-                {"bytes": picture_bytes(10 * row + k, "PNG" if row % 2 else "JPEG"), "path": None} for k in range(pictures)
+                {"bytes": picture_bytes(10 * row + k, "PNG" if row % 2 else "JPEG"), "path": None}
+                for k in range(pictures)
             ],
-            "texts": [{"user": f"Question {row}.{k}?", "assistant": f"Answer {row}.{k}", "source": "demo"} for k in range(turns)],
+            "texts": [
+                {"user": f"Question {row}.{k}?", "assistant": f"Answer {row}.{k}", "source": "demo"}
+                for k in range(turns)
+            ],
         }
         for row in range(count)
     ]
 
 
-def write_clip(path: Path, frames: int, level: int = 0, codec: str = "mpeg4") -> Path:
+def write_clip(path: Path, frames: int, level: int = 0, codec: str = "mpeg4", size: tuple[int, int] = (64, 48)) -> Path:
     """A clip whose frame k is grey of level + 8 k."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for k in range(frames):
-            image = np.full((48, 64, 3), min(255, level + 8 * k), np.uint8)
+            image = np.full((size[1], size[0], 3), min(255, level + 8 * k), np.uint8)
             for packet in stream.encode(av.VideoFrame.from_ndarray(image)):
                 container.mux(packet)
         for packet in stream.encode():
@@ -78,7 +82,8 @@ def ucf_archive(folder: Path, splits: dict[str, int], classes: tuple[str, ...] =
 
 @dataclass
 class HubServer:
-    """A web server with a hub's repositories, and faults to order: `faults[path suffix]` is a list of what the next GETs meet.
+    """A web server with a hub's repositories, and faults to order: `faults[path suffix]` is a list of what the next
+    GETs meet.
 
     Faults: "cut" (half of the bytes, then the connection ends), "wrong" (other bytes), or a status number.
     """
@@ -144,14 +149,20 @@ class HubServer:
         if found is None:
             return self._reply(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
         name, files = found
-        action, _, place = (f"datasets/{rest}" if kind == "datasets" else rest).removeprefix(name).strip("/").partition("/")
+        action, _, place = (
+            (f"datasets/{rest}" if kind == "datasets" else rest).removeprefix(name).strip("/").partition("/")
+        )
         revision, _, folder = place.partition("/")
         if revision not in ("main", COMMIT, ""):
             return self._reply(handler, 404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
         if action == "tree":
             listing = [
                 {"type": "file", "path": path, "size": len(data), "oid": "0" * 40}
-                | ({"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}} if len(data) > 200 else {})
+                | (
+                    {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
+                    if len(data) > 200
+                    else {}
+                )
                 for path, data in files.items()
                 if not folder or path.startswith(f"{folder}/")
             ]
@@ -183,7 +194,12 @@ class HubServer:
 
     @staticmethod
     def _reply(
-        handler: BaseHTTPRequestHandler, status: int, data: bytes, headers: dict[str, str], body: bool, cut: bool = False
+        handler: BaseHTTPRequestHandler,
+        status: int,
+        data: bytes,
+        headers: dict[str, str],
+        body: bool,
+        cut: bool = False,
     ) -> None:
         handler.send_response(status)
         for name, value in headers.items():

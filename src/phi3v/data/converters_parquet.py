@@ -22,7 +22,7 @@ def _rows(inputs: Inputs, columns: list[str]) -> Iterator[tuple[str, int, dict[s
         if path.suffix != ".parquet":
             raise DataError(f"{path}: not a .parquet file; expected the parquet files of the source only")
         try:
-            with pyarrow.parquet.ParquetFile(path, memory_map=True, buffer_size=1 << 20) as file:
+            with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
                 missing = set(columns) - set(file.schema_arrow.names)
                 if missing:
                     raise DataError(

@@ -81,6 +81,15 @@ def retry_after_header(headers: Any) -> str | None:
     return value if retry_after(value) is not None else None
 
 
+def stores() -> list[Path]:
+    """Folders beside the output folder that need room: the hub's cache, through which every file goes."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    return [cache]
+
+
 def listing(url: str, revision: str | None, kind: str) -> tuple[str | None, list[Remote]]:
     """(commit, files that the URL's pattern names). Offline: what the cache has. Raises SourceError."""
     from huggingface_hub import HfApi

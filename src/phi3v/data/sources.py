@@ -241,7 +241,9 @@ def _fetch_remote(
     wanted = {file.path: file for file in pinned.files} if pinned else {}
     missing = [remote for remote in remotes if not (folder / remote.path).is_file()]
     folder.mkdir(parents=True, exist_ok=True)
-    _check_room(sum(remote.size or 0 for remote in missing), folder)
+    needed = sum(remote.size or 0 for remote in missing)
+    for place in (folder, *reach.stores()):
+        _check_room(needed, place)
 
     def get(remote: Remote) -> File:
         target = folder / remote.path

@@ -21,8 +21,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from phi3v.data.conversations import MAX_LINE_BYTES, DataError, decode_line, raw_lines, record_problem, shown
+from phi3v.data.folder import describe
 from phi3v.data.images import open_rgb
-from phi3v.data.loading import describe
 
 Level = Literal["shape", "paths", "images"]
 

@@ -90,6 +90,11 @@ def _open(url: str, headers: dict[str, str], method: str = "GET") -> http.client
         raise Transient(str(getattr(error, "reason", error))) from None
 
 
+def stores() -> list[Path]:
+    """Folders beside the output folder that need room: none."""
+    return []
+
+
 def listing(url: str, revision: str | None, kind: str) -> tuple[str | None, list[Remote]]:
     """The one file of a web address. A web address has no revision: the lock's sha256 pins it."""
     name = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
