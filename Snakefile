@@ -20,6 +20,7 @@ include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/speed.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/plan.smk"
 
 
 rule all:
@@ -46,6 +47,12 @@ rule speed:
     """Every speed row."""
     input:
         [row_results(job) for job in RUN.speed],
+
+
+rule plan:
+    """What every row costs, before it runs."""
+    input:
+        rules.plan_run.output,
 
 
 # A row's id is a target: `snakemake phi3-docvqa-lora-bf16`.
