@@ -151,7 +151,7 @@ def browser(tmp_path_factory):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(chromedriver))
-    driver.set_script_timeout(20)
+    driver.set_script_timeout(60)
     yield driver
     driver.quit()
 
@@ -170,7 +170,7 @@ def until(driver, expression: str):
     """Wait for a JavaScript expression to be true; returns it."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(driver, 15).until(lambda d: d.execute_script(f"return {expression}"), expression)
+    return WebDriverWait(driver, 60).until(lambda d: d.execute_script(f"return {expression}"), expression)
 
 
 def test_it_opens_without_an_error_or_a_request(opened, page):

@@ -39,6 +39,9 @@ class Processes:
 
 def join() -> Processes:
     """Join the processes that torchrun started; alone where it did not."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        # Some libraries count the machine's cores for themselves once they are imported.
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -131,9 +130,12 @@ def load_model(settings: EvaluateSettings | PredictSettings, device: torch.devic
 
     Raises FileNotFoundError for a path that is neither there nor a hub id.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from phi3v.model.adapters import base_of, is_adapter, load_for_inference
     from phi3v.model.processing import Phi3VProcessor
 
+    disable_progress_bar()
     name = settings.model_name_or_path
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"--model_name_or_path {name}: no such folder; expected a checkpoint, an adapter or a hub id OWNER/NAME")
@@ -306,7 +308,7 @@ def _finish_pass(
         "processes": processes.world,
         "batch_size_per_gpu": settings.batch_size_per_gpu,
         "device": processes.title,
-        "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
+        "threads": torch.get_num_threads(),
         "observed": observed,
     }
     predictions.write_pass(folder, records, summary, timing)

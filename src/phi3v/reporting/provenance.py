@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from phi3v.reporting.results import ResultError, read_json
-from phi3v.reporting.tables import Tables
+from phi3v.reporting.tables import GB, Tables
 from phi3v.settings import dataset_key
 
 
@@ -73,14 +72,34 @@ def _relative(folder: Path, results: Path) -> str:
     return str(folder.relative_to(results)) if folder.is_relative_to(results) else str(folder)
 
 
-def plan(results: Path) -> list[dict[str, Any]]:
-    """The plan's rows (results/NAME/plan/plan.json), where it was made."""
+PLAN_COLUMNS = ("row", "plan", "hours planned", "hours taken", "images/s planned", "images/s seen", "peak GB planned", "peak GB seen")
+
+
+def plan(tables: Tables, results: Path) -> list[list[Any]]:
+    """The plan's rows (results/NAME/plan/plan.json) beside what was measured, in PLAN_COLUMNS; none where no plan was made."""
     path = results / "plan" / "plan.json"
     if not path.is_file():
         return []
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        planned = {entry["row"]: entry for entry in read_json(path)["rows"]}
+    except (ResultError, KeyError, TypeError):
         return []
-    rows = values.get("rows") if isinstance(values, dict) else values
-    return [row for row in rows or [] if isinstance(row, dict)]
+    found = []
+    for line in [*tables.accuracy, *tables.speed]:
+        entry = planned.get(line.row.row)
+        if entry is None:
+            continue
+        taken = rate = peak = None
+        if line.result is not None and hasattr(line.result, "work"):
+            taken, rate, peak = line.result.work.seconds, line.value("images_per_second"), line.value("peak_memory_bytes")
+        elif line.result is not None:
+            parts = [work.seconds for work in (line.result.train, line.result.evaluate)]
+            taken = sum(parts) if None not in parts else None
+            rates = sorted(point["images_per_second"] for point in line.result.curve if point.get("images_per_second"))
+            rate = rates[len(rates) // 2] if rates else None
+            peak = line.result.observed.get("peak_memory_bytes")
+        found.append(
+            [line.row.row, entry.get("status"), entry.get("hours"), taken / 3600 if taken else None, entry.get("images_per_second"), rate,
+             entry.get("peak_gb"), peak / GB if peak else None]
+        )  # fmt: skip
+    return found
