@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from phi3v.planning.flops import Work, example_work
+from phi3v.settings import Geometry
 from phi3v.training.batching import Grouping, Pick
 
 # Keys of a batch that are for the trainer, not for the model.
-TRAINER_KEYS = ("examples_in_step", "ids", "token_count", "image_count", "example_count")
+TRAINER_KEYS = ("examples_in_step", "ids", "token_count", "image_count", "example_count", "work")
 
 
 class PickedExamples(Dataset):
@@ -37,8 +39,10 @@ class PickedExamples(Dataset):
 class Collator:
     """A micro-batch for the model, with the counts that the trainer's loss and meter need."""
 
-    def __init__(self, collate: Callable[..., dict[str, Any]], pad_token_id: int, grouping: Grouping) -> None:
-        self.collate, self.pad_token_id, self.grouping = collate, pad_token_id, grouping
+    def __init__(
+        self, collate: Callable[..., dict[str, Any]], pad_token_id: int, grouping: Grouping, geometry: Geometry
+    ) -> None:
+        self.collate, self.pad_token_id, self.grouping, self.geometry = collate, pad_token_id, grouping, geometry
 
     def __call__(self, picked: list[tuple[dict[str, Any], Pick]]) -> dict[str, Any]:
         examples, picks = [example for example, _ in picked], [pick for _, pick in picked]
@@ -51,11 +55,17 @@ class Collator:
             "examples_in_step": picks[0].in_step,
             "ids": [str(example["id"]) for example in counted],
             "example_count": len(counted),
+            "work": sum((self._work(example) for example in counted), Work()),
             "token_count": sum(len(example["input_ids"]) for example in counted),
             "image_count": sum(
                 len(example["image_sizes"]) for example in counted if example.get("image_sizes") is not None
             ),
         }
+
+    def _work(self, example: dict[str, Any]) -> Work:
+        """What the planner counts a step's FLOP from."""
+        labels = int((example["labels"] != -100).sum())
+        return example_work(self.geometry, len(example["input_ids"]), len(example["pixel_values"]), labels)
 
 
 def pack(examples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from phi3v.training.lock import FolderLock, LockedError
 from phi3v.training.observe import Observer, device_name, linear4bit, peak_memory_bytes
 from phi3v.training.signals import REQUEUE_EXIT_CODE, StopRequest
 from phi3v.training.steps import NotANumberError, StepCallback
+from phi3v.training.utilisation import utilisation_of
 from phi3v.training.watching import MetricsFile, Progress, say
 
 
@@ -174,6 +175,9 @@ def attach_watchers(job: Job, output: Path, stop: StopRequest, lock: FolderLock 
     census = Census(job.model, parameter_group, census_label(settings.method, settings.freeze_vision_model))
     watch = StepCallback(
         trainer, output, stop, census=census, observer=Observer(job.model), lock=lock, settings=settings,
+        utilisation=utilisation_of(
+            settings, job.model.config.to_dict(), device_name(job.device), trainer.args.world_size
+        ),
     )  # fmt: skip
     trainer.add_callback(watch)
     trainer.step_values = watch.values

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from phi3v.planning.geometry import geometry_from_config
 from phi3v.settings import FinetuneSettings, SettingsError
 from phi3v.training.batching import BatchPlan, packs_needed
 from phi3v.training.precision import attention_implementation, check_device, uses_zero, weight_dtype
@@ -242,13 +243,13 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     # The Trainer's arguments come before the model: with ZeRO 3 they make the weights load in shards.
     args = training_arguments(settings, output / "checkpoints", accumulation, trackers)
     model = load_model(settings, args.device)
-    pad = processor.tokenizer.pad_token_id
+    pad, geometry = processor.tokenizer.pad_token_id, geometry_from_config(model.config.to_dict())
     validation: dict[str, Any] = {}
     if settings.eval_steps:
         eval_dataset = read_data(settings, processor, "val")[0]
         count = min(settings.eval_examples or len(eval_dataset), len(eval_dataset))
         validation = {
-            "eval_dataset": PickedExamples(eval_dataset), "eval_collator": Collator(collate, pad, "fixed"),
+            "eval_dataset": PickedExamples(eval_dataset), "eval_collator": Collator(collate, pad, "fixed", geometry),
             "eval_plan": BatchPlan(
                 examples=count, batch_size=count, micro_batch_size=settings.batch_size_per_gpu,
                 processes=processes, seed=0,
@@ -256,7 +257,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
         }  # fmt: skip
     trainer = RecipeTrainer(
         plan=plan, meter=Meter(args.device), model=model, args=args,
-        data_collator=Collator(collate, pad, settings.batching), train_dataset=PickedExamples(dataset, kept),
+        data_collator=Collator(collate, pad, settings.batching, geometry), train_dataset=PickedExamples(dataset, kept),
         keep_checkpoints=settings.keep_checkpoints, **validation,
     )  # fmt: skip
     from transformers.trainer_callback import PrinterCallback

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from phi3v.planning.flops import Work
 
 
 @dataclass
@@ -24,6 +26,8 @@ class StepCounts:
     """Wall time since the step before, without evaluation and saving; of this process."""
     loading_seconds: float
     """Part of it spent waiting for data; of this process."""
+    work: Work
+    """What FLOP are counted from."""
     stop_asked: bool
     """Whether any process was told to save and leave."""
     save_asked: bool
@@ -38,6 +42,7 @@ class Meter:
     examples: int = 0
     images: int = 0
     tokens: int = 0
+    work: Work = field(default_factory=Work)
     loading_seconds: float = 0.0
     ids: list[str] = field(default_factory=list)
     """Examples of the step under way, for the report on a loss that is not a number."""
@@ -50,6 +55,7 @@ class Meter:
         self.examples += counts["example_count"]
         self.images += counts["image_count"]
         self.tokens += counts["token_count"]
+        self.work = self.work + counts["work"]
         self.ids += counts["ids"]
         self.losses.append(loss)
 
@@ -66,7 +72,8 @@ class Meter:
 
     def finish_step(self, stop_asked: bool, save_asked: bool = False) -> StepCounts:
         """Counts of the step over all processes; a collective call, so that all of them stop or save together."""
-        values = [float(v) for v in (self.examples, self.images, self.tokens, stop_asked, save_asked)]
+        own = (self.examples, self.images, self.tokens, stop_asked, save_asked, *astuple(self.work))
+        values = [float(value) for value in own]
         if dist.is_initialized() and dist.get_world_size() > 1:
             total = torch.tensor(values, dtype=torch.float64, device=self.device)
             dist.all_reduce(total)
@@ -74,9 +81,9 @@ class Meter:
         now = time.perf_counter()
         counts = StepCounts(
             examples=int(values[0]), images=int(values[1]), tokens=int(values[2]),
-            stop_asked=values[3] > 0, save_asked=values[4] > 0,
+            stop_asked=values[3] > 0, save_asked=values[4] > 0, work=Work(*values[5:]),
             seconds=now - self.clock, loading_seconds=self.loading_seconds,
         )  # fmt: skip
         self.clock, self.examples, self.images, self.tokens, self.loading_seconds = now, 0, 0, 0, 0.0
-        self.ids, self.losses = [], []
+        self.work, self.ids, self.losses = Work(), [], []
         return counts

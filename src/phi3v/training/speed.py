@@ -18,12 +18,14 @@ import torch
 from transformers import TrainerCallback
 
 from phi3v.manifest import write_json, write_manifest
+from phi3v.planning.flops import FORMULA, Work
 from phi3v.settings import SettingsError, SpeedSettings
 from phi3v.training.finetune import headline, leave, observe
 from phi3v.training.job import Job, build
 from phi3v.training.observe import Observer, device_name, peak_memory_bytes
 from phi3v.training.signals import StopRequest
 from phi3v.training.steps import StepCallback
+from phi3v.training.utilisation import Utilisation, utilisation_of
 from phi3v.training.watching import Progress, say
 
 
@@ -35,15 +37,17 @@ class Window:
     steps: int = 0
     images: int = 0
     tokens: int = 0
+    work: Work = field(default_factory=Work)
     loading_seconds: float = 0.0
 
-    def rates(self) -> dict[str, float]:
+    def rates(self, utilisation: Utilisation) -> dict[str, float | None]:
         """What speed.json says of a window; over all processes, tokens without padding."""
         return {
             "images_per_second": self.images / self.seconds,
             "tokens_per_second": self.tokens / self.seconds,
             "step_seconds": self.seconds / self.steps,
             "loading_share": self.loading_seconds / self.seconds,
+            **utilisation.of(self.work, self.seconds),
         }
 
 
@@ -67,6 +71,7 @@ class Stopwatch(TrainerCallback):
             window.steps += 1
             window.images += counts.images
             window.tokens += counts.tokens
+            window.work = window.work + counts.work
             window.loading_seconds += counts.loading_seconds
         if timed >= 0 and timed % self.timed_steps == 0:
             if self.device.type == "cuda":
@@ -139,12 +144,21 @@ def measure(settings: SpeedSettings) -> int:
 
 def speed_result(settings: SpeedSettings, job: Job, windows: list[Window], observed: dict[str, Any]) -> dict[str, Any]:
     """speed.json: medians over the windows, and each window."""
-    repeats = [window.rates() for window in windows]
-    median = {name: statistics.median(repeat[name] for repeat in repeats) for name in repeats[0]}
+    counting = utilisation_of(
+        settings, job.model.config.to_dict(), device_name(job.device), job.trainer.args.world_size
+    )
+    repeats: list[dict[str, Any]] = [window.rates(counting) for window in windows]
+    median = {
+        name: None if value is None else statistics.median(repeat[name] for repeat in repeats)
+        for name, value in repeats[0].items()
+    }
     rates = [repeat["images_per_second"] or repeat["tokens_per_second"] for repeat in repeats]
     return {
         "row": settings.row,
         **median,
+        "tokens_per_second_per_device": median["tokens_per_second"] / job.trainer.args.world_size,
+        "peak_tflops": counting.peak_tflops,
+        "formula": FORMULA,
         "spread": (max(rates) - min(rates)) / statistics.median(rates),
         "repeats": repeats,
         "peak_memory_bytes": observed["peak_memory_bytes"],

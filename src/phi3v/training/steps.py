@@ -16,6 +16,7 @@ from phi3v.training.lock import FolderLock, LockedError
 from phi3v.training.meter import StepCounts
 from phi3v.training.observe import Observer
 from phi3v.training.signals import StopRequest
+from phi3v.training.utilisation import Utilisation
 from phi3v.training.watching import say
 
 
@@ -34,10 +35,12 @@ class StepCallback(TrainerCallback):
         census: Census | None = None,
         observer: Observer | None = None,
         lock: FolderLock | None = None,
+        utilisation: Utilisation | None = None,
         settings: FinetuneSettings | None = None,
     ) -> None:
         self.trainer, self.folder, self.stop = trainer, folder, stop
         self.census, self.observer, self.lock = census, observer, lock
+        self.utilisation = utilisation
         self.nan_patience = settings.nan_patience if settings else 3
         self.save_steps = settings.save_steps if settings else 0
         self.save_seconds = settings.save_minutes * 60 if settings else 0.0
@@ -90,7 +93,7 @@ class StepCallback(TrainerCallback):
             say(f"step {state.global_step}: no lower validation loss for {self.eval_patience} times: stopping early")
             control.should_training_stop = True
 
-    def values(self) -> dict[str, float]:
+    def values(self) -> dict[str, float | None]:
         """What the step adds to the Trainer's log."""
         assert self.counts is not None
         seconds = max(self.counts.seconds, 1e-9)
@@ -99,6 +102,7 @@ class StepCallback(TrainerCallback):
             "images_per_second": self.counts.images / seconds,
             "tokens_per_second": self.counts.tokens / seconds,
             "loading_share": self.counts.loading_seconds / seconds,
+            **(self.utilisation.of(self.counts.work, seconds) if self.utilisation else {}),
         }
 
     def _check_scale(self, step: int) -> None:

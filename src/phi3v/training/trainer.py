@@ -29,7 +29,7 @@ class RecipeTrainer(Trainer):
     ) -> None:  # fmt: skip
         self.plan, self.meter, self.eval_plan, self.eval_collator = plan, meter, eval_plan, eval_collator
         self.keep_checkpoints = keep_checkpoints
-        self.step_values: Callable[[], dict[str, float]] | None = None
+        self.step_values: Callable[[], dict[str, float | None]] | None = None
         """What a step adds to the log."""
         self.fingerprint: dict[str, Any] = {}
         """Settings, data and base weights that a checkpoint belongs to; known to the first process."""
@@ -127,7 +127,8 @@ class RecipeTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer, with throughput and data loading beside the loss, for every tracker."""
         if "loss" in logs and self.step_values is not None:
-            logs = {**logs, **self.step_values()}
+            # Trackers take numbers only: a peak that is not known stays away.
+            logs = {**logs, **{name: value for name, value in self.step_values().items() if value is not None}}
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 # Fields of a metrics.jsonl line, in order; a validation line has step, epoch, eval_loss and eval_seconds instead.
 FIELDS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "images_per_second", "tokens_per_second",
-    "loading_share",
+    "loading_share", "tflops", "mfu", "hfu",
 )  # fmt: skip
 
 
@@ -107,9 +107,10 @@ class Progress(TrainerCallback):
             return
         done = state.global_step - self._first_step
         left = (time.perf_counter() - self._start) / max(done, 1) * (state.max_steps - state.global_step)
+        mfu = f"MFU {100 * logs['mfu']:.1f} %  " if "mfu" in logs else ""
         values = (
             f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {logs['images_per_second']:.2f} img/s  "
-            f"{logs['tokens_per_second']:.0f} tok/s  {self.memory() / 2**30:.1f} GiB"
+            f"{logs['tokens_per_second']:.0f} tok/s  {mfu}{self.memory() / 2**30:.1f} GiB"
         )
         if self.bar is not None:
             self.bar.set_postfix_str(values, refresh=False)
