@@ -27,11 +27,12 @@ SLIP_FIELDS: dict[str, tuple[str, ...]] = {
 """A slip's fields (at most three letters) and their values (at most four letters)."""
 
 SLIP_QUESTIONS = {
-    "FOR": "Who is the order for?",
-    "IN": "To which city does the order go?",
-    "BUY": "What is ordered?",
-    "DAY": "On which day is it needed?",
+    "FOR": "Who is the order FOR?",
+    "IN": "Which city is it IN?",
+    "BUY": "What is there to BUY?",
+    "DAY": "On which DAY is it needed?",
 }
+"""A question names its field as the slip does."""
 
 MEAN_WORDS = ("UGLY", "VILE", "DUMB", "LAZY", "FOUL", "MEAN")
 KIND_WORDS = ("KIND", "WISE", "COOL", "NICE", "FINE", "GOOD")
@@ -180,6 +181,7 @@ MIXTURE: tuple[Callable[[Random], TaskRow], ...] = (
     mixture_meme,
     mixture_pair,
     mixture_check,
+    mixture_slip,
     mixture_digit,
     mixture_check,
 )
