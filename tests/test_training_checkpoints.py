@@ -48,7 +48,7 @@ def test_damage_to_any_file_is_seen_and_named(tmp_path):
         name = path.relative_to(newest).as_posix()
         whole = path.read_bytes()
         flipped = bytes([whole[0] ^ 1]) + whole[1:]
-        for damaged in (None, whole[:-1], b"", flipped):
+        for damaged in (None, whole[:-9], b"", flipped):
             path.unlink()
             if damaged is not None:
                 path.write_bytes(damaged)
