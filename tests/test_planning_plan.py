@@ -1,0 +1,323 @@
+"""The planner: calibrated on the published tables, quick, torch-free, and clear about what cannot run."""
+
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+
+import pytest
+import yaml
+
+from phi3v.planning import Constants, find_hardware, fits, hardware_of_device, memory, plan_run, resources
+from phi3v.planning.advice import advise
+from phi3v.planning.calibration import (
+    MEMORY_CONSTANTS,
+    SPEED_CONSTANTS,
+    calibrate,
+    compare,
+    memory_rows,
+    plot,
+    published_rows,
+    speed_rows,
+    table,
+)
+from phi3v.planning.geometry import geometry_from_config
+from phi3v.planning.page import plan_html
+from phi3v.planning.plan import Plan, check_disk, plan_job
+from phi3v.settings import Geometry, Hardware, SettingsError, load_run, read_entries
+
+
+@pytest.fixture(scope="module")
+def run(root):
+    return load_run(root / "config/config.yaml", root)
+
+
+@pytest.fixture(scope="module")
+def published(root):
+    return published_rows(root)
+
+
+@pytest.fixture(scope="module")
+def compared(published):
+    found = compare(published, Constants())
+    print(table(found))
+    return found
+
+
+@pytest.fixture(scope="module")
+def entries(root):
+    return read_entries(["config/hardware.yaml"], Hardware, root)
+
+
+# ---- calibration
+
+
+def test_at_most_eight_constants_each_with_a_unit(published):
+    assert len(fields(Constants)) <= 8
+    assert all(field.metadata["unit"] for field in fields(Constants))
+    assert len(SPEED_CONSTANTS) + len(MEMORY_CONSTANTS) + 1 == len(fields(Constants))
+
+
+def test_constants_in_use_are_the_fitted_ones(published):
+    found = calibrate(published)
+    for name in (*SPEED_CONSTANTS, *MEMORY_CONSTANTS):
+        assert getattr(Constants(), name) == pytest.approx(getattr(found, name), rel=0.01), name
+
+
+def test_twelve_throughput_rows_within_15_percent_left_out_too(published, compared):
+    rows = [item for item in compared if item.what == "img/s" and item.left_out is not None]
+    assert len(rows) == len(speed_rows(published)) == 12
+    for item in rows:
+        assert abs(item.error) <= 0.15, item
+        assert abs(item.left_out) <= 0.15, item
+
+
+def test_ten_memory_rows_within_15_percent_left_out_too(published, compared):
+    rows = [item for item in compared if item.what == "GB" and item.left_out is not None]
+    assert len(rows) == len(memory_rows(published)) == 10
+    for item in rows:
+        assert abs(item.error) <= 0.15, item
+        assert abs(item.left_out) <= 0.15, item
+
+
+def test_v100_cards_are_full_and_the_prediction_says_why(published, compared):
+    notes = {item.row: item for item in compared if item.what == "GB" and "v100" in item.row}
+    assert len(notes) == 5
+    for row in ("phi3-v100-full-eager-8gpu", "phi3-v100-full-eager-16gpu", "phi3-v100-lora-eager-8gpu"):
+        assert "the card is full" in notes[row].note
+    states = {item.row.row: fits(item.setup, Constants()) for item in published}
+    assert "no" not in states.values()
+    for item in notes.values():
+        assert abs(item.error) <= 0.15, item
+
+
+def test_frozen_rows_as_published_legacy_and_as_correct(compared):
+    """Forward only explains them within a fifth; a trained decoder could not reach half of them."""
+    frozen = [item for item in compared if item.what == "img/s" and "frozen" in item.row]
+    legacy = [item for item in frozen if "legacy" in item.note]
+    correct = [item for item in frozen if "as correct" in item.note]
+    assert len(legacy) == len(correct) == 3
+    for item in legacy:
+        assert abs(item.error) <= 0.20, item
+    for item in correct:
+        assert item.predicted < 0.5 * item.published, item
+    full = {item.row: item.predicted for item in compared if item.what == "img/s"}
+    gain = next(item.predicted for item in correct if "flash" in item.row) / full["phi3-a100-full-flash-8gpu"]
+    assert 1.1 < gain < 1.4
+
+
+def test_comparison_as_a_plot(compared):
+    picture = plot(compared)
+    assert picture.count("<circle") == 30 + 22
+    assert "phi3-a100-qlora-flash-8gpu, GB" in picture
+
+
+# ---- the plan
+
+
+def test_all_rows_in_two_seconds_without_torch(root):
+    code = (
+        "import sys, resource; sys.argv = ['plan.py']; sys.path.insert(0, 'scripts'); import plan; plan.main([]);"
+        "loaded = sorted({'torch', 'transformers', 'numpy'} & set(sys.modules));"
+        "print('LOADED', loaded, file=sys.stderr);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env={"PYTHONPATH": "src"}
+    )
+    said = done.stderr.splitlines()
+    assert said[-2] == "LOADED []"
+    # Processor time: wall time is the machine's business when others use it too.
+    assert float(said[-1]) < 2.0
+    assert done.stdout.count("a100-80gb") >= 48
+
+
+def test_every_row_is_planned(run):
+    plan = plan_run(run)
+    assert [row.status for row in plan.rows] == ["run"] * 53
+    for row in plan.rows:
+        assert sum(row.memory_gb.values()) == pytest.approx(row.peak_gb)
+        assert sum(row.step_seconds.values()) == pytest.approx(
+            next(job.row.batch_size for job in (*run.accuracy, *run.speed) if job.row.row == row.row)
+            / row.images_per_second
+        )
+        assert 0 < row.mfu < row.hfu < 1
+        assert row.gpu_hours == pytest.approx(row.hours * row.devices)
+    by_name = {row.row: row for row in plan.rows}
+    full = by_name["phi35-nlvr2-full-bf16"]
+    assert full.steps == 3 * 781
+    assert full.price_usd == pytest.approx(4.10 * full.gpu_hours)
+    assert sum(full.parameters.values()) == 4_146_621_440
+    lora = by_name["phi3-docvqa-lora-bf16"]
+    assert lora.trainable["decoder"] == 0
+    assert lora.trainable["adapters"] > 0
+    values = plan.as_dict()
+    assert values["constants"]["link_efficiency"] == Constants().link_efficiency
+    page = plan_html(values)
+    assert page.count("<tr>") == 54
+    assert "<script" not in page
+
+
+def test_one_h100_gets_the_rows_that_fit(root):
+    values = yaml.safe_load((root / "config/config.yaml").read_text())
+    values["hardware"] = [{"device": "h100", "per_node": 1}]
+    plan = plan_run(load_run(values, root))
+    status = {row.row: row.status for row in plan.rows}
+    assert status["phi3-docvqa-lora-bf16"] == "run"
+    assert status["phi3-a100-full-flash-32gpu"] == "not run: needs 32 a100-80gb on 4 node(s)"
+    missing = status["phi3-docvqa-full-bf16"]
+    assert missing.startswith("does not fit: cannot do with less than ")
+    assert "GB too much; would fit: lora (" in missing
+    assert "devices (" in missing
+    assert status["phi3-docvqa-full-bf16"] in plan_html(plan.as_dict())
+
+
+def test_resources(run):
+    accuracy = resources(run, run.job("phi35-nlvr2-full-bf16"))
+    planned = plan_job(run, run.job("phi35-nlvr2-full-bf16"))
+    assert accuracy.runtime > 60 * planned.hours * 1.2
+    assert (accuracy.cpus, accuracy.gres, accuracy.nodes) == (32, "gpu:4", 1)
+    speed = resources(run, run.job("phi3-v100-full-eager-32gpu"), kind="speed")
+    assert (speed.nodes, speed.gres) == (4, "gpu:8")
+    assert resources(run, run.job("phi3-docvqa-lora-bf16"), kind="evaluate").runtime < accuracy.runtime
+
+
+def test_resources_before_the_demos_model_exists(root, tmp_path):
+    demo = yaml.safe_load((root / "config/demo.yaml").read_text())
+    run = load_run({**demo, "rows": {"accuracy": ["phi3-docvqa-full-bf16"], "speed": []}}, root)
+    job = run.accuracy[0]
+    asked = resources(run, job, tmp_path)
+    assert (asked.runtime, asked.gres) == (1440, "")
+    assert "field `geometry`: empty" in plan_job(run, job, tmp_path).status
+
+
+def test_more_devices_and_smaller_batches_need_less(published):
+    setup = next(item.setup for item in published if item.row.row == "phi3-a100-full-flash-8gpu")
+    here = memory(setup, Constants())
+    assert memory(replace(setup, nodes=2), Constants()).total_gb < here.total_gb
+    assert memory(replace(setup, micro_batch=4), Constants()).activations == pytest.approx(4 * here.activations)
+    without = memory(replace(setup, checkpointing=False), Constants())
+    assert without.checkpoints > 5 * here.checkpoints
+    assert here.floor_gb < here.total_gb
+
+
+def test_disk(run, tmp_path):
+    plan = plan_run(run)
+    assert plan.disk["models"] == pytest.approx(2 * 8.29, abs=0.1)
+    with pytest.raises(SettingsError, match="GB too little; select fewer rows"):
+        check_disk(Plan("x", [], {"models": 1e9}), tmp_path)
+    check_disk(Plan("x", [], {"models": 0.0}), tmp_path)
+
+
+# ---- hardware and advice
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("V100-32GB", "v100-32gb"),
+        ("NVIDIA RTX 4090", "rtx4090"),
+        ("h200", "h200"),
+        ("A100 80GB", "a100-80gb"),
+        ("mi300", "mi300x"),
+    ],
+)
+def test_gpu_names_of_people(entries, name, key):
+    assert find_hardware(name, entries) == key
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200", "h200"),
+        ("Tesla V100-SXM2-32GB", "v100-32gb"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 3090", "rtx3090"),
+        ("Quadro RTX 8000", "rtx8000"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_gpu_names_of_drivers(entries, name, key):
+    assert hardware_of_device(name, entries) == key
+
+
+def test_unknown_gpu_is_refused_and_told_how_to_add(entries):
+    with pytest.raises(SettingsError, match=r"GPU 'GTX1080': unknown; expected one of .*rtx4090.*files\.hardware"):
+        find_hardware("GTX1080", entries)
+    with pytest.raises(SettingsError, match="fits a100-80gb, a100-40gb; expected one of them"):
+        find_hardware("A100", entries)
+
+
+def test_every_entry_has_what_the_planner_needs(entries):
+    assert len(entries) >= 16
+    for key, entry in entries.items():
+        assert entry.source, key
+        assert entry.bandwidth_gb_s, key
+        assert entry.peak_tflops.fp32, key
+        assert (entry.peak_tflops.bf16 is not None) == entry.bf16, key
+        assert entry.price_usd_hour is None or entry.price_source, key
+
+
+@pytest.mark.parametrize(
+    ("gpu", "count", "method", "dtype", "flash"),
+    [
+        ("A100-80GB", 8, "full", "bf16", True),
+        ("H100", 8, "full", "bf16", True),
+        ("V100-32GB", 8, "full", "fp16", False),
+        ("RTX 4090", 2, "lora", "bf16", True),
+        ("H100", 1, "lora", "bf16", True),
+        ("T4", 2, "qlora", "fp16", False),
+    ],
+)
+def test_advice_is_the_recipes(run, entries, gpu, count, method, dtype, flash):
+    geometry = run.models["phi35-vision"].geometry
+    advice = advise(gpu, count, "hateful_memes", entries, geometry, run.datasets["hateful_memes"])
+    chosen = advice.chosen
+    assert (chosen.method, chosen.setup.dtype, chosen.setup.flash) == (method, dtype, flash)
+    assert f"--{dtype}" in advice.command()
+    assert ("--use_flash_attention" in advice.command()) == flash
+    assert "recommended: " + method in advice.text()
+
+
+def test_advice_command_line(root):
+    command = [sys.executable, "scripts/plan.py", "--gpu", "V100-32GB", "--count", "8", "--dataset", "hateful_memes"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, env={"PYTHONPATH": "src"})
+    assert "Volta has no bf16" in done.stdout
+    done = subprocess.run(
+        [*command[:3], "GTX1080"], capture_output=True, text=True, cwd=root, env={"PYTHONPATH": "src"}
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("GPU 'GTX1080': unknown")
+
+
+# ---- bad input
+
+
+def test_missing_peak_is_never_guessed(run):
+    bare = run.hardware["a100-80gb"].model_copy(update={"bandwidth_gb_s": None})
+    spoilt = run.model_copy(update={"hardware": {**run.hardware, "a100-80gb": bare}})
+    assert "field `bandwidth_gb_s`: empty" in plan_job(spoilt, spoilt.accuracy[0]).status
+
+
+def test_impossible_geometry(run):
+    config = run.models["phi35-vision"].geometry.model_dump()
+    with pytest.raises(SettingsError, match=r"my\.json: hidden_size|my\.json: .*expected a multiple"):
+        geometry_from_config({**config, "hidden_size": 3073}, "my.json")
+    with pytest.raises(SettingsError, match="image_size: 300"):
+        geometry_from_config({**config, "vision_config": {"image_size": 300}}, "my.json")
+    with pytest.raises(SettingsError, match="field `vocab_size`: missing"):
+        geometry_from_config({name: value for name, value in config.items() if name != "vocab_size"}, "my.json")
+    assert isinstance(geometry_from_config(config), Geometry)
+
+
+def test_quick(run):
+    start = time.process_time()
+    plan_run(run)
+    assert time.process_time() - start < 1.5
