@@ -3,6 +3,8 @@
     python scripts/bench_model.py                           # everything, 2 threads, medians of 5
     python scripts/bench_model.py --only train generate --repeats 3
     python scripts/bench_model.py --profile train_full      # where the time of a step goes
+    python scripts/bench_model.py --write_full_size FOLDER  # a random checkpoint of the published size, 8.3 GB
+    python scripts/bench_model.py --run_full_size FOLDER    # load it and run one forward pass: time and peak memory
 
 Workloads and reference figures: tests/golden/README.md, "How fast the official code is". Prints JSON. A figure is only
 worth something on an idle machine: the load before and after stands in the output.
@@ -149,7 +151,7 @@ def matrix_product_rate(repeats: int) -> float:
 
 
 def bench_processor(repeats: int, **_: Any) -> dict[str, Any]:
-    """50 pages of 1700 x 2200 pixels at num_crops 16."""
+    """50 pages of 1700 x 2200 pixels at num_crops 16, in calls of 10, and 10 of them one by one."""
     from golden.golden_common import make_image
     from PIL import Image
 
@@ -157,8 +159,10 @@ def bench_processor(repeats: int, **_: Any) -> dict[str, Any]:
 
     processor = Phi3VImageProcessor(num_crops=16)
     pages = [make_image(1700, 2200, seed) for seed in range(4)]
-    result = timed(lambda: [processor(pages[i % 4]) for i in range(50)], repeats, warmup=1)
-    small = timed(lambda: [processor(pages[i % 4], as_uint8=True) for i in range(50)], repeats, warmup=1)
+    batch = [pages[i % 4] for i in range(10)]
+    result = timed(lambda: [processor(batch) for _ in range(5)], repeats)
+    small = timed(lambda: [processor(batch, as_uint8=True) for _ in range(5)], repeats)
+    single = timed(lambda: [processor(page) for page in batch], repeats)
     floor = timed(
         lambda: [
             pages[i % 4].transpose(Image.Transpose.TRANSPOSE).resize((1344, 1038), Image.Resampling.BILINEAR)
@@ -169,6 +173,7 @@ def bench_processor(repeats: int, **_: Any) -> dict[str, Any]:
     return {
         "images_per_second": round(50 / result["seconds"], 2),
         "images_per_second_as_uint8": round(50 / small["seconds"], 2),
+        "images_per_second_one_by_one": round(10 / single["seconds"], 2),
         "floor_images_per_second_pil_transpose_and_resize": round(50 / floor["seconds"], 2),
         "all": result["all"],
     }
@@ -218,6 +223,79 @@ def bench_generate(repeats: int, model: Any, batch: dict[str, Any], **_: Any) ->
     return {**result, "prefill_seconds": prefill["seconds"], "prompt_tokens": cut}
 
 
+def full_size_config() -> Any:
+    """The published geometry."""
+    from phi3v.model import Phi3VConfig
+
+    factors = json.loads((ROOT / "tests/golden/rope_factors.json").read_text())
+    return Phi3VConfig(rope_scaling={"type": "su", **factors}, architectures=["Phi3VForCausalLM"], dtype="bfloat16")
+
+
+def write_full_size(folder: Path) -> None:
+    """Random bfloat16 weights of the published size, shard by shard, so that memory stays small."""
+    import torch
+    from safetensors.torch import save_file
+
+    from phi3v.model import Phi3VForCausalLM
+
+    config = full_size_config()
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Phi3VForCausalLM(config).state_dict().items()}
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    weight_map: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def close() -> None:
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, shape in shapes.items():
+        norm = name.endswith("norm.weight") or "layer_norm" in name or "layrnorm" in name
+        values = torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.03, 0.03, generator=generator)
+        shard[name] = values.add_(1) if norm and name.endswith(".weight") else values
+        size, total = size + values.numel() * 2, total + values.numel() * 2
+        if size > 1e9:
+            close()
+            size = 0
+    if shard:
+        close()
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    print(json.dumps({"folder": str(folder), "gigabytes": round(total / 1e9, 2), "tensors": len(weight_map)}))
+
+
+def run_full_size(folder: Path) -> None:
+    """Load and run one forward pass over a picture of one tile; prints seconds and the process's peak memory."""
+    import torch
+    from golden.golden_common import make_image, text_ids
+
+    from phi3v.model import Phi3VForCausalLM, Phi3VImageProcessor
+
+    start = time.perf_counter()
+    model = Phi3VForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    loaded = time.perf_counter()
+    out = Phi3VImageProcessor(num_crops=1)(make_image(336, 336))
+    ids = torch.tensor([[*text_ids(8, 1), *[32044] * out["num_img_tokens"][0], *text_ids(8, 2)]])
+    with torch.inference_mode():
+        pixels = {"pixel_values": out["pixel_values"], "image_sizes": out["image_sizes"]}
+        logits = model(ids, **pixels, use_cache=False, logits_to_keep=1).logits
+    report = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "load_seconds": round(loaded - start, 1),
+        "forward_seconds": round(time.perf_counter() - loaded, 1),
+        "tokens": ids.shape[1],
+        "finite": bool(torch.isfinite(logits).all()),
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "load_average": os.getloadavg(),
+    }
+    print(json.dumps(report, indent=2))
+
+
 def profile(name: str, jobs: dict[str, Callable[..., Any]]) -> None:
     """Print the operators that take the time of one run of `name`."""
     from torch.profiler import ProfilerActivity
@@ -236,6 +314,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", help="print where one workload's time goes instead")
+    parser.add_argument("--write_full_size", type=Path, metavar="FOLDER")
+    parser.add_argument("--run_full_size", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     import torch
@@ -243,6 +323,12 @@ def main() -> None:
     from golden.golden_common import text_ids
 
     torch.set_num_threads(arguments.threads)
+    if arguments.write_full_size or arguments.run_full_size:
+        if arguments.write_full_size:
+            write_full_size(arguments.write_full_size)
+        if arguments.run_full_size:
+            run_full_size(arguments.run_full_size)
+        return
     load_before = os.getloadavg()
     rate = matrix_product_rate(arguments.repeats)
     model = build_model()

@@ -55,7 +55,8 @@ def model_card(name: str, base: str, manifest: dict[str, Any] | None, merge_repo
         lines += [
             "",
             f"Code: commit {manifest.get('commit') or 'unknown'}{changed}. "
-            f"Device: {manifest.get('device', 'unknown')}. Wall time: {manifest.get('seconds', 0):.0f} s. Finished: {manifest.get('finished', 'unknown')}.",
+            f"Device: {manifest.get('device', 'unknown')}. Wall time: {manifest.get('seconds', 0):.0f} s. "
+            f"Finished: {manifest.get('finished', 'unknown')}.",
             "",
             f"Versions: {versions or 'unknown'}.",
             "",

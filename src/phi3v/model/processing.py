@@ -175,42 +175,43 @@ class Phi3VProcessor(ProcessorMixin):
         prompts, nested = _batch(text, images)
         if truncation and any(nested):
             raise ValueError("truncation: true with pictures; cutting image tokens off would break their pictures.")
-        rows, pictures = [], []
+        rows: list[list[int]] = []
+        pictures: list[Image.Image] = []
+        names: list[str] = []
         for index, (prompt, own) in enumerate(zip(prompts, nested, strict=True)):
-            ids, read = self._tokenise(index, prompt, own, num_crops, as_uint8)
+            ids, order = self._tokenise(index, prompt, own, num_crops)
             rows.append(ids[:max_length] if truncation and max_length else ids)
-            pictures.extend(read)
+            pictures.extend(own[number - 1] for number in order)
+            names.extend(f"prompt {index}, <|image_{number}|>" for number in order)
+        tiled = self.image_processor.tile_all(pictures, names, num_crops, as_uint8)
         data: dict[str, Any] = self._pad(rows, padding, padding_side or self.tokenizer.padding_side, max_length)
-        if pictures:
-            data["pixel_values"] = torch.cat([tiles for tiles, _ in pictures])
-            data["image_sizes"] = torch.tensor([size for _, size in pictures], dtype=torch.int64)
+        if tiled:
+            data["pixel_values"] = tiled[0][0] if len(tiled) == 1 else torch.cat([tiles for tiles, _ in tiled])
+            data["image_sizes"] = torch.tensor([size for _, size in tiled], dtype=torch.int64)
         if return_tensors is None:
             data["input_ids"], data["attention_mask"] = rows, [[1] * len(row) for row in rows]
         return BatchFeature(data)
 
-    def _tokenise(
-        self, index: int, prompt: str, images: list, num_crops: int | None, as_uint8: bool
-    ) -> tuple[list[int], list[tuple[torch.Tensor, tuple[int, int]]]]:
-        """Ids of one prompt and (tiles, canvas size) of its pictures in reading order."""
+    def _tokenise(self, index: int, prompt: str, images: list, num_crops: int | None) -> tuple[list[int], list[int]]:
+        """Ids of one prompt, and its pictures' numbers in reading order."""
         pieces = _TAG.split(prompt)
         numbers = [int(number) for number in pieces[1::2]]
         _check_tags(index, numbers, len(images))
         if not numbers:
             return self.tokenizer(prompt)["input_ids"], []
-        read, ids = [], []
+        ids: list[int] = []
         texts = self.tokenizer(pieces[::2])["input_ids"]
         for piece, number in zip(texts, [*numbers, None], strict=True):
             ids.extend(piece)
             if number is None:
                 continue
-            try:
-                canvas = self.image_processor.canvas(images[number - 1], num_crops)
-            except ValueError as error:
-                raise ValueError(f"prompt {index}, <|image_{number}|>: {error}") from error
-            height, width = canvas.shape[:2]
-            read.append((self.image_processor.tiles(canvas, as_uint8), (height, width)))
-            ids.extend([self.image_token_id] * self.image_processor.tokens_of_size(height, width))
-        return ids, read
+            image = images[number - 1]
+            if not isinstance(image, Image.Image):
+                kind = type(image).__name__
+                raise ValueError(f"prompt {index}, <|image_{number}|>: expected a PIL image, got {kind}.")
+            count = self.image_processor.tokens_of_picture(*image.size, num_crops)
+            ids.extend([self.image_token_id] * count)
+        return ids, numbers
 
     def _pad(self, rows: list[list[int]], padding: bool | str, side: str, max_length: int | None) -> dict[str, Any]:
         """Rows of ids as [B, T] tensors with their mask."""
