@@ -140,7 +140,7 @@ def test_missing_or_empty_table(tree, content, said):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read"), ("", "got nothing; expected fields"), ("a: [", "not YAML"), ("- a\n", "got list")],
+    [(None, "cannot be read"), ("", "got nothing; expected fields"), ("a: [", "not YAML"), ("- a\n", "got list"), ("a: 1\na: 2\n", "not YAML: field `a` is given twice")],
 )
 def test_missing_or_malformed_yaml(tree, content, said):
     path = tree.root / "config/models.yaml"
