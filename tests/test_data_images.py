@@ -93,6 +93,7 @@ def test_exif_orientation_is_applied() -> None:
         (png_header(10_000, 10_000), "10000 x 10000 pixels; expected at most"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_is_no_picture_or_a_bomb_is_refused(data: bytes, expected: str) -> None:
     for action in (inspect, open_rgb):
         with pytest.raises(DataError, match=expected) as error:

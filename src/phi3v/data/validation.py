@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from phi3v.data.conversations import MAX_LINE_BYTES, DataError, decode_line, raw_lines, record_problem, shown
 from phi3v.data.folder import describe
-from phi3v.data.images import open_rgb
+from phi3v.data.pictures import Pictures, pictures_of
 
 Level = Literal["shape", "paths", "images"]
 
@@ -214,44 +214,56 @@ def _path_problem(root: str, name: str) -> str | None:
     return None
 
 
-def check_picture(path: str) -> tuple[str, bytes, int, int]:
-    """(problem or "", hash of the pixels, width, height) of a file."""
+_STORES: dict[str, Pictures] = {}
+"""Of a checking process: the pictures of each split."""
+
+
+def _open_stores(data_dir: Path, described: dict[str, Any], splits: list[str]) -> None:
+    _STORES.update({split: pictures_of(data_dir, described.get(split, {})) for split in splits})
+
+
+def check_picture(job: tuple[str, str]) -> tuple[str, bytes, int, int]:
+    """(problem or "", hash of the pixels, width, height) of a (split, path)."""
+    split, path = job
     try:
-        with open_rgb(Path(path), "picture") as image:
+        with _STORES[split].open(path, "picture") as image:
             digest = hashlib.blake2b(struct.pack(">II", *image.size), digest_size=16)
             digest.update(image.tobytes())
             return "", digest.digest(), image.width, image.height
     except DataError as error:
-        return str(error).removeprefix("picture: "), b"", 0, 0
+        return str(error).removeprefix(f"picture: image {path!r}: "), b"", 0, 0
 
 
-def check_images(images: Path, checks: dict[str, SplitCheck], problems: Problems, workers: int) -> dict[str, int]:
+def check_images(
+    data_dir: Path, described: dict[str, Any], checks: dict[str, SplitCheck], problems: Problems, workers: int
+) -> dict[str, int]:
     """Every picture decodes; the same pixels in two splits are a leak. Returns {"SPLIT and SPLIT": shared pictures}."""
-    names = list(dict.fromkeys(name for found in checks.values() for name in found.pictures))
-    first = {name: f"{found.file}:{number}" for found in checks.values() for name, number in found.pictures.items()}
-    paths = [str(images / name) for name in names]
-    hashes: dict[str, bytes] = {}
-    with ProcessPoolExecutor(workers) as pool:
-        results = pool.map(check_picture, paths, chunksize=16)
-        for name, (problem, digest, width, height) in zip(
-            names, tqdm(results, total=len(names), desc="decoding", unit="picture", disable=None), strict=True
-        ):
+    jobs = [(split, name) for split, found in checks.items() for name in found.pictures]
+    hashes: dict[tuple[str, str], bytes] = {}
+    with ProcessPoolExecutor(workers, initializer=_open_stores, initargs=(data_dir, described, list(checks))) as pool:
+        results = pool.map(check_picture, jobs, chunksize=16)
+        bar = tqdm(results, total=len(jobs), desc="decoding", unit="picture", disable=None)
+        for (split, name), (problem, digest, width, height) in zip(jobs, bar, strict=True):
+            where = f"{checks[split].file}:{checks[split].pictures[name]}"
             if problem:
-                problems.add("image does not decode", f"{first[name]}: image {shown(name)}: {problem}")
+                problems.add("image does not decode", f"{where}: image {shown(name)}: {problem}")
                 continue
-            hashes[name] = digest
+            hashes[split, name] = digest
             if width > 336 * height or height > 336 * width:
                 problems.add(
                     "image too thin",
-                    f"{first[name]}: image {shown(name)}: {width} x {height}; expected sides within 1 : 336 (a tile is "
-                    f"336 pixels)",
+                    f"{where}: image {shown(name)}: {width} x {height}; expected sides within 1 : 336 "
+                    "(a tile is 336 pixels)",
                 )
     return _leaks(checks, hashes, problems)
 
 
-def _leaks(checks: dict[str, SplitCheck], hashes: dict[str, bytes], problems: Problems) -> dict[str, int]:
+def _leaks(checks: dict[str, SplitCheck], hashes: dict[tuple[str, str], bytes], problems: Problems) -> dict[str, int]:
     splits = list(checks)
-    owners = {split: {hashes[name]: name for name in checks[split].pictures if name in hashes} for split in splits}
+    owners = {
+        split: {hashes[split, name]: name for name in checks[split].pictures if (split, name) in hashes}
+        for split in splits
+    }
     shared: dict[str, int] = {}
     for position, one in enumerate(splits):
         for other in splits[position + 1 :]:
@@ -308,12 +320,25 @@ def validate_folder(
     if level != "shape" and any(found.pictures for found in checks.values()):
         images = data_dir / "images"
         before = problems.total
-        check_paths(images, checks.values(), problems)
+        files = {split: found for split, found in checks.items() if "shards" not in described.get(split, {})}
+        check_paths(images, files.values(), problems)
+        for split in checks.keys() - files.keys():
+            check_shards(pictures_of(data_dir, described[split]), checks[split], problems)
         if level == "images":
             if problems.total != before:
-                _drop_missing(images, checks)
-            shared = check_images(images, checks, problems, workers)
+                _drop_missing(images, files)
+            shared = check_images(data_dir, described, checks, problems, workers)
     return checks, problems, shared
+
+
+def check_shards(pictures: Pictures, found: SplitCheck, problems: Problems) -> None:
+    """Every picture is in the shards; those that are not are dropped from `found`."""
+    for name, number in list(found.pictures.items()):
+        try:
+            pictures.locate(name, "")
+        except (DataError, OSError) as error:
+            problems.add("image: not in the shards", f"{found.file}:{number}: {str(error).removeprefix(': ')}")
+            del found.pictures[name]
 
 
 def _drop_missing(images: Path, checks: dict[str, SplitCheck]) -> None:
