@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from phi3v.planning.advice import advise
-from phi3v.planning.calibration import compare, plot, published_rows, table
+from phi3v.planning.calibration import compare, constants_table, plot, published_rows, table
 from phi3v.planning.geometry import model_geometry
 from phi3v.planning.page import plan_html
 from phi3v.planning.plan import check_disk, plan_run
@@ -42,12 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--count {given.count} --nodes {given.nodes}: expected both >= 1")
     try:
         if given.published:
-            compared = compare(published_rows(), Constants(), leave_out=False)
-            print(table(compared))
+            rows = published_rows()
+            compared = compare(rows, Constants())
+            text = f"{constants_table(rows)}\n\n{table(compared)}\n"
+            print(text, end="")
             if given.output_dir:
-                _write(
-                    Path(given.output_dir), {"published.txt": table(compared) + "\n", "published.svg": plot(compared)}
-                )
+                _write(Path(given.output_dir), {"planner.txt": text, "planner.svg": plot(compared)})
         elif given.gpu:
             print(_advice(given))
         else:

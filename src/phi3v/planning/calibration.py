@@ -1,7 +1,7 @@
 """The constants' fit to the published speed tables, and how well it holds: residuals, leaving each row out, too.
 
-    python -m phi3v.planning.calibration            # the fit, the comparison, the residuals
-    python -m phi3v.planning.calibration --svg docs/planner.svg
+    python scripts/plan.py --published                      # the fit, the comparison, the residuals
+    python scripts/plan.py --published --output_dir FOLDER  # and as files, with a plot
 
 Throughput: the 12 rows that are physically plausible fit four constants; the three frozen rows are not fitted but
 predicted, as the published legacy (only the final norm and the head have gradients) and as correct. Memory: the 10 A100
@@ -12,9 +12,8 @@ predicted over published, less one.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from phi3v.planning.flops import Method, Work
@@ -242,18 +241,11 @@ def plot(compared: Sequence[Compared]) -> str:
     )
 
 
-def main(arguments: list[str]) -> int:
-    """Print constants and comparison; with --svg FILE also write the plot."""
-    rows = published_rows()
-    found = calibrate(rows)
-    for name in (*SPEED_CONSTANTS, *MEMORY_CONSTANTS):
-        print(f"{name:22} {getattr(found, name):.4g}  (in use {getattr(Constants(), name):.4g})")
-    compared = compare(rows, Constants())
-    print(table(compared))
-    if "--svg" in arguments:
-        Path(arguments[arguments.index("--svg") + 1]).write_text(plot(compared), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def constants_table(rows: Sequence[Published]) -> str:
+    """The constants in use beside a fresh fit."""
+    found, used = calibrate(rows), Constants()
+    lines = []
+    for item in fields(Constants):
+        fresh = f"{getattr(found, item.name):.4g}" if item.metadata.get("fitted", True) else "chosen"
+        lines.append(f"{item.name:22} {getattr(used, item.name):<8.4g} fit {fresh:8} {item.metadata['unit']}")
+    return "\n".join(lines)

@@ -10,7 +10,7 @@ from phi3v.settings import Geometry, Hardware
 
 @dataclass(frozen=True)
 class Constants:
-    """Eight numbers: seven fitted to the published tables (phi3v.planning.calibration prints the fit), one chosen.
+    """Eight numbers: seven fitted to the published tables (scripts/plan.py --published prints the fit), one chosen.
 
     Efficiencies are shares of a datasheet's peak, the same for every device: what differs between devices is in
     config/hardware.yaml.
