@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from phi3v.planning.flops import Method
 from phi3v.planning.hardware import find_hardware
 from phi3v.planning.memory import Fit, fits, memory
 from phi3v.planning.plan import largest_micro_batch
@@ -17,7 +18,7 @@ from phi3v.planning.setup import Constants, Setup
 from phi3v.planning.workload import Workload, mean_and_longest, workload
 from phi3v.settings import Dataset, Geometry, Hardware
 
-METHODS = ("full", "lora", "qlora")
+METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 # The recipe's scripts' defaults.
 LORA_RANK, EPOCHS = 64, 1
 

@@ -120,8 +120,8 @@ def _elementwise_bytes(setup: Setup) -> float:
     geometry, vision, work = setup.geometry, setup.geometry.vision, setup.work
     vision_runs, decoder_runs, decoder_back = passes(setup)
     vision_back = float(trains_vision(setup))
-    decoder = DECODER_WIDTH_BYTES * geometry.hidden_size + DECODER_INNER_BYTES * geometry.intermediate_size
-    tower = CLIP_WIDTH_BYTES * vision.hidden_size + CLIP_INNER_BYTES * vision.intermediate_size
+    decoder: float = DECODER_WIDTH_BYTES * geometry.hidden_size + DECODER_INNER_BYTES * geometry.intermediate_size
+    tower: float = CLIP_WIDTH_BYTES * vision.hidden_size + CLIP_INNER_BYTES * vision.intermediate_size
     decoder *= decoder_runs + BACKWARD_OVER_FORWARD * decoder_back
     tower *= vision_runs + BACKWARD_OVER_FORWARD * vision_back
     if setup.adapters:
