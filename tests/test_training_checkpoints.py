@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -128,9 +128,13 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
 
     process = launch(arguments(tmp_path, broken), processes=2)
     await_step(process, broken, 7)
+    for child in (family := psutil.Process(process.pid).children(recursive=True)):
+        child.suspend()  # it must not finish while the second job starts
     second = finish(launch(arguments(tmp_path, broken)))
     assert second[0] == 1
     assert "still alive; both would write the same files" in second[1]
+    for child in family:
+        child.resume()
     kill(process)
     newest = checkpoints.checkpoint_folders(broken / "checkpoints")[0]
     shard = next(path for path in checkpoints.files_of(newest) if "optim_states" in path.name)
@@ -138,8 +142,8 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
 
     process = launch(arguments(tmp_path, broken), processes=2)
     await_step(process, broken, 10)
-    for child in os.popen(f"pgrep -P {process.pid}").read().split():
-        os.kill(int(child), signal.SIGUSR1)
+    for child in psutil.Process(process.pid).children():
+        child.send_signal(signal.SIGUSR1)
     code, output = finish(process)
     assert f"{newest}: not used: {shard.relative_to(newest).as_posix()} has" in output, output
     stopped = int(output.split("saved at step ")[1].split(";")[0])

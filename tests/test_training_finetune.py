@@ -211,19 +211,21 @@ def test_a_loss_that_is_no_number_stops_with_the_examples(folders, tmp_path):
     assert not (tmp_path / "out" / "final").exists()
 
 
-def test_a_group_that_should_train_and_does_not_stops_the_job(folders, tmp_path, monkeypatch):
-    """Reentrant checkpointing under a frozen embedding, the recipe's old fault, put back on purpose."""
-    from transformers import PreTrainedModel
-
-    from phi3v.model import Phi3VForCausalLM
+def test_a_layer_that_should_train_and_does_not_stops_the_job(folders, tmp_path, monkeypatch):
+    """Gradients that stop on their way down, as in the published frozen rows: last norm and head still train."""
+    from phi3v.training import job
     from phi3v.training.census import CensusError
 
-    monkeypatch.setattr(
-        Phi3VForCausalLM, "gradient_checkpointing_enable",
-        lambda self, *args: PreTrainedModel.gradient_checkpointing_enable(self, {"use_reentrant": True}),
-    )  # fmt: skip
-    with pytest.raises(CensusError, match=r"group decoder: should train.*model\.layers\.0\."):
-        train(folders, tmp_path, fp32=True, freeze_vision_model="legacy")
+    def cut(settings, device):
+        model = load_model(settings, device)
+        model.model.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(),))
+        return model
+
+    load_model = job.load_model
+    monkeypatch.setattr(job, "load_model", cut)
+    with pytest.raises(CensusError, match=r"group decoder, embedding: should train.*model\.layers\.0\."):
+        train(folders, tmp_path, fp32=True, freeze_vision_model="vision")
+    assert not (tmp_path / "final").exists()
 
 
 def test_longer_examples_are_left_out_and_counted(folders, tmp_path, capfd):

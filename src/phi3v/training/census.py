@@ -5,6 +5,7 @@ Settings can claim to train what they do not (RECIPE: the published "vision froz
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -72,8 +73,8 @@ class Census:
     def finish(self, device: torch.device, pictures_seen: bool) -> None:
         """Fill in `with_gradient` over all processes and take the hooks off; a collective call.
 
-        pictures_seen: whether any process had a picture in the step. Raises CensusError for a group that should train
-        and got nothing.
+        pictures_seen: whether any process had a picture in the step. Raises CensusError for a group, or a layer of it,
+        that should train and got nothing.
         """
         for handle in self._handles:
             handle.remove()
@@ -87,18 +88,27 @@ class Census:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         for flag, size, group in zip(flags.tolist(), self._sizes, self._group_of, strict=True):
             self.groups[group]["with_gradient"] += size * flag
+        self._refuse_silence(flags.tolist(), pictures_seen)
+
+    def _refuse_silence(self, flags: list[int], pictures_seen: bool) -> None:
+        """Raises CensusError for a layer without any gradient: its group may still get one through a last norm."""
+        blocks: dict[str, list[int]] = {}
+        for number, name in enumerate(self._names):
+            layer = re.search(r".*\.layers\.\d+(?=\.)", name)
+            blocks.setdefault(layer.group() if layer else self._group_of[number], []).append(number)
         silent = [
-            group
-            for group, entry in self.groups.items()
-            if entry["expected"] and not entry["with_gradient"]
-            and (pictures_seen or not any(part in group for part in PICTURE_GROUPS))
-        ]  # fmt: skip
+            numbers
+            for numbers in blocks.values()
+            if not any(flags[number] for number in numbers)
+            and (pictures_seen or not any(part in self._group_of[numbers[0]] for part in PICTURE_GROUPS))
+        ]
         if silent:
-            names = [name for name, group in zip(self._names, self._group_of, strict=True) if group in silent]
+            groups = sorted({self._group_of[numbers[0]] for numbers in silent})
+            names = [self._names[number] for numbers in silent for number in numbers]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise CensusError(
-                f"group {', '.join(silent)}: should train, but the first step gave no gradient to any of its weights "
-                f"({', '.join(names[:5])}{more}); nothing was saved"
+                f"group {', '.join(groups)}: should train, but the first step gave no gradient to any weight of "
+                f"{len(silent)} of its parts ({', '.join(names[:5])}{more}); nothing was saved"
             )
 
     def result(self) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def load_model(settings: FinetuneSettings, device: torch.device) -> Any:
         )
     model.config.use_cache = False
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if settings.method in ("lora", "qlora"):
         from phi3v.model.adapters import add_lora
 
