@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from phi3v.settings import Job, ResolvedRun, dataset_key, load_run
 
-WORDS = "invoice total signed letter Chicago 1996 $4,350.00 R. J. Reynolds yes no Archery Basketball".split()
+WORDS = ["invoice", "total", "signed", "letter", "Chicago", "1996", "$4,350.00", "R.", "J.", "Reynolds", "yes", "no", "Archery", "Basketball"]
 
 
 def write(path: Path, value: Any) -> None:
@@ -32,7 +32,9 @@ def manifest(folder: Path, kind: str, settings: dict[str, Any], seconds: float, 
     write(folder / "manifest.json", {**values, **changes})
 
 
-def write_pass(folder: Path, scores: list[float], metric: str, images: list[list[str]], text: str | None = None) -> None:
+def write_pass(
+    folder: Path, scores: list[float], metric: str, images: list[list[str]], text: str | None = None
+) -> None:
     """predictions.jsonl, metrics.json, timing.json of one pass; wrong answers say `text`."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -45,7 +47,17 @@ def write_pass(folder: Path, scores: list[float], metric: str, images: list[list
     (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n")
     mean = 100 * sum(scores) / len(scores)
     half = 196 * math.sqrt(max(mean * (100 - mean), 1) / 1e4 / len(scores))
-    write(folder / "metrics.json", {"metric": metric, "score": round(mean, 4), "n": len(scores), "interval": [max(0, mean - half), min(100, mean + half)], "more": {}, "left_out": 0})
+    write(
+        folder / "metrics.json",
+        {
+            "metric": metric,
+            "score": round(mean, 4),
+            "n": len(scores),
+            "interval": [max(0, mean - half), min(100, mean + half)],
+            "more": {},
+            "left_out": 0,
+        },
+    )
     write(folder / "timing.json", {"fingerprint": "x", "seconds": 12.5, "examples_per_second": len(scores) / 12.5})
 
 
@@ -67,28 +79,64 @@ def write_data(run: ResolvedRun, data: Path, pictures: int = 6) -> dict[str, lis
             paths = []
             for k in range(each):
                 tall = name.startswith("docvqa")
-                image = Image.new("RGB", (380, 500) if tall else (320, 240), "white" if tall else ((i * 47) % 200 + 30, (k * 83) % 200 + 30, 120))
+                image = Image.new(
+                    "RGB",
+                    (380, 500) if tall else (320, 240),
+                    "white" if tall else ((i * 47) % 200 + 30, (k * 83) % 200 + 30, 120),
+                )
                 draw = ImageDraw.Draw(image)
                 for line in range(14):
-                    draw.text((20, 16 + line * 32), " ".join(WORDS[(line * 3 + j + i) % len(WORDS)] for j in range(5)), fill="black")
+                    draw.text(
+                        (20, 16 + line * 32),
+                        " ".join(WORDS[(line * 3 + j + i) % len(WORDS)] for j in range(5)),
+                        fill="black",
+                    )
                 path = f"val/{i}-{k}.jpg"
                 (folder / "images/val").mkdir(exist_ok=True)
                 image.save(folder / "images" / path, quality=80)
                 paths.append(path)
             found[name].append(paths)
-        splits = {s: {"file": f"{s}.jsonl", "examples": 1000 if s == "train" else 100, "images": 1000, "sha256": "cd" * 32} for s in ("train", "val")}
-        write(folder / "dataset.json", {"name": name, "metric": entry.metric, "num_crops": 4, "splits": splits, "rejected": 3})
+        splits = {
+            s: {"file": f"{s}.jsonl", "examples": 1000 if s == "train" else 100, "images": 1000, "sha256": "cd" * 32}
+            for s in ("train", "val")
+        }
+        write(
+            folder / "dataset.json",
+            {"name": name, "metric": entry.metric, "num_crops": 4, "splits": splits, "rejected": 3},
+        )
     return found
 
 
-def write_row(results: Path, job: Job, images: list[list[str]], metric: str, n: int = 100, shares=(0.2, 0.85, 0.3), steps: int = 60) -> None:
+def write_row(
+    results: Path,
+    job: Job,
+    images: list[list[str]],
+    metric: str,
+    n: int = 100,
+    shares=(0.2, 0.85, 0.3),
+    steps: int = 60,
+) -> None:
     """Everything a finished accuracy row leaves behind."""
     row, rng = job.row, Random(job.row.row)
     graded = metric == "anls"
-    settings = {"row": row.row, "dataset": row.dataset, "learning_rate": row.learning_rate, "num_train_epochs": row.epochs, "batch_size": row.batch_size}
+    settings = {
+        "row": row.row,
+        "dataset": row.dataset,
+        "learning_rate": row.learning_rate,
+        "num_train_epochs": row.epochs,
+        "batch_size": row.batch_size,
+    }
     train = results / "train" / row.row
     write(train / "settings.json", settings)
-    groups = {g: {"parameters": 1000 * (i + 1), "trainable": 1000 * (i + 1), "with_gradient": 1000 * (i + 1), "expected": True} for i, g in enumerate(("clip", "projector", "decoder", "head"))}
+    groups = {
+        g: {
+            "parameters": 1000 * (i + 1),
+            "trainable": 1000 * (i + 1),
+            "with_gradient": 1000 * (i + 1),
+            "expected": True,
+        }
+        for i, g in enumerate(("clip", "projector", "decoder", "head"))
+    }
     write(train / "census.json", {"label": row.method, "groups": groups})
     four_bit = row.method == "qlora"
     observed = {
@@ -118,7 +166,11 @@ def write_row(results: Path, job: Job, images: list[list[str]], metric: str, n: 
 def write_speed(results: Path, job: Job, rate: float = 5.0) -> None:
     """Everything a finished speed row leaves behind."""
     row = job.row
-    observed = {"activation_dtype": row.dtype, "attention_decoder": "sdpa flash (CPU)" if row.flash_attention else "eager", "attention_vision": "eager"}
+    observed = {
+        "activation_dtype": row.dtype,
+        "attention_decoder": "sdpa flash (CPU)" if row.flash_attention else "eager",
+        "attention_vision": "eager",
+    }
     speed = {
         "row": row.row, "images_per_second": rate, "tokens_per_second": rate * 300, "step_seconds": 64 / rate, "repeats": [rate * 0.98, rate, rate * 1.03],
         "peak_memory_bytes": 1.1e9, "warmup_steps": 2, "timed_steps": 3, "world_size": 2, "nodes": 1, "device": "CPU", "stand_in": True, "observed": observed,
@@ -127,7 +179,9 @@ def write_speed(results: Path, job: Job, rate: float = 5.0) -> None:
     manifest(results / "speed" / row.row, "speed", {"row": row.row, "dataset": row.dataset}, 33)
 
 
-def write_run(root: Path, folder: Path, config: str | dict[str, Any] = "config/demo.yaml", n: int = 100) -> tuple[ResolvedRun, Path]:
+def write_run(
+    root: Path, folder: Path, config: str | dict[str, Any] = "config/demo.yaml", n: int = 100
+) -> tuple[ResolvedRun, Path]:
     """All rows of a run, finished; returns the run and results/NAME."""
     run = load_run(config if isinstance(config, dict) else root / config, root)
     results = folder / "results" / run.settings.name

@@ -15,7 +15,9 @@ def _same(questions: list[Question]) -> dict[str, str]:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 9), max_size=2).map(lambda n: tuple(map(str, n))), max_size=40), st.integers(0, 99))
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=2).map(lambda n: tuple(map(str, n))), max_size=40), st.integers(0, 99)
+)
 def test_no_question_gets_a_picture_of_its_own_back(pictures, seed):
     questions = _questions(pictures)
     swapped, left_out = swap_pictures(questions, _same(questions), seed)

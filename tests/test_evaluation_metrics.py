@@ -47,7 +47,9 @@ def test_anls_on_a_set_worked_by_hand(prediction, answers, recipe, official):
 def _slow_distance(a: str, b: str) -> int:
     if not a or not b:
         return len(a) + len(b)
-    return min(_slow_distance(a[1:], b) + 1, _slow_distance(a, b[1:]) + 1, _slow_distance(a[1:], b[1:]) + (a[0] != b[0]))
+    return min(
+        _slow_distance(a[1:], b) + 1, _slow_distance(a, b[1:]) + 1, _slow_distance(a[1:], b[1:]) + (a[0] != b[0])
+    )
 
 
 @settings(max_examples=60, deadline=None)

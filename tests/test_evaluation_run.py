@@ -33,10 +33,19 @@ def write_data(folder: Path, count: int, images: int = 1, metric: str = "accurac
             ImageDraw.Draw(picture).text((2, 2), f"{i}{k}", fill="white")
             picture.save(folder / "images" / name)
             names.append(name)
-        turn = {"images": names, "user": "what colour is this ?" + " and that" * (i % 4), "assistant": "yes" if i % 2 else "no"}
+        turn = {
+            "images": names,
+            "user": "what colour is this ?" + " and that" * (i % 4),
+            "assistant": "yes" if i % 2 else "no",
+        }
         lines.append(json.dumps({"id": f"val-{i:04d}", "source": "test", "conversations": [turn]}))
     (folder / "val.jsonl").write_text("\n".join(lines) + "\n")
-    index = {"name": "colours", "metric": metric, "num_crops": 2, "splits": {"val": {"file": "val.jsonl", "examples": count}}}
+    index = {
+        "name": "colours",
+        "metric": metric,
+        "num_crops": 2,
+        "splits": {"val": {"file": "val.jsonl", "examples": count}},
+    }
     (folder / "dataset.json").write_text(json.dumps(index))
     return folder
 
@@ -45,11 +54,13 @@ def run_script(root: Path, *flags: object, processes: int = 0, **options) -> sub
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     environment = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, str(root / "scripts" / "evaluate.py"), *map(str, flags)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-3000:]
     return output
 
@@ -59,7 +70,10 @@ def evaluate_here(checkpoint: Path, data: Path, output: Path, **fields):
     from phi3v.settings import EvaluateSettings
 
     settings = EvaluateSettings(
-        model_name_or_path=str(checkpoint), data_dir=str(data), output_dir=str(output), **{"fp32": True, "max_new_tokens": 12, **fields}
+        model_name_or_path=str(checkpoint),
+        data_dir=str(data),
+        output_dir=str(output),
+        **{"fp32": True, "max_new_tokens": 12, **fields},
     )
     return evaluate(settings)
 
@@ -100,11 +114,22 @@ def test_two_processes_answer_each_example_once_and_alike(root, checkpoint, tmp_
 
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_file(root, checkpoint, tmp_path):
     data = write_data(tmp_path / "data", 40)
-    flags = ["--model_name_or_path", checkpoint, "--data_dir", data, "--fp32", "--max_new_tokens", 48, "--batch_size_per_gpu", 1, "--no-tqdm"]
+    flags = [
+        "--model_name_or_path",
+        checkpoint,
+        "--data_dir",
+        data,
+        "--fp32",
+        "--max_new_tokens",
+        48,
+        "--batch_size_per_gpu",
+        1,
+        "--no-tqdm",
+    ]
     finish(run_script(root, *flags, "--output_dir", tmp_path / "whole"))
     process = run_script(root, *flags, "--output_dir", tmp_path / "killed")
     partial = tmp_path / "killed/after/partial"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not any(path.stat().st_size > 300 for path in partial.glob("*.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
         time.sleep(0.01)
@@ -147,7 +172,9 @@ def test_an_adapter_is_evaluated_on_its_base(checkpoint, tmp_path):
     from phi3v.model.adapters import add_lora
     from phi3v.model.modeling import Phi3VForCausalLM
 
-    model = add_lora(Phi3VForCausalLM.from_pretrained(checkpoint), rank=4, alpha=8, dropout=0.0, freeze_vision=False, seed=0)
+    model = add_lora(
+        Phi3VForCausalLM.from_pretrained(checkpoint), rank=4, alpha=8, dropout=0.0, freeze_vision=False, seed=0
+    )
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -205,7 +232,13 @@ def test_predict_answers_about_ones_own_pictures(checkpoint, tmp_path):
     data = write_data(tmp_path / "data", 2, images=2)
     evaluate_here(checkpoint, data, tmp_path / "out", num_crops=2)
     record = json.loads((tmp_path / "out/after/predictions.jsonl").read_text().splitlines()[1])
-    ask = {"model_name_or_path": str(checkpoint), "question": record["prompt"], "fp32": True, "num_crops": 2, "max_new_tokens": 12}
+    ask = {
+        "model_name_or_path": str(checkpoint),
+        "question": record["prompt"],
+        "fp32": True,
+        "num_crops": 2,
+        "max_new_tokens": 12,
+    }
     pictures = [str(data / "images" / path) for path in record["images"]]
     assert predict(PredictSettings(image=pictures, **ask)) == record["prediction"]
     with pytest.raises(DataError, match="--image nowhere.png: no such file"):
@@ -214,3 +247,29 @@ def test_predict_answers_about_ones_own_pictures(checkpoint, tmp_path):
         predict(PredictSettings(**{**ask, "question": "<|image_1|> hm"}))
     with pytest.raises(FileNotFoundError, match="no such folder"):
         predict(PredictSettings(**{**ask, "model_name_or_path": "./nowhere"}))
+
+
+def test_a_model_that_would_say_the_picture_token_goes_on(checkpoint):
+    import torch
+
+    from phi3v.evaluation.generate import end_token_ids, generate
+    from phi3v.model.modeling import Phi3VForCausalLM
+    from phi3v.model.processing import Phi3VProcessor
+
+    model, processor = Phi3VForCausalLM.from_pretrained(checkpoint).eval(), Phi3VProcessor.from_pretrained(checkpoint)
+    ends = end_token_ids(processor.tokenizer, model.generation_config)
+    token = model.config.image_token_id
+    model.lm_head.register_forward_hook(
+        lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([token]), 1e4)
+    )
+    (found,) = generate(
+        model,
+        processor,
+        ["<|user|>\nwhat<|end|>\n<|assistant|>\n"],
+        [[]],
+        num_crops=1,
+        max_new_tokens=4,
+        end_tokens=ends,
+    )
+    assert found.tokens >= 1
+    assert "<|image|>" not in found.text

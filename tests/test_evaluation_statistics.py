@@ -38,7 +38,7 @@ def test_bootstrap_covers_the_truth_about_95_times_in_100():
 def test_mcnemar_equals_the_binomial_test():
     rng = np.random.default_rng(2)
     left, right = (rng.random(200) < 0.8).astype(float), (rng.random(200) < 0.7).astype(float)
-    only_left, only_right = int(((left > right)).sum()), int(((right > left)).sum())
+    only_left, only_right = int((left > right).sum()), int((right > left).sum())
     assert statistics.mcnemar(left, right) == pytest.approx(stats.binomtest(only_left, only_left + only_right).pvalue)
     assert statistics.mcnemar(left, left) == 1.0
 

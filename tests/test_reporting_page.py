@@ -69,7 +69,9 @@ def test_the_policy_names_exactly_the_two_scripts(page):
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text).group(1)
     assert policy.startswith("default-src 'none'") and "unsafe-eval" not in policy
     scripts = re.findall(r"<script>(.*?)</script>", text, flags=re.S)
-    digests = {"'sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() + "'" for script in scripts}
+    digests = {
+        "'sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() + "'" for script in scripts
+    }
     assert len(digests) == 2 and digests == set(re.findall(r"'sha256-[^']*'", policy))
 
 
@@ -119,12 +121,21 @@ def test_contrast_meets_wcag_aa(root, theme):
     css = (root / "src/phi3v/reporting/assets/style.css").read_text()
     start = ":root{" if theme == "light" else ":root[data-theme=dark]{"
     colours = dict(re.findall(r"(--[\w-]+):(#[0-9a-f]+)", css[css.index(start) :].split("}")[0]))
-    on_page = [(name, ground) for name in ("--text", "--muted", "--accent", "--good", "--bad", "--warn") for ground in ("--bg", "--surface", "--raised")]
+    on_page = [
+        (name, ground)
+        for name in ("--text", "--muted", "--accent", "--good", "--bad", "--warn")
+        for ground in ("--bg", "--surface", "--raised")
+    ]
     on_pills = [("--warn", "--warn-bg"), ("--good", "--good-bg"), ("--bad", "--bad-bg"), ("--text", "--pill")]
     for name, ground in on_page + on_pills:
         high, low = sorted((_luminance(colours[name]), _luminance(colours[ground])), reverse=True)
         assert (high + 0.05) / (low + 0.05) >= 4.5, (theme, name, ground)
-    marks = [name for name in colours if name.startswith("--series-")] + ["--after", "--before", "--control", "--published"]
+    marks = [name for name in colours if name.startswith("--series-")] + [
+        "--after",
+        "--before",
+        "--control",
+        "--published",
+    ]
     for name in marks:  # graphics need 3 : 1
         high, low = sorted((_luminance(colours[name]), _luminance(colours["--raised"])), reverse=True)
         assert (high + 0.05) / (low + 0.05) >= 3, (theme, name)
@@ -175,7 +186,9 @@ def until(driver, expression: str):
 
 def test_it_opens_without_an_error_or_a_request(opened, page):
     # Draw everything there is, so that every code path that could fetch has run.
-    opened.execute_script("for (const d of document.querySelectorAll('details')) d.open = true; document.querySelector('.plots').scrollIntoView()")
+    opened.execute_script(
+        "for (const d of document.querySelectorAll('details')) d.open = true; document.querySelector('.plots').scrollIntoView()"
+    )
     until(opened, "document.querySelectorAll('.plots .main-svg').length > 0")
     opened.execute_script("window.scrollTo(0, document.body.scrollHeight)")
     errors = [entry for entry in opened.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
@@ -198,9 +211,7 @@ def first_rows(driver) -> list[str]:
 
 def test_sorting_turns_round_and_says_so(opened):
     column = "[...document.querySelectorAll('table.sortable th button')].find(b => b.textContent === 'After')"
-    values = (
-        "return [...document.querySelector('table.sortable').querySelectorAll('td[data-label=After]')].map(c => +c.dataset.sort)"
-    )
+    values = "return [...document.querySelector('table.sortable').querySelectorAll('td[data-label=After]')].map(c => +c.dataset.sort)"
     opened.execute_script(f"{column}.click()")
     rising = opened.execute_script(values)
     assert rising == sorted(rising) and len(rising) == 3
@@ -214,7 +225,9 @@ def test_filters_hide_rows_and_count_them(opened):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select
 
-    visible = "return [...document.querySelectorAll('tr[data-row]')].filter(r => r.offsetParent).map(r => r.dataset.row)"
+    visible = (
+        "return [...document.querySelectorAll('tr[data-row]')].filter(r => r.offsetParent).map(r => r.dataset.row)"
+    )
     everything = opened.execute_script(visible)
     opened.find_element(By.ID, "filter-text").send_keys("qlora")
     assert opened.execute_script(visible) == ["phi3-hateful_memes-qlora-bf16"]
@@ -264,7 +277,9 @@ def test_dark_mode_changes_page_and_plots(opened):
 
 
 def test_a_phone_needs_no_sideways_scrolling(opened):
-    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True})
+    opened.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    )
     opened.execute_script(f"location.hash = 'row-{ROW}'")
     until(opened, "window.outerWidth > 0 && document.documentElement.clientWidth")
     assert opened.execute_script("return document.documentElement.scrollWidth") == 390

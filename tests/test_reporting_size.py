@@ -13,7 +13,7 @@ from reporting_examples import write_data, write_row
 
 from phi3v.settings import load_run
 
-HEADER = "row model dataset method dtype flash_attention learning_rate epochs published origin source".split()
+HEADER = ["row", "model", "dataset", "method", "dtype", "flash_attention", "learning_rate", "epochs", "published", "origin", "source"]
 
 
 @pytest.mark.verify
@@ -22,7 +22,21 @@ def test_200_rows_and_a_million_predictions(root, tmp_path):
         table = csv.writer(file, delimiter="\t", lineterminator="\n")
         table.writerow(HEADER)
         for i in range(200):
-            table.writerow([f"row-{i:03d}", "phi35-vision", "nlvr2" if i % 2 else "docvqa", "full", "bf16", "yes", "1e-5", "3", "89.4", "published", "a test"])
+            table.writerow(
+                [
+                    f"row-{i:03d}",
+                    "phi35-vision",
+                    "nlvr2" if i % 2 else "docvqa",
+                    "full",
+                    "bf16",
+                    "yes",
+                    "1e-5",
+                    "3",
+                    "89.4",
+                    "published",
+                    "a test",
+                ]
+            )
     config = load_run(root / "config/demo.yaml", root).settings.model_dump(mode="json", exclude={"demo", "overrides"})
     config["files"] = {**config["files"], "accuracy": [str(tmp_path / "many.tsv")], "speed": []}
     config["rows"] = {"accuracy": ["*"], "speed": []}

@@ -29,7 +29,9 @@ def changed(finished, tmp_path):
 
 
 def line_of(run, results, row=ROW):
-    return next(line for line in build_tables(run, results).accuracy + build_tables(run, results).speed if line.row.row == row)
+    return next(
+        line for line in build_tables(run, results).accuracy + build_tables(run, results).speed if line.row.row == row
+    )
 
 
 def report(root, results: Path, config="config/demo.yaml"):
@@ -52,7 +54,9 @@ def test_a_finished_demo(root, finished, monkeypatch):
         "row", "model", "dataset", "method", "dtype", "metric", "before", "after", "control", "n", "published",
     ]  # fmt: skip
     row = accuracy[ROW]
-    predictions = [json.loads(line) for line in (results / f"evaluate/{ROW}/after/predictions.jsonl").read_text().splitlines()]
+    predictions = [
+        json.loads(line) for line in (results / f"evaluate/{ROW}/after/predictions.jsonl").read_text().splitlines()
+    ]
     assert float(row["after"]) == pytest.approx(sum(p["score"] for p in predictions), abs=1e-3)  # 100 examples
     assert float(row["published"]) == 83.65 and row["metric"] == "anls"
     assert float(row["after_minus_control_low"]) > 0
@@ -136,8 +140,16 @@ def test_damaged_predictions_are_named_and_the_report_still_builds(root, changed
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("metrics.json", '{"metric": "anls", "score": NaN, "n": 100, "interval": [1, 2]}', "metrics.json: NaN; expected finite numbers"),
-        ("metrics.json", '{"metric": "anls", "score": 150, "n": 100, "interval": [1, 2]}', "field `score`: got 150; expected a number 0 to 100"),
+        (
+            "metrics.json",
+            '{"metric": "anls", "score": NaN, "n": 100, "interval": [1, 2]}',
+            "metrics.json: NaN; expected finite numbers",
+        ),
+        (
+            "metrics.json",
+            '{"metric": "anls", "score": 150, "n": 100, "interval": [1, 2]}',
+            "field `score`: got 150; expected a number 0 to 100",
+        ),
         ("metrics.json", '{"metric": "anls", "score": 50, "n": 100, "interval": [1]}', r"field `interval`: got \[1\]"),
         ("metrics.json", "half a fi", "metrics.json: not JSON"),
         ("metrics.json", "[]", "got list; expected an object"),
@@ -203,7 +215,9 @@ def test_verdicts_of_the_published_run(root, tmp_path):
     assert near.verdict == "inconclusive" and near.against.interval[0] < 0 < near.against.interval[1]
     short = _published(root, tmp_path / "c", row, 300, 0.89)
     assert short.verdict == "not comparable" and short.verdict_reason == "300 examples; the published figure has 500"
-    changed = _published(root, tmp_path / "d", row, 500, 0.89, overrides={row: {"learning_rate": 2e-5, "micro_batch_size": 2}})
+    changed = _published(
+        root, tmp_path / "d", row, 500, 0.89, overrides={row: {"learning_rate": 2e-5, "micro_batch_size": 2}}
+    )
     assert changed.verdict_reason == "departs from the recipe: learning_rate"
     doubted = _published(root, tmp_path / "e", "phi3-docvqa-frozen-bf16", 200, 0.9)
     assert doubted.verdict == "not comparable" and "very likely" in doubted.verdict_reason
@@ -216,13 +230,18 @@ def test_rows_that_the_hardware_cannot_do_say_why(root, tmp_path):
     tables = build_tables(load_run(values, root), tmp_path)
     row = next(line for line in tables.accuracy if line.row.row == "phi35-nlvr2-full-bf16")
     assert row.status == "cannot run" and "bf16" in row.reason
-    assert any(line.reason == "needs 32 a100-80gb on 4 node(s)" for line in tables.speed) or all(line.reason for line in tables.speed)
+    assert any(line.reason == "needs 32 a100-80gb on 4 node(s)" for line in tables.speed) or all(
+        line.reason for line in tables.speed
+    )
 
 
 def test_rows_that_ran_the_same_code_are_marked(root, tmp_path):
     config = load_run(root / "config/demo.yaml", root).settings.model_dump()
     wanted = ["phi3-a100-full-flash-8gpu", "phi3-a100-full-flash-16gpu", "phi3-a100-full-eager-8gpu"]
-    run = load_run({**config, "demo": str(root / "config/demo/sources.yaml"), "rows": {"accuracy": ["*digits*"], "speed": wanted}}, root)
+    run = load_run(
+        {**config, "demo": str(root / "config/demo/sources.yaml"), "rows": {"accuracy": ["*digits*"], "speed": wanted}},
+        root,
+    )
     for job in run.speed:
         write_speed(tmp_path, job)
     same = {line.row.row: line.same_as for line in build_tables(run, tmp_path).speed}
@@ -238,7 +257,15 @@ def test_a_missing_configuration_is_named(tmp_path):
 def test_more_metrics_have_their_columns(changed):
     run, results = changed
     path = results / "evaluate" / ROW / "after" / "metrics.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "more": {"official_anls": {"score": 81.5, "interval": [75, 88]}}, "leaked": 7}))
+    path.write_text(
+        json.dumps(
+            {
+                **json.loads(path.read_text()),
+                "more": {"official_anls": {"score": 81.5, "interval": [75, 88]}},
+                "leaked": 7,
+            }
+        )
+    )
     record = next(r for r in as_records(build_tables(run, results).accuracy, ACCURACY_COLUMNS) if r["row"] == ROW)
     assert record["official_anls"] == 81.5 and record["leaked"] == 7
 

@@ -36,12 +36,16 @@ def read_questions(data_dir: str | Path, split: str) -> list[Question]:
     lines: dict[str, int] = {}
     for number, example in enumerate(read_conversations(path), 1):
         if example.id in lines:
-            raise DataError(f"{path}:{number}: field `id`: got {example.id!r}, already on line {lines[example.id]}; expected unique ids")
+            raise DataError(
+                f"{path}:{number}: field `id`: got {example.id!r}, already on line {lines[example.id]}; expected unique ids"
+            )
         lines[example.id] = number
         turn: Turn = example.turns[0]
         for image in turn.images:
             if not (folder / "images" / image).is_file():
-                raise DataError(f"{path}:{number}: field `images`: {folder / 'images' / image}: no such file; expected a picture")
+                raise DataError(
+                    f"{path}:{number}: field `images`: {folder / 'images' / image}: no such file; expected a picture"
+                )
         questions.append(Question(example.id, turn.images, turn.user, prompt_text(turn), turn.accepted))
     return questions
 
@@ -76,7 +80,9 @@ def leaked(data_dir: str | Path, questions: Sequence[Question], train: str = "tr
     return sum(any(digests[name] in found for name in question.images) for question in questions)
 
 
-def swap_pictures(questions: Sequence[Question], digests: dict[str, str], seed: int) -> tuple[list[Question], list[str]]:
+def swap_pictures(
+    questions: Sequence[Question], digests: dict[str, str], seed: int
+) -> tuple[list[Question], list[str]]:
     """The questions with each other's pictures, and the ids that are left out.
 
     A seeded permutation among the questions with as many pictures in which no question gets any picture that it had itself (by content,

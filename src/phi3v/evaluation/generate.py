@@ -86,10 +86,14 @@ def generate(
 ) -> list[Answer]:
     """Greedy answers of B prompts with their pictures (PIL), at most max_new_tokens each."""
     inputs = prepare(processor, prompts, images, num_crops)
-    return answer(model, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, end_tokens=end_tokens, choice=choice)
+    return answer(
+        model, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, end_tokens=end_tokens, choice=choice
+    )
 
 
-def prepare(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Any]], num_crops: int) -> dict[str, torch.Tensor]:
+def prepare(
+    processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Any]], num_crops: int
+) -> dict[str, torch.Tensor]:
     """Left-padded model inputs on the CPU: input_ids and attention_mask [B, T], pixel_values, image_sizes."""
     return dict(
         processor(
@@ -115,6 +119,8 @@ def answer(
     if "pixel_values" in moved and moved["pixel_values"].is_floating_point():
         moved["pixel_values"] = moved["pixel_values"].to(model.dtype)
     first = _FirstLogits()
+    # As an answer it would mean a picture that is not there, and stop the model with an error.
+    placeholder = getattr(model.config, "image_token_id", None)
     sequences = model.generate(
         **moved,
         do_sample=False,
@@ -123,6 +129,7 @@ def answer(
         eos_token_id=list(end_tokens),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
+        suppress_tokens=None if placeholder is None else [placeholder],
         logits_processor=[first] if choice else None,
     )  # [B, T + new]
     new = sequences[:, inputs["input_ids"].shape[1] :].tolist()

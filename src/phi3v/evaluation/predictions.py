@@ -117,7 +117,10 @@ def further_metrics(records: Sequence[dict[str, Any]], metric: str, seed: int) -
         positive = [truth == "yes" for truth in truths]
         shares = [record["p_yes"] for record in records]
         interval = statistics.bootstrap_of(
-            lambda pick: metrics.auroc([positive[i] for i in pick], [shares[i] for i in pick]), len(shares), seed, resamples=500
+            lambda pick: metrics.auroc([positive[i] for i in pick], [shares[i] for i in pick]),
+            len(shares),
+            seed,
+            resamples=500,
         )
         more["auroc"] = _figure(metrics.auroc(positive, shares), interval)
     try:
@@ -125,7 +128,9 @@ def further_metrics(records: Sequence[dict[str, Any]], metric: str, seed: int) -
     except ValueError:
         sentences = []
     if sentences and len(set(sentences)) < len(sentences):
-        more["consistency"] = _figure(metrics.consistency(sentences, [record["score"] == 1 for record in records]), None)
+        more["consistency"] = _figure(
+            metrics.consistency(sentences, [record["score"] == 1 for record in records]), None
+        )
     if 2 < len(set(truths)) <= 50:
         more["confusion"] = metrics.confusion([r["answers"][0] for r in records], [r["prediction"] for r in records])
     return more
@@ -135,7 +140,9 @@ def _figure(score: float, interval: tuple[float, float] | None) -> dict[str, Any
     return {"score": round(score, 4), "interval": [round(bound, 4) for bound in interval] if interval else None}
 
 
-def write_pass(folder: Path, records: Sequence[dict[str, Any]], summary: dict[str, Any], timing: dict[str, Any]) -> None:
+def write_pass(
+    folder: Path, records: Sequence[dict[str, Any]], summary: dict[str, Any], timing: dict[str, Any]
+) -> None:
     """predictions.jsonl, metrics.json, and last timing.json, which alone differs from run to run."""
     lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
     write_atomically(folder / "predictions.jsonl", lines)
@@ -147,7 +154,11 @@ def finished(folder: Path, fingerprint: str) -> bool:
     """Whether the pass is whole and came from the same fingerprint."""
     try:
         timing = json.loads((folder / "timing.json").read_text(encoding="utf-8"))
-        return timing["fingerprint"] == fingerprint and (folder / "predictions.jsonl").is_file() and (folder / "metrics.json").is_file()
+        return (
+            timing["fingerprint"] == fingerprint
+            and (folder / "predictions.jsonl").is_file()
+            and (folder / "metrics.json").is_file()
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -174,15 +185,28 @@ def scored_lines(path: Path) -> Iterator[ScoredLine]:
                 record = json.loads(line)
                 identifier, score, answers = record["id"], record["score"], record["answers"]
             except (ValueError, TypeError, KeyError) as error:
-                what = f"field `{error.args[0]}`: missing" if isinstance(error, KeyError) else f"not a JSON object ({error})"
+                what = (
+                    f"field `{error.args[0]}`: missing"
+                    if isinstance(error, KeyError)
+                    else f"not a JSON object ({error})"
+                )
                 raise DataError(f"{path}:{number}: {what}; expected id, prompt, answers, prediction, score") from None
             if not isinstance(identifier, str) or not identifier:
                 raise DataError(f"{path}:{number}: field `id`: got {identifier!r}; expected a string")
             if identifier in seen:
-                raise DataError(f"{path}:{number}: field `id`: got {identifier!r}, which an earlier line has; expected unique ids")
+                raise DataError(
+                    f"{path}:{number}: field `id`: got {identifier!r}, which an earlier line has; expected unique ids"
+                )
             if not answers:
-                raise DataError(f"{path}:{number}: field `answers`: got {answers!r}; expected at least one accepted answer")
-            if isinstance(score, bool) or not isinstance(score, int | float) or math.isnan(score) or not 0 <= score <= 1:
+                raise DataError(
+                    f"{path}:{number}: field `answers`: got {answers!r}; expected at least one accepted answer"
+                )
+            if (
+                isinstance(score, bool)
+                or not isinstance(score, int | float)
+                or math.isnan(score)
+                or not 0 <= score <= 1
+            ):
                 raise DataError(f"{path}:{number}: field `score`: got {score!r}; expected a number 0-1")
             seen.add(identifier)
             yield ScoredLine(identifier, float(score), line)

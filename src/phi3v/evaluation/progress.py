@@ -20,7 +20,11 @@ class Progress:
     def __init__(self, title: str, total: int, bar: bool, silent: bool = False) -> None:
         self.title, self.total, self.silent, self.done = title, total, silent, 0
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=title, unit="example", dynamic_ncols=True) if bar and terminal and not silent else None
+        self._bar = (
+            tqdm(total=total, desc=title, unit="example", dynamic_ncols=True)
+            if bar and terminal and not silent
+            else None
+        )
         self._started = self._last = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -37,8 +41,13 @@ class Progress:
             self._last = now
             rate = self.done / (now - self._started)
             left = (self.total - self.done) / rate if rate else 0
-            print(f"{self.title}: {self.done} of {self.total} (this process), {rate:.2f}/s, about {left:.0f} s left", flush=True)
+            print(
+                f"{self.title}: {self.done} of {self.total} (this process), {rate:.2f}/s, about {left:.0f} s left",
+                flush=True,
+            )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.close()

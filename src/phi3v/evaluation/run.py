@@ -86,7 +86,11 @@ def evaluate(settings: EvaluateSettings) -> dict[str, dict[str, Any]]:
             output,
             kind="evaluate",
             settings=settings,
-            inputs={"model": settings.model_name_or_path, "data": str(data_dir), "split": str(split_file(data_dir, settings.split))},
+            inputs={
+                "model": settings.model_name_or_path,
+                "data": str(data_dir),
+                "split": str(split_file(data_dir, settings.split)),
+            },
             seed=settings.seed,
             seconds=time.perf_counter() - started,
             device=processes.title,
@@ -104,7 +108,9 @@ def _questions_of(name: str, questions: list[Question], data_dir: Path, seed: in
         return questions, []
     swapped, left_out = examples.swap_pictures(questions, examples.content_digests(data_dir, questions), seed)
     if not swapped:
-        raise DataError(f"{data_dir}: no two examples whose pictures differ; expected some, for the control with swapped pictures")
+        raise DataError(
+            f"{data_dir}: no two examples whose pictures differ; expected some, for the control with swapped pictures"
+        )
     return swapped, left_out
 
 
@@ -138,7 +144,9 @@ def load_model(settings: EvaluateSettings | PredictSettings, device: torch.devic
     disable_progress_bar()
     name = settings.model_name_or_path
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"--model_name_or_path {name}: no such folder; expected a checkpoint, an adapter or a hub id OWNER/NAME")
+        raise FileNotFoundError(
+            f"--model_name_or_path {name}: no such folder; expected a checkpoint, an adapter or a hub id OWNER/NAME"
+        )
     attention = _flash_implementation() if settings.use_flash_attention else "eager"
     if device.type == "cpu" and settings.dtype == "fp16":
         from phi3v.model.half import use_float32_sums
@@ -268,13 +276,20 @@ def _answer_within_memory(
     return [
         found
         for half in (batch[:middle], batch[middle:])
-        for found in _answer_within_memory(half, _inputs(half, questions, data_dir, loaded), questions, data_dir, loaded, max_new_tokens)
+        for found in _answer_within_memory(
+            half, _inputs(half, questions, data_dir, loaded), questions, data_dir, loaded, max_new_tokens
+        )
     ]
 
 
 def _records(questions: list[Question], batch: list[int], answers: list[Answer]) -> list[dict[str, Any]]:
     return [
-        {"id": questions[i].id, "prediction": a.text, "tokens": a.tokens, "choice": None if a.choice is None else round(a.choice, 6)}
+        {
+            "id": questions[i].id,
+            "prediction": a.text,
+            "tokens": a.tokens,
+            "choice": None if a.choice is None else round(a.choice, 6),
+        }
         for i, a in zip(batch, answers, strict=True)
     ]
 
@@ -314,4 +329,6 @@ def _finish_pass(
     predictions.write_pass(folder, records, summary, timing)
     part.remove()
     low, high = summary["interval"]
-    print(f"{settings.row or settings.dataset} {folder.name}: {metric} {summary['score']:.2f} [{low:.1f}, {high:.1f}], n = {summary['n']}")
+    print(
+        f"{settings.row or settings.dataset} {folder.name}: {metric} {summary['score']:.2f} [{low:.1f}, {high:.1f}], n = {summary['n']}"
+    )

@@ -41,7 +41,7 @@ def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarra
     return drawn @ distinct / values.size
 
 
-def bootstrap(scores: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def bootstrap(scores: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Percentile bootstrap interval of the mean of 0-1 scores, 0-100 (Efron 1979). Raises ValueError on none."""
     values = np.asarray(scores, dtype=np.float64)
     if values.size == 0:
@@ -71,7 +71,7 @@ def bootstrap_of(
     return float(low), float(high)
 
 
-def interval_of(metric: str, scores: Sequence[float], seed: int = 0) -> Interval:
+def interval_of(metric: str, scores: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
     """The interval shown beside a score: Wilson where scores are right or wrong, bootstrap for graded ones."""
     if metric == "accuracy":
         return wilson(float(np.sum(scores)), len(scores))
@@ -89,7 +89,7 @@ class Comparison:
     """McNemar's exact p-value where all scores are 0 or 1."""
 
 
-def mcnemar(left: Sequence[float], right: Sequence[float]) -> float:
+def mcnemar(left: Sequence[float] | np.ndarray, right: Sequence[float] | np.ndarray) -> float:
     """Two-sided exact p-value that two raters of the same examples are equally often right (McNemar 1947; binomial form)."""
     a, b = np.asarray(left) > 0.5, np.asarray(right) > 0.5
     only_left, only_right = int((a & ~b).sum()), int((b & ~a).sum())
@@ -101,7 +101,9 @@ def mcnemar(left: Sequence[float], right: Sequence[float]) -> float:
     return min(1.0, 2 * math.fsum(math.exp(term) for term in terms))
 
 
-def paired(left: Sequence[float], right: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Comparison:
+def paired(
+    left: Sequence[float] | np.ndarray, right: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = RESAMPLES
+) -> Comparison:
     """Mean of left minus right over the same examples, with a paired bootstrap interval. Raises ValueError on unequal lengths."""
     a, b = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if a.shape != b.shape or a.size == 0:
@@ -110,11 +112,14 @@ def paired(left: Sequence[float], right: Sequence[float], seed: int = 0, resampl
     low, high = np.percentile(_resampled_means(differences, seed, resamples), [2.5, 97.5])
     binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
     return Comparison(
-        100 * float(differences.mean()), (100 * float(low), 100 * float(high)), a.size, mcnemar(a, b) if binary else None
+        100 * float(differences.mean()),
+        (100 * float(low), 100 * float(high)),
+        a.size,
+        mcnemar(a, b) if binary else None,
     )
 
 
-def spread(scores: Sequence[float]) -> dict[str, float]:
+def spread(scores: Sequence[float] | np.ndarray) -> dict[str, float]:
     """Mean, standard deviation (n - 1) and range of one row over several seeds."""
     values = np.asarray(scores, dtype=np.float64)
     if values.size == 0:
@@ -132,7 +137,7 @@ class AgainstPublished:
     verdict: Verdict
 
 
-def standard_error(score: float, n: int, scores: Sequence[float] | None = None) -> float:
+def standard_error(score: float, n: int, scores: Sequence[float] | np.ndarray | None = None) -> float:
     """Sampling error of a 0-100 score over n examples, in points.
 
     From the scores' own scatter where given, else that of a proportion of this size: the largest any 0-1 score can have. A share of 0 or
@@ -149,8 +154,8 @@ def against_published(
     n: int,
     published: float,
     published_n: int,
-    scores: Sequence[float] | None = None,
-    seed_scores: Sequence[float] = (),
+    scores: Sequence[float] | np.ndarray | None = None,
+    seed_scores: Sequence[float] | np.ndarray = (),
     margin: float = MARGIN,
 ) -> AgainstPublished:
     """Verdict on a published figure from the interval of the difference, both sides' sampling errors and the seeds' spread in it.

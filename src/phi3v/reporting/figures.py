@@ -24,18 +24,28 @@ def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool
     for name, colour, symbol in (("before", "--before", "circle-open"), ("control", "--control", "x-thin-open")):
         points = [(line.row.row, line.score(name)) for line in shown if line.score(name) is not None]
         if points:
-            traces.append(_marks("before training" if name == "before" else "pictures swapped", points, colour, symbol, 9))
+            traces.append(
+                _marks("before training" if name == "before" else "pictures swapped", points, colour, symbol, 9)
+            )
     published = [(line.row.row, line.row.published) for line in shown if line.row.published is not None]
     if published:
         name = "published" if comparable else "published (not comparable)"
         traces.append(_marks(name, published, "--published", "diamond-open", 10))
-    ours = _marks("after training, 95 % interval", list(zip(labels, [p.score for p in after], strict=True)), "--after", "square", 9)
+    ours = _marks(
+        "after training, 95 % interval",
+        list(zip(labels, [p.score for p in after], strict=True)),
+        "--after",
+        "square",
+        9,
+    )
     ours["error_x"] = {
         "type": "data", "symmetric": False, "thickness": 2, "width": 4, "color": "--after",
         "array": [p.interval[1] - p.score for p in after], "arrayminus": [p.score - p.interval[0] for p in after],
     }  # fmt: skip
     ours["customdata"] = [[*p.interval, p.n] for p in after]
-    ours["hovertemplate"] = "%{y}<br>after %{x:.1f} [%{customdata[0]:.1f}, %{customdata[1]:.1f}], n = %{customdata[2]}<extra></extra>"
+    ours["hovertemplate"] = (
+        "%{y}<br>after %{x:.1f} [%{customdata[0]:.1f}, %{customdata[1]:.1f}], n = %{customdata[2]}<extra></extra>"
+    )
     traces.append(ours)
     return {
         "id": f"forest-{dataset}",
@@ -44,7 +54,10 @@ def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool
         "traces": traces,
         "layout": {
             "height": 130 + 34 * len(shown),
-            "xaxis": {"title": {"text": f"{METRICS.get(after[0].metric, after[0].metric)} (0–100)"}, "range": [-2, 102]},
+            "xaxis": {
+                "title": {"text": f"{METRICS.get(after[0].metric, after[0].metric)} (0–100)"},
+                "range": [-2, 102],
+            },
             "yaxis": {"type": "category", "categoryorder": "array", "categoryarray": labels},
             "hovermode": "closest",
         },
@@ -72,12 +85,18 @@ def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None
         curve = line.result.curve
         traces.append(
             {
-                "type": "scatter", "mode": "lines", "name": line.row.row, "x": [p.get("epoch") for p in curve],
-                "y": [p.get("loss") for p in curve], "line": {"color": f"--series-{number % 8}", "width": 1.8},
+                "type": "scatter",
+                "mode": "lines",
+                "name": line.row.row,
+                "x": [p.get("epoch") for p in curve],
+                "y": [p.get("loss") for p in curve],
+                "line": {"color": f"--series-{number % 8}", "width": 1.8},
                 "hovertemplate": f"{line.row.row}<br>epoch %{{x:.2f}}, loss %{{y:.4f}}<extra></extra>",
             }  # fmt: skip
         )
-        rows.append([line.row.row, curve[0].get("loss"), curve[-1].get("loss"), curve[-1].get("step"), curve[-1].get("epoch")])
+        rows.append(
+            [line.row.row, curve[0].get("loss"), curve[-1].get("loss"), curve[-1].get("step"), curve[-1].get("epoch")]
+        )
     if not traces:
         return None
     return {
@@ -85,7 +104,11 @@ def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None
         "title": f"{title}: training loss",
         "text": f"Loss over epochs of {len(traces)} rows.",
         "traces": traces,
-        "layout": {"height": 300, "xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": "loss"}, "rangemode": "tozero"}},
+        "layout": {
+            "height": 300,
+            "xaxis": {"title": {"text": "epoch"}},
+            "yaxis": {"title": {"text": "loss"}, "rangemode": "tozero"},
+        },
         "columns": ["row", "first loss", "last loss", "steps", "epochs"],
         "rows": rows,
     }
@@ -97,16 +120,30 @@ def curves(line: AccuracyLine) -> Figure | None:
         return None
     curve = line.result.curve
     steps = [p.get("step") for p in curve]
-    parts = [("loss", "loss", "--after", ".4f"), ("learning_rate", "learning rate", "--published", ".2e"), ("images_per_second", "images/s", "--before", ".1f")]
+    parts = [
+        ("loss", "loss", "--after", ".4f"),
+        ("learning_rate", "learning rate", "--published", ".2e"),
+        ("images_per_second", "images/s", "--before", ".1f"),
+    ]
     parts = [part for part in parts if any(p.get(part[0]) is not None for p in curve)]
     traces: list[dict[str, Any]] = []
-    layout: dict[str, Any] = {"height": 130 + 110 * len(parts), "showlegend": False, "xaxis": {"title": {"text": "optimizer step"}}}
+    layout: dict[str, Any] = {
+        "height": 130 + 110 * len(parts),
+        "showlegend": False,
+        "xaxis": {"title": {"text": "optimizer step"}},
+    }
     for at, (name, label, colour, form) in enumerate(parts):
         axis = "y" if at == 0 else f"y{at + 1}"
         traces.append(
             {
-                "type": "scatter", "mode": "lines", "name": label, "x": steps, "y": [p.get(name) for p in curve], "yaxis": axis,
-                "line": {"color": colour, "width": 1.8}, "hovertemplate": f"{label} %{{y:{form}}}<extra></extra>",
+                "type": "scatter",
+                "mode": "lines",
+                "name": label,
+                "x": steps,
+                "y": [p.get(name) for p in curve],
+                "yaxis": axis,
+                "line": {"color": colour, "width": 1.8},
+                "hovertemplate": f"{label} %{{y:{form}}}<extra></extra>",
             }  # fmt: skip
         )
         top = 1 - at / len(parts)
@@ -165,13 +202,18 @@ def scaling(hardware: str, title: str, lines: list[SpeedLine]) -> Figure | None:
     """images/s over GPUs for methods that were published on several node counts; ours only where it ran on those machines."""
     series: dict[str, list[SpeedLine]] = {}
     for line in lines:
-        series.setdefault(f"{METHODS[line.row.method]}, {'flash' if line.row.flash_attention else 'eager'}", []).append(line)
+        series.setdefault(f"{METHODS[line.row.method]}, {'flash' if line.row.flash_attention else 'eager'}", []).append(
+            line
+        )
     traces, rows = [], []
     for number, (name, members) in enumerate(pair for pair in series.items() if len(pair[1]) > 1):
         gpus = [line.row.nodes * line.row.gpus_per_node for line in members]
         published = [line.row.published_images_per_second for line in members]
         traces.append(_series(f"{name}: published", gpus, published, "--published", "diamond-open", "dot"))
-        ours = [None if line.value("stand_in") or line.status != "done" else line.value("images_per_second") for line in members]
+        ours = [
+            None if line.value("stand_in") or line.status != "done" else line.value("images_per_second")
+            for line in members
+        ]
         if any(value is not None for value in ours):
             traces.append(_series(f"{name}: ours", gpus, ours, f"--series-{number % 8}", "square", "solid"))
         ideal = [(published[0] or 0) * count / gpus[0] for count in gpus]

@@ -41,12 +41,28 @@ def by_hardware(lines: list[SpeedLine]) -> dict[str, list[SpeedLine]]:
 
 
 def _accuracy(lines: list[AccuracyLine]) -> list[str]:
-    header = ["training method", "data type", "LoRA rank", "LoRA alpha", "batch size", "learning rate", "epochs", "before", "after", "95 % interval", "published"]
+    header = [
+        "training method",
+        "data type",
+        "LoRA rank",
+        "LoRA alpha",
+        "batch size",
+        "learning rate",
+        "epochs",
+        "before",
+        "after",
+        "95 % interval",
+        "published",
+    ]
     rows = []
     for line in lines:
         row = line.row
         after = line.result.passes.get("after") if line.result else None
-        ours = [_figure(line.score("before")), _figure(after.score), f"{after.interval[0]:.1f} to {after.interval[1]:.1f}"] if after else ["", line.status, ""]
+        ours = (
+            [_figure(line.score("before")), _figure(after.score), f"{after.interval[0]:.1f} to {after.interval[1]:.1f}"]
+            if after
+            else ["", line.status, ""]
+        )
         rows.append(
             [METHODS[row.method], row.dtype, row.lora_rank or "-", f"{row.lora_alpha:g}" if row.lora_alpha else "-", row.batch_size,
              f"{row.learning_rate:g}", f"{row.epochs:g}", *ours, _figure(row.published)]
@@ -55,12 +71,26 @@ def _accuracy(lines: list[AccuracyLine]) -> list[str]:
 
 
 def _speed(lines: list[SpeedLine]) -> list[str]:
-    header = ["training method", "nodes", "GPUs", "flash attention", "images/s", "speed-up", "peak GB", "published images/s", "published speed-up"]
+    header = [
+        "training method",
+        "nodes",
+        "GPUs",
+        "flash attention",
+        "images/s",
+        "speed-up",
+        "peak GB",
+        "published images/s",
+        "published speed-up",
+    ]
     rows = []
     for line in lines:
         row = line.row
         memory = line.value("peak_memory_bytes")
-        ours = [_figure(line.value("images_per_second"), 3), f"{line.speedup:.2f}x" if line.speedup else "", _figure(memory / GB if memory else None, 1)]
+        ours = [
+            _figure(line.value("images_per_second"), 3),
+            f"{line.speedup:.2f}x" if line.speedup else "",
+            _figure(memory / GB if memory else None, 1),
+        ]
         if line.status != "done":
             ours[0] = line.status
         elif line.value("stand_in"):

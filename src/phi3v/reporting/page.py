@@ -20,8 +20,8 @@ from phi3v.reporting.markdown import by_hardware, grouped
 from phi3v.reporting.pictures import Thumbnails
 from phi3v.reporting.tables import (
     GB,
-    METHODS,
     HARMLESS,
+    METHODS,
     PUBLISHED_TOKENS,
     AccuracyLine,
     SpeedLine,
@@ -64,20 +64,35 @@ def render(tables: Tables, results: Path, code: dict[str, Any]) -> str:
     for hardware, speed_lines in by_hardware(tables.speed).items():
         title = tables.run.hardware[hardware].title
         stand_in = any(line.value("stand_in") for line in speed_lines)
-        both = [plot(figures.speed_bars(hardware, title, speed_lines, comparable and not stand_in)), plot(figures.scaling(hardware, title, speed_lines))]
+        both = [
+            plot(figures.speed_bars(hardware, title, speed_lines, comparable and not stand_in)),
+            plot(figures.scaling(hardware, title, speed_lines)),
+        ]
         stand_ins = list(dict.fromkeys(stand_in_text(line) for line in speed_lines if line.value("stand_in")))
         shown = [figure for figure in both if figure]
-        speed.append({"hardware": hardware, "title": title, "lines": speed_lines, "figures": shown, "stand_ins": stand_ins})
+        speed.append(
+            {"hardware": hardware, "title": title, "lines": speed_lines, "figures": shown, "stand_ins": stand_ins}
+        )
     details = {}
     for line in tables.accuracy:
-        images = results.parent / "data" / dataset_key(line.row.dataset, tables.run.datasets[line.row.dataset]) / "images"
+        images = (
+            results.parent / "data" / dataset_key(line.row.dataset, tables.run.datasets[line.row.dataset]) / "images"
+        )
         details[line.row.row] = {"curves": plot(figures.curves(line)), "examples": _examples(line, images, thumbnails)}
     scripts = {"plotly": _asset("plotly-basic.min.js"), "page": _asset("page.js")}
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters.update(figure=figure_text, signed=signed_text, duration=duration_text, count=count_text, gb=gigabytes_text, plain=plain)
-    environment.globals.update(METHODS=METHODS, asked=asked, observed=observed, hidden_fields=HIDDEN_FIELDS, HARMLESS=HARMLESS)
+    environment.filters.update(
+        figure=figure_text, signed=signed_text, duration=duration_text, count=count_text, gb=gigabytes_text, plain=plain
+    )
+    environment.globals.update(
+        METHODS=METHODS, asked=asked, observed=observed, hidden_fields=HIDDEN_FIELDS, HARMLESS=HARMLESS
+    )
     data = {"plots": {figure["id"]: figure for figure in plots}, "pictures": thumbnails.data}
     return environment.get_template("index.html").render(
         run=tables.run,
@@ -132,8 +147,12 @@ def _examples(line: AccuracyLine, images: Path, thumbnails: Thumbnails) -> list[
 
 
 def _failures(tables: Tables) -> list[AccuracyLine | SpeedLine]:
-    lines: list[AccuracyLine | SpeedLine] = [*tables.accuracy, *tables.speed]
-    return [line for line in lines if line.status in ("did not finish", "damaged") or (line.result is not None and line.result.problems)]
+    lines: list[AccuracyLine | SpeedLine] = tables.lines
+    return [
+        line
+        for line in lines
+        if line.status in ("did not finish", "damaged") or (line.result is not None and line.result.problems)
+    ]
 
 
 def _summary(tables: Tables) -> dict[str, Any]:
@@ -145,7 +164,9 @@ def _summary(tables: Tables) -> dict[str, Any]:
     for line in tables.accuracy:
         if line.verdict:
             verdicts[line.verdict] = verdicts.get(line.verdict, 0) + 1
-    seconds = [w.seconds or 0 for line in tables.accuracy if line.result for w in (line.result.train, line.result.evaluate)]
+    seconds = [
+        w.seconds or 0 for line in tables.accuracy if line.result for w in (line.result.train, line.result.evaluate)
+    ]
     seconds += [line.result.work.seconds or 0 for line in tables.speed if line.result]
     bases = {line.result.baseline.folder: line.result.baseline.seconds or 0 for line in tables.accuracy if line.result}
     return {
@@ -153,13 +174,15 @@ def _summary(tables: Tables) -> dict[str, Any]:
         "rows": len(tables.accuracy),
         "gained": sum(1 for line in gained if line.result and line.result.gain and line.result.gain.difference > 0),
         "gained_of": len(gained),
-        "looked": sum(1 for line in looked if line.result and line.result.looking and line.result.looking.interval[0] > 0),
+        "looked": sum(
+            1 for line in looked if line.result and line.result.looking and line.result.looking.interval[0] > 0
+        ),
         "looked_of": len(looked),
         "speed_done": sum(1 for line in tables.speed if line.status == "done"),
         "speed_rows": len(tables.speed),
         "verdicts": verdicts,
         "seconds": sum(seconds) + sum(bases.values()),
-        "older": sum(line.older for line in [*tables.accuracy, *tables.speed]),
+        "older": sum(line.older for line in tables.lines),
         "has_mfu": any(line.value("mfu") is not None for line in tables.speed),
     }
 

@@ -13,7 +13,7 @@ from phi3v.settings import dataset_key
 def datasets(tables: Tables, results: Path) -> list[dict[str, Any]]:
     """Each dataset of the run's rows: what dataset.json says, or why it is not there."""
     used: dict[str, int] = {}
-    for line in [*tables.accuracy, *tables.speed]:
+    for line in tables.lines:
         used[line.row.dataset] = used.get(line.row.dataset, 0) + 1
     found = []
     for name, rows in used.items():
@@ -40,10 +40,14 @@ def provenance(tables: Tables, results: Path) -> dict[str, Any]:
     """Distinct commits, versions, devices and people behind the results, and each manifest's summary."""
     manifests: list[dict[str, Any]] = []
     seen: set[str] = set()
-    for line in [*tables.accuracy, *tables.speed]:
+    for line in tables.lines:
         if line.result is None:
             continue
-        works = [line.result.work] if hasattr(line.result, "work") else [line.result.baseline, line.result.train, line.result.evaluate]
+        works = (
+            [line.result.work]
+            if hasattr(line.result, "work")
+            else [line.result.baseline, line.result.train, line.result.evaluate]
+        )
         for work in works:
             if work.manifest is None or str(work.folder) in seen:
                 continue
@@ -72,7 +76,16 @@ def _relative(folder: Path, results: Path) -> str:
     return str(folder.relative_to(results)) if folder.is_relative_to(results) else str(folder)
 
 
-PLAN_COLUMNS = ("row", "plan", "hours planned", "hours taken", "images/s planned", "images/s seen", "peak GB planned", "peak GB seen")
+PLAN_COLUMNS = (
+    "row",
+    "plan",
+    "hours planned",
+    "hours taken",
+    "images/s planned",
+    "images/s seen",
+    "peak GB planned",
+    "peak GB seen",
+)
 
 
 def plan(tables: Tables, results: Path) -> list[list[Any]]:
@@ -85,13 +98,17 @@ def plan(tables: Tables, results: Path) -> list[list[Any]]:
     except (ResultError, KeyError, TypeError):
         return []
     found = []
-    for line in [*tables.accuracy, *tables.speed]:
+    for line in tables.lines:
         entry = planned.get(line.row.row)
         if entry is None:
             continue
         taken = rate = peak = None
         if line.result is not None and hasattr(line.result, "work"):
-            taken, rate, peak = line.result.work.seconds, line.value("images_per_second"), line.value("peak_memory_bytes")
+            taken, rate, peak = (
+                line.result.work.seconds,
+                line.value("images_per_second"),
+                line.value("peak_memory_bytes"),
+            )
         elif line.result is not None:
             parts = [work.seconds for work in (line.result.train, line.result.evaluate)]
             taken = sum(parts) if None not in parts else None

@@ -117,7 +117,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def number(values: dict[str, Any], name: str, path: Path, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number of a result file. Raises ResultError."""
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
         raise ResultError(f"{path}: field `{name}`: got {value!r}; expected a number {low:g} to {high:g}")
     return float(value)
 
@@ -204,7 +209,11 @@ def read_pass(folder: Path, manifest: dict[str, Any], expected: Callable[[dict[s
     score = number(metrics, "score", path, 0, 100)
     n = int(number(metrics, "n", path, 1))
     bounds = metrics.get("interval")
-    if not isinstance(bounds, list) or len(bounds) != 2 or not all(isinstance(b, int | float) and math.isfinite(b) for b in bounds):
+    if (
+        not isinstance(bounds, list)
+        or len(bounds) != 2
+        or not all(isinstance(b, int | float) and math.isfinite(b) for b in bounds)
+    ):
         raise ResultError(f"{path}: field `interval`: got {bounds!r}; expected [low, high]")
     sample = _Sample(SHOWN_EXAMPLES)
     ids, scores = [], []
@@ -213,10 +222,14 @@ def read_pass(folder: Path, manifest: dict[str, Any], expected: Callable[[dict[s
         scores.append(line.score)
         sample.offer(line)
     if len(scores) != n:
-        raise ResultError(f"{path}: field `n`: got {n}, predictions.jsonl has {len(scores)} lines; expected equal numbers")
+        raise ResultError(
+            f"{path}: field `n`: got {n}, predictions.jsonl has {len(scores)} lines; expected equal numbers"
+        )
     mean = 100 * math.fsum(scores) / n
     if abs(mean - score) > 0.01:
-        raise ResultError(f"{path}: field `score`: got {score}, the predictions beside it give {mean:.4f}; is it of another run?")
+        raise ResultError(
+            f"{path}: field `score`: got {score}, the predictions beside it give {mean:.4f}; is it of another run?"
+        )
     timing = read_json(folder / "timing.json") if (folder / "timing.json").is_file() else {}
     return Pass(
         str(metrics.get("metric", "")), score, n, (float(bounds[0]), float(bounds[1])), metrics.get("more") or {}, timing, manifest,
@@ -241,13 +254,19 @@ def compare(left: Pass, right: Pass, seed: int) -> statistics.Comparison:
 # ---- rows
 
 
-def read_accuracy(results: Path, row: str, baseline: str, dataset: str, seed: int, baselines: dict[str, Any]) -> AccuracyResult:
+def read_accuracy(
+    results: Path, row: str, baseline: str, dataset: str, seed: int, baselines: dict[str, Any]
+) -> AccuracyResult:
     """A row's folders under `results`. baselines: cache of passes before training, which rows share."""
     problems: list[str] = []
     found = AccuracyResult(
         read_work(results / "train" / row, results / "logs" / "train" / f"{row}.log", problems),
         read_work(results / "evaluate" / row, results / "logs" / "evaluate" / f"{row}.log", problems),
-        read_work(results / "evaluate" / "base" / baseline, results / "logs" / "evaluate" / "base" / f"{baseline}.log", problems),
+        read_work(
+            results / "evaluate" / "base" / baseline,
+            results / "logs" / "evaluate" / "base" / f"{baseline}.log",
+            problems,
+        ),
         problems=problems,
     )
 
@@ -255,7 +274,9 @@ def read_accuracy(results: Path, row: str, baseline: str, dataset: str, seed: in
         if settings.get("row") not in (None, "", row):
             return f"field `settings.row`: got {settings['row']!r}; expected {row!r}: a result of another row"
         if settings.get("dataset") not in (None, "", dataset):
-            return f"field `settings.dataset`: got {settings['dataset']!r}; expected {dataset!r}: a result of other data"
+            return (
+                f"field `settings.dataset`: got {settings['dataset']!r}; expected {dataset!r}: a result of other data"
+            )
         return None
 
     if found.baseline.manifest is not None:
@@ -300,7 +321,9 @@ def read_accuracy(results: Path, row: str, baseline: str, dataset: str, seed: in
 def read_speed(results: Path, row: str) -> SpeedResult:
     """A speed row's folder."""
     problems: list[str] = []
-    found = SpeedResult(read_work(results / "speed" / row, results / "logs" / "speed" / f"{row}.log", problems), problems=problems)
+    found = SpeedResult(
+        read_work(results / "speed" / row, results / "logs" / "speed" / f"{row}.log", problems), problems=problems
+    )
     if found.work.manifest is None:
         return found
     path = found.work.folder / "speed.json"

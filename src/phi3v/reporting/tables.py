@@ -96,6 +96,11 @@ class Tables:
     accuracy: list[AccuracyLine]
     speed: list[SpeedLine]
 
+    @property
+    def lines(self) -> list[AccuracyLine | SpeedLine]:
+        """Both tables' lines, accuracy first."""
+        return [*self.accuracy, *self.speed]
+
 
 def build_tables(run: ResolvedRun, results: Path, code: dict[str, Any] | None = None) -> Tables:
     """Read every row's results under `results` (results/NAME) and join them with the tables, in the tables' order.
@@ -113,12 +118,16 @@ def build_tables(run: ResolvedRun, results: Path, code: dict[str, Any] | None = 
         lines[job.row.row] = line
     for job in run.speed:
         speed = read_speed(results, job.row.row)
-        lines[job.row.row] = SpeedLine(job.row, *_work_status("timing", speed.work, speed.problems, bool(speed.speed)), job=job, result=speed)  # type: ignore[arg-type]
+        lines[job.row.row] = SpeedLine(
+            job.row, *_work_status("timing", speed.work, speed.problems, bool(speed.speed)), job=job, result=speed
+        )  # type: ignore[arg-type]
         lines[job.row.row].notes = _notes(job, {}, speed.work.manifest)
         lines[job.row.row].older = _is_older(speed.work.manifest, code)
     for skipped in run.not_run:
         kind = AccuracyLine if isinstance(skipped.row, AccuracyRow) else SpeedLine
-        lines[skipped.row.row] = kind(skipped.row, "cannot run", _without_field(skipped), verdict="not run", verdict_reason=skipped.reason)  # type: ignore[arg-type]
+        lines[skipped.row.row] = kind(
+            skipped.row, "cannot run", _without_field(skipped), verdict="not run", verdict_reason=skipped.reason
+        )  # type: ignore[arg-type]
     accuracy = [line for line in lines.values() if isinstance(line, AccuracyLine)]
     speed_lines = [line for line in lines.values() if isinstance(line, SpeedLine)]
     _mark_same_code(run, accuracy)
@@ -154,7 +163,10 @@ def _accuracy_status(result: AccuracyResult) -> tuple[str, str]:
         if status == "not run yet" and result.curve:
             return "did not finish", f"training stopped after step {result.curve[-1].get('step')}"
         if status == "not run yet" and result.baseline.manifest is None and result.baseline.log is not None:
-            return "did not finish", f"the evaluation before training is running or failed; its log: {result.baseline.log}"
+            return (
+                "did not finish",
+                f"the evaluation before training is running or failed; its log: {result.baseline.log}",
+            )
         return status, reason
     return _work_status("evaluation", result.evaluate, [], False)
 
@@ -177,7 +189,11 @@ def _accuracy_verdict(run: ResolvedRun, line: AccuracyLine) -> tuple[str, str, s
         after.score, after.n, line.row.published, PUBLISHED_EXAMPLES.get(line.row.dataset, after.n), after.scores
     )
     low, high = against.interval
-    return against.verdict, f"difference {against.difference:+.1f} [{low:+.1f}, {high:+.1f}], margin {statistics.MARGIN:g}", against
+    return (
+        against.verdict,
+        f"difference {against.difference:+.1f} [{low:+.1f}, {high:+.1f}], margin {statistics.MARGIN:g}",
+        against,
+    )
 
 
 def _not_comparable(run: ResolvedRun, line: AccuracyLine) -> str:
@@ -204,7 +220,11 @@ def _not_comparable(run: ResolvedRun, line: AccuracyLine) -> str:
 def _notes(job: Job, trained: dict[str, Any], manifest: dict[str, Any] | None) -> list[str]:
     """What a reader must know about a result that was not repeated after a change."""
     notes = []
-    expected = {"learning_rate": job.row.learning_rate, "num_train_epochs": job.row.epochs, "batch_size": job.row.batch_size}
+    expected = {
+        "learning_rate": job.row.learning_rate,
+        "num_train_epochs": job.row.epochs,
+        "batch_size": job.row.batch_size,
+    }
     for name, value in expected.items():
         if name in trained and trained[name] != value:
             notes.append(f"made with {name} {trained[name]:g}; the settings now say {value:g}")
@@ -258,7 +278,10 @@ def _speedups(run: ResolvedRun, lines: list[SpeedLine]) -> None:
         base = first[line.row.hardware]
         line.speedup = rate / base if rate and base else None
         if line.status != "done":
-            line.verdict, line.verdict_reason = ("not run" if line.status in ("not run yet", "cannot run") else line.status), line.reason
+            line.verdict, line.verdict_reason = (
+                ("not run" if line.status in ("not run yet", "cannot run") else line.status),
+                line.reason,
+            )
             continue
         assert line.job is not None
         if line.value("stand_in") or line.job.pool.stand_in:
@@ -266,7 +289,10 @@ def _speedups(run: ResolvedRun, lines: list[SpeedLine]) -> None:
         elif not run.settings.comparable:
             line.verdict, line.verdict_reason = "not comparable", run.settings.notice
         elif "inference" in line.row.note:
-            line.verdict, line.verdict_reason = "not comparable", "the published figure very likely did less work (see the note)"
+            line.verdict, line.verdict_reason = (
+                "not comparable",
+                "the published figure very likely did less work (see the note)",
+            )
         elif line.row.published_images_per_second:
             ratio = rate / line.row.published_images_per_second
             line.verdict, line.verdict_reason = f"{ratio:.2f} x published", "images/s over the published images/s"
@@ -292,7 +318,16 @@ def asked(row: AccuracyRow | SpeedRow) -> str:
     return f"{row.dtype}, {'flash' if row.flash_attention else 'eager'}"
 
 
-OBSERVED = ("activation_dtype", "attention_decoder", "attention_vision", "linear4bit_layers", "linear4bit_bytes", "zero_stage", "world_size", "nodes")
+OBSERVED = (
+    "activation_dtype",
+    "attention_decoder",
+    "attention_vision",
+    "linear4bit_layers",
+    "linear4bit_bytes",
+    "zero_stage",
+    "world_size",
+    "nodes",
+)
 
 
 def observed(line: AccuracyLine | SpeedLine) -> dict[str, Any]:
@@ -416,7 +451,10 @@ SPEED_COLUMNS: list[Column] = [
     ("mfu", lambda r: r.value("mfu")),
     ("hfu", lambda r: r.value("hfu")),
     ("peak_memory_gb", lambda r: r.value("peak_memory_bytes") / GB if r.value("peak_memory_bytes") else None),
-    ("reserved_memory_gb", lambda r: r.value("reserved_memory_bytes") / GB if r.value("reserved_memory_bytes") else None),
+    (
+        "reserved_memory_gb",
+        lambda r: r.value("reserved_memory_bytes") / GB if r.value("reserved_memory_bytes") else None,
+    ),
     ("published_memory_gb", lambda r: r.row.published_memory_gb),
     ("processes", lambda r: r.value("world_size")),
     ("device", lambda r: r.value("device")),
