@@ -86,7 +86,7 @@ def pages() -> dict[str, str]:
             earlier = [base for base in models if base is not model and issubclass(model, base)]
             shown = {name for base in earlier for name in base.model_fields}
             lines += _table(model, shown)
-    schemas = {"run": Run, "model": Model, "dataset": Dataset, "hardware": Hardware}
+    schemas: dict[str, type[BaseModel]] = {"run": Run, "model": Model, "dataset": Dataset, "hardware": Hardware}
     made = {
         f"workflow/schemas/{name}.schema.json": json.dumps(model.model_json_schema(), indent=1) + "\n"
         for name, model in schemas.items()

@@ -106,8 +106,11 @@ class Split(Strict):
     """hf://datasets/OWNER/REPO/PATH (globs allowed), https://…, file:PATH, or a path."""
     revision: str | None = None
     """Hub commit; empty until first used for real, then pinned by the lock file beside the download."""
-    format: str
-    """Name of a converter in phi3v.data.converters."""
+    format: Literal[
+        "cauldron", "docvqa_mini", "ucf101", "image_folder", "table", "llava", "nlvr2_official", "hateful_memes_official",
+        "docvqa_official",
+    ]  # fmt: skip
+    """Converter of phi3v.data.converters."""
     rows: Annotated[str, Field(pattern=r"^\d*:\d*$")] = ":"
     """Rows taken, as a Python slice: `500:` is all but the first 500."""
     options: dict[str, str] = {}

@@ -21,7 +21,7 @@ Grouping = Literal["fixed", "length", "packed"]
 class Pick(NamedTuple):
     """One example of a micro-batch."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index is never used
     """Position in the dataset."""
     counted: bool
     """False for a filler, whose loss weighs nothing."""
@@ -99,8 +99,9 @@ class BatchPlan:
             return self._pack(members, micro_steps)
         if self.grouping == "length":
             assert self.lengths is not None
+            lengths = self.lengths
             # Neighbours in length run at the same micro-step, so padding is short and so is waiting for others.
-            members = sorted(members, key=lambda index: (-self.lengths[index], index))  # type: ignore[index]
+            members = sorted(members, key=lambda index: (-lengths[index], index))
         dealt: list[list[list[int]]] = [[[] for _ in range(micro_steps)] for _ in range(self.processes)]
         for position, index in enumerate(members):
             if self.grouping == "length":
@@ -117,8 +118,10 @@ class BatchPlan:
         return min(self.batch_size, self.examples - step * self.batch_size)
 
     def _pack(self, members: Sequence[int], micro_steps: int) -> list[list[list[int]]]:
-        packs = _balanced(members, self.lengths or (), self.processes * micro_steps)
-        packs.sort(key=lambda pack: -sum(self.lengths[index] for index in pack))  # type: ignore[index]
+        assert self.lengths is not None
+        lengths = self.lengths
+        packs = _balanced(members, lengths, self.processes * micro_steps)
+        packs.sort(key=lambda pack: -sum(lengths[index] for index in pack))
         return [packs[rank :: self.processes] for rank in range(self.processes)]
 
 

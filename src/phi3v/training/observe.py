@@ -113,7 +113,7 @@ def _first_layers(model: nn.Module) -> dict[str, nn.Module]:
 def linear4bit(model: nn.Module) -> tuple[int, int]:
     """Number of bitsandbytes 4-bit layers and the bytes of their packed weights."""
     layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
-    return len(layers), sum(module.weight.numel() * module.weight.element_size() for module in layers)
+    return len(layers), sum(int(module.get_parameter("weight").nbytes) for module in layers)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
