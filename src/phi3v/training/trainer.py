@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 
 from phi3v.training import checkpoints
 from phi3v.training.batches import TRAINER_KEYS
@@ -22,6 +22,8 @@ from phi3v.training.meter import Meter
 
 class RecipeTrainer(Trainer):
     """Trains on a `BatchPlan`; loss = mean over the examples of a step of each example's mean over its label tokens."""
+
+    control: TrainerControl
 
     def __init__(
         self, *, plan: BatchPlan, meter: Meter, eval_plan: BatchPlan | None = None, eval_collator: Any = None,
