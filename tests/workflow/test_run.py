@@ -1,0 +1,163 @@
+"""One small workflow run for real, in a copy of the repository: data, base model, training, evaluation, speed, report.
+
+The tests of this file build on each other's results, in order.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROWS = {"accuracy": ["phi3-docvqa-lora-bf16", "phi35-digits-full-bf16"], "speed": ["phi3-a100-full-eager-8gpu"]}
+BROKEN = "phi35-nowhere-full-bf16"
+
+
+@pytest.fixture(scope="module")
+def copy(root, tmp_path_factory):
+    """A copy of the repository whose demo is smaller: fewer rows, one pass, fewer timed steps."""
+    folder = tmp_path_factory.mktemp("repository")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if not name.startswith("tests/") and (root / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, folder / name)
+
+    def edit(path, change):
+        values = yaml.safe_load((folder / path).read_text())
+        change(values)
+        (folder / path).write_text(yaml.safe_dump(values, sort_keys=False))
+
+    def smaller(values):
+        values["sizes"] = {"docvqa_train": 192, "docvqa_test": 24, "hateful_memes": 8, "nlvr2": 8, "docvqa_mini_train": 8}
+        values["sizes"] |= {"ucf101_train": 1, "ucf101_val": 1, "ucf101_test": 1, "mixture_train": 320, "mixture_val": 8}
+        values["texts"] = ["digits", "docvqa", "mixture"]
+        values["base"]["epochs"] = 1
+
+    def quick(values):
+        values["rows"] = {**ROWS, "accuracy": [*ROWS["accuracy"], BROKEN]}
+        values["speed"] = {"warmup_steps": 1, "timed_steps": 1, "repeats": 2}
+        values["overrides"] = {
+            "*": {"micro_batch_size": 8, "flash_attention": False, "epochs": 1},
+            ROWS["accuracy"][0]: {"learning_rate": 0.002},
+        }
+        values["files"]["datasets"].append("config/nowhere.yaml")
+
+    edit("config/demo/sources.yaml", smaller)
+    edit("config/demo.yaml", quick)
+    missing = {"url": "file:results/nowhere.parquet", "format": "cauldron"}
+    entry = {"title": "nowhere", "metric": "accuracy", "splits": {"train": missing, "val": missing}}
+    # The source is there while the run is planned and empty when it is read.
+    (folder / "config/nowhere.yaml").write_text(yaml.safe_dump({"nowhere": entry}))
+    (folder / "results/nowhere.parquet").write_bytes(b"")
+    table = folder / "config/digits/accuracy.tsv"
+    digits = table.read_text().splitlines()[-1]
+    table.write_text(table.read_text() + digits.replace("digits", "nowhere") + "\n")
+    return folder
+
+
+def snakemake(folder, *arguments, timeout=900):
+    """(exit code, output, seconds) of a run in the copy, in this Python's environment."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = str(folder / "src")
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--profile", "profiles/demo", *arguments],
+        cwd=folder, capture_output=True, text=True, timeout=timeout, check=False, env=environment,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - started
+
+
+def planned(output):
+    return {name: int(n) for name, n in re.findall(r"^(\S+) +(\d+)$", output, re.M)}
+
+
+def test_a_failed_job_leaves_the_others_running_and_a_report_of_them(copy):
+    code, output, _ = snakemake(copy)
+    assert code != 0
+    results = copy / "results/demo"
+    for row in ROWS["accuracy"]:
+        assert (results / f"evaluate/{row}/manifest.json").is_file(), output[-6000:]
+        assert (results / f"train/{row}/final").is_dir()
+    assert (results / f"speed/{ROWS['speed'][0]}/manifest.json").is_file()
+    # The log's path and its last lines are on the screen.
+    assert re.search(r"results/data/nowhere-\w+/logs/convert\.log", output)
+    assert "nowhere.parquet" in output
+    page = (results / "report/index.html").read_text()
+    assert BROKEN in page
+
+
+def test_the_rest_of_the_run_completes_the_report(copy):
+    values = yaml.safe_load((copy / "config/demo.yaml").read_text())
+    values["rows"] = ROWS
+    (copy / "config/demo.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    code, output, _ = snakemake(copy)
+    assert code == 0, output[-6000:]
+    assert "finetune" not in planned(output)
+    report = copy / "results/demo/report"
+    header, *lines = [line.split("\t") for line in (report / "accuracy.tsv").read_text().splitlines()]
+    assert header[:6] == ["row", "model", "dataset", "method", "dtype", "metric"]
+    for column in ("before", "after", "control", "n", "published"):
+        assert column in header
+    rows = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
+    for row in ROWS["accuracy"]:
+        assert 0 <= float(rows[row]["after"]) <= 100
+        assert int(rows[row]["n"]) == (24 if "docvqa" in row else 401)
+    speed = [line.split("\t") for line in (report / "speed.tsv").read_text().splitlines()]
+    assert ROWS["speed"][0] in [line[0] for line in speed]
+    assert "demo: tiny model, synthetic data, not comparable" in (report / "index.html").read_text()
+
+
+def test_what_was_observed_is_recorded(copy):
+    train = copy / "results/demo/train"
+    lora = json.loads((train / ROWS["accuracy"][0] / "observed.json").read_text())
+    assert lora["activation_dtype"] in ("bf16", "bfloat16")
+    assert lora["world_size"] == 2
+    census = json.loads((train / ROWS["accuracy"][1] / "census.json").read_text())
+    assert census["groups"]["decoder"]["with_gradient"] > 0
+    manifest = json.loads((train / ROWS["accuracy"][0] / "manifest.json").read_text())
+    assert manifest["versions"]["torch"].startswith("2.")
+
+
+def test_a_second_run_does_nothing(copy):
+    code, output, seconds = snakemake(copy)
+    assert code == 0
+    assert "Nothing to be done" in output
+    assert seconds < 60  # goal 15 s on an idle machine
+
+
+def test_a_rows_learning_rate_repeats_that_row_and_the_report(copy):
+    values = yaml.safe_load((copy / "config/demo.yaml").read_text())
+    values["overrides"][ROWS["accuracy"][0]]["learning_rate"] = 0.003
+    (copy / "config/demo.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    code, output, _ = snakemake(copy, "-n")
+    assert code == 0
+    jobs = planned(output)
+    assert {name: n for name, n in jobs.items() if name not in ("total", "all")} == {
+        "run_settings": 1, "finetune": 1, "evaluate": 1, "report": 1
+    }  # fmt: skip
+
+
+def test_an_edited_environment_or_docstring_repeats_nothing(copy):
+    values = yaml.safe_load((copy / "config/demo.yaml").read_text())
+    values["overrides"][ROWS["accuracy"][0]]["learning_rate"] = 0.002
+    (copy / "config/demo.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    for path, old, new in (
+        ("envs/train.yaml", "torch==2.13.0", "torch==2.13.1"),
+        ("scripts/finetune.py", '"""', '"""Edited. '),
+        ("workflow/rules/train.smk", '"""Train one row.', '"""Train a row.'),
+    ):
+        text = (copy / path).read_text()
+        assert old in text
+        (copy / path).write_text(text.replace(old, new, 1))
+    code, output, _ = snakemake(copy, "-n")
+    assert code == 0
+    assert "Nothing to be done" in output
