@@ -1,5 +1,6 @@
 """The run's settings, and what the rules share: paths of results, launch lines, resources."""
 
+import functools
 import hashlib
 import os
 import sys
@@ -14,7 +15,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
-from phi3v import settings
+from phi3v import planning, settings
 
 try:
     RUN = settings.load_run(dict(config))
@@ -86,19 +87,15 @@ def device(job):
     return RUN.hardware[job.pool.device]
 
 
-def cores(job):
-    """CPU cores of one machine: one a process for compute on a CPU, eight a GPU for decoding pictures."""
-    return job.processes_per_node * (1 if device(job).kind == "cpu" else 8)
+@functools.cache
+def planned(row, kind):
+    """Minutes, memory and cores of a row's job (train, evaluate or speed), from the plan."""
+    return planning.resources(RUN, RUN.job(row), kind=kind)
 
 
-def gres(job):
-    """SLURM's per-node devices; empty on a CPU."""
-    return "" if device(job).kind == "cpu" else f"gpu:{job.processes_per_node}"
-
-
-def memory_mb(job):
-    """Memory of one machine: a CPU process holds its model; a GPU one stages weights and optimizer of 4 B parameters."""
-    return job.processes_per_node * (3_000 if device(job).kind == "cpu" else 48_000)
+def on_plan(kind, resource):
+    """A resources function of the row in the wildcards."""
+    return lambda wildcards: getattr(planned(wildcards.row, kind), resource)
 
 
 def common_run_flags(job):
@@ -182,6 +179,11 @@ def evaluation_flags(job):
 def tables_digest():
     """Changes when anything that the report shows of the tables does."""
     return hashlib.sha256(RUN.model_dump_json().encode()).hexdigest()[:16]
+
+
+def threads_each(job):
+    """Threads of one process."""
+    return planned(job.row.row, "train").cpus // job.processes_per_node
 
 
 def on_baseline(function):

@@ -13,15 +13,15 @@ rule evaluate_base:
         "../../envs/train.yaml"
     container:
         "containers/train.sif"
-    threads: lambda wildcards: cores(BASELINES[wildcards.baseline])
+    threads: lambda wildcards: planned(BASELINES[wildcards.baseline].row.row, "evaluate").cpus
     resources:
-        mem_mb=on_baseline(memory_mb),
-        runtime=240,
+        mem_mb=on_baseline(lambda job: planned(job.row.row, "evaluate").mem_mb),
+        runtime=on_baseline(lambda job: planned(job.row.row, "evaluate").runtime),
         accelerators=on_baseline(lambda job: job.processes_per_node),
         mpi="",
         nodes=on_baseline(lambda job: job.nodes),
         tasks=on_baseline(lambda job: job.nodes),
-        gres=on_baseline(gres),
+        gres=on_baseline(lambda job: planned(job.row.row, "evaluate").gres),
         tasks_per_gpu=0,
         slurm_partition=on_baseline(lambda job: job.pool.slurm_partition),
     params:
@@ -30,7 +30,7 @@ rule evaluate_base:
         model=on_baseline(lambda job: model_folder(job.row.model)),
         data=on_baseline(lambda job: data_folder(job.row.dataset)),
         folder=f"{RESULTS}/evaluate/base/{{baseline}}",
-        omp=on_baseline(lambda job: cores(job) // job.processes_per_node),
+        omp=on_baseline(threads_each),
     message:
         "evaluate {wildcards.baseline} before training"
     shell:
@@ -56,15 +56,15 @@ rule evaluate:
         "../../envs/train.yaml"
     container:
         "containers/train.sif"
-    threads: lambda wildcards: cores(RUN.job(wildcards.row))
+    threads: on_plan("evaluate", "cpus")
     resources:
-        mem_mb=on_job(memory_mb),
-        runtime=240,
+        mem_mb=on_plan("evaluate", "mem_mb"),
+        runtime=on_plan("evaluate", "runtime"),
         accelerators=on_job(lambda job: job.processes_per_node),
         mpi="",
         nodes=on_job(lambda job: job.nodes),
         tasks=on_job(lambda job: job.nodes),
-        gres=on_job(gres),
+        gres=on_plan("evaluate", "gres"),
         tasks_per_gpu=0,
         slurm_partition=on_job(lambda job: job.pool.slurm_partition),
     params:
@@ -74,7 +74,7 @@ rule evaluate:
         model=f"{RESULTS}/train/{{row}}/final",
         data=on_job(lambda job: data_folder(job.row.dataset)),
         folder=f"{RESULTS}/evaluate/{{row}}",
-        omp=on_job(lambda job: cores(job) // job.processes_per_node),
+        omp=on_job(threads_each),
     message:
         "evaluate {wildcards.row}"
     shell:

@@ -13,15 +13,15 @@ rule speed_row:
         "../../envs/train.yaml"
     container:
         "containers/train.sif"
-    threads: lambda wildcards: cores(RUN.job(wildcards.row))
+    threads: on_plan("speed", "cpus")
     resources:
-        mem_mb=on_job(memory_mb),
-        runtime=120,
+        mem_mb=on_plan("speed", "mem_mb"),
+        runtime=on_plan("speed", "runtime"),
         accelerators=on_job(lambda job: job.processes_per_node),
         mpi="",
         nodes=on_job(lambda job: job.nodes),
         tasks=on_job(lambda job: job.nodes),
-        gres=on_job(gres),
+        gres=on_plan("speed", "gres"),
         tasks_per_gpu=0,
         slurm_partition=on_job(lambda job: job.pool.slurm_partition),
     params:
@@ -31,7 +31,7 @@ rule speed_row:
         model=on_job(lambda job: model_folder(job.row.model)),
         data=on_job(lambda job: data_folder(job.row.dataset)),
         folder=f"{RESULTS}/speed/{{row}}",
-        omp=on_job(lambda job: cores(job) // job.processes_per_node),
+        omp=on_job(threads_each),
     message:
         "time {wildcards.row}"
     shell:

@@ -13,16 +13,16 @@ rule finetune:
         "../../envs/train.yaml"
     container:
         "containers/train.sif"
-    threads: lambda wildcards: cores(RUN.job(wildcards.row))
+    threads: on_plan("train", "cpus")
     resources:
-        mem_mb=on_job(memory_mb),
-        runtime=1440,
+        mem_mb=on_plan("train", "mem_mb"),
+        runtime=on_plan("train", "runtime"),
         accelerators=on_job(lambda job: job.processes_per_node),
         # An empty `mpi` leaves launching to the command below, on one node or many.
         mpi="",
         nodes=on_job(lambda job: job.nodes),
         tasks=on_job(lambda job: job.nodes),
-        gres=on_job(gres),
+        gres=on_plan("train", "gres"),
         tasks_per_gpu=0,
         slurm_partition=on_job(lambda job: job.pool.slurm_partition),
     params:
@@ -32,7 +32,7 @@ rule finetune:
         model=on_job(lambda job: model_folder(job.row.model)),
         data=on_job(lambda job: data_folder(job.row.dataset)),
         folder=f"{RESULTS}/train/{{row}}",
-        omp=on_job(lambda job: cores(job) // job.processes_per_node),
+        omp=on_job(threads_each),
     message:
         "train {wildcards.row}"
     shell:
