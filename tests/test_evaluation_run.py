@@ -199,7 +199,7 @@ def test_bad_data_are_named(checkpoint, tmp_path):
         evaluate_here(checkpoint, data, tmp_path / "out")
     (data / "val.jsonl").write_text("\n".join(lines) + "\n")
     (data / "images/2-0.png").unlink()
-    with pytest.raises(DataError, match="val.jsonl:3.*2-0.png: no such file"):
+    with pytest.raises(DataError, match=r"val.jsonl:3.*2-0.png: no such file"):
         evaluate_here(checkpoint, data, tmp_path / "out")
 
 
@@ -241,7 +241,7 @@ def test_predict_answers_about_ones_own_pictures(checkpoint, tmp_path):
     }
     pictures = [str(data / "images" / path) for path in record["images"]]
     assert predict(PredictSettings(image=pictures, **ask)) == record["prediction"]
-    with pytest.raises(DataError, match="--image nowhere.png: no such file"):
+    with pytest.raises(DataError, match=r"--image nowhere.png: no such file"):
         predict(PredictSettings(image=["nowhere.png"], **ask))
     with pytest.raises(DataError, match="no control token"):
         predict(PredictSettings(**{**ask, "question": "<|image_1|> hm"}))

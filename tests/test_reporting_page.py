@@ -23,7 +23,7 @@ HOSTILE = '<script>window.hacked = 1</script><img src=x onerror="window.hacked =
 @pytest.fixture(scope="module")
 def page(root, tmp_path_factory) -> Path:
     """index.html of a finished demo, one row of which answers with HTML."""
-    run, results = write_run(root, tmp_path_factory.mktemp("page"))
+    _, results = write_run(root, tmp_path_factory.mktemp("page"))
     scores = [0.0] * 60 + [1.0] * 40
     images = [[f"val/{i}-0.jpg"] for i in range(6)]
     write_pass(results / "evaluate" / ROW / "after", scores, "anls", images, text=HOSTILE)
@@ -270,7 +270,7 @@ def test_dark_mode_changes_page_and_plots(opened):
     button = opened.find_element(By.ID, "theme")
     assert button.text == "Dark mode"
     opened.execute_script("arguments[0].click()", button)
-    until(opened, "getComputedStyle(document.querySelector('.plots .main-svg .xtick text')).fill !== '%s'" % light[1])
+    until(opened, f"getComputedStyle(document.querySelector('.plots .main-svg .xtick text')).fill !== '{light[1]}'")
     dark = opened.execute_script(colours)
     assert dark[0] != light[0] and button.get_attribute("textContent") == "Light mode"
     opened.execute_script("arguments[0].click()", button)

@@ -13,7 +13,19 @@ from reporting_examples import write_data, write_row
 
 from phi3v.settings import load_run
 
-HEADER = ["row", "model", "dataset", "method", "dtype", "flash_attention", "learning_rate", "epochs", "published", "origin", "source"]
+HEADER = [
+    "row",
+    "model",
+    "dataset",
+    "method",
+    "dtype",
+    "flash_attention",
+    "learning_rate",
+    "epochs",
+    "published",
+    "origin",
+    "source",
+]
 
 
 @pytest.mark.verify

@@ -250,7 +250,7 @@ def test_rows_that_ran_the_same_code_are_marked(root, tmp_path):
 
 
 def test_a_missing_configuration_is_named(tmp_path):
-    with pytest.raises(SettingsError, match="nowhere.yaml"):
+    with pytest.raises(SettingsError, match=r"nowhere.yaml"):
         build_report(ReportSettings(config=str(tmp_path / "nowhere.yaml")))
 
 

@@ -92,7 +92,7 @@ def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None
                 "y": [p.get("loss") for p in curve],
                 "line": {"color": f"--series-{number % 8}", "width": 1.8},
                 "hovertemplate": f"{line.row.row}<br>epoch %{{x:.2f}}, loss %{{y:.4f}}<extra></extra>",
-            }  # fmt: skip
+            }
         )
         rows.append(
             [line.row.row, curve[0].get("loss"), curve[-1].get("loss"), curve[-1].get("step"), curve[-1].get("epoch")]
@@ -144,7 +144,7 @@ def curves(line: AccuracyLine) -> Figure | None:
                 "yaxis": axis,
                 "line": {"color": colour, "width": 1.8},
                 "hovertemplate": f"{label} %{{y:{form}}}<extra></extra>",
-            }  # fmt: skip
+            }
         )
         top = 1 - at / len(parts)
         layout["yaxis" if at == 0 else f"yaxis{at + 1}"] = {

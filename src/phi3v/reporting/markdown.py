@@ -15,9 +15,9 @@ def as_markdown(tables: Tables) -> str:
         parts += [f"**{_text(run.notice)}**", ""]
     for (dataset, model), lines in grouped(tables.accuracy).items():
         parts += [f"## {_text(tables.run.datasets[dataset].title)}, {_text(tables.run.models[model].title)}", ""]
-        parts += _accuracy(lines) + [""]
+        parts += [*_accuracy(lines), ""]
     for hardware, speed in by_hardware(tables.speed).items():
-        parts += [f"## Speed: {_text(tables.run.hardware[hardware].title)}", ""] + _speed(speed) + [""]
+        parts += [f"## Speed: {_text(tables.run.hardware[hardware].title)}", "", *_speed(speed), ""]
     return "\n".join(parts)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.reporting.results import ResultError, read_json
-from phi3v.reporting.tables import GB, Tables
+from phi3v.reporting.tables import GB, AccuracyLine, SpeedLine, Tables
 from phi3v.settings import dataset_key
 
 
@@ -103,15 +103,15 @@ def plan(tables: Tables, results: Path) -> list[list[Any]]:
         if entry is None:
             continue
         taken = rate = peak = None
-        if line.result is not None and hasattr(line.result, "work"):
+        if isinstance(line, SpeedLine) and line.result is not None:
             taken, rate, peak = (
                 line.result.work.seconds,
                 line.value("images_per_second"),
                 line.value("peak_memory_bytes"),
             )
-        elif line.result is not None:
+        elif isinstance(line, AccuracyLine) and line.result is not None:
             parts = [work.seconds for work in (line.result.train, line.result.evaluate)]
-            taken = sum(parts) if None not in parts else None
+            taken = sum(part or 0 for part in parts) if None not in parts else None
             rates = sorted(point["images_per_second"] for point in line.result.curve if point.get("images_per_second"))
             rate = rates[len(rates) // 2] if rates else None
             peak = line.result.observed.get("peak_memory_bytes")

@@ -12,7 +12,7 @@ from typing import Any
 
 from phi3v.evaluation import statistics
 from phi3v.reporting.results import AccuracyResult, SpeedResult, read_accuracy, read_speed
-from phi3v.settings import AccuracyRow, Job, NotRun, ResolvedRun, SpeedRow
+from phi3v.settings import AccuracyRow, Job, ResolvedRun, SpeedRow
 
 PUBLISHED_EXAMPLES = {"nlvr2": 500, "hateful_memes": 500, "docvqa": 200, "docvqa_mini": 200}
 """Examples behind the recipe's figures (its scripts: the first 500 rows, the 200 of the mini DocVQA set)."""
@@ -110,34 +110,35 @@ def build_tables(run: ResolvedRun, results: Path, code: dict[str, Any] | None = 
     baselines: dict[str, Any] = {}
     lines: dict[str, Any] = {}
     for job in run.accuracy:
+        assert isinstance(job.row, AccuracyRow)
         result = read_accuracy(results, job.row.row, job.baseline, job.row.dataset, run.settings.seed, baselines)
-        line = AccuracyLine(job.row, *_accuracy_status(result), job=job, result=result)  # type: ignore[arg-type]
+        status, reason = _accuracy_status(result)
+        line = AccuracyLine(job.row, status, reason, job=job, result=result)
         line.verdict, line.verdict_reason, line.against = _accuracy_verdict(run, line)
         line.notes = _notes(job, result.settings, result.train.manifest)
         line.older = _is_older(result.train.manifest, code)
         lines[job.row.row] = line
     for job in run.speed:
+        assert isinstance(job.row, SpeedRow)
         speed = read_speed(results, job.row.row)
-        lines[job.row.row] = SpeedLine(
-            job.row, *_work_status("timing", speed.work, speed.problems, bool(speed.speed)), job=job, result=speed
-        )  # type: ignore[arg-type]
-        lines[job.row.row].notes = _notes(job, {}, speed.work.manifest)
-        lines[job.row.row].older = _is_older(speed.work.manifest, code)
+        status, reason = _work_status("timing", speed.work, speed.problems, bool(speed.speed))
+        timed = SpeedLine(job.row, status, reason, job=job, result=speed)
+        timed.notes = _notes(job, {}, speed.work.manifest)
+        timed.older = _is_older(speed.work.manifest, code)
+        lines[job.row.row] = timed
     for skipped in run.not_run:
-        kind = AccuracyLine if isinstance(skipped.row, AccuracyRow) else SpeedLine
-        lines[skipped.row.row] = kind(
-            skipped.row, "cannot run", _without_field(skipped), verdict="not run", verdict_reason=skipped.reason
-        )  # type: ignore[arg-type]
+        reason = skipped.reason
+        lines[skipped.row.row] = (
+            AccuracyLine(skipped.row, "cannot run", reason, verdict="not run", verdict_reason=reason)
+            if isinstance(skipped.row, AccuracyRow)
+            else SpeedLine(skipped.row, "cannot run", reason, verdict="not run", verdict_reason=reason)
+        )
     accuracy = [line for line in lines.values() if isinstance(line, AccuracyLine)]
     speed_lines = [line for line in lines.values() if isinstance(line, SpeedLine)]
     _mark_same_code(run, accuracy)
     _mark_same_code(run, speed_lines)
     _speedups(run, speed_lines)
     return Tables(run, accuracy, speed_lines)
-
-
-def _without_field(skipped: NotRun) -> str:
-    return skipped.reason
 
 
 # ---- status
