@@ -12,7 +12,22 @@ from PIL import Image, ImageDraw
 
 from phi3v.settings import Job, ResolvedRun, dataset_key, load_run
 
-WORDS = ["invoice", "total", "signed", "letter", "Chicago", "1996", "$4,350.00", "R.", "J.", "Reynolds", "yes", "no", "Archery", "Basketball"]
+WORDS = [
+    "invoice",
+    "total",
+    "signed",
+    "letter",
+    "Chicago",
+    "1996",
+    "$4,350.00",
+    "R.",
+    "J.",
+    "Reynolds",
+    "yes",
+    "no",
+    "Archery",
+    "Basketball",
+]
 
 
 def write(path: Path, value: Any) -> None:
