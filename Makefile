@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv demo demo-all test check format docs clean
+.PHONY: help venv demo demo-all test verify-training verify-report check format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,12 @@ demo-all: $(VENV)/installed  ## every row of both tables on a CPU, then the repo
 
 test: $(VENV)/installed  ## unit tests and one small workflow run for real
 	pytest -n 2 --dist loadfile
+
+verify-training: $(VENV)/installed  ## runs killed at random moments end with the same weights (about 30 minutes)
+	pytest -m verify tests/test_training_kills.py
+
+verify-report: $(VENV)/installed  ## 200 rows and 1,000,000 predictions in one report (about 2 minutes)
+	pytest -m verify -s tests/test_reporting_size.py
 
 check: $(VENV)/installed  ## formatting, lint, types, workflow lint
 	ruff check .

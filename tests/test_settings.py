@@ -110,7 +110,9 @@ def test_wrong_row_is_refused(tree, new, said):
 
 def test_line_and_row_are_named(tree):
     spoil(tree, "accuracy.tsv", ROW, ROW.replace("\t3\t", "\tmany\t"))
-    with pytest.raises(SettingsError, match=r"accuracy\.tsv: line 3: row `phi35-nlvr2-full-bf16`: field `epochs`: got 'many'"):
+    with pytest.raises(
+        SettingsError, match=r"accuracy\.tsv: line 3: row `phi35-nlvr2-full-bf16`: field `epochs`: got 'many'"
+    ):
         tree()
 
 
@@ -140,7 +142,13 @@ def test_missing_or_empty_table(tree, content, said):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read"), ("", "got nothing; expected fields"), ("a: [", "not YAML"), ("- a\n", "got list"), ("a: 1\na: 2\n", "not YAML: field `a` is given twice")],
+    [
+        (None, "cannot be read"),
+        ("", "got nothing; expected fields"),
+        ("a: [", "not YAML"),
+        ("- a\n", "got list"),
+        ("a: 1\na: 2\n", "not YAML: field `a` is given twice"),
+    ],
 )
 def test_missing_or_malformed_yaml(tree, content, said):
     path = tree.root / "config/models.yaml"
@@ -167,8 +175,13 @@ def test_row_by_name_must_be_possible(tree):
 
 
 def test_flash_attention_where_there_is_none(tree):
-    spoil(tree, "accuracy.tsv", "phi3-docvqa-full-fp16\tphi3-vision\tdocvqa\tfull\tfp16\tno", "phi3-docvqa-full-fp16\tphi3-vision\tdocvqa\tfull\tfp16\tyes")
-    with pytest.raises(SettingsError, match="flash_attention: yes, NVIDIA V100 32 GB has no flash attention"):
+    spoil(
+        tree,
+        "accuracy.tsv",
+        "phi3-docvqa-full-fp16\tphi3-vision\tdocvqa\tfull\tfp16\tno",
+        "phi3-docvqa-full-fp16\tphi3-vision\tdocvqa\tfull\tfp16\tyes",
+    )
+    with pytest.raises(SettingsError, match=r"flash_attention: yes, NVIDIA V100 32 GB has no flash attention"):
         tree(hardware=V100, rows={"accuracy": ["phi3-docvqa-full-fp16"], "speed": []})
 
 
@@ -189,7 +202,7 @@ def test_unknown_setting_and_selection(tree):
         tree(sed=3)
     with pytest.raises(SettingsError, match=r"field `rows.accuracy`: got 'phi9-\*': matches no row"):
         tree(rows={"accuracy": ["phi9-*"]})
-    with pytest.raises(SettingsError, match="field `hardware.device`: got 'a1000': expected one of a100-40gb"):
+    with pytest.raises(SettingsError, match=r"field `hardware.device`: got 'a1000': expected one of a100-40gb"):
         tree(hardware=[{"device": "a1000", "per_node": 1}])
 
 
@@ -197,7 +210,9 @@ def test_one_gpu_keeps_the_batch(tree):
     run = tree(hardware=[{"device": "h100", "per_node": 1}])
     job = run.job("phi35-nlvr2-full-bf16")
     assert (job.processes, job.row.batch_size) == (1, 64)
-    assert {skipped.reason for skipped in run.not_run if hasattr(skipped.row, "nodes")} >= {"needs 8 a100-80gb on 1 node(s)"}
+    assert {skipped.reason for skipped in run.not_run if hasattr(skipped.row, "nodes")} >= {
+        "needs 8 a100-80gb on 1 node(s)"
+    }
 
 
 def test_flags_are_the_recipes(published):

@@ -14,7 +14,12 @@ def snakemake(root):
 
     def run(*arguments):
         done = subprocess.run(
-            [sys.executable, "-m", "snakemake", *arguments], cwd=root, capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-m", "snakemake", *arguments],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         return done.returncode, done.stdout + done.stderr
 

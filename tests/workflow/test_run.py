@@ -24,7 +24,11 @@ def copy(root, tmp_path_factory):
     """A copy of the repository whose demo is smaller: fewer rows, one pass, fewer timed steps."""
     folder = tmp_path_factory.mktemp("repository")
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for name in listed.stdout.splitlines():
         if not name.startswith("tests/") and (root / name).is_file():
@@ -37,8 +41,20 @@ def copy(root, tmp_path_factory):
         (folder / path).write_text(yaml.safe_dump(values, sort_keys=False))
 
     def smaller(values):
-        values["sizes"] = {"docvqa_train": 192, "docvqa_test": 24, "hateful_memes": 8, "nlvr2": 8, "docvqa_mini_train": 8}
-        values["sizes"] |= {"ucf101_train": 1, "ucf101_val": 1, "ucf101_test": 1, "mixture_train": 320, "mixture_val": 8}
+        values["sizes"] = {
+            "docvqa_train": 192,
+            "docvqa_test": 24,
+            "hateful_memes": 8,
+            "nlvr2": 8,
+            "docvqa_mini_train": 8,
+        }
+        values["sizes"] |= {
+            "ucf101_train": 1,
+            "ucf101_val": 1,
+            "ucf101_test": 1,
+            "mixture_train": 320,
+            "mixture_val": 8,
+        }
         values["texts"] = ["digits", "docvqa", "mixture"]
         values["base"]["epochs"] = 1
 

@@ -152,7 +152,9 @@ class FinetuneSettings(Precision):
     @model_validator(mode="after")
     def _belong_together(self) -> FinetuneSettings:
         if self.full_train and self.dataset not in ("", "docvqa"):
-            raise ValueError(f"full_train: selects the dataset docvqa, got --dataset {self.dataset}; give one of the two")
+            raise ValueError(
+                f"full_train: selects the dataset docvqa, got --dataset {self.dataset}; give one of the two"
+            )
         if self.use_dora and not (self.use_lora or self.use_qlora):
             raise ValueError("use_dora: without adapters; expected --use_lora or --use_qlora beside it")
         for name in ("keep_best", "early_stopping_patience"):

@@ -1,7 +1,7 @@
 """The settings as a reader sees them: config/README.md and the JSON schemas for editors, made from the models.
 
-    python -m phi3v.settings.docs          # write them
-    python -m phi3v.settings.docs --check  # exit 1 when a file differs from what would be written
+python -m phi3v.settings.docs          # write them
+python -m phi3v.settings.docs --check  # exit 1 when a file differs from what would be written
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def _table(model: type[BaseModel], shown: set[str]) -> list[str]:
     for name, field in schema["properties"].items():
         if name in shown:
             continue
-        default = "required" if name in required else f"`{json.dumps(field['default'])}`" if "default" in field else "empty"
+        default = (
+            "required" if name in required else f"`{json.dumps(field['default'])}`" if "default" in field else "empty"
+        )
         meaning = " ".join(str(field.get("description", "")).split()).replace("|", "\\|")
         lines.append(f"| `{name}` | {_type(field)} | {default} | {meaning} |")
     return [*lines, ""]

@@ -192,6 +192,7 @@ class Hardware(Strict):
     source: str
     """Where these facts come from."""
 
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -49,7 +49,9 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(problem=f"field `{key}` is given twice", problem_mark=node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    problem=f"field `{key}` is given twice", problem_mark=node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -103,7 +105,9 @@ def read_table(path: str, model: type[RowT], root: Path) -> list[RowT]:
     for number, line in numbered[1:]:
         cells = next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE))
         if len(cells) != len(header):
-            raise SettingsError(f"{path}: line {number}: {len(cells)} fields; expected {len(header)}, separated by tabs")
+            raise SettingsError(
+                f"{path}: line {number}: {len(cells)} fields; expected {len(header)}, separated by tabs"
+            )
         values = {column: cell for column, cell in zip(header, cells, strict=True) if cell != ""}
         rows.append(validate(model, values, f"{path}: line {number}: row `{values.get('row', '')}`"))
     if not rows:

@@ -1,8 +1,8 @@
 """A run: its configuration file, and its selected rows placed on the machines it has.
 
-    run = load_run("config/demo.yaml")          # raises SettingsError
-    for job in run.accuracy:
-        print(job.row.row, job.processes, job.departures)
+run = load_run("config/demo.yaml")          # raises SettingsError
+for job in run.accuracy:
+    print(job.row.row, job.processes, job.departures)
 """
 
 from __future__ import annotations
@@ -295,7 +295,9 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
     for kind, table, patterns in tables:
         for path, row in table:
             if row.row in seen:
-                raise SettingsError(f"{path}: row `{row.row}`: field `row`: already used in {seen[row.row]}; expected unique")
+                raise SettingsError(
+                    f"{path}: row `{row.row}`: field `row`: already used in {seen[row.row]}; expected unique"
+                )
             seen[row.row] = path
             _check_references(path, row, references)
         names = [row.row for _, row in table]

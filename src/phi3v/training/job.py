@@ -45,6 +45,10 @@ class Job:
 
 def prepare_process(settings: FinetuneSettings) -> None:
     """Environment of a process before the heavy imports: quiet libraries, rendezvous for a lone process."""
+    # PyTorch takes MKL_NUM_THREADS over OMP_NUM_THREADS, and Snakemake exports the former as the whole rule's threads:
+    # every process would then have as many as all together.
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if uses_zero(settings) and "RANK" not in os.environ:
