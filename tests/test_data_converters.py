@@ -19,10 +19,11 @@ from PIL import Image
 from phi3v.data import conversion
 from phi3v.data.conversations import Conversation, DataError, read_conversations
 from phi3v.data.conversion import convert_dataset, convert_files, row_slice
+from phi3v.data.converters import FORMATS
 from phi3v.data.converters_files import json_items
 from phi3v.data.sources import fetch
 from phi3v.data.video import frame_indices, sample_frames
-from phi3v.settings import Dataset
+from phi3v.settings import Dataset, SettingsError, validate
 
 ROOT = Path(__file__).parents[1]
 
@@ -444,11 +445,17 @@ def test_an_entry_from_fetch_to_folder_is_repeatable(tmp_path: Path, monkeypatch
     assert tree(tmp_path / "out") == first
 
 
-def test_an_unknown_format_is_named(tmp_path: Path) -> None:
+def test_an_unknown_format_is_named() -> None:
     splits = {split: {"url": "x", "format": "webdataset"} for split in ("train", "val")}
-    dataset = Dataset.model_validate({**DATASET, "splits": splits})
-    with pytest.raises(DataError, match=r"field `splits.train.format`: got 'webdataset'; expected one of cauldron"):
-        convert_dataset("demo", dataset, tmp_path, tmp_path)
+    with pytest.raises(
+        SettingsError, match=r"field `splits.train.format`: got 'webdataset': .*'cauldron', 'docvqa_mini'"
+    ):
+        validate(Dataset, {**DATASET, "splits": splits}, "config/datasets.yaml: entry `demo`")
+
+
+def test_every_converter_can_be_named() -> None:
+    named = Dataset.model_json_schema()["$defs"]["Split"]["properties"]["format"]["enum"]
+    assert set(named) == set(FORMATS)
 
 
 def test_a_failure_midway_leaves_the_old_folder(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_sorting_turns_round_and_says_so(opened):
     values = "return [...document.querySelector('table.sortable').querySelectorAll('td[data-label=After]')].map(c => +c.dataset.sort)"
     opened.execute_script(f"{column}.click()")
     rising = opened.execute_script(values)
-    assert rising == sorted(rising) and len(rising) == 3
+    assert rising == sorted(rising) and len(set(rising)) > 1
     assert opened.execute_script(f"return {column}.parentElement.getAttribute('aria-sort')") == "ascending"
     opened.execute_script(f"{column}.click()")
     assert opened.execute_script(values) == rising[::-1]

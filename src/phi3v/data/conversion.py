@@ -326,11 +326,6 @@ def convert_dataset(
     """Convert an entry of a datasets file from what scripts/download.py fetched. Raises DataError."""
     splits: dict[str, SplitSource] = {}
     for split, entry in dataset.splits.items():
-        if entry.format not in FORMATS:
-            raise DataError(
-                f"dataset `{name}`: field `splits.{split}.format`: got {entry.format!r}; expected one of "
-                f"{', '.join(FORMATS)}"
-            )
         folder, files, source = locked_files(source_dir, entry.url, entry.revision)
         listing = [[file.path, file.size, file.sha256] for file in source.files]
         origin = {

@@ -7,6 +7,7 @@ over 2x2 merged patches, a decoder without biases, and a head of its own.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,9 @@ def picture_grid(width: int, height: int, num_crops: int) -> tuple[int, int]:
     """
     ratio = max(width, height) / min(width, height)
     scale = 1
-    while (scale + 1) * -(-(scale + 1) // ratio) <= num_crops:
+    while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
         scale += 1
-    short = int(-(-scale // ratio))
+    short = math.ceil(scale / ratio)
     return (short, scale) if width >= height else (scale, short)
 
 
