@@ -22,10 +22,10 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 venv: $(VENV)/installed  ## make .venv from the pinned requirements
 
-demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then the report (about 12 minutes)
+demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then the report (about 10 minutes)
 	snakemake --profile profiles/demo
 
-demo-all: $(VENV)/installed  ## every row of both tables on a CPU, then the report (about 45 minutes)
+demo-all: $(VENV)/installed  ## every row of both tables on a CPU, then the report (about 30 minutes)
 	snakemake --profile profiles/demo --config 'rows={accuracy: ["*"], speed: ["*"]}'
 
 test: $(VENV)/installed  ## unit tests and one small workflow run for real

@@ -76,6 +76,11 @@ rule report:
         " 2>&1 | tee {log}"
 
 
+onsuccess:
+    if Path(rules.report.output.page).is_file():
+        print(f"Report: {rules.report.output.page}")
+
+
 onerror:
     print(
         f"Some jobs failed; what finished stays in {RESULTS}. A report of it, with the reason for each missing row:"
