@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv demo demo-all test verify-training verify-report check format docs clean
+.PHONY: help venv demo demo-all digits test verify-training verify-report check format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then 
 
 demo-all: $(VENV)/installed  ## every row of both tables on a CPU, then the report (about 30 minutes)
 	snakemake --profile profiles/demo --config 'rows={accuracy: ["*"], speed: ["*"]}'
+
+digits: $(VENV)/installed  ## the worked example of one's own data: real handwritten digits (about 3 minutes)
+	snakemake --profile profiles/demo --configfile config/digits.yaml
 
 test: $(VENV)/installed  ## unit tests and one small workflow run for real
 	pytest -n 2 --dist loadfile
@@ -51,4 +54,4 @@ docs: $(VENV)/installed  ## write config/README.md and the schemas from the sett
 	python -m phi3v.settings.docs
 
 clean:  ## remove the demo's results and sources (other runs stay)
-	rm -rf results/demo results/sources
+	rm -rf results/demo results/demo-sources results/digits results/digits-source

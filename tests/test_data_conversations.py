@@ -156,8 +156,6 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-# ---- what any writer may send
-
 TEXT = st.text(min_size=1, max_size=30).filter(lambda text: conversations.text_problem(text) is None)
 PATH = st.text(st.sampled_from("ab/. -_é"), min_size=1, max_size=12)
 TURN = st.fixed_dictionaries(

@@ -42,9 +42,6 @@ def converted(
     return list(read_conversations(folder / result["splits"][split]["file"]))
 
 
-# ---- the recipe's sources
-
-
 def test_cauldron_rows_become_turns_and_keep_their_bytes(tmp_path: Path) -> None:
     rows = cauldron_rows(4, pictures=2, turns=2)
     rows[1]["texts"][0]["user"] = "<image><image>\nIs it so?"
@@ -122,9 +119,6 @@ def test_a_header_that_lies_about_its_frames_is_counted_again(tmp_path: Path, mo
     clip = write_clip(tmp_path / "a.mkv", 20)  # Matroska's header counts no frames
     assert len(sample_frames(clip)) == 8
     assert sample_frames(clip) == sample_frames(write_clip(tmp_path / "a.avi", 20))
-
-
-# ---- what people have
 
 
 def picture_folder(folder: Path) -> Path:
@@ -291,9 +285,6 @@ def test_a_json_list_is_read_piece_by_piece(tmp_path: Path) -> None:
     assert list(json_items(tmp_path / "b.json")) == []
 
 
-# ---- official validation files
-
-
 def test_official_files(tmp_path: Path) -> None:
     (tmp_path / "img").mkdir()
     for name in ("dev-3-0-img0.png", "dev-3-0-img1.png", "img/42.png", "page.png"):
@@ -318,9 +309,6 @@ def test_official_files(tmp_path: Path) -> None:
     (tmp_path / "dev.json").write_text('{"identifier": "dev-3-0-1", "sentence": "Two dogs.", "label": "maybe"}\n')
     with pytest.raises(DataError, match=r"dev\.json:1: field `label`: got 'maybe'; expected True or False"):
         converted(tmp_path / "d", "nlvr2_official", tmp_path / "dev.json", "val")
-
-
-# ---- bad parquet, bad archives
 
 
 @pytest.mark.parametrize(
@@ -413,9 +401,6 @@ def test_damaged_archives_and_clips(tmp_path: Path) -> None:
     assert reasons["short.avi"] == "5 frames; expected at least 8"
     assert "does not decode" in reasons["junk.avi"]
     assert set(reasons) == {"short.avi", "junk.avi", "cut.avi"}
-
-
-# ---- whole folders: repeatable, atomic, one's own files safe
 
 
 DATASET = {

@@ -185,9 +185,6 @@ def test_padding_share() -> None:
     assert padding_share([10, 5], [[0, 1]]) == pytest.approx(0.25)
 
 
-# ---- the index of lines
-
-
 def test_lines_by_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [b"x" * (number % 300) + b"\n" for number in range(5000)]
@@ -233,9 +230,6 @@ def test_what_cannot_be_loaded_is_named(data: Path, tmp_path: Path, processor: P
     (data / "val.jsonl").write_bytes(b'{"id": 1}\n')
     with pytest.raises(DataError, match=r"val\.jsonl:1: field `id`"):
         ConversationDataset(data, "val", processor)[0]
-
-
-# ---- tar shards
 
 
 def test_shards_hold_the_same_records(data: Path, tmp_path: Path, processor: Phi3VProcessor) -> None:

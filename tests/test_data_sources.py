@@ -70,9 +70,6 @@ def download(folder: Path, hub: HubServer, *more: str, **environment: str) -> su
     )  # fmt: skip
 
 
-# ---- the hub
-
-
 def test_hub_files_of_the_pattern_are_fetched_once_and_locked(tmp_path: Path, hub: HubServer) -> None:
     done = download(tmp_path, hub)
     assert done.returncode == 0, done.stderr
@@ -188,9 +185,6 @@ def test_of_a_model_only_weights_configuration_and_tokenizer_are_taken(tmp_path:
     assert "MIT" in done.stderr
 
 
-# ---- the web
-
-
 def test_a_web_file_goes_on_after_a_cut(tmp_path: Path, hub: HubServer) -> None:
     hub.faults = {"UCF.tar.gz": ["cut", 503, "cut"]}
     url = f"{hub.address}/files/UCF.tar.gz"
@@ -235,9 +229,6 @@ def test_room_is_checked_before_the_first_byte(tmp_path: Path, hub: HubServer, m
     with pytest.raises(SourceError, match="GB free; expected room"):
         fetch([(f"{hub.address}/files/UCF.tar.gz", None)], tmp_path)
     assert hub.gets("UCF.tar.gz") == 0
-
-
-# ---- local files
 
 
 def test_local_files_are_linked_and_never_changed(tmp_path: Path) -> None:

@@ -49,9 +49,6 @@ def entries(root):
     return read_entries(["config/hardware.yaml"], Hardware, root)
 
 
-# ---- calibration
-
-
 def test_at_most_eight_constants_each_with_a_unit(published):
     assert len(fields(Constants)) <= 8
     assert all(field.metadata["unit"] for field in fields(Constants))
@@ -110,9 +107,6 @@ def test_comparison_as_a_plot(compared):
     picture = plot(compared)
     assert picture.count("<circle") == 30 + 22
     assert "phi3-a100-qlora-flash-8gpu, GB" in picture
-
-
-# ---- the plan
 
 
 def test_all_rows_in_two_seconds_without_torch(root):
@@ -209,9 +203,6 @@ def test_disk(run, tmp_path):
     check_disk(Plan("x", [], {"models": 0.0}), tmp_path)
 
 
-# ---- hardware and advice
-
-
 @pytest.mark.parametrize(
     ("name", "key"),
     [
@@ -295,9 +286,6 @@ def test_advice_command_line(root):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("GPU 'GTX1080': unknown")
-
-
-# ---- bad input
 
 
 def test_missing_peak_is_never_guessed(run):

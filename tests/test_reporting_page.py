@@ -36,9 +36,6 @@ def page(root, tmp_path_factory) -> Path:
     return results / "report" / "index.html"
 
 
-# ---- without a browser
-
-
 class _Tags(HTMLParser):
     """Start tags with their attributes."""
 
@@ -139,9 +136,6 @@ def test_contrast_meets_wcag_aa(root, theme):
     for name in marks:  # graphics need 3 : 1
         high, low = sorted((_luminance(colours[name]), _luminance(colours["--raised"])), reverse=True)
         assert (high + 0.05) / (low + 0.05) >= 3, (theme, name)
-
-
-# ---- in Chromium
 
 
 @pytest.fixture(scope="module")

@@ -277,3 +277,14 @@ def test_examples_show_wrong_and_right_answers(finished, tmp_path):
     found = read_pass(tmp_path / "after", {"settings": {}}, lambda settings: None)
     shown = [record["score"] for record in found.examples]
     assert len(shown) == 12 and shown.count(0.0) == 5
+
+
+def test_reporting_imports_no_torch(root):
+    import subprocess
+    import sys
+
+    code = "import sys, phi3v.reporting.build; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(root / "src")}
+    )
+    assert done.stdout.strip() == "[]"

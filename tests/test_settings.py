@@ -97,7 +97,7 @@ ROW = "phi35-nlvr2-full-bf16\tphi35-vision\tnlvr2\tfull\tbf16\tyes\t1e-5\t3\t\t\
         (ROW.replace("\t1e-5\t", "\t-1e-5\t"), ["field `learning_rate`", "'-1e-5'", "greater than 0"]),
         (ROW.replace("\tfull\t", "\tlora\t"), ["lora_rank", "expects an integer"]),
         (ROW.replace("\t64\t4", "\t62\t4"), ["field `batch_size`", "got 62", "multiple of 4 processes"]),
-        (ROW.replace("\t", " "), ["line 3", "fields; expected 17"]),
+        (ROW.replace("\t", " "), ["line 3", "fields; expected 18"]),
     ],
 )
 def test_wrong_row_is_refused(tree, new, said):
@@ -269,3 +269,25 @@ def test_generated_pages_agree_with_the_settings(root):
 
     stale = [path for path, content in pages().items() if (root / path).read_text() != content]
     assert stale == [], "run `make docs`"
+
+
+def test_the_first_pool_whose_count_divides_takes_the_row(tree):
+    pools = [{"device": "a100-80gb", "per_node": 3}, {"device": "h100", "per_node": 4}]
+    assert tree(hardware=pools).job("phi35-nlvr2-full-bf16").pool.device == "h100"
+
+
+def test_an_override_that_the_hardware_cannot_do_is_refused(tree):
+    with pytest.raises(SettingsError, match="overrides of row `phi3-docvqa-full-fp16`: field flash_attention: yes"):
+        tree(hardware=V100, overrides={"phi3-docvqa-full-fp16": {"flash_attention": True}})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_are_finite(tree, value):
+    with pytest.raises(SettingsError, match=r"field `epochs`: got (inf|nan): Input should be"):
+        tree(overrides={"phi35-nlvr2-full-bf16": {"epochs": value}})
+
+
+def test_a_table_saved_by_a_spreadsheet_with_a_byte_order_mark(tree):
+    path = tree.root / "config/accuracy.tsv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(tree().accuracy) == 38

@@ -2,18 +2,17 @@
 
 import functools
 import hashlib
-import os
+import shlex
 import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-# The scripts import phi3v from this checkout, whichever environment they run in.
+# The scripts import phi3v from this checkout, whichever environment they run in. It is part of each command, since
+# Snakemake takes PYTHONPATH from the environment where it activates conda.
 SOURCE = str(Path(workflow.basedir) / "src")
 sys.path.insert(0, SOURCE)
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])]
-)
+shell.prefix(f"export PYTHONPATH={shlex.quote(SOURCE)}; ")
 
 from phi3v import planning, settings
 
@@ -67,8 +66,9 @@ def model_file(model):
 
 def local_source(url):
     """The path of a file: URL, which another rule may make; nothing for what comes from the network."""
-    path = url.removeprefix("file:") if url.startswith("file:") else None
-    return [path.removeprefix("//")] if path and "*" not in path else []
+    if url.startswith(("hf:", "http:", "https:")) or "*" in url:
+        return []
+    return [url.removeprefix("file:").removeprefix("//")]
 
 
 def row_results(job):
@@ -81,10 +81,6 @@ def launch(job):
     if job.nodes == 1:
         return f"torchrun --standalone --nproc_per_node={job.processes_per_node}"
     return f"scripts/torchrun_nodes.sh {job.nodes} {job.processes_per_node}"
-
-
-def device(job):
-    return RUN.hardware[job.pool.device]
 
 
 @functools.cache
@@ -163,6 +159,8 @@ def evaluation_flags(job):
     inputs = [
         "--dataset",
         job.row.dataset,
+        "--metric",
+        RUN.datasets[job.row.dataset].metric,
         *settings.precision_flags(job.row),
         "--num_crops",
         job.num_crops,

@@ -64,9 +64,6 @@ class Conversation:
         return tuple(image for turn in self.turns for image in turn.images)
 
 
-# ---- checks of one value
-
-
 def shown(value: Any) -> str:
     """A value for a message: its repr, cut to 80 characters."""
     text = ascii(value)
@@ -102,9 +99,6 @@ def text_problem(text: Any, empty: bool = False) -> str | None:
         except UnicodeEncodeError:
             return "no lone surrogates"
     return None
-
-
-# ---- reading
 
 
 def _no_constant(name: str) -> Any:
@@ -236,9 +230,6 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
         raise DataError(f"{path}: empty; expected one JSON object a line")
 
 
-# ---- writing
-
-
 def format_line(conversation: Conversation) -> bytes:
     """A line of the jsonl with its line end: fields in one order, text as UTF-8, so equal examples are equal bytes."""
     turns = []
@@ -267,9 +258,6 @@ def write_conversations(path: str | Path, conversations: Iterator[Conversation] 
     finally:
         part.unlink(missing_ok=True)
     return count
-
-
-# ---- what is sent to the model
 
 
 def user_message(turn: Turn, first_image: int = 1) -> str:

@@ -76,9 +76,6 @@ def jsonl_name(format_name: str, split: str) -> str:
     return f"ucf101_{split}.jsonl" if format_name == "ucf101" else f"{split}.jsonl"
 
 
-# ---- pictures
-
-
 class PictureWriter:
     """Writes the pictures of a split under images/SPLIT of the working folder."""
 
@@ -139,9 +136,6 @@ def _conversation(sample: Sample, number: int, source: str, turns: str, writer: 
     return Conversation(sample.id, source, tuple(written))
 
 
-# ---- one split
-
-
 def _convert_split(
     split: str, source: SplitSource, work: Path, on_error: OnError, rejected: Callable[[str, Rejection], None]
 ) -> SplitResult:
@@ -192,9 +186,6 @@ def _progress(items: Iterable[Any], title: str) -> Iterator[Any]:
         if time.monotonic() - last > 30:
             last = time.monotonic()
             print(f"{title}: {count + 1} rows", file=sys.stderr, flush=True)
-
-
-# ---- the folder
 
 
 def convert(
@@ -309,9 +300,6 @@ def _move_into_place(work: Path, output_dir: Path, results: dict[str, SplitResul
         os.replace(log, output_dir / "rejected.jsonl")
     else:
         (output_dir / "rejected.jsonl").unlink(missing_ok=True)
-
-
-# ---- from a datasets file, and by hand
 
 
 def convert_dataset(

@@ -45,9 +45,6 @@ def _only(inputs: Inputs, suffixes: tuple[str, ...], kind: str) -> Path:
     return found[0]
 
 
-# ---- a folder of classes
-
-
 def image_folder(inputs: Inputs) -> Iterator[Sample | Rejection]:
     """CLASS/picture, or SPLIT/CLASS/picture: the folder is the answer. Option prompt: {classes} stands for the list of
     classes."""
@@ -79,9 +76,6 @@ def image_folder(inputs: Inputs) -> Iterator[Sample | Rejection]:
 
     rows = ((str(item[2].relative_to(inputs.root)), number, item) for number, item in enumerate(sorted(chosen)))
     return each_row(rows, build)
-
-
-# ---- a table
 
 
 def table(inputs: Inputs) -> Iterator[Sample | Rejection]:
@@ -128,9 +122,6 @@ def table(inputs: Inputs) -> Iterator[Sample | Rejection]:
         )
 
     return each_row(rows(), build)
-
-
-# ---- LLaVA / ShareGPT json
 
 
 def json_items(path: Path) -> Iterator[tuple[str, int, Any]]:
@@ -254,9 +245,6 @@ def _numbered(text: str, first: int) -> str:
         number += 1
         text = text.replace("<image>", f"image {number}", 1)
     return text or "Describe what you see."
-
-
-# ---- official validation files
 
 
 def nlvr2_official(inputs: Inputs) -> Iterator[Sample | Rejection]:

@@ -98,9 +98,6 @@ def pictures_of(data_dir: str | Path, entry: dict[str, Any]) -> Pictures:
     return Pictures(data_dir, entry.get("shards", ()), entry.get("index", ""))
 
 
-# ---- writing
-
-
 def write_shards(
     jsonl: Path, images: Path, folder: Path, split: str, shard_bytes: int, progress: Callable[[int], None] | None = None
 ) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from random import Random
 from PIL import Image
 
 from phi3v.data.conversations import DataError, Turn, prompt_text, read_conversations
-from phi3v.data.loading import split_file
+from phi3v.data.folder import split_file
 
 
 @dataclass(frozen=True, slots=True)

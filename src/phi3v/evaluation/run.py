@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from phi3v.data.conversations import DataError
+from phi3v.data.folder import describe, split_file
 from phi3v.data.images import open_rgb
-from phi3v.data.loading import describe, split_file
 from phi3v.evaluation import examples, predictions
 from phi3v.evaluation.examples import Question
 from phi3v.evaluation.generate import Answer, Choice, answer, choice_of, end_token_ids, prepare
@@ -100,9 +100,6 @@ def evaluate(settings: EvaluateSettings) -> dict[str, dict[str, Any]]:
     return summaries
 
 
-# ---- what is asked
-
-
 def _questions_of(name: str, questions: list[Question], data_dir: Path, seed: int) -> tuple[list[Question], list[str]]:
     if name != "control":
         return questions, []
@@ -126,9 +123,6 @@ def _fingerprint(settings: EvaluateSettings, data_dir: Path, num_crops: int) -> 
         "code": commit(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-# ---- the model
 
 
 def load_model(settings: EvaluateSettings | PredictSettings, device: torch.device) -> tuple[Any, Any]:
@@ -186,9 +180,6 @@ class _Observer:
 
     def close(self) -> None:
         self._handle.remove()
-
-
-# ---- a pass
 
 
 def _run_pass(

@@ -187,9 +187,6 @@ def _summary(tables: Tables) -> dict[str, Any]:
     }
 
 
-# ---- numbers as text
-
-
 def figure_text(value: float | None, digits: int = 1) -> str:
     """A figure, or a dash for what is not there."""
     return "–" if value is None else f"{value:.{digits}f}"

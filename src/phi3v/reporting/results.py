@@ -94,9 +94,6 @@ class SpeedResult:
     problems: list[str] = field(default_factory=list)
 
 
-# ---- files
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ResultError: not JSON, NaN, or something else than an object."""
 
@@ -168,9 +165,6 @@ def read_curve(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
-
-
-# ---- passes
 
 
 class _Sample:
@@ -249,9 +243,6 @@ def compare(left: Pass, right: Pass, seed: int) -> statistics.Comparison:
         raise ResultError("the two passes share no example id; expected the same examples")
     # Sorted by id above: the order, and so the interval, does not depend on the files' order.
     return statistics.paired(left.scores[at_left], right.scores[at_right], seed)
-
-
-# ---- rows
 
 
 def read_accuracy(

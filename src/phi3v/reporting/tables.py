@@ -141,9 +141,6 @@ def build_tables(run: ResolvedRun, results: Path, code: dict[str, Any] | None = 
     return Tables(run, accuracy, speed_lines)
 
 
-# ---- status
-
-
 def _work_status(verb: str, work: Any, problems: list[str], complete: bool) -> tuple[str, str]:
     if complete:
         return "done", ""
@@ -170,9 +167,6 @@ def _accuracy_status(result: AccuracyResult) -> tuple[str, str]:
             )
         return status, reason
     return _work_status("evaluation", result.evaluate, [], False)
-
-
-# ---- verdicts
 
 
 def _accuracy_verdict(run: ResolvedRun, line: AccuracyLine) -> tuple[str, str, statistics.AgainstPublished | None]:
@@ -204,7 +198,7 @@ def _not_comparable(run: ResolvedRun, line: AccuracyLine) -> str:
         return run.settings.notice or "this run is marked as not comparable"
     if line.job.pool.stand_in or run.hardware[line.job.pool.device].kind == "cpu":
         return f"other hardware: {run.hardware[line.job.pool.device].title}"
-    if "inference" in line.row.note:
+    if line.row.published_doubted:
         return "the published figure very likely trained less than it says (see the note)"
     changed = sorted(set(line.job.departures) - HARMLESS)
     if changed:
@@ -213,9 +207,6 @@ def _not_comparable(run: ResolvedRun, line: AccuracyLine) -> str:
     if expected is not None and line.n != expected:
         return f"{line.n} examples; the published figure has {expected}"
     return ""
-
-
-# ---- notes
 
 
 def _notes(job: Job, trained: dict[str, Any], manifest: dict[str, Any] | None) -> list[str]:
@@ -238,9 +229,6 @@ def _is_older(manifest: dict[str, Any] | None, code: dict[str, Any] | None) -> b
     """Whether a result was made at another commit than the report. Re-runs are chosen, so this is shown, not mended."""
     made_by = (manifest or {}).get("commit")
     return bool(code and made_by and code.get("commit") and made_by != code["commit"])
-
-
-# ---- rows that ran the same code
 
 
 def _ran(line: AccuracyLine | SpeedLine) -> tuple[Any, ...] | None:
@@ -289,7 +277,7 @@ def _speedups(run: ResolvedRun, lines: list[SpeedLine]) -> None:
             line.verdict, line.verdict_reason = "not comparable", stand_in_text(line)
         elif not run.settings.comparable:
             line.verdict, line.verdict_reason = "not comparable", run.settings.notice
-        elif "inference" in line.row.note:
+        elif line.row.published_doubted:
             line.verdict, line.verdict_reason = (
                 "not comparable",
                 "the published figure very likely did less work (see the note)",
@@ -309,9 +297,6 @@ def stand_in_text(line: SpeedLine) -> str:
 def hardware_name(entry: str) -> str:
     """`a100-80gb` as A100, for texts."""
     return entry.split("-")[0].upper()
-
-
-# ---- what dtype and kernels were asked for and seen
 
 
 def asked(row: AccuracyRow | SpeedRow) -> str:
@@ -339,9 +324,6 @@ def observed(line: AccuracyLine | SpeedLine) -> dict[str, Any]:
     elif line.result is not None:
         known.update({**line.result.speed, **(line.result.speed.get("observed") or {})})
     return known
-
-
-# ---- columns
 
 
 Column = tuple[str, Callable[[Any], Any]]

@@ -18,10 +18,9 @@ CONVERTER_VERSION = 1
 class Strict(BaseModel):
     """Unknown fields are errors; docstrings under the fields become their descriptions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
-
-
-# ---- what a run can name: models, datasets, hardware
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class VisionGeometry(Strict):

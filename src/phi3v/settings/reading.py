@@ -87,7 +87,7 @@ RowT = TypeVar("RowT", bound=Training)
 def read_table(path: str, model: type[RowT], root: Path) -> list[RowT]:
     """Rows of a tab-separated table with a header; lines that start with # are comments, empty cells are defaults."""
     try:
-        lines = (root / path).read_text(encoding="utf-8").splitlines()
+        lines = (root / path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read ({error}); expected a tab-separated table") from None
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]

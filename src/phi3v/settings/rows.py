@@ -60,6 +60,8 @@ class Training(Strict):
     """Steps of linear warm-up before the linear decay."""
     gradient_checkpointing: YesNo = True
     """Recompute activations in the backward pass."""
+    published_doubted: YesNo = False
+    """The published figure is very likely not what its row says; the note tells why, and no verdict is given."""
     legacy_freezing: YesNo = False
     """Frozen rows only: freeze the text embedding as well, as the recipe's scripts did."""
 

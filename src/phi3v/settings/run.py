@@ -183,7 +183,9 @@ def _apply_overrides(
         if fnmatch.fnmatchcase(row.row, pattern):
             used.add(pattern)
             values.update(fields)
-    fixed = {"row", "published", "origin", "source", "hardware", "nodes", "gpus_per_node"} & set(values)
+    fixed = {"row", "published", "published_doubted", "origin", "source", "hardware", "nodes", "gpus_per_node"} & set(
+        values
+    )
     if fixed:
         raise SettingsError(f"{where}: overrides of row `{row.row}`: field `{fixed.pop()}` cannot be overridden")
     changed = validate(type(row), {**row.model_dump(), **values}, f"{where}: overrides of row `{row.row}`")
@@ -206,9 +208,7 @@ def _cannot(row: Training, device: Hardware) -> str | None:
 
 def _place_accuracy(row: AccuracyRow, pool: Pool) -> tuple[int, int]:
     """(nodes, processes a node) of an accuracy row: the published count where the pool has it, else what is there."""
-    processes = min(row.gpus, pool.per_node)
-    _check_batch(row, processes)
-    return 1, processes
+    return 1, min(row.gpus, pool.per_node)
 
 
 def _check_batch(row: Training, processes: int) -> None:
@@ -231,16 +231,23 @@ def _place_speed(row: SpeedRow, pool: Pool) -> tuple[int, int] | str:
 
 def _place(run: Run, row: AccuracyRow | SpeedRow, hardware: dict[str, Hardware]) -> tuple[Pool, int, int] | str:
     reasons: list[str] = []
+    wrong_batch: SettingsError | None = None
     for pool in run.hardware:
         reason = _cannot(row, hardware[pool.device])
         if reason is None:
             placed = _place_accuracy(row, pool) if isinstance(row, AccuracyRow) else _place_speed(row, pool)
             if not isinstance(placed, str):
-                _check_batch(row, placed[0] * placed[1])
+                try:
+                    _check_batch(row, placed[0] * placed[1])
+                except SettingsError as error:
+                    wrong_batch = error
+                    continue
                 return pool, *placed
             reason = placed
         if reason not in reasons:
             reasons.append(reason)
+    if wrong_batch is not None:
+        raise wrong_batch
     return "; ".join(reasons)
 
 
@@ -318,6 +325,8 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
             if isinstance(placed, str):
                 if row.row in patterns:
                     raise SettingsError(f"{path}: row `{row.row}`: asked for by name, but field {placed}")
+                if {"dtype", "flash_attention", "method"} & set(departures):
+                    raise SettingsError(f"{where}: overrides of row `{row.row}`: field {placed}")
                 not_run.append(NotRun(row=row, reason=placed))
                 continue
             pool, nodes, processes = placed

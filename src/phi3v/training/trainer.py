@@ -48,8 +48,6 @@ class RecipeTrainer(Trainer):
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
-    # ---- data
-
     def get_train_dataloader(self) -> DataLoader:
         """The planned micro-batches of this process."""
         self.sampler = PlannedBatches(self.plan, self.args.process_index)
@@ -84,8 +82,6 @@ class RecipeTrainer(Trainer):
         weights = inputs["loss_weights"].to(self.args.device)
         prepared = super()._prepare_inputs({key: value for key, value in inputs.items() if key != "loss_weights"})
         return {**prepared, "loss_weights": weights}
-
-    # ---- loss
 
     def compute_loss(
         self,
@@ -136,8 +132,6 @@ class RecipeTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """The Trainer's estimate walks over all parameters at every micro-step and knows no pictures: switched off."""
         return 0
-
-    # ---- checkpoints
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # With save_strategy "best" the Trainer forgets a save that was asked for in the same step.
