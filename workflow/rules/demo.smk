@@ -56,7 +56,7 @@ if DEMO:
             mem_mb=2000,
             runtime=10,
         params:
-            folder=DEMO.folder,
+            folder=lambda wildcards: DEMO.folder,
             seed=DEMO.seed,
             sizes=" ".join(f"--size {name}={size}" for name, size in DEMO.sizes.items()),
         message:
@@ -116,8 +116,8 @@ if DEMO:
             runtime=30,
             accelerators=DEMO.base.processes,
         params:
-            data=data_folder(DEMO.mixture),
-            folder=f"{DEMO.folder}/base",
+            data=lambda wildcards, input: Path(input.data).parent,
+            folder=lambda wildcards, output: Path(output[1]).parent,
             processes=DEMO.base.processes,
             flags=base_flags(),
         message:
