@@ -24,7 +24,7 @@ venv: $(VENV)/installed  ## make .venv from the pinned requirements
 demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then the report (about 10 minutes)
 	snakemake --profile profiles/demo
 
-demo-all: $(VENV)/installed  ## every row of both tables on a CPU, then the report (about 30 minutes)
+demo-all: $(VENV)/installed  ## every row of both tables on a CPU, then the report (about 35 minutes)
 	snakemake --profile profiles/demo --config 'rows={accuracy: ["*"], speed: ["*"]}'
 
 digits: $(VENV)/installed  ## the worked example of one's own data: real handwritten digits (about 3 minutes)
@@ -33,7 +33,7 @@ digits: $(VENV)/installed  ## the worked example of one's own data: real handwri
 test: $(VENV)/installed  ## unit tests and one small workflow run for real
 	pytest -n 2 --dist loadfile
 
-verify-training: $(VENV)/installed  ## runs killed at random moments end with the same weights (about 30 minutes)
+verify-training: $(VENV)/installed  ## runs killed at random moments end with the same weights (about 35 minutes)
 	pytest -m verify tests/test_training_kills.py
 
 verify-report: $(VENV)/installed  ## 200 rows and 1,000,000 predictions in one report (about 2 minutes)
