@@ -1,6 +1,6 @@
 """How much the training loop costs: step time of fine-tuning over bare forward, backward and update.
 
-    python scripts/bench_training.py --model_name_or_path MODEL --data_dir DATA --output_dir /tmp/bench --fp32 \\
+    python scripts/bench_training.py --model_name_or_path MODEL --data_dir DATA --output_dir bench --fp32 \\
         --zero_stage 0 --batch_size 8 --batch_size_per_gpu 8 --repeats 5
 
 Both sides run the same model, batches, loss and optimizer in one process, in turn, and the medians of the windows are

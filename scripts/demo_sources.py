@@ -2,7 +2,7 @@
 """Make the demo's source files: synthetic ones in the hub's formats.
 
 python scripts/demo_sources.py --output_dir results/demo-sources
-python scripts/demo_sources.py --output_dir /tmp/sources --seed 1 --size docvqa_train=64 --size mixture_train=100
+python scripts/demo_sources.py --output_dir sources --seed 1 --size docvqa_train=64 --size mixture_train=100
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ RESULT/PASS/ gets predictions.jsonl, metrics.json and timing.json; RESULT/manife
 where it was when started again. On a CPU, with the demo's data:
 
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 scripts/evaluate.py --fp32 --model_name_or_path results/demo/train/ROW/final \\
-        --data_dir results/data/KEY --output_dir /tmp/evaluated
+        --data_dir results/data/KEY --output_dir evaluated
 """
 
 import sys
