@@ -55,11 +55,14 @@ rule plan:
         rules.plan_run.output,
 
 
-# A row's id is a target: `snakemake phi3-docvqa-lora-bf16`.
-for job in JOBS:
+# A row's id is a target, with all its seeds: `snakemake phi3-docvqa-lora-bf16`; a single seed's id is another.
+for target, jobs in {
+    **{job.row.row: [job] for job in JOBS},
+    **RUN.by_table_row(),
+}.items():
 
     rule:
         name:
-            job.row.row
+            target
         input:
-            row_results(job),
+            [row_results(job) for job in jobs],

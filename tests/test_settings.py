@@ -291,3 +291,51 @@ def test_a_table_saved_by_a_spreadsheet_with_a_byte_order_mark(tree):
     path = tree.root / "config/accuracy.tsv"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert len(tree().accuracy) == 38
+
+
+def test_a_row_with_seeds_is_a_job_for_each(tree):
+    run = tree(overrides={"phi35-nlvr2-lora-*": {"seeds": [42, 43, "44"]}})
+    row = "phi35-nlvr2-lora-bf16"
+    jobs = run.by_table_row()[row]
+    assert [(job.row.row, job.seed, job.table_row) for job in jobs] == [
+        (row, 42, row), (f"{row}-seed43", 43, row), (f"{row}-seed44", 44, row)
+    ]  # fmt: skip
+    assert {job.baseline for job in jobs} == {jobs[0].baseline}
+    assert run.job(f"{row}-seed43").seed == 43
+    assert {len(jobs) for name, jobs in run.by_table_row().items() if name != row} == {1}
+    # Another run seed: none of the row's is the run's, so each has an id of its own.
+    others = tree(seed=7, overrides={"phi35-nlvr2-lora-*": {"seeds": [42, 43]}}).by_table_row()
+    assert [job.row.row for job in others[row]] == [f"{row}-seed42", f"{row}-seed43"]
+    assert others["phi35-nlvr2-full-bf16"][0].seed == 7
+
+
+def test_seeds_in_a_table_cell(tree):
+    spoil(tree, "accuracy.tsv", "row\tmodel", "row\tseeds\tmodel")
+    path = tree.root / "config/accuracy.tsv"
+    lines = path.read_text().splitlines()
+    table = [
+        line if at < 2 else line.replace("\t", "\t1,2\t" if at == 2 else "\t\t", 1) for at, line in enumerate(lines)
+    ]
+    path.write_text("\n".join(table) + "\n")
+    run = tree()
+    assert [job.seed for job in run.by_table_row()["phi35-nlvr2-full-bf16"]] == [1, 2]
+    assert [job.seed for job in run.by_table_row()["phi35-nlvr2-frozen-bf16"]] == [42]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [([42, 42], "expected each seed once"), ([-1], "`seeds.0`: got -1"), ([2**32], "`seeds.0`"), (["a"], "valid integer")],
+)  # fmt: skip
+def test_wrong_seeds_are_refused(tree, seeds, said):
+    with pytest.raises(SettingsError, match=said):
+        tree(overrides={"phi35-nlvr2-full-bf16": {"seeds": seeds}})
+
+
+def test_a_seeds_id_must_not_be_another_rows(tree):
+    text = (tree.root / "config/accuracy.tsv").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("phi35-nlvr2-full-bf16"))
+    (tree.root / "config/accuracy.tsv").write_text(
+        text + line.replace("phi35-nlvr2-full-bf16", "phi35-nlvr2-full-bf16-seed43") + "\n"
+    )
+    with pytest.raises(SettingsError, match="seed 43 makes the id phi35-nlvr2-full-bf16-seed43, which is a row of"):
+        tree(overrides={"phi35-nlvr2-full-bf16": {"seeds": [43]}})

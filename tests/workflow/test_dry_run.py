@@ -51,6 +51,18 @@ def test_one_row_by_name_prints_the_command_that_a_person_types(snakemake):
     )
 
 
+def test_seeds_of_a_row_are_jobs_of_their_own(snakemake):
+    row = "phi35-nlvr2-lora-bf16"
+    code, output = snakemake(row, "-n", "-p", "--config", f"overrides={{{row}: {{seeds: [42, 43]}}}}")
+    assert code == 0, output
+    assert (counts(output)["finetune"], counts(output)["evaluate"], counts(output)["evaluate_base"]) == (2, 2, 1)
+    train = [line for line in output.splitlines() if "scripts/finetune.py" in line]
+    assert sorted(re.findall(r"--seed (\d+) .*--output_dir results/published/train/(\S+)", "\n".join(train))) == [
+        ("42", row), ("43", f"{row}-seed43")
+    ]  # fmt: skip
+    assert set(re.findall(r"scripts/evaluate\.py .*--seed (\d+)", output)) == {"42"}
+
+
 def test_several_nodes_start_through_the_launcher(snakemake):
     code, output = snakemake("-n", "-p", "phi3-a100-full-flash-32gpu")
     assert code == 0, output

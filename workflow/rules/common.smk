@@ -94,11 +94,11 @@ def on_plan(kind, resource):
     return lambda wildcards: getattr(planned(wildcards.row, kind), resource)
 
 
-def common_run_flags(job):
-    """What the run, not the row, decides."""
+def common_run_flags(seed):
+    """What the run, not the row, decides; training takes the job's seed."""
     return [
         "--seed",
-        RUN.settings.seed,
+        seed,
         "--num_workers",
         RUN.settings.num_workers,
         "--no-tqdm",
@@ -150,7 +150,7 @@ def speed_flags(job):
         *flags,
         *expected,
         *(["--stand_in"] if job.pool.stand_in else []),
-        *common_run_flags(job),
+        *common_run_flags(RUN.settings.seed),
     ]
 
 
@@ -171,7 +171,7 @@ def evaluation_flags(job):
         "--max_new_tokens",
         how.max_new_tokens,
     ]
-    return [*inputs, *limits, *common_run_flags(job)]
+    return [*inputs, *limits, *common_run_flags(RUN.settings.seed)]
 
 
 def tables_digest():

@@ -28,7 +28,7 @@ rule finetune:
     params:
         launch=on_job(launch),
         flags=on_job(lambda job: settings.training_flags(job.row, job.num_crops)),
-        run=on_job(common_run_flags),
+        run=on_job(lambda job: common_run_flags(job.seed)),
         model=on_job(lambda job: model_folder(job.row.model)),
         data=on_job(lambda job: data_folder(job.row.dataset)),
         folder=f"{RESULTS}/train/{{row}}",

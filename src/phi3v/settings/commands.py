@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from phi3v.settings.entries import Dataset, Metric, Strict, dataset_key
 from phi3v.settings.reading import SettingsError, read_entries, validate
-from phi3v.settings.rows import Dtype, Training
+from phi3v.settings.rows import Dtype, Seed, Training
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -102,7 +102,7 @@ class FinetuneSettings(Precision):
     """Recompute activations in the backward pass (non-reentrant)."""
     zero_stage: Annotated[Literal[0, 2, 3], BeforeValidator(_number_word)] = 2
     """DeepSpeed ZeRO stage of full fine-tuning; LoRA and QLoRA use none. 0: plain data parallel (ours)."""
-    seed: int = Field(42, ge=0)
+    seed: Seed = 42
     """Data order and initial adapters."""
     num_workers: int = Field(0, ge=0)
     """Data loading processes of each training process."""
@@ -236,7 +236,7 @@ class EvaluateSettings(Precision):
     """Prompts generated together by one process."""
     max_new_tokens: int = Field(64, ge=1)
     """Longest answer."""
-    seed: int = Field(42, ge=0)
+    seed: Seed = 42
     """Order of the control's swap."""
     num_workers: int = Field(0, ge=0)
     """Threads of each evaluating process that decode the next pictures."""

@@ -58,7 +58,7 @@ def _type(schema: dict[str, object]) -> str:
     if schema.get("type") == "array":
         return f"list of {_type(schema['items'])}"  # type: ignore[arg-type]
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema]
+    bounds = [f"{sign} {schema[key]:.12g}" for key, sign in limits.items() if key in schema]
     return " ".join([str(schema.get("type", "any")), *bounds])
 
 

@@ -19,7 +19,13 @@ def _table_bool(value: Any) -> Any:
     return {"yes": True, "no": False}.get(value, value) if isinstance(value, str) else value
 
 
+def _table_list(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
 YesNo = Annotated[bool, BeforeValidator(_table_bool)]
+# numpy, which the Trainer seeds as well, takes 32 bits.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -84,6 +90,9 @@ class AccuracyRow(Training):
 
     gpus: int = Field(4, ge=1)
     """Processes on the published hardware; a run uses what it has."""
+    seeds: Annotated[list[Seed], BeforeValidator(_table_list)] = []
+    """Train and evaluate once for each, in a cell as 42,43,44; empty: the run's seed alone. The run's seed keeps the
+    row's id, every other seed's job and folders are ROW-seedN."""
     published: float | None = Field(None, ge=0, le=100)
     """The recipe's figure, 0-100; empty where there is none."""
     origin: Literal["published", "ours"]
@@ -92,6 +101,12 @@ class AccuracyRow(Training):
     """Table or file the row comes from."""
     note: str = ""
     """Shown with the row."""
+
+    @model_validator(mode="after")
+    def _each_seed_once(self) -> AccuracyRow:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds: {self.seeds}; expected each seed once")
+        return self
 
     @model_validator(mode="after")
     def _published_has_value(self) -> AccuracyRow:

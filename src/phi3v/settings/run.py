@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from phi3v.settings.entries import Dataset, Hardware, Model, Strict
 from phi3v.settings.reading import RowT, SettingsError, read_entries, read_tables, read_yaml, validate
-from phi3v.settings.rows import AccuracyRow, Name, SpeedRow, Training
+from phi3v.settings.rows import AccuracyRow, Name, Seed, SpeedRow, Training
 
 
 class Pool(Strict):
@@ -111,8 +111,8 @@ class Run(Strict):
     """Shown above every table, for runs whose numbers must not be compared."""
     comparable: bool = True
     """False: no number of this run may be compared with a published one (demo)."""
-    seed: int = Field(42, ge=0)
-    """Data order, initial adapters, controls."""
+    seed: Seed = 42
+    """Data order, initial adapters, controls; a row's `seeds` ask for more of them."""
     files: Files
     hardware: list[Pool] = Field(min_length=1)
     """Machines that this run has; a row goes to the first pool that can do it."""
@@ -128,11 +128,16 @@ class Run(Strict):
 
 
 class Job(BaseModel):
-    """A row placed on a pool."""
+    """A row placed on a pool, with one seed."""
 
     model_config = ConfigDict(frozen=True)
 
     row: AccuracyRow | SpeedRow
+    """`row.row` is the job's id: the table row's, or ROW-seedN."""
+    table_row: str
+    """Id of the line in the table; the jobs of a row's seeds share it."""
+    seed: int
+    """Of training; evaluation's controls follow the run's seed, so that all seeds answer the same questions."""
     pool: Pool
     nodes: int
     processes_per_node: int
@@ -171,8 +176,15 @@ class ResolvedRun(BaseModel):
     demo: Demo | None
 
     def job(self, row: str) -> Job:
-        """The job of a row id; raises KeyError."""
+        """The job of an id; raises KeyError."""
         return {job.row.row: job for job in (*self.accuracy, *self.speed)}[row]
+
+    def by_table_row(self) -> dict[str, list[Job]]:
+        """Id of each line of the tables to its jobs: one, or one for each of its seeds, in their order."""
+        grouped: dict[str, list[Job]] = {}
+        for job in (*self.accuracy, *self.speed):
+            grouped.setdefault(job.table_row, []).append(job)
+        return grouped
 
 
 def _apply_overrides(
@@ -272,6 +284,24 @@ def _read_demo(run: Run, root: Path, datasets: dict[str, Dataset]) -> Demo | Non
     return demo
 
 
+def _seeded(row: AccuracyRow | SpeedRow, seed: int) -> list[tuple[AccuracyRow | SpeedRow, int]]:
+    """The row once for each of its seeds, with the id of that job; `seed`: the run's."""
+    seeds = row.seeds if isinstance(row, AccuracyRow) and row.seeds else [seed]
+    return [
+        (row if own == seed else row.model_copy(update={"row": f"{row.row}-seed{own}"}), own) for own in seeds
+    ]  # fmt: skip
+
+
+def _check_ids(jobs: list[Job], seen: dict[str, str]) -> None:
+    """Raises SettingsError where a seed's id is the id of another line of the tables."""
+    for job in jobs:
+        if job.row.row != job.table_row and job.row.row in seen:
+            raise SettingsError(
+                f"row `{job.table_row}`: field `seeds`: seed {job.seed} makes the id {job.row.row}, which is a row of "
+                f"{seen[job.row.row]}; expected another id there"
+            )
+
+
 def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> ResolvedRun:
     """Read a run configuration and its tables, check them, and place the selected rows on the run's hardware.
 
@@ -330,15 +360,17 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
                 not_run.append(NotRun(row=row, reason=placed))
                 continue
             pool, nodes, processes = placed
-            jobs[kind].append(
+            jobs[kind] += [
                 Job(
-                    row=row, pool=pool, nodes=nodes, processes_per_node=processes, departures=departures,
-                    num_crops=row.num_crops or datasets[row.dataset].num_crops,
+                    row=own, table_row=row.row, seed=seed, pool=pool, nodes=nodes, processes_per_node=processes,
+                    departures=departures, num_crops=row.num_crops or datasets[row.dataset].num_crops,
                 )
-            )  # fmt: skip
+                for own, seed in _seeded(row, run.seed)
+            ]  # fmt: skip
     unused = set(run.overrides) - used
     if unused:
         raise SettingsError(f"{where}: field `overrides`: pattern {sorted(unused)[0]!r} matches no row of the tables")
+    _check_ids(jobs["accuracy"], seen)
     return ResolvedRun(
         settings=run, models=models, datasets=datasets, hardware=hardware,
         accuracy=jobs["accuracy"], speed=jobs["speed"], not_run=not_run, demo=_read_demo(run, root, datasets),
