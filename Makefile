@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv demo demo-all digits test verify-training verify-report check format docs clean
+.PHONY: help venv lock demo demo-all digits test verify-training verify-report check format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ check: $(VENV)/installed  ## formatting, lint, types, workflow lint
 
 format: $(VENV)/installed  ## format everything
 	ruff format . && ruff check --fix . && snakefmt Snakefile workflow
+
+lock: $(VENV)/installed  ## write requirements.txt and the environments' lock files from pyproject.toml
+	python scripts/lock.py
 
 docs: $(VENV)/installed  ## write config/README.md and the schemas from the settings
 	python -m phi3v.settings.docs

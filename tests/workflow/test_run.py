@@ -167,7 +167,7 @@ def test_an_edited_environment_or_docstring_repeats_nothing(copy):
     values["overrides"][ROWS["accuracy"][0]]["learning_rate"] = 0.002
     (copy / "config/demo.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     for path, old, new in (
-        ("envs/train.yaml", "torch==2.13.0", "torch==2.13.1"),
+        ("envs/train-cpu.yaml", "torch==2.13.0", "torch==2.13.1"),
         ("scripts/finetune.py", '"""', '"""Edited. '),
         ("workflow/rules/train.smk", '"""Train one row.', '"""Train a row.'),
     ):

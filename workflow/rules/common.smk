@@ -8,9 +8,17 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+# This checkout, also where another workflow uses it as a module: its rules need the files beside them.
+if not Path(str(workflow.current_basedir)).is_dir():
+    raise WorkflowError(
+        f"{workflow.current_basedir} is no folder: clone phi3v and name the clone's Snakefile in `module … snakefile:`"
+    )
+ROOT = Path(str(workflow.current_basedir)).parent.parent
+SCRIPTS = "scripts" if ROOT == Path.cwd() else shlex.quote(f"{ROOT}/scripts")
+
 # The scripts import phi3v from this checkout, whichever environment they run in. It is part of each command, since
 # Snakemake takes PYTHONPATH from the environment where it activates conda.
-SOURCE = str(Path(workflow.basedir) / "src")
+SOURCE = str(ROOT / "src")
 sys.path.insert(0, SOURCE)
 shell.prefix(f"export PYTHONPATH={shlex.quote(SOURCE)}; ")
 
@@ -23,6 +31,22 @@ except settings.SettingsError as error:
 
 JOBS = [*RUN.accuracy, *RUN.speed]
 RESULTS = f"results/{RUN.settings.name}"
+
+# The smallest environments that serve: a run on CPUs alone needs no CUDA libraries.
+KINDS = {RUN.hardware[pool.device].kind for pool in RUN.settings.hardware}
+TRAIN_ENV = f"{ROOT}/envs/train-{'cpu' if KINDS == {'cpu'} else 'cuda'}.yaml"
+DATA_ENV, REPORT_ENV = f"{ROOT}/envs/data.yaml", f"{ROOT}/envs/report.yaml"
+# One image serves data and training: what holds torch holds the readers of data too.
+TRAIN_IMAGE, REPORT_IMAGE = (
+    f"{ROOT}/containers/train.sif",
+    f"{ROOT}/containers/report.sif",
+)
+if "rocm" in KINDS and workflow.deployment_settings.deployment_method:
+    raise WorkflowError(
+        "hardware with AMD GPUs: no environment is locked for them, expected none of --sdm's; nothing was started. "
+        "Install PyTorch's ROCm build beside the other pins of envs/train-cpu.txt and start Snakemake in that environment "
+        "(docs/reproducibility.md)"
+    )
 DATASET_KEYS = {
     settings.dataset_key(name, entry): name for name, entry in RUN.datasets.items()
 }
@@ -80,7 +104,7 @@ def launch(job):
     """What a person types before the script's name to start it on the job's processes."""
     if job.nodes == 1:
         return f"torchrun --standalone --nproc_per_node={job.processes_per_node}"
-    return f"scripts/torchrun_nodes.sh {job.nodes} {job.processes_per_node}"
+    return f"{SCRIPTS}/torchrun_nodes.sh {job.nodes} {job.processes_per_node}"
 
 
 @functools.cache

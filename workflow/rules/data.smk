@@ -20,9 +20,9 @@ rule download_data:
     benchmark:
         "results/data/{key}/logs/download.tsv"
     conda:
-        "../../envs/train.yaml"
+        DATA_ENV
     container:
-        "containers/train.sif"
+        TRAIN_IMAGE
     threads: 1
     resources:
         mem_mb=2000,
@@ -33,7 +33,7 @@ rule download_data:
     message:
         "download {params.dataset}"
     shell:
-        "python scripts/download.py --datasets {params.files} --dataset {params.dataset}"
+        "python {SCRIPTS}/download.py --datasets {params.files} --dataset {params.dataset}"
         " --output_dir results/data/{wildcards.key}/source 2>&1 | tee {log}"
 
 
@@ -48,9 +48,9 @@ rule download_model:
     benchmark:
         "results/models/logs/{key}.tsv"
     conda:
-        "../../envs/train.yaml"
+        DATA_ENV
     container:
-        "containers/train.sif"
+        TRAIN_IMAGE
     threads: 1
     resources:
         mem_mb=2000,
@@ -61,7 +61,7 @@ rule download_model:
     message:
         "download {params.model}"
     shell:
-        "python scripts/download.py --models {params.files} --model {params.model}"
+        "python {SCRIPTS}/download.py --models {params.files} --model {params.model}"
         " --output_dir results/models/{wildcards.key} 2>&1 | tee {log}"
 
 
@@ -76,9 +76,9 @@ rule convert:
     benchmark:
         "results/data/{key}/logs/convert.tsv"
     conda:
-        "../../envs/train.yaml"
+        DATA_ENV
     container:
-        "containers/train.sif"
+        TRAIN_IMAGE
     threads: 1
     resources:
         mem_mb=4000,
@@ -89,5 +89,5 @@ rule convert:
     message:
         "convert {params.dataset} to the conversations jsonl"
     shell:
-        "python scripts/convert.py --datasets {params.files} --dataset {params.dataset}"
+        "python {SCRIPTS}/convert.py --datasets {params.files} --dataset {params.dataset}"
         " --source_dir results/data/{wildcards.key}/source --output_dir results/data/{wildcards.key} --workers {threads} 2>&1 | tee {log}"

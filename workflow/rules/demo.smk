@@ -12,9 +12,9 @@ rule digits:
     benchmark:
         "results/logs/digits.tsv"
     conda:
-        "../../envs/train.yaml"
+        DATA_ENV
     container:
-        "containers/train.sif"
+        TRAIN_IMAGE
     threads: 1
     resources:
         mem_mb=1000,
@@ -22,7 +22,7 @@ rule digits:
     message:
         "write the handwritten digits as files"
     shell:
-        "python scripts/digits.py --output_dir {output} 2>&1 | tee {log}"
+        "python {SCRIPTS}/digits.py --output_dir {output} 2>&1 | tee {log}"
 
 
 if DEMO:
@@ -48,9 +48,9 @@ if DEMO:
         benchmark:
             f"{DEMO.folder}/logs/sources.tsv"
         conda:
-            "../../envs/train.yaml"
+            DATA_ENV
         container:
-            "containers/train.sif"
+            TRAIN_IMAGE
         threads: 1
         resources:
             mem_mb=2000,
@@ -62,7 +62,7 @@ if DEMO:
         message:
             "make the demo's source files"
         shell:
-            "python scripts/demo_sources.py --output_dir {params.folder} --seed {params.seed} {params.sizes} 2>&1 | tee {log}"
+            "python {SCRIPTS}/demo_sources.py --output_dir {params.folder} --seed {params.seed} {params.sizes} 2>&1 | tee {log}"
 
     rule demo_model:
         """A random tiny model, and a tokenizer that knows the words of the training splits."""
@@ -75,9 +75,9 @@ if DEMO:
         benchmark:
             f"{DEMO.folder}/logs/random.tsv"
         conda:
-            "../../envs/train.yaml"
+            TRAIN_ENV
         container:
-            "containers/train.sif"
+            TRAIN_IMAGE
         threads: 1
         resources:
             mem_mb=2000,
@@ -91,7 +91,7 @@ if DEMO:
         message:
             "make a random tiny Phi-3.5-vision"
         shell:
-            "python scripts/demo_model.py --data_dirs {params.data} --seed {params.seed} {params.geometry}"
+            "python {SCRIPTS}/demo_model.py --data_dirs {params.data} --seed {params.seed} {params.geometry}"
             " --output_dir {output} 2>&1 | tee {log}"
 
     rule demo_base:
@@ -107,9 +107,9 @@ if DEMO:
         benchmark:
             f"{DEMO.folder}/logs/base.tsv"
         conda:
-            "../../envs/train.yaml"
+            TRAIN_ENV
         container:
-            "containers/train.sif"
+            TRAIN_IMAGE
         threads: DEMO.base.processes
         resources:
             mem_mb=6000,
@@ -123,5 +123,5 @@ if DEMO:
         message:
             "train the tiny base model a little"
         shell:
-            "OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node={params.processes} scripts/finetune.py {params.flags}"
+            "OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node={params.processes} {SCRIPTS}/finetune.py {params.flags}"
             " --model_name_or_path {input.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"

@@ -10,9 +10,9 @@ rule evaluate_base:
     benchmark:
         f"{RESULTS}/logs/evaluate/base/{{baseline}}.tsv"
     conda:
-        "../../envs/train.yaml"
+        TRAIN_ENV
     container:
-        "containers/train.sif"
+        TRAIN_IMAGE
     threads: lambda wildcards: planned(BASELINES[wildcards.baseline].row.row, "evaluate").cpus
     resources:
         mem_mb=on_baseline(lambda job: planned(job.row.row, "evaluate").mem_mb),
@@ -34,7 +34,7 @@ rule evaluate_base:
     message:
         "evaluate {wildcards.baseline} before training"
     shell:
-        "OMP_NUM_THREADS={params.omp} {params.launch} scripts/evaluate.py --passes before {params.flags}"
+        "OMP_NUM_THREADS={params.omp} {params.launch} {SCRIPTS}/evaluate.py --passes before {params.flags}"
         " --model_name_or_path {params.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"
 
 
@@ -53,9 +53,9 @@ rule evaluate:
     benchmark:
         f"{RESULTS}/logs/evaluate/{{row}}.tsv"
     conda:
-        "../../envs/train.yaml"
+        TRAIN_ENV
     container:
-        "containers/train.sif"
+        TRAIN_IMAGE
     threads: on_plan("evaluate", "cpus")
     resources:
         mem_mb=on_plan("evaluate", "mem_mb"),
@@ -78,5 +78,5 @@ rule evaluate:
     message:
         "evaluate {wildcards.row}"
     shell:
-        "OMP_NUM_THREADS={params.omp} {params.launch} scripts/evaluate.py --passes {params.passes} {params.flags}"
+        "OMP_NUM_THREADS={params.omp} {params.launch} {SCRIPTS}/evaluate.py --passes {params.passes} {params.flags}"
         " --model_name_or_path {params.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"

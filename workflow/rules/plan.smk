@@ -19,9 +19,9 @@ rule plan_run:
     benchmark:
         f"{RESULTS}/logs/plan.tsv"
     conda:
-        "../../envs/report.yaml"
+        REPORT_ENV
     container:
-        "containers/report.sif"
+        REPORT_IMAGE
     threads: 1
     resources:
         mem_mb=500,
@@ -32,4 +32,4 @@ rule plan_run:
     message:
         "plan every row"
     shell:
-        "python scripts/plan.py --config {input.config} --output_dir {params.folder} 2>&1 | tee {log}"
+        "python {SCRIPTS}/plan.py --config {input.config} --output_dir {params.folder} 2>&1 | tee {log}"

@@ -14,9 +14,9 @@ rule run_settings:
     benchmark:
         f"{RESULTS}/logs/settings.tsv"
     conda:
-        "../../envs/report.yaml"
+        REPORT_ENV
     container:
-        "containers/report.sif"
+        REPORT_IMAGE
     threads: 1
     resources:
         mem_mb=100,
@@ -58,9 +58,9 @@ rule report:
     benchmark:
         f"{RESULTS}/logs/report.tsv"
     conda:
-        "../../envs/report.yaml"
+        REPORT_ENV
     container:
-        "containers/report.sif"
+        REPORT_IMAGE
     threads: 1
     resources:
         mem_mb=3000,
@@ -72,7 +72,7 @@ rule report:
     message:
         "report"
     shell:
-        "python scripts/report.py --config {input.config} --results {params.results} --output_dir {params.folder}"
+        "python {SCRIPTS}/report.py --config {input.config} --results {params.results} --output_dir {params.folder}"
         " 2>&1 | tee {log}"
 
 
@@ -86,6 +86,6 @@ onerror:
         f"Some jobs failed; what finished stays in {RESULTS}. A report of it, with the reason for each missing row:"
     )
     shell(
-        f"python scripts/report.py --config {RESULTS}/config.json --results {RESULTS} --output_dir {RESULTS}/report"
+        f"python {SCRIPTS}/report.py --config {RESULTS}/config.json --results {RESULTS} --output_dir {RESULTS}/report"
         f" || echo 'the report could not be built'"
     )

@@ -10,9 +10,9 @@ rule speed_row:
     benchmark:
         f"{RESULTS}/logs/speed/{{row}}.tsv"
     conda:
-        "../../envs/train.yaml"
+        TRAIN_ENV
     container:
-        "containers/train.sif"
+        TRAIN_IMAGE
     threads: on_plan("speed", "cpus")
     resources:
         mem_mb=on_plan("speed", "mem_mb"),
@@ -35,5 +35,5 @@ rule speed_row:
     message:
         "time {wildcards.row}"
     shell:
-        "OMP_NUM_THREADS={params.omp} {params.launch} scripts/speed.py {params.flags} {params.run}"
+        "OMP_NUM_THREADS={params.omp} {params.launch} {SCRIPTS}/speed.py {params.flags} {params.run}"
         " --model_name_or_path {params.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"

@@ -10,9 +10,9 @@ rule finetune:
     benchmark:
         f"{RESULTS}/logs/train/{{row}}.tsv"
     conda:
-        "../../envs/train.yaml"
+        TRAIN_ENV
     container:
-        "containers/train.sif"
+        TRAIN_IMAGE
     threads: on_plan("train", "cpus")
     resources:
         mem_mb=on_plan("train", "mem_mb"),
@@ -36,5 +36,5 @@ rule finetune:
     message:
         "train {wildcards.row}"
     shell:
-        "OMP_NUM_THREADS={params.omp} {params.launch} scripts/finetune.py {params.flags} {params.run}"
+        "OMP_NUM_THREADS={params.omp} {params.launch} {SCRIPTS}/finetune.py {params.flags} {params.run}"
         " --model_name_or_path {params.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"
