@@ -28,12 +28,13 @@ rule download_data:
         mem_mb=2000,
         runtime=240,
     params:
+        scripts=SCRIPTS,
         dataset=lambda wildcards: DATASET_KEYS[wildcards.key],
         files=RUN.settings.files.datasets,
     message:
         "download {params.dataset}"
     shell:
-        "python {SCRIPTS}/download.py --datasets {params.files} --dataset {params.dataset}"
+        "python {params.scripts}/download.py --datasets {params.files} --dataset {params.dataset}"
         " --output_dir results/data/{wildcards.key}/source 2>&1 | tee {log}"
 
 
@@ -56,12 +57,13 @@ rule download_model:
         mem_mb=2000,
         runtime=240,
     params:
+        scripts=SCRIPTS,
         model=lambda wildcards: MODEL_KEYS[wildcards.key],
         files=RUN.settings.files.models,
     message:
         "download {params.model}"
     shell:
-        "python {SCRIPTS}/download.py --models {params.files} --model {params.model}"
+        "python {params.scripts}/download.py --models {params.files} --model {params.model}"
         " --output_dir results/models/{wildcards.key} 2>&1 | tee {log}"
 
 
@@ -84,10 +86,11 @@ rule convert:
         mem_mb=4000,
         runtime=240,
     params:
+        scripts=SCRIPTS,
         dataset=lambda wildcards: DATASET_KEYS[wildcards.key],
         files=RUN.settings.files.datasets,
     message:
         "convert {params.dataset} to the conversations jsonl"
     shell:
-        "python {SCRIPTS}/convert.py --datasets {params.files} --dataset {params.dataset}"
+        "python {params.scripts}/convert.py --datasets {params.files} --dataset {params.dataset}"
         " --source_dir results/data/{wildcards.key}/source --output_dir results/data/{wildcards.key} --workers {threads} 2>&1 | tee {log}"

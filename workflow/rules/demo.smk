@@ -19,10 +19,12 @@ rule digits:
     resources:
         mem_mb=1000,
         runtime=10,
+    params:
+        scripts=SCRIPTS,
     message:
         "write the handwritten digits as files"
     shell:
-        "python {SCRIPTS}/digits.py --output_dir {output} 2>&1 | tee {log}"
+        "python {params.scripts}/digits.py --output_dir {output} 2>&1 | tee {log}"
 
 
 if DEMO:
@@ -56,13 +58,14 @@ if DEMO:
             mem_mb=2000,
             runtime=10,
         params:
+            scripts=SCRIPTS,
             folder=lambda wildcards: DEMO.folder,
             seed=DEMO.seed,
             sizes=" ".join(f"--size {name}={size}" for name, size in DEMO.sizes.items()),
         message:
             "make the demo's source files"
         shell:
-            "python {SCRIPTS}/demo_sources.py --output_dir {params.folder} --seed {params.seed} {params.sizes} 2>&1 | tee {log}"
+            "python {params.scripts}/demo_sources.py --output_dir {params.folder} --seed {params.seed} {params.sizes} 2>&1 | tee {log}"
 
     rule demo_model:
         """A random tiny model, and a tokenizer that knows the words of the training splits."""
@@ -83,6 +86,7 @@ if DEMO:
             mem_mb=2000,
             runtime=10,
         params:
+            scripts=SCRIPTS,
             data=[data_folder(name) for name in DEMO.texts],
             seed=DEMO.seed,
             geometry=" ".join(
@@ -91,7 +95,7 @@ if DEMO:
         message:
             "make a random tiny Phi-3.5-vision"
         shell:
-            "python {SCRIPTS}/demo_model.py --data_dirs {params.data} --seed {params.seed} {params.geometry}"
+            "python {params.scripts}/demo_model.py --data_dirs {params.data} --seed {params.seed} {params.geometry}"
             " --output_dir {output} 2>&1 | tee {log}"
 
     rule demo_base:
@@ -116,6 +120,7 @@ if DEMO:
             runtime=30,
             accelerators=DEMO.base.processes,
         params:
+            scripts=SCRIPTS,
             data=lambda wildcards, input: Path(input.data).parent,
             folder=lambda wildcards, output: Path(output[1]).parent,
             processes=DEMO.base.processes,
@@ -123,5 +128,5 @@ if DEMO:
         message:
             "train the tiny base model a little"
         shell:
-            "OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node={params.processes} {SCRIPTS}/finetune.py {params.flags}"
+            "OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node={params.processes} {params.scripts}/finetune.py {params.flags}"
             " --model_name_or_path {input.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"

@@ -25,6 +25,7 @@ rule evaluate_base:
         tasks_per_gpu=0,
         slurm_partition=on_baseline(lambda job: job.pool.slurm_partition),
     params:
+        scripts=SCRIPTS,
         launch=on_baseline(launch),
         flags=on_baseline(evaluation_flags),
         model=on_baseline(lambda job: model_folder(job.row.model)),
@@ -34,7 +35,7 @@ rule evaluate_base:
     message:
         "evaluate {wildcards.baseline} before training"
     shell:
-        "OMP_NUM_THREADS={params.omp} {params.launch} {SCRIPTS}/evaluate.py --passes before {params.flags}"
+        "OMP_NUM_THREADS={params.omp} {params.launch} {params.scripts}/evaluate.py --passes before {params.flags}"
         " --model_name_or_path {params.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"
 
 
@@ -68,6 +69,7 @@ rule evaluate:
         tasks_per_gpu=0,
         slurm_partition=on_job(lambda job: job.pool.slurm_partition),
     params:
+        scripts=SCRIPTS,
         launch=on_job(launch),
         passes="after control" if RUN.settings.evaluation.control else "after",
         flags=on_job(lambda job: ["--row", job.row.row, *evaluation_flags(job)]),
@@ -78,5 +80,5 @@ rule evaluate:
     message:
         "evaluate {wildcards.row}"
     shell:
-        "OMP_NUM_THREADS={params.omp} {params.launch} {SCRIPTS}/evaluate.py --passes {params.passes} {params.flags}"
+        "OMP_NUM_THREADS={params.omp} {params.launch} {params.scripts}/evaluate.py --passes {params.passes} {params.flags}"
         " --model_name_or_path {params.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"

@@ -27,9 +27,10 @@ rule plan_run:
         mem_mb=500,
         runtime=5,
     params:
+        scripts=SCRIPTS,
         tables=tables_digest(),
         folder=lambda wildcards, output: Path(output.json).parent,
     message:
         "plan every row"
     shell:
-        "python {SCRIPTS}/plan.py --config {input.config} --output_dir {params.folder} 2>&1 | tee {log}"
+        "python {params.scripts}/plan.py --config {input.config} --output_dir {params.folder} 2>&1 | tee {log}"

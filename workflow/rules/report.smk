@@ -66,13 +66,14 @@ rule report:
         mem_mb=3000,
         runtime=30,
     params:
+        scripts=SCRIPTS,
         tables=tables_digest(),
         results=lambda wildcards, input: Path(input.config).parent,
         folder=lambda wildcards, output: Path(output.page).parent,
     message:
         "report"
     shell:
-        "python {SCRIPTS}/report.py --config {input.config} --results {params.results} --output_dir {params.folder}"
+        "python {params.scripts}/report.py --config {input.config} --results {params.results} --output_dir {params.folder}"
         " 2>&1 | tee {log}"
 
 

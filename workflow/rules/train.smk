@@ -26,6 +26,7 @@ rule finetune:
         tasks_per_gpu=0,
         slurm_partition=on_job(lambda job: job.pool.slurm_partition),
     params:
+        scripts=SCRIPTS,
         launch=on_job(launch),
         flags=on_job(lambda job: settings.training_flags(job.row, job.num_crops)),
         run=on_job(lambda job: common_run_flags(job.seed)),
@@ -36,5 +37,5 @@ rule finetune:
     message:
         "train {wildcards.row}"
     shell:
-        "OMP_NUM_THREADS={params.omp} {params.launch} {SCRIPTS}/finetune.py {params.flags} {params.run}"
+        "OMP_NUM_THREADS={params.omp} {params.launch} {params.scripts}/finetune.py {params.flags} {params.run}"
         " --model_name_or_path {params.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"
