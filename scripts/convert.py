@@ -31,13 +31,13 @@ def arguments() -> argparse.Namespace:
         "--on-error",
         "--on_error",
         choices=["stop", "skip"],
-        default="stop",
-        help="rows that cannot be taken (default: stop)",
+        help="rows that cannot be taken (default: as the entry says, else stop)",
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="clips decoded at a time (default: 2)")
     parser.add_argument(
-        "--shards", type=float, default=0, metavar="MB",
-        help="pack the pictures of split train into tar shards of this size, for file systems that dislike many files",
+        "--shards", type=float, metavar="MB",
+        help="pack the pictures of split train into tar shards of this size, for file systems that dislike many files "
+        "(default: as the entry says, else 0: a file a picture)",
     )  # fmt: skip
     entry = parser.add_argument_group("an entry of a datasets file")
     entry.add_argument("--datasets", nargs="+", default=["config/datasets.yaml"], metavar="FILE", help="datasets files")
@@ -77,7 +77,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     given = arguments()
-    shard_bytes = int(given.shards * 10**6)
+    shard_bytes = None if given.shards is None else int(given.shards * 10**6)
     try:
         if given.dataset:
             known = read_entries(given.datasets, Dataset, Path("."))
@@ -91,7 +91,8 @@ def main() -> int:
             convert_files(
                 given.format, given.input, given.output_dir, given.split, given.images_dir, given.name,
                 given.turns, given.metric, given.num_crops, given.rows,
-                dict(option.split("=", 1) for option in given.option), given.on_error, given.workers, shard_bytes,
+                dict(option.split("=", 1) for option in given.option), given.on_error or "stop", given.workers,
+                shard_bytes or 0,
             )  # fmt: skip
     except (SettingsError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

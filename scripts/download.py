@@ -11,6 +11,7 @@ already is checked against its recorded size and sha256 and not fetched again.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,8 +59,11 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full: free some room and run the same command, it goes on from there"
         print(
-            f"error: {given.output_dir}: {error}; expected a folder that can be written and has room", file=sys.stderr
+            f"error: {given.output_dir}: {error}; {what if full else 'expected a folder that can be written'}",
+            file=sys.stderr,
         )
         return 1
     for source in fetched.values():

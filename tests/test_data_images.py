@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from phi3v.data.conversations import DataError
-from phi3v.data.images import as_png, inspect, open_rgb
+from phi3v.data.images import as_png, displayed_size, inspect, open_rgb
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -81,6 +81,59 @@ def test_exif_orientation_is_applied() -> None:
     assert seen.size == (20, 40)
     assert seen.getpixel((10, 5)) == (0, 0, 0)
     assert seen.getpixel((10, 35)) == (255, 255, 255)
+
+
+def png_with(image: Image.Image, chunks: list[tuple[bytes, bytes]], behind: bool) -> bytes:
+    """A PNG with further chunks before or behind its pixels."""
+    plain = encoded(image, "PNG")
+    place = plain.index(b"IEND") - 4 if behind else plain.index(b"IDAT") - 4
+    made = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return plain[:place] + b"".join(made) + plain[place:]
+
+
+def turning_chunks() -> dict[str, tuple[bytes, bytes]]:
+    """What can say in a PNG that a picture lies on its side, in every way Pillow reads."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = exif.tobytes().removeprefix(b"Exif\0\0")
+    profile = f"\nexif\n{len(data) + 6:8}\n{(b'Exif' + bytes(2) + data).hex()}\n".encode()
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    return {
+        "exif": (b"eXIf", data),
+        "profile": (b"tEXt", b"Raw profile type exif\0" + profile),
+        "packed profile": (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile)),
+        "xmp": (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+    }
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("kind", [*turning_chunks(), "other text", "nothing"])
+def test_the_size_from_the_header_is_the_opened_pictures(kind: str, behind: bool, tmp_path: Path) -> None:
+    chunks = {**turning_chunks(), "other text": (b"tEXt", b"Software\0a scanner"), "nothing": (b"tIME", bytes(7))}
+    data = png_with(Image.new("RGB", (40, 20), "white"), [chunks[kind]], behind)
+    (tmp_path / "a.png").write_bytes(data)
+    opened = open_rgb(data, "x").size
+    assert displayed_size(data, "x") == displayed_size(tmp_path / "a.png", "x") == opened
+    if kind in ("exif", "packed profile", "other text", "nothing"):
+        assert opened == ((20, 40) if kind in turning_chunks() else (40, 20))
+
+
+def test_the_size_of_a_png_needs_no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("RGB", (400, 300)), "PNG")
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    assert displayed_size(data, "x") == (400, 300)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
+def test_the_size_of_every_kind(kind: str) -> None:
+    assert displayed_size(picture_bytes(1, kind), "x") == (40, 30)
+    if kind in ("JPEG", "WEBP", "TIFF"):
+        exif = Image.Exif()
+        exif[0x0112] = 8
+        data = encoded(Image.new("RGB", (40, 20)), kind, exif=exif)
+        assert displayed_size(data, "x") == open_rgb(data, "x").size
 
 
 @pytest.mark.parametrize(

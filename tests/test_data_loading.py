@@ -8,10 +8,12 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from data_examples import cauldron_rows, picture_bytes, write_parquet
 
+from phi3v.data import lengths
 from phi3v.data.conversations import (
     Conversation,
     DataError,
@@ -158,6 +160,55 @@ def test_lengths_are_those_of_the_loaded_examples(data: Path, processor: Phi3VPr
         drawn.set_epoch(epoch)
         longest = [max(longest[index], len(drawn[index]["input_ids"])) for index in range(len(drawn))]
     assert drawn.lengths() == longest
+
+
+def test_lengths_are_counted_once_and_by_several_processes(
+    data: Path, processor: Phi3VProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = ConversationDataset(data, "train", processor)
+    alone = lengths.count(dataset).tolist()
+    with monkeypatch.context() as several:
+        several.setattr(lengths, "PART", 5)
+        assert lengths.count(dataset, processes=2).tolist() == alone
+    assert dataset.lengths() == alone
+    (kept,) = (data / lengths.FOLDER).glob("*.npy")
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("counted again")
+
+    with monkeypatch.context() as no_more:
+        no_more.setattr(lengths, "count", never)
+        assert ConversationDataset(data, "train", processor).lengths() == alone
+        # Anything that changes a length is another file.
+        for other in ({"num_crops": 1}, {"turns": "first"}):
+            with pytest.raises(AssertionError, match="counted again"):
+                ConversationDataset(data, "train", processor, **other).lengths()
+        lines = (data / "train.jsonl").read_bytes()
+        (data / "train.jsonl").write_bytes(lines.replace(b"Question 3", b"Quest 3"))
+        with pytest.raises(AssertionError, match="counted again"):
+            ConversationDataset(data, "train", processor).lengths()
+        (data / "train.jsonl").write_bytes(lines)
+        kept.write_bytes(kept.read_bytes()[:-8])
+        with pytest.raises(AssertionError, match="counted again"):
+            ConversationDataset(data, "train", processor).lengths()
+    assert dataset.lengths() == alone
+    assert np.load(kept).tolist() == alone
+
+
+def test_lengths_of_a_folder_made_by_hand_are_not_kept(data: Path, processor: Phi3VProcessor) -> None:
+    (data / "dataset.json").unlink()
+    dataset = ConversationDataset(data, "train", processor, turns="all")
+    assert dataset.lengths() == [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+    assert not (data / lengths.FOLDER).exists()
+
+
+def test_lengths_are_counted_where_nothing_can_be_kept(
+    data: Path, processor: Phi3VProcessor, capsys: pytest.CaptureFixture
+) -> None:
+    (data / lengths.FOLDER).write_bytes(b"a file where the folder should be")
+    dataset = ConversationDataset(data, "train", processor)
+    assert dataset.lengths() == lengths.count(dataset).tolist()
+    assert "counted without keeping them" in capsys.readouterr().err
 
 
 def test_statistics_are_those_of_the_loaded_examples(data: Path, processor: Phi3VProcessor) -> None:

@@ -23,6 +23,8 @@ from tqdm import tqdm
 from phi3v.data.conversations import Conversation, DataError, Turn, format_line, image_path_problem, shown
 from phi3v.data.converters import FORMATS
 from phi3v.data.images import KEPT, as_png, inspect
+from phi3v.data.leakage import leakage
+from phi3v.data.lengths import FOLDER as LENGTHS
 from phi3v.data.pictures import write_shards
 from phi3v.data.samples import Inputs, Picture, Rejection, Sample
 from phi3v.data.sources import link_or_copy, locked_files, write_json
@@ -62,7 +64,13 @@ class SplitResult:
 
     def entry(self) -> dict[str, Any]:
         """Its part of dataset.json."""
-        return {"file": self.file, "examples": self.examples, "images": self.images, "sha256": self.digest.hexdigest()}
+        return {
+            "file": self.file,
+            "examples": self.examples,
+            "images": self.images,
+            "rejected": self.rejected,
+            "sha256": self.digest.hexdigest(),
+        }
 
 
 def row_slice(rows: str) -> tuple[int, int | None]:
@@ -82,6 +90,18 @@ class PictureWriter:
     def __init__(self, images: Path, split: str) -> None:
         self.images, self.split, self.written = images, split, 0
         self._folders: set[Path] = set()
+        self._of_row: list[Path] = []
+
+    def next_row(self) -> None:
+        """The row before is taken: its pictures stay."""
+        self._of_row.clear()
+
+    def forget_row(self) -> None:
+        """The row under way is not taken: neither are its pictures."""
+        for path in self._of_row:
+            path.unlink()
+        self.written -= len(self._of_row)
+        self._of_row.clear()
 
     def write(self, picture: Picture, number: int, place: int, where: str) -> str:
         """Store a picture and return its path relative to images/. number, place: source row and position in it, for
@@ -109,7 +129,7 @@ class PictureWriter:
             content = as_png(content, where)
         elif isinstance(data, Path) and not target.exists():
             link_or_copy(data, target)
-            self.written += 1
+            self._wrote(target)
             return path
         try:
             with open(target, "xb") as file:
@@ -120,8 +140,12 @@ class PictureWriter:
                     f"{where}: picture {shown(path)}: another one of that name is there; expected names to differ"
                 ) from None
             return path
-        self.written += 1
+        self._wrote(target)
         return path
+
+    def _wrote(self, path: Path) -> None:
+        self.written += 1
+        self._of_row.append(path)
 
 
 def _conversation(sample: Sample, number: int, source: str, turns: str, writer: PictureWriter) -> Conversation:
@@ -158,9 +182,11 @@ def _convert_split(
                         f"{split}: {text if text.startswith(where) else f'{where}: {text}'}\n--on-error skip leaves "
                         f"such rows out, and lists them in rejected.jsonl"
                     ) from None
+                writer.forget_row()
                 result.rejected += 1
                 rejected(split, Rejection(where, str(error).removeprefix(f"{where}: ")))
                 continue
+            writer.next_row()
             file.write(line)
             result.digest.update(line)
             result.examples += 1
@@ -244,9 +270,9 @@ def convert(
             "metric": metric,
             "num_crops": num_crops,
             "splits": entries,
-            "rejected": sum(result.rejected for result in results.values())
-            + (previous.get("rejected", 0) if previous else 0),
+            "rejected": sum(entry.get("rejected", 0) for entry in entries.values()),
         }
+        dataset["leakage"] = leakage({split: work if split in results else output_dir for split in entries}, entries)
         _move_into_place(work, output_dir, results, bool(previous))
         write_json(output_dir / "dataset.json", dataset)
     finally:
@@ -274,6 +300,7 @@ def _refuse_foreign(output_dir: Path, names: dict[str, str]) -> None:
 def _move_into_place(work: Path, output_dir: Path, results: dict[str, SplitResult], keep: bool) -> None:
     (output_dir / _MARK).touch()
     (output_dir / "dataset.json").unlink(missing_ok=True)
+    shutil.rmtree(output_dir / LENGTHS, ignore_errors=True)
     (output_dir / "images").mkdir(exist_ok=True)
     for split, result in results.items():
         for path in (output_dir / "shards").glob(f"{split}[-.]*"):
@@ -307,11 +334,14 @@ def convert_dataset(
     dataset: Dataset,
     source_dir: str | Path,
     output_dir: str | Path,
-    on_error: OnError = "stop",
+    on_error: OnError | None = None,
     workers: int = 2,
-    shard_bytes: int = 0,
+    shard_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Convert an entry of a datasets file from what scripts/download.py fetched. Raises DataError."""
+    """Convert an entry of a datasets file from what scripts/download.py fetched. Raises DataError.
+
+    on_error, shard_bytes: None: as the entry says.
+    """
     splits: dict[str, SplitSource] = {}
     for split, entry in dataset.splits.items():
         folder, files, source = locked_files(source_dir, entry.url, entry.revision)
@@ -329,8 +359,9 @@ def convert_dataset(
         turns = entry.options.get("turns", "first" if dataset.turns == "first" else "all")
         splits[split] = SplitSource(entry.format, inputs, origin, entry.rows, turns)
     return convert(
-        name, splits, output_dir, dataset.turns, dataset.metric, dataset.num_crops, on_error, shard_bytes=shard_bytes
-    )
+        name, splits, output_dir, dataset.turns, dataset.metric, dataset.num_crops, on_error or dataset.on_error,
+        shard_bytes=int(dataset.shards * 10**6) if shard_bytes is None else shard_bytes,
+    )  # fmt: skip
 
 
 def convert_files(

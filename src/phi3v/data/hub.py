@@ -81,13 +81,21 @@ def retry_after_header(headers: Any) -> str | None:
     return value if retry_after(value) is not None else None
 
 
-def stores() -> list[Path]:
-    """Folders beside the output folder that need room: the hub's cache, through which every file goes."""
+def store() -> Path | None:
+    """The hub's cache, through which every file goes."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cache = Path(HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
-    return [cache]
+    return cache
+
+
+def stored(url: str, revision: str | None, remote: Remote) -> bool:
+    """Whether the cache has the file already."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repo_type, repo, _ = split_url(url)
+    return isinstance(try_to_load_from_cache(repo, remote.locator, revision=revision, repo_type=repo_type), str)
 
 
 def listing(url: str, revision: str | None, kind: str) -> tuple[str | None, list[Remote]]:

@@ -87,8 +87,11 @@ class ConversationDataset(Dataset):
         return Conversation(conversation.id, conversation.source, turns)
 
     def lengths(self) -> list[int]:
-        """Tokens of every example, from texts and picture headers; where a turn is drawn, those of the longest turn."""
-        from phi3v.data.statistics import lengths
+        """Tokens of every example, from texts and picture headers; where a turn is drawn, those of the longest turn.
+
+        Counted once: a folder that the converter wrote keeps them beside the data.
+        """
+        from phi3v.data.lengths import lengths
 
         return lengths(self)
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 import random
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ class Pictures:
 
     def __init__(self, data_dir: str | Path, shards: Sequence[str] = (), index: str = "") -> None:
         self.data_dir = Path(data_dir)
-        self.root = Path(os.path.realpath(self.data_dir / "images"))
+        self._root = os.path.realpath(self.data_dir / "images")
+        self.root = Path(self._root)
+        self._folders: dict[str, str] = {}
         self.shards = [self.data_dir / name for name in shards]
         self._handles: dict[int, int] = {}
         self._pid = 0
@@ -50,9 +52,16 @@ class Pictures:
         """The picture's file, or its bytes. Raises DataError: not there, or outside the folder."""
         if self.shards:
             return self._read(path, where)
-        file = os.path.realpath(self.root / path)
-        if not file.startswith(f"{self.root}{os.sep}"):
-            raise DataError(f"{where}: image {path!r} is a link out of {self.root}; expected a file inside it")
+        # Following every part of a path is eight calls to the file system; a folder's share of them is kept.
+        folder, _, name = path.rpartition("/")
+        real = self._folders.get(folder)
+        if real is None:
+            real = self._folders[folder] = os.path.realpath(f"{self._root}/{folder}")
+        file = f"{real}/{name}"
+        if os.path.islink(file) or not f"{real}/".startswith(f"{self._root}/"):
+            file = os.path.realpath(file)
+            if not file.startswith(f"{self._root}/"):
+                raise DataError(f"{where}: image {path!r} is a link out of {self.root}; expected a file inside it")
         return Path(file)
 
     def open(self, path: str, where: str) -> Image.Image:
@@ -63,12 +72,34 @@ class Pictures:
         """(width, height) as it will be opened, from the header alone. Raises DataError."""
         return displayed_size(self.locate(path, where), f"{where}: image {path!r}")
 
-    def _read(self, path: str, where: str) -> bytes:
+    def bytes_of(self, path: str, where: str) -> bytes:
+        """The picture as it is stored. Raises DataError."""
+        found = self.locate(path, where)
+        try:
+            return found.read_bytes() if isinstance(found, Path) else found
+        except OSError as error:
+            raise DataError(f"{where}: image {path!r}: cannot be read: {error}") from None
+
+    def stored_bytes(self, path: str, where: str) -> int:
+        """Size of the stored picture, without reading it. Raises DataError."""
+        if self.shards:
+            return self._place(path, where)[2]
+        try:
+            return os.stat(self.locate(path, where)).st_size  # type: ignore[arg-type]
+        except OSError as error:
+            raise DataError(f"{where}: image {path!r}: cannot be read: {error}") from None
+
+    def _place(self, path: str, where: str) -> tuple[int, int, int]:
+        """(shard, where it starts, how long it is) of a picture."""
         key = np.uint64(path_hash(path))
         place = int(np.searchsorted(self._hashes, key))
         if place == len(self._hashes) or self._hashes[place] != key:
             raise DataError(f"{where}: image {path!r}: not in the shards of {self.data_dir}")
         shard, offset, size = (int(value) for value in self._places[place])
+        return shard, offset, size
+
+    def _read(self, path: str, where: str) -> bytes:
+        shard, offset, size = self._place(path, where)
         data = os.pread(self._handle(shard), size, offset)
         if len(data) != size:
             raise DataError(f"{where}: image {path!r}: {self.shards[shard]} is shorter than its index says")
@@ -98,13 +129,12 @@ def pictures_of(data_dir: str | Path, entry: dict[str, Any]) -> Pictures:
     return Pictures(data_dir, entry.get("shards", ()), entry.get("index", ""))
 
 
-def write_shards(
-    jsonl: Path, images: Path, folder: Path, split: str, shard_bytes: int, progress: Callable[[int], None] | None = None
-) -> dict[str, Any]:
+def write_shards(jsonl: Path, images: Path, folder: Path, split: str, shard_bytes: int) -> dict[str, Any]:
     """Pack the examples of a jsonl and their pictures into folder/shards; returns what dataset.json says of them.
 
     A shard is closed by the first example that makes it longer than shard_bytes. A picture that several examples name
-    is stored with the first. Equal inputs give equal bytes.
+    is stored with the first. Equal inputs give equal bytes. The files are removed as they are packed, so that the disk
+    needs room for the pictures once.
     """
     target = folder / "shards"
     target.mkdir(parents=True, exist_ok=True)
@@ -128,12 +158,12 @@ def write_shards(
                 if key in known:
                     continue
                 known.add(key)
-                data = (images / path).read_bytes()
+                file = images / path
+                data = file.read_bytes()
                 offset = _add(archive, f"{number:09d}.{place}{Path(path).suffix.lower()}", data)
                 hashes.append(key)
                 places.append((len(names) - 1, offset, len(data)))
-            if progress is not None:
-                progress(number + 1)
+                file.unlink()
     finally:
         if archive is not None:
             archive.close()

@@ -22,7 +22,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -209,13 +209,22 @@ def matches(folder: Path, files: list[File], contents: bool) -> str | None:
     return None
 
 
-def _check_room(needed: int, folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise SourceError(
-            f"{folder}: {needed / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free; expected room for all before the "
-            f"first byte is fetched"
-        )
+def _check_room(fetches: list[_Fetch]) -> None:
+    """Room for every file of every source, before the first byte. Raises SourceError."""
+    needed: dict[int, int] = {}
+    places: dict[int, Path] = {}
+    for item in fetches:
+        for folder, size in item.needs():
+            device = os.stat(folder).st_dev
+            places.setdefault(device, folder)
+            needed[device] = needed.get(device, 0) + size
+    for device, size in needed.items():
+        free = shutil.disk_usage(places[device]).free
+        if size > free:
+            raise SourceError(
+                f"{places[device]}: {size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free; expected room for all "
+                f"before the first byte is fetched"
+            )
 
 
 def _check_pins(url: str, revision: str | None, pinned: Source, files: list[File]) -> None:
@@ -231,39 +240,50 @@ def _check_pins(url: str, revision: str | None, pinned: Source, files: list[File
             )
 
 
-def _fetch_remote(
-    url: str, revision: str | None, folder: Path, name: str, pinned: Source | None, workers: int, kind: str
-) -> Source:
-    from phi3v.data import hub, web
+class _Fetch:
+    """A remote source that is about to be fetched: its listing, and what of it is missing."""
 
-    reach = hub if url.startswith("hf://") else web
-    resolved, remotes = reach.listing(url, pinned.resolved if pinned and pinned.resolved else revision, kind)
-    wanted = {file.path: file for file in pinned.files} if pinned else {}
-    missing = [remote for remote in remotes if not (folder / remote.path).is_file()]
-    folder.mkdir(parents=True, exist_ok=True)
-    needed = sum(remote.size or 0 for remote in missing)
-    for place in (folder, *reach.stores()):
-        _check_room(needed, place)
+    def __init__(self, url: str, revision: str | None, folder: Path, pinned: Source | None, kind: str) -> None:
+        from phi3v.data import hub, web
 
-    def get(remote: Remote) -> File:
-        target = folder / remote.path
-        promised = wanted[remote.path].sha256 if remote.path in wanted else remote.sha256
+        self.url, self.revision, self.folder = url, revision, folder
+        self.reach = hub if url.startswith("hf://") else web
+        self.wanted = {file.path: file.sha256 for file in pinned.files} if pinned else {}
+        commit = pinned.resolved if pinned and pinned.resolved else revision
+        self.resolved, self.remotes = self.reach.listing(url, commit, kind)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def needs(self) -> Iterator[tuple[Path, int]]:
+        """(folder, bytes that will be written there)."""
+        missing = [remote for remote in self.remotes if not (self.folder / remote.path).is_file()]
+        store = self.reach.store()
+        linked = store is not None and os.stat(store).st_dev == os.stat(self.folder).st_dev
+        for remote in missing:
+            if store is not None and not self.reach.stored(self.url, self.resolved, remote):
+                yield store, remote.size or 0
+            if not linked:
+                yield self.folder, remote.size or 0
+
+    def run(self, name: str, workers: int) -> Source:
+        """Fetch what is missing, check everything. Raises SourceError."""
+        with ThreadPoolExecutor(workers) as pool:
+            return Source(self.url, self.revision, self.resolved, name, list(pool.map(self._get, self.remotes)))
+
+    def _get(self, remote: Remote) -> File:
+        target = self.folder / remote.path
+        promised = self.wanted.get(remote.path, remote.sha256)
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            reach.get(url, resolved, remote, target, promised)
+            self.reach.get(self.url, self.resolved, remote, target, promised)
         file = File(remote.path, target.stat().st_size, digest_of(target))
         if (remote.size not in (None, file.size)) or (promised not in (None, file.sha256)):
             target.unlink()
             raise SourceError(
-                f"source {url!r}: {remote.path}: {file.size} bytes, sha256 {file.sha256}; expected {remote.size} "
+                f"source {self.url!r}: {remote.path}: {file.size} bytes, sha256 {file.sha256}; expected {remote.size} "
                 f"bytes, sha256 "
                 f"{promised}. The file was removed; run the download again"
             )
         return file
-
-    with ThreadPoolExecutor(workers) as pool:
-        files = list(pool.map(get, remotes))
-    return Source(url, revision, resolved, name, files)
 
 
 def fetch(
@@ -287,20 +307,26 @@ def fetch(
     record = next((output_dir / name for name in (PINS, LOCK) if (output_dir / name).exists()), None)
     pins = read_lock(record) if record else {}
     fetched: dict[tuple[str, str | None], Source] = {}
-    for url, revision in dict.fromkeys(wanted):
-        name = "." if flat else folder_name(url, revision)
-        folder = output_dir / name
+    names = {key: "." if flat else folder_name(*key) for key in dict.fromkeys(wanted)}
+    remote: dict[tuple[str, str | None], _Fetch] = {}
+    for (url, revision), name in names.items():
+        pinned = pins.get((url, revision))
+        if not is_local(url) and not (pinned and matches(output_dir / name, pinned.files, contents=True) is None):
+            remote[url, revision] = _Fetch(url, revision, output_dir / name, pinned, kind)
+    _check_room(list(remote.values()))
+    for (url, revision), name in names.items():
         pinned = pins.get((url, revision))
         if is_local(url):
-            source = Source(url, revision, None, name, _fetch_local_into(url, folder, flat))
+            source = Source(url, revision, None, name, _fetch_local_into(url, output_dir / name, flat))
             if pinned and pinned.files != source.files:
                 print(f"{url}: changed since it was last used; the new content is taken", file=sys.stderr)
-        elif pinned and matches(folder, pinned.files, contents=True) is None:
-            source = pinned
-        else:
-            source = _fetch_remote(url, revision, folder, name, pinned, workers, kind)
+        elif (url, revision) in remote:
+            source = remote[url, revision].run(name, workers)
             if pinned:
                 _check_pins(url, revision, pinned, source.files)
+        else:
+            assert pinned is not None, "what is not fetched was found as its pins say"
+            source = pinned
         fetched[url, revision] = source
         _write_lock(output_dir / PINS, {**pins, **fetched}.values())
     _write_lock(output_dir / LOCK, fetched.values())

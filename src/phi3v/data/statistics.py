@@ -50,13 +50,17 @@ def count_turns(processor: Any, turns: Sequence[Turn], sizes: Sequence[Sequence[
     texts: list[str] = []
     for turn in turns:
         texts += [*_TAG.split(prompt_text(turn)), answer_text(turn)]
-    lengths = [len(ids) for ids in processor.tokenizer(texts)["input_ids"]]
+    # Prompts begin alike and answers repeat: each text is tokenised once. The backend leaves out what only counts need.
+    unique = list(dict.fromkeys(texts))
+    encodings = processor.tokenizer.backend_tokenizer.encode_batch_fast(unique)
+    length_of = dict(zip(unique, map(len, encodings), strict=True))
     bos = len(processor.tokenizer("")["input_ids"])
     images = processor.image_processor
     counts, place = [], 0
     for turn, own in zip(turns, sizes, strict=True):
         pieces = len(turn.images) + 1
-        prompt, answer = sum(lengths[place : place + pieces]), lengths[place + pieces] - bos
+        prompt = sum(length_of[text] for text in texts[place : place + pieces])
+        answer = length_of[texts[place + pieces]] - bos
         place += pieces + 1
         image = sum(images.tokens_of_picture(width, height) for width, height in own)
         grids = [picture_grid(width, height, images.num_crops) for width, height in own]
@@ -64,21 +68,24 @@ def count_turns(processor: Any, turns: Sequence[Turn], sizes: Sequence[Sequence[
     return counts
 
 
-def counted(dataset: ConversationDataset) -> Iterator[list[Counts]]:
-    """Counts of the turns of every example, in order; with `draw` each turn that could be drawn, pictures and all."""
+def counted(dataset: ConversationDataset, start: int = 0, stop: int | None = None) -> Iterator[list[Counts]]:
+    """Counts of the turns of examples start … stop-1, in order; with `draw` each turn that could be drawn, pictures and
+    all."""
     bos = len(dataset.processor.tokenizer("")["input_ids"])
-    for start in range(0, len(dataset), CHUNK):
+    stop = len(dataset) if stop is None else stop
+    for first in range(start, stop, CHUNK):
         turns: list[Turn] = []
         sizes: list[list[tuple[int, int]]] = []
         groups: list[int] = []
-        for index in range(start, min(start + CHUNK, len(dataset))):
+        for index in range(first, min(first + CHUNK, stop)):
             conversation = dataset.conversation(index)
             where = f"{dataset.lines.path}:{index + 1}"
             choices = conversation.turns[:1] if dataset.turns == "first" else conversation.turns
             drawn = dataset.turns == "draw" and len(conversation.turns) > 1
             if drawn:
                 choices = tuple(Turn(conversation.images, t.user, t.assistant, t.answers) for t in choices)
-            known = {path: dataset.pictures.size(path, where) for turn in choices for path in turn.images}
+            paths = {path for turn in choices for path in turn.images}
+            known = {path: dataset.pictures.size(path, where) for path in paths}
             turns += choices
             sizes += [[known[path] for path in turn.images] for turn in choices]
             groups.append(len(choices))
@@ -91,13 +98,6 @@ def counted(dataset: ConversationDataset) -> Iterator[list[Counts]]:
                 # Later turns go on without a beginning of sequence in front.
                 own = own[:1] + [Counts(c.text - bos, c.image, c.answer, c.tiles) for c in own[1:]]
             yield own
-
-
-def lengths(dataset: ConversationDataset) -> list[int]:
-    """Tokens of every example; where a turn is drawn, those of the longest, so that a budget holds in every epoch."""
-    if dataset.turns == "draw":
-        return [max(count.total for count in own) for own in counted(dataset)]
-    return [sum(count.total for count in own) for own in counted(dataset)]
 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:

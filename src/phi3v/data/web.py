@@ -90,9 +90,14 @@ def _open(url: str, headers: dict[str, str], method: str = "GET") -> http.client
         raise Transient(str(getattr(error, "reason", error))) from None
 
 
-def stores() -> list[Path]:
-    """Folders beside the output folder that need room: none."""
-    return []
+def store() -> Path | None:
+    """A folder that files go through on their way: none."""
+    return None
+
+
+def stored(url: str, revision: str | None, remote: Remote) -> bool:
+    """Whether the file is in that folder already."""
+    return False
 
 
 def listing(url: str, revision: str | None, kind: str) -> tuple[str | None, list[Remote]]:

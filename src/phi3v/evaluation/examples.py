@@ -11,7 +11,9 @@ from random import Random
 from PIL import Image
 
 from phi3v.data.conversations import DataError, Turn, prompt_text, read_conversations
-from phi3v.data.folder import split_file
+from phi3v.data.folder import describe, split_file
+from phi3v.data.leakage import in_training
+from phi3v.data.pictures import Pictures, pictures_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,27 +59,16 @@ def content_digests(folder: Path, questions: Sequence[Question]) -> dict[str, st
 
 
 def leaked(data_dir: str | Path, questions: Sequence[Question], train: str = "train") -> int | None:
-    """Questions of which a picture, byte for byte, is also in the training split; None where there is no such split.
-
-    Only training pictures as long as one of the questions' are read, so that a hundred thousand of them take seconds.
-    """
+    """Questions of which a picture, byte for byte, is also in the training split; None where there is no such split."""
     folder = Path(data_dir)
     try:
         path = split_file(folder, train)
     except DataError:
         return None
-    images = folder / "images"
-    digests = content_digests(folder, questions)
-    sizes = {(images / name).stat().st_size for name in digests}
-    wanted = set(digests.values())
-    names = {name for example in read_conversations(path) for name in example.images}
-    found = set()
-    for name in names:
-        picture = images / name
-        if picture.is_file() and picture.stat().st_size in sizes:
-            found.add(hashlib.sha256(picture.read_bytes()).hexdigest())
-    found &= wanted
-    return sum(any(digests[name] in found for name in question.images) for question in questions)
+    theirs = pictures_of(folder, describe(folder).get("splits", {}).get(train, {}))
+    paths = {name for question in questions for name in question.images}
+    found = in_training(paths, Pictures(folder), read_conversations(path), theirs)
+    return sum(any(name in found for name in question.images) for question in questions)
 
 
 def swap_pictures(

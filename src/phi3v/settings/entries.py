@@ -12,7 +12,7 @@ Turns = Literal["all", "draw", "first"]
 Metric = Literal["accuracy", "anls"]
 
 # Raised whenever a converter's output changes for the same source, so that old and new data never share a folder.
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 
 
 class Strict(BaseModel):
@@ -131,6 +131,10 @@ class Dataset(Strict):
     """Largest number of tiles of an image (recipe: 16, UCF-101: 4)."""
     licence: str = ""
     """Shown where the data are downloaded."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """Source rows that cannot be taken: stop at the first, or skip them (rejected.jsonl names them, the report counts)."""
+    shards: float = Field(0, ge=0)
+    """MB of a tar shard of the training pictures, for file systems that dislike many files; 0: a file a picture."""
 
     @model_validator(mode="after")
     def _has_train_and_val(self) -> Dataset:
@@ -199,7 +203,8 @@ def _digest(value: Any) -> str:
 def dataset_key(name: str, dataset: Dataset) -> str:
     """Folder name under results/data: source, revision, conversion options and converter version decide it."""
     splits = {split: source.model_dump() for split, source in dataset.splits.items()}
-    return f"{name}-{_digest([splits, dataset.turns, CONVERTER_VERSION])}"
+    made = [dataset.turns, dataset.on_error, dataset.shards, CONVERTER_VERSION]
+    return f"{name}-{_digest([splits, *made])}"
 
 
 def model_key(name: str, model: Model) -> str:
