@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Start a script on several machines of the SLURM job that this runs in: one agent a node, static rendezvous.
 #   scripts/torchrun_nodes.sh NODES PROCESSES_PER_NODE scripts/finetune.py --flags …
+# An agent passes SIGTERM and SIGUSR1 on and gives its workers time to save; 30 s, its default, do not do for 58 GB.
 # The batch shell of the executor has no node list, so the geometry comes as arguments; the address of the first
 # node is read inside the step.
 set -euo pipefail
@@ -16,6 +17,7 @@ agent='
 first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" | sed -n "s/.*NodeAddr=\([^ ]*\).*/\1/p")
 exec python -m torch.distributed.run --nnodes='"$nodes"' --nproc-per-node='"$processes"' \
+  --shutdown-timeout=900 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   --node-rank="$SLURM_NODEID" --master-addr="$address" --master-port='"$port"' "$@"'
 exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
   --kill-on-bad-exit=1 --cpu-bind=none bash -c "$agent" agent "$@"

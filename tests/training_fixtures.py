@@ -53,14 +53,23 @@ def write_model(folder: Path, **geometry: int) -> Path:
     return build_tiny(folder, words, seed=3, num_crops=2, **(sizes | geometry))
 
 
-def launch(arguments: list[str], processes: int = 1, script: str = "scripts/finetune.py") -> subprocess.Popen:
-    """Start a script, with several processes under torchrun; stdout and stderr together on a pipe."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+# What the workflow's launch line gives torchrun, see workflow/rules/common.smk.
+PATIENT = ("--shutdown-timeout=900", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+
+
+def launch(
+    arguments: list[str], processes: int = 1, script: str = "scripts/finetune.py", more: dict[str, str] | None = None
+) -> subprocess.Popen:
+    """Start a script, with several processes under torchrun; stdout and stderr together on a pipe.
+
+    more: further environment variables.
+    """
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"} | (more or {})
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *PATIENT]
     return subprocess.Popen(
         [*command, script, *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -117,3 +126,12 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def slow_disk(folder: Path, seconds: float) -> dict[str, str]:
+    """Environment for `launch` in which every fsync takes `seconds` longer; `folder` is made for it."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        f"import os, time\nfsync = os.fsync\nos.fsync = lambda file: (time.sleep({seconds}), fsync(file))[1]\n"
+    )
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT / 'src'}"}

@@ -45,7 +45,8 @@ def test_one_row_by_name_prints_the_command_that_a_person_types(snakemake):
     assert code == 0, output
     assert counts(output)["finetune"] == 1
     assert re.search(
-        r"OMP_NUM_THREADS=8 torchrun --standalone --nproc_per_node=4 scripts/finetune\.py --dataset docvqa .*--use_lora "
+        r"OMP_NUM_THREADS=8 torchrun --standalone --nproc_per_node=4 --shutdown-timeout=900 --signals-to-handle=\S+,SIGUSR1 "
+        r"scripts/finetune\.py --dataset docvqa .*--use_lora "
         r"--lora_rank 32 --lora_alpha_ratio 0\.5 --fp16 --batch_size 64",
         output,
     )

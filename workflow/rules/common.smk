@@ -100,11 +100,18 @@ def row_results(job):
     return f"{RESULTS}/{kind}/{job.row.row}/manifest.json"
 
 
-def launch(job):
+def launch(job, patience=()):
     """What a person types before the script's name to start it on the job's processes."""
     if job.nodes == 1:
-        return f"torchrun --standalone --nproc_per_node={job.processes_per_node}"
+        processes = f"--nproc_per_node={job.processes_per_node}"
+        return " ".join(["torchrun --standalone", processes, *patience])
     return f"{SCRIPTS}/torchrun_nodes.sh {job.nodes} {job.processes_per_node}"
+
+
+def launch_training(job):
+    """As launch; torchrun alone kills a job that saves 30 s after SIGTERM, and does not pass SIGUSR1 on."""
+    signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    return launch(job, ["--shutdown-timeout=900", f"--signals-to-handle={signals}"])
 
 
 @functools.cache

@@ -27,7 +27,7 @@ rule finetune:
         slurm_partition=on_job(lambda job: job.pool.slurm_partition),
     params:
         scripts=SCRIPTS,
-        launch=on_job(launch),
+        launch=on_job(launch_training),
         flags=on_job(lambda job: settings.training_flags(job.row, job.num_crops)),
         run=on_job(lambda job: common_run_flags(job.seed)),
         model=on_job(lambda job: model_folder(job.row.model)),

@@ -20,7 +20,7 @@ from phi3v.training.census import Census, CensusError, census_label
 from phi3v.training.job import Job, build
 from phi3v.training.lock import FolderLock, LockedError
 from phi3v.training.observe import Observer, device_name, linear4bit, peak_memory_bytes
-from phi3v.training.signals import REQUEUE_EXIT_CODE, StopRequest
+from phi3v.training.signals import REQUEUE_EXIT_CODE, StopRequest, parents_command, seconds_to_save
 from phi3v.training.steps import NotANumberError, StepCallback
 from phi3v.training.utilisation import utilisation_of
 from phi3v.training.watching import MetricsFile, Progress, say
@@ -30,6 +30,8 @@ class OutOfMemoryError(RuntimeError):
     """The device's memory did not suffice."""
 
 
+# Bytes a second that any file system a 4B model is trained on should write; beyond it a save may not end in time.
+SLOW_DISK = 100e6
 STOPPED = "stopped.json"
 """In checkpoints/: there while a job has saved and left because it was told to."""
 EXPECTED_ERRORS = (OutOfMemoryError, LockedError, checkpoints.CheckpointError, CensusError, NotANumberError)
@@ -108,8 +110,15 @@ def prepare_checkpoints(job: Job, folder: Path) -> str | None:
             for path, reason in found.skipped.items():
                 say(f"{path}: not used: {reason}")
                 checkpoints.set_aside(path)
+            needed = _checkpoint_bytes(job)
             if settings.save_steps or settings.save_minutes or settings.keep_best:
-                checkpoints.check_space(folder, _checkpoint_bytes(job), settings.keep_checkpoints + 1)
+                checkpoints.check_space(folder, needed, settings.keep_checkpoints + 1)
+            patience = seconds_to_save(parents_command(), os.environ)
+            if patience is not None and needed / patience > SLOW_DISK:
+                say(
+                    f"torchrun kills its workers {patience:.0f} s after SIGTERM, a checkpoint of {needed / 1e9:.1f} GB "
+                    "may take longer: torchrun --shutdown-timeout=900 … gives it the time"
+                )
             if found.path is not None:
                 say(f"{found.path}: going on from here")
                 chosen[0] = str(found.path)

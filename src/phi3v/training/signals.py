@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -32,3 +35,35 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked, self.signal = True, signal.Signals(number).name
+
+
+def ignore_sigterm(worker: int) -> None:
+    """For a data loading process: who signals a whole job must not take away the data of the step under way.
+
+    PyTorch would let it die of SIGTERM, and the step with it. It ends when its parent asks or is gone.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def seconds_to_save(command: Sequence[str], environment: Mapping[str, str]) -> float | None:
+    """How long torchrun lets its workers live after SIGTERM; None where no torchrun started this process.
+
+    command: the parent's command line. environment: this process's. Torch 2.13: launcher/api.py, 30 s by default.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return None
+    for at, word in enumerate(command):
+        name, _, value = word.partition("=")
+        if name.replace("_", "-") == "--shutdown-timeout":
+            return float(value or command[at + 1])
+    return float(
+        environment.get("PET_SHUTDOWN_TIMEOUT") or environment.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") or 30
+    )  # fmt: skip
+
+
+def parents_command() -> list[str]:
+    """The command line of the parent process; empty where it cannot be read."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")
+    except (OSError, UnicodeDecodeError):
+        return []

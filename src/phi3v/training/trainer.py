@@ -18,6 +18,7 @@ from phi3v.training.batches import TRAINER_KEYS
 from phi3v.training.batching import BatchPlan, PlannedBatches
 from phi3v.training.checkpoints import CheckpointError
 from phi3v.training.meter import Meter
+from phi3v.training.signals import ignore_sigterm
 
 
 class RecipeTrainer(Trainer):
@@ -57,7 +58,7 @@ class RecipeTrainer(Trainer):
         workers = self.args.dataloader_num_workers
         return DataLoader(
             dataset, batch_sampler=sampler, collate_fn=collator, num_workers=workers,
-            pin_memory=self.args.device.type == "cuda", multiprocessing_context="fork" if workers else None,
+            pin_memory=self.args.device.type == "cuda", multiprocessing_context="fork" if workers else None, worker_init_fn=ignore_sigterm if workers else None,
         )  # fmt: skip
 
     def set_epoch(self, epoch: int) -> None:
