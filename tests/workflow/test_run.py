@@ -4,71 +4,20 @@ The tests of this file build on each other's results, in order.
 """
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import yaml
+from small_run import ROWS, edit, make, planned, snakemake
 
-ROWS = {"accuracy": ["phi3-docvqa-lora-bf16", "phi35-digits-full-bf16"], "speed": ["phi3-a100-full-eager-8gpu"]}
 BROKEN = "phi35-nowhere-full-bf16"
 
 
 @pytest.fixture(scope="module")
 def copy(root, tmp_path_factory):
-    """A copy of the repository whose demo is smaller: fewer rows, one pass, fewer timed steps."""
-    folder = tmp_path_factory.mktemp("repository")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in listed.stdout.splitlines():
-        if not name.startswith("tests/") and (root / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, folder / name)
-
-    def edit(path, change):
-        values = yaml.safe_load((folder / path).read_text())
-        change(values)
-        (folder / path).write_text(yaml.safe_dump(values, sort_keys=False))
-
-    def smaller(values):
-        values["sizes"] = {
-            "docvqa_train": 192,
-            "docvqa_test": 24,
-            "hateful_memes": 8,
-            "nlvr2": 8,
-            "docvqa_mini_train": 8,
-        }
-        values["sizes"] |= {
-            "ucf101_train": 1,
-            "ucf101_val": 1,
-            "ucf101_test": 1,
-            "mixture_train": 320,
-            "mixture_val": 8,
-        }
-        values["texts"] = ["digits", "docvqa", "mixture"]
-        values["base"]["epochs"] = 1
-
-    def quick(values):
-        values["rows"] = {**ROWS, "accuracy": [*ROWS["accuracy"], BROKEN]}
-        values["speed"] = {"warmup_steps": 1, "timed_steps": 1, "repeats": 2}
-        values["overrides"] = {
-            "*": {"micro_batch_size": 8, "flash_attention": False, "epochs": 1},
-            ROWS["accuracy"][0]: {"learning_rate": 0.002},
-        }
-        values["files"]["datasets"].append("config/nowhere.yaml")
-
-    edit("config/demo/sources.yaml", smaller)
-    edit("config/demo.yaml", quick)
+    """The small run, with a row whose source cannot be read."""
+    folder = make(root, tmp_path_factory.mktemp("repository"), rows={**ROWS, "accuracy": [*ROWS["accuracy"], BROKEN]})
+    edit(folder / "config/demo.yaml", lambda values: values["files"]["datasets"].append("config/nowhere.yaml"))
     missing = {"url": "file:results/nowhere.parquet", "format": "cauldron"}
     entry = {"title": "nowhere", "metric": "accuracy", "splits": {"train": missing, "val": missing}}
     # The source is there while the run is planned and empty when it is read.
@@ -78,22 +27,6 @@ def copy(root, tmp_path_factory):
     digits = table.read_text().splitlines()[-1]
     table.write_text(table.read_text() + digits.replace("digits", "nowhere") + "\n")
     return folder
-
-
-def snakemake(folder, *arguments, timeout=900):
-    """(exit code, output, seconds) of a run in the copy, in this Python's environment."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    environment["PYTHONPATH"] = str(folder / "src")
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--profile", "profiles/demo", *arguments],
-        cwd=folder, capture_output=True, text=True, timeout=timeout, check=False, env=environment,
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr, time.monotonic() - started
-
-
-def planned(output):
-    return {name: int(n) for name, n in re.findall(r"^(\S+) +(\d+)$", output, re.M)}
 
 
 def test_a_failed_job_leaves_the_others_running_and_a_report_of_them(copy):

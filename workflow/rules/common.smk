@@ -37,16 +37,18 @@ KINDS = {RUN.hardware[pool.device].kind for pool in RUN.settings.hardware}
 TRAIN_ENV = f"{ROOT}/envs/train-{'cpu' if KINDS == {'cpu'} else 'cuda'}.yaml"
 DATA_ENV, REPORT_ENV = f"{ROOT}/envs/data.yaml", f"{ROOT}/envs/report.yaml"
 # One image serves data and training: what holds torch holds the readers of data too.
-TRAIN_IMAGE, REPORT_IMAGE = (
-    f"{ROOT}/containers/train.sif",
-    f"{ROOT}/containers/report.sif",
-)
-if "rocm" in KINDS and workflow.deployment_settings.deployment_method:
+TRAIN_IMAGE = f"{ROOT}/containers/train.sif"
+REPORT_IMAGE = f"{ROOT}/containers/report.sif"
+DEPLOYMENT = {str(method) for method in workflow.deployment_settings.deployment_method}
+if "apptainer" in DEPLOYMENT:
+    # An image holds what the environment would; with both asked for, conda is not needed inside it.
+    TRAIN_ENV = DATA_ENV = REPORT_ENV = None
+elif "conda" in DEPLOYMENT and "rocm" in KINDS:
     raise WorkflowError(
-        "hardware with AMD GPUs: no environment is locked for them, expected none of --sdm's; nothing was started. "
-        "Install PyTorch's ROCm build beside the other pins of envs/train-cpu.txt and start Snakemake in that environment "
-        "(docs/reproducibility.md)"
+        "hardware with AMD GPUs: no environment is locked for them; got --sdm conda, expected none or apptainer; nothing was "
+        "started. docs/reproducibility.md says how to make one"
     )
+
 DATASET_KEYS = {
     settings.dataset_key(name, entry): name for name, entry in RUN.datasets.items()
 }
