@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv lock demo demo-all digits test verify-training verify-report check format docs clean
+.PHONY: help venv lock demo demo-all digits test verify-training verify-report verify-slurm slurm-status check format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,13 +31,21 @@ digits: $(VENV)/installed  ## the worked example of one's own data: real handwri
 	snakemake --profile profiles/demo --configfile config/digits.yaml
 
 test: $(VENV)/installed  ## unit tests and one small workflow run for real
-	pytest -n 2 --dist loadfile
+	pytest -n 2 --dist loadfile --ignore tests/slurm
+	pytest tests/slurm
 
 verify-training: $(VENV)/installed  ## runs killed at random moments end with the same weights (about 35 minutes)
 	pytest -m verify tests/test_training_kills.py
 
 verify-report: $(VENV)/installed  ## 200 rows and 1,000,000 predictions in one report (about 2 minutes)
 	pytest -m verify -s tests/test_reporting_size.py
+
+verify-slurm: $(VENV)/installed  ## every fault of a cluster, and 1,000 rows, on a real SLURM started here (root; long)
+	pytest -m 'verify or not verify' -s tests/slurm
+
+CONFIG ?= config/config.yaml
+slurm-status: $(VENV)/installed  ## rows, SLURM jobs, steps and time left of a run: make slurm-status CONFIG=my.yaml
+	python scripts/cluster.py status --config $(CONFIG)
 
 check: $(VENV)/installed  ## formatting, lint, types, workflow lint
 	ruff check .

@@ -66,3 +66,6 @@ for target, jobs in {
             target
         input:
             [row_results(job) for job in jobs],
+
+
+include: "workflow/rules/slurm.smk"

@@ -1,23 +1,52 @@
 #!/usr/bin/env bash
-# Start a script on several machines of the SLURM job that this runs in: one agent a node, static rendezvous.
-#   scripts/torchrun_nodes.sh NODES PROCESSES_PER_NODE scripts/finetune.py --flags …
-# An agent passes SIGTERM and SIGUSR1 on and gives its workers time to save; 30 s, its default, do not do for 58 GB.
-# The batch shell of the executor has no node list, so the geometry comes as arguments; the address of the first
-# node is read inside the step.
+# Start a script on the machines of the SLURM job that this runs in: one torchrun a machine, static rendezvous.
+#   scripts/torchrun_nodes.sh NODES PROCESSES_PER_NODE [torchrun's options] scripts/finetune.py --flags …
+# The batch shell of the executor has no list of machines, so the geometry comes as arguments; the address of the first
+# one is read inside the step.
 set -euo pipefail
 nodes=$1 processes=$2
 shift 2
 if ! command -v srun >/dev/null; then
-  echo "torchrun_nodes.sh: $nodes nodes were asked for and srun was not found; expected to run inside a SLURM job" >&2
+  echo "torchrun_nodes.sh: srun was not found; expected to run inside a SLURM job (in a container: bind SLURM's client," \
+    "see docs/slurm.md)" >&2
   exit 2
 fi
-# Jobs that share a node must not meet on one port.
-port=$((20000 + ${SLURM_JOB_ID:?expected inside a SLURM job} % 20000))
+# Jobs that share a machine must not meet on one port.
+export port=$((20000 + ${SLURM_JOB_ID:?expected inside a SLURM job} % 20000)) nodes processes
 agent='
+set -euo pipefail
+# SLURM sends SIGUSR1 to every process of the step before the time is over. Training takes it; whatever starts training
+# must not die of it.
+trap "" USR1
+if [ -n "${PHI3V_SCRATCH:-}" ]; then
+  # Pictures on the machine'"'"'s own disk: copied once, under a name that tells a newer conversion, by one job at a time.
+  arguments=("$@")
+  for ((i = 1; i < ${#arguments[@]}; i++)); do
+    data=${arguments[i]}
+    if [ "${arguments[i - 1]}" = --data_dir ] && [ -f "$data/dataset.json" ]; then
+      copy="$PHI3V_SCRATCH/phi3v-$(id -u)/$(basename "$data")-$(cksum <"$data/dataset.json" | cut -d" " -f1)"
+      mkdir -p "$PHI3V_SCRATCH/phi3v-$(id -u)"
+      if (
+        flock 9
+        [ -d "$copy" ] || { rm -rf "$copy.part" && mkdir "$copy.part" \
+          && tar -C "$data" --exclude=./source --exclude=./logs -cf - . | tar -C "$copy.part" -xf - && mv "$copy.part" "$copy"; }
+      ) 9>"$copy.lock"; then
+        arguments[i]=$copy
+      else
+        rm -rf "$copy.part"
+        echo "torchrun_nodes.sh: $PHI3V_SCRATCH on $(hostname): no copy of $data (disk full?): read where it is" >&2
+      fi
+    fi
+  done
+  set -- "${arguments[@]}"
+fi
+if [ "$nodes" = 1 ]; then
+  exec python -m torch.distributed.run --standalone --nproc-per-node="$processes" "$@"
+fi
 first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" | sed -n "s/.*NodeAddr=\([^ ]*\).*/\1/p")
-exec python -m torch.distributed.run --nnodes='"$nodes"' --nproc-per-node='"$processes"' \
-  --shutdown-timeout=900 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-  --node-rank="$SLURM_NODEID" --master-addr="$address" --master-port='"$port"' "$@"'
-exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-  --kill-on-bad-exit=1 --cpu-bind=none bash -c "$agent" agent "$@"
+exec python -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$processes" \
+  --node-rank="$SLURM_NODEID" --master-addr="$address" --master-port="$port" "$@"'
+# --whole: everything that the job has of each machine, CPUs and GPUs.
+exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --whole --kill-on-bad-exit=1 --cpu-bind=none \
+  bash -c "$agent" agent "$@"

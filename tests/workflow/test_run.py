@@ -40,6 +40,8 @@ def test_a_failed_job_leaves_the_others_running_and_a_report_of_them(copy):
     # The log's path and its last lines are on the screen.
     assert re.search(r"results/data/nowhere-\w+/logs/convert\.log", output)
     assert "nowhere.parquet" in output
+    # The command itself failed, though its output went through a pipe.
+    assert "MissingOutputException" not in output
     page = (results / "report/index.html").read_text()
     assert BROKEN in page
 

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -16,18 +17,29 @@ if not Path(str(workflow.current_basedir)).is_dir():
 ROOT = Path(str(workflow.current_basedir)).parent.parent
 SCRIPTS = "scripts" if ROOT == Path.cwd() else shlex.quote(f"{ROOT}/scripts")
 
-# The scripts import phi3v from this checkout, whichever environment they run in. It is part of each command, since
-# Snakemake takes PYTHONPATH from the environment where it activates conda.
 SOURCE = str(ROOT / "src")
 sys.path.insert(0, SOURCE)
-shell.prefix(f"export PYTHONPATH={shlex.quote(SOURCE)}; ")
 
-from phi3v import planning, settings
+from phi3v import cluster, planning, settings
+
+# The SLURM profile's default resources name an account, be it none; jobs inherit them.
+ON_SLURM = "slurm_account" in (workflow.resource_settings.default_resources or {})
 
 try:
     RUN = settings.load_run(dict(config))
+    SITE = settings.load_site() if ON_SLURM else settings.Site()
 except settings.SettingsError as error:
     raise WorkflowError(f"wrong settings, nothing was started\n{error}")
+
+# The scripts import phi3v from this checkout, whichever environment they run in. It is part of each command, since
+# Snakemake takes PYTHONPATH from the environment where it activates conda.
+prologue = SITE.prologue(SCRIPTS) if ON_SLURM and "SLURM_JOB_ID" in os.environ else ""
+# A prefix of one's own takes the place of Snakemake's, with which a command fails where any part of its pipe does.
+shell.prefix(
+    f"set -euo pipefail; export PYTHONPATH={shlex.quote(SOURCE)}; {prologue}".replace(
+        "{", "{{"
+    ).replace("}", "}}")
+)
 
 JOBS = [*RUN.accuracy, *RUN.speed]
 RESULTS = f"results/{RUN.settings.name}"
@@ -107,7 +119,8 @@ def launch(job, patience=()):
     if job.nodes == 1:
         processes = f"--nproc_per_node={job.processes_per_node}"
         return " ".join(["torchrun --standalone", processes, *patience])
-    return f"{SCRIPTS}/torchrun_nodes.sh {job.nodes} {job.processes_per_node}"
+    machines = [f"{SCRIPTS}/torchrun_nodes.sh", job.nodes, job.processes_per_node]
+    return " ".join([*map(str, machines), *patience])
 
 
 def launch_training(job):
@@ -118,8 +131,14 @@ def launch_training(job):
 
 @functools.cache
 def planned(row, kind):
-    """Minutes, memory and cores of a row's job (train, evaluate or speed), from the plan."""
-    return planning.resources(RUN, RUN.job(row), kind=kind)
+    """Minutes, memory and cores of a row's job (train, evaluate or speed), from the plan; cut to the site's limits."""
+    job = RUN.job(row)
+    return cluster.fit(planning.resources(RUN, job, kind=kind), site_entry(job))
+
+
+def site_entry(job):
+    """The site's partition for the row's machines."""
+    return SITE.of(job.pool.device, job.pool.slurm_partition)
 
 
 def on_plan(kind, resource):

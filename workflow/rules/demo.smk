@@ -119,6 +119,10 @@ if DEMO:
             mem_mb=6000,
             runtime=30,
             accelerators=DEMO.base.processes,
+            # As for the rows: the command starts its own step.
+            mpi="",
+            nodes=1,
+            tasks=1,
         params:
             scripts=SCRIPTS,
             data=lambda wildcards, input: Path(input.data).parent,

@@ -26,9 +26,12 @@ from phi3v.settings.entries import (
 from phi3v.settings.reading import SettingsError, explain, read_entries, read_table, read_yaml, validate
 from phi3v.settings.rows import AccuracyRow, SpeedRow, Training
 from phi3v.settings.run import Demo, Job, NotRun, Pool, ResolvedRun, Run, load_run
+from phi3v.settings.site import CPU, SITE_FILE, Partition, Site, load_site
 
 __all__ = [
     "CONVERTER_VERSION",
+    "CPU",
+    "SITE_FILE",
     "AccuracyRow",
     "Dataset",
     "Demo",
@@ -39,6 +42,7 @@ __all__ = [
     "Job",
     "Model",
     "NotRun",
+    "Partition",
     "Peak",
     "Pool",
     "Precision",
@@ -47,6 +51,7 @@ __all__ = [
     "ResolvedRun",
     "Run",
     "SettingsError",
+    "Site",
     "SpeedRow",
     "SpeedSettings",
     "Split",
@@ -55,6 +60,7 @@ __all__ = [
     "dataset_key",
     "explain",
     "load_run",
+    "load_site",
     "model_key",
     "parse",
     "precision_flags",

@@ -16,6 +16,7 @@ from phi3v.settings.commands import EvaluateSettings, FinetuneSettings, PredictS
 from phi3v.settings.entries import Dataset, Geometry, Hardware, Model, Peak, Split, VisionGeometry
 from phi3v.settings.rows import AccuracyRow, SpeedRow
 from phi3v.settings.run import Demo, DemoBase, Evaluation, Files, Pool, Run, Selection, SpeedMeasurement
+from phi3v.settings.site import Partition, Site
 
 SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
     (
@@ -34,6 +35,12 @@ SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
         "Rows: accuracy.tsv, speed.tsv",
         "A line is a job; a column left out, or an empty cell, is the default, which is the recipe's constant.",
         [AccuracyRow, SpeedRow],
+    ),
+    (
+        "A cluster: site.yaml",
+        "Start with a copy of `site.example.yaml`, or `python scripts/cluster.py site`; `scripts/cluster.py check` looks"
+        " whether the cluster agrees.",
+        [Site, Partition],
     ),
     (
         "Command lines: scripts/finetune.py, speed.py, evaluate.py, predict.py, report.py",
@@ -88,7 +95,13 @@ def pages() -> dict[str, str]:
             earlier = [base for base in models if base is not model and issubclass(model, base)]
             shown = {name for base in earlier for name in base.model_fields}
             lines += _table(model, shown)
-    schemas: dict[str, type[BaseModel]] = {"run": Run, "model": Model, "dataset": Dataset, "hardware": Hardware}
+    schemas: dict[str, type[BaseModel]] = {
+        "run": Run,
+        "model": Model,
+        "dataset": Dataset,
+        "hardware": Hardware,
+        "site": Site,
+    }
     made = {
         f"workflow/schemas/{name}.schema.json": json.dumps(model.model_json_schema(), indent=1) + "\n"
         for name, model in schemas.items()

@@ -123,6 +123,8 @@ class Run(Strict):
     speed: SpeedMeasurement = SpeedMeasurement()
     num_workers: int = Field(2, ge=0)
     """Data loading processes of each training process."""
+    save_minutes: float = Field(30, ge=0)
+    """Checkpoint of each training job after so many minutes: what a machine that fails may cost; 0: none."""
     demo: str | None = None
     """File that says how synthetic sources and a tiny base model are made, for runs whose URLs point there."""
 
@@ -219,8 +221,11 @@ def _cannot(row: Training, device: Hardware) -> str | None:
 
 
 def _place_accuracy(row: AccuracyRow, pool: Pool) -> tuple[int, int]:
-    """(nodes, processes a node) of an accuracy row: the published count where the pool has it, else what is there."""
-    return 1, min(row.gpus, pool.per_node)
+    """(nodes, processes a node) of an accuracy row: the published count where the pool has it, else what is there.
+
+    Several machines only where one has too few devices, and each gives all of its own.
+    """
+    return max(1, min(pool.nodes, row.gpus // pool.per_node)), min(row.gpus, pool.per_node)
 
 
 def _check_batch(row: Training, processes: int) -> None:

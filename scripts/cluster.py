@@ -1,0 +1,93 @@
+"""Look at a SLURM cluster before jobs wait a day in its queue, and at a run's jobs while they are there.
+
+    python scripts/cluster.py site                            # a first config/site.yaml from what the cluster says
+    python scripts/cluster.py check --config my.yaml          # does the run fit this cluster? a probe job a partition
+    python scripts/cluster.py status --config my.yaml         # rows, jobs, steps, time left (make slurm-status)
+    python scripts/cluster.py wait                            # until no job of this folder runs or waits
+
+check exits with 1 where there is an error; a warning is worth knowing. --no-probe leaves the probe jobs out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from phi3v import cluster
+from phi3v.cluster.machines import login_problems, probe
+from phi3v.cluster.site import site_text
+from phi3v.settings import CPU, SITE_FILE, Hardware, SettingsError, load_run, load_site, read_entries
+
+
+def site(path: str) -> int:
+    """Write a first site file; an existing one stays."""
+    text = site_text(cluster.look(), read_entries(["config/hardware.yaml"], Hardware, Path()))
+    print(text, end="")
+    if Path(path).exists():
+        print(f"{path} exists and was left as it is", file=sys.stderr)
+        return 1
+    Path(path).write_text(text, encoding="utf-8")
+    print(f"{path}: written; look through it, then: python scripts/cluster.py check", file=sys.stderr)
+    return 0
+
+
+def check(config: str, probing: bool) -> int:
+    """Print what is wrong and what is worth knowing."""
+    run, here = load_run(config), load_site()
+    wanted = cluster.requests(run, here)
+    found = [*login_problems(Path.cwd()), *cluster.settings_problems(run, here, wanted)]
+    found += cluster.problems(here, cluster.look(), wanted)
+    if probing and not any(problem.level == "error" for problem in found):
+        used = {CPU: here.of(CPU)} | {each.device: here.of(each.device, each.partition) for each in wanted}
+        for entry in {entry.partition: entry for entry in used.values()}.values():
+            found += probe(here, entry, Path.cwd())
+    for problem in dict.fromkeys(found):
+        print(problem)
+    errors = sum(problem.level == "error" for problem in found)
+    print(f"{len(wanted)} kinds of work looked at: {errors} errors, {len(found) - errors} warnings")
+    return 1 if errors else 0
+
+
+def status(config: str) -> int:
+    """Print where each row stands."""
+    print("\n".join(cluster.status_lines(load_run(config), Path(), cluster.running_jobs(Path.cwd()))))
+    return 0
+
+
+def wait(seconds: float) -> int:
+    """Return when no job of this folder is left."""
+    said: list[str] = []
+    while running := cluster.running_jobs(Path.cwd()):
+        lines = [f"job {job.id}: {job.rule} {job.wildcards}, {job.state.lower()}" for job in running]
+        if lines != said:
+            print("\n".join(lines), flush=True)
+            said = lines
+        time.sleep(seconds)
+    print("no job of this folder runs or waits")
+    return 0
+
+
+def main() -> int:
+    """Parse and do one of the four."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=["site", "check", "status", "wait"])
+    parser.add_argument("--config", default="config/config.yaml", help="the run (default: config/config.yaml)")
+    parser.add_argument("--output", default=SITE_FILE, help=f"site: file to write (default: {SITE_FILE})")
+    parser.add_argument("--no-probe", action="store_true", help="check: submit no probe jobs")
+    parser.add_argument("--seconds", type=float, default=10, help="wait: between two looks (default: 10)")
+    given = parser.parse_args()
+    try:
+        if given.do == "site":
+            return site(given.output)
+        if given.do == "check":
+            return check(given.config, probing=not given.no_probe)
+        return status(given.config) if given.do == "status" else wait(given.seconds)
+    except (SettingsError, cluster.ClusterError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""What a cluster does to jobs: each run ends with a complete report and the bytes of a run that nothing happened to."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import METHODS, ROWS, SITE
+
+EPOCHS = 8
+STEPS = 3 * EPOCHS
+ROW = dict(zip(METHODS, ROWS, strict=True))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs):
+    """The same rows without faults, on this machine."""
+    code, output = runs.run(runs.configure("undisturbed", ROWS, epochs=EPOCHS), profile="profiles/demo")
+    assert code == 0, output[-8000:]
+
+
+def job_of(cluster, row: str, rule: str = "finetune") -> tuple[str, str]:
+    """(job id, machine) of a row's running job."""
+    for line in cluster.out("squeue", "-h", "-t", "RUNNING", "-o", "%i|%N|%k").splitlines():
+        job, node, comment = line.split("|")
+        if comment == f"rule_{rule}_wildcards_{row}":
+            return job, node
+    return "", ""
+
+
+def workers(folder: Path) -> list[psutil.Process]:
+    """Training processes of a row's folder, first rank first."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        command = process.info["cmdline"] or []
+        rank = (process.info["environ"] or {}).get("RANK")
+        if rank is not None and "scripts/finetune.py" in command and f"results/{folder}" in " ".join(command):
+            found.append((int(rank), process))
+    return [process for _, process in sorted(found, key=lambda item: item[0])]
+
+
+def assert_complete(runs, name: str, rows: list[str]) -> None:
+    """A full report, every step once, and the weights and answers of the undisturbed run."""
+    assert set(runs.report(name)) == set(rows)
+    for row in rows:
+        steps = [
+            json.loads(line)["step"] for line in (runs.train(name, row) / "metrics.jsonl").read_text().splitlines()
+        ]
+        assert steps == list(range(1, STEPS + 1))
+        assert runs.result(name, row) == runs.result("undisturbed", row)
+        assert runs.report(name)[row]["after"] == runs.report("undisturbed")[row]["after"]
+
+
+def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undisturbed):
+    """Four rows on four machines, each with a fault of its own, in one run."""
+    snakemake = runs.start(runs.configure("faults", ROWS, epochs=EPOCHS, save_minutes=0.02), "--jobs", "4")
+    for row in ROWS:
+        until(f"{row} trains", lambda row=row: runs.steps("faults", row) >= 2 or snakemake.process.poll() is not None)
+    jobs = {method: job_of(cluster, ROW[method]) for method in METHODS}
+    assert all(job for job, _ in jobs.values()), snakemake.output[-6000:]
+    assert len({node for _, node in jobs.values()}) == 4
+    cluster.out("scancel", jobs["full"][0])
+    workers(f"faults/train/{ROW['frozen']}")[1].send_signal(signal.SIGKILL)
+    cluster.out("scontrol", "requeue", jobs["lora"][0])
+    down = jobs["qlora"][1]
+    cluster.out("scontrol", "update", f"NodeName={down}", "State=DOWN", "Reason=test")
+    until("the row leaves the machine", lambda: job_of(cluster, ROW["qlora"])[1] != down)
+    cluster.out("scontrol", "update", f"NodeName={down}", "State=RESUME")
+    code = snakemake.finish()
+    assert code == 0, snakemake.output[-8000:]
+    assert_complete(runs, "faults", ROWS)
+    # Only what failed was submitted again; a requeued job keeps its number.
+    submitted = {method: len(re.findall(rf"train {ROW[method]}\n", snakemake.output)) for method in METHODS}
+    assert submitted == {"full": 2, "frozen": 2, "lora": 1, "qlora": 1}
+
+
+def test_a_job_that_is_out_of_time_goes_on_in_the_next(runs, undisturbed):
+    """A partition of one minute: SIGUSR1 before its end, save, leave, submitted again."""
+    runs.site({**SITE, "leave_seconds": 30, "partitions": {"cpu": {"partition": "short", "max_runtime": 1}}})
+    try:
+        config = runs.configure("limited", [ROW["lora"]], epochs=200, save_minutes=0)
+        code, output = runs.run(config, f"results/limited/train/{ROW['lora']}/manifest.json")
+    finally:
+        runs.site(SITE)
+    assert code == 0, output[-8000:]
+    assert "SIGUSR1: saved at step" in output
+    steps = [
+        json.loads(line)["step"]
+        for line in (runs.train("limited", ROW["lora"]) / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == list(range(1, 601))
+    assert output.count(f"train {ROW['lora']}\n") > 1
+
+
+def test_snakemake_killed_and_started_again(runs, cluster, until, undisturbed):
+    """Its job goes on; a second Snakemake names it, submits nothing beside it, and then has nothing left to train."""
+    config = runs.configure("killed", [ROW["lora"]], epochs=EPOCHS)
+    snakemake = runs.start(config)
+    until("training", lambda: runs.steps("killed", ROW["lora"]) >= 1)
+    snakemake.kill()
+    job, _ = job_of(cluster, ROW["lora"])
+    assert runs.run(config, "--unlock")[0] == 0
+    code, output = runs.run(config)
+    assert code != 0
+    assert f"job {job}: finetune {ROW['lora']}, running" in output
+    assert "has been submitted" not in output
+    look = [sys.executable, "scripts/cluster.py"]
+    shown = subprocess.run(
+        [*look, "status", "--config", config], cwd=runs.folder, capture_output=True, text=True, check=True
+    )
+    assert re.search(rf"{ROW['lora']} +training +{job} +node\d +\d+/{STEPS} ", shown.stdout), shown.stdout
+    subprocess.run([*look, "wait", "--seconds", "1"], cwd=runs.folder, check=True, timeout=240, capture_output=True)
+    code, output = runs.run(config)
+    assert code == 0, output[-8000:]
+    assert f"train {ROW['lora']}\n" not in output
+    assert_complete(runs, "killed", [ROW["lora"]])
+
+
+def test_a_row_that_does_not_get_on_is_not_tried_for_ever(runs, undisturbed):
+    """A training job that always fails at the same place ends after its second attempt, not after thirty."""
+    config = runs.configure(
+        "stuck", [ROW["lora"]], epochs=EPOCHS, overrides={ROW["lora"]: {"learning_rate": 0.9, "batch_size": 16}}
+    )
+    folder = runs.train("stuck", ROW["lora"])
+    folder.mkdir(parents=True)
+    # A file where training wants a folder.
+    (folder / "checkpoints").write_text("")
+    code, output = runs.run(config, f"results/stuck/train/{ROW['lora']}/manifest.json")
+    assert code != 0
+    assert output.count(f"train {ROW['lora']}\n") == 2
+    assert f"{ROW['lora']}: attempt 2 ended at step 0 like the one before: not tried again" in output

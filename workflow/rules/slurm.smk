@@ -1,0 +1,118 @@
+"""What jobs get besides where they go to SLURM: the site's partitions and limits, a look at the cluster, retries."""
+
+import os
+
+from snakemake.jobs import Job as SnakemakeJob
+from snakemake.logging import logger
+from snakemake.resources import Resource
+
+from phi3v.training.checkpoints import checkpoint_folders
+
+ROW_RULES = {
+    "finetune": "train",
+    "evaluate_base": "evaluate",
+    "evaluate": "evaluate",
+    "speed_row": "speed",
+}
+
+
+def placed(wildcards):
+    """The row's job that the wildcards name, of itself or of its baseline."""
+    return (
+        RUN.job(wildcards.row)
+        if "row" in wildcards.keys()
+        else BASELINES[wildcards.baseline]
+    )
+
+
+def on_site(rule_name, value):
+    """A resources function: `value` of the site's entry for where the rule's job goes; None leaves it to SLURM."""
+    if rule_name not in ROW_RULES:
+        return lambda wildcards: value(SITE.of(settings.CPU)) or None
+    return lambda wildcards: value(site_entry(placed(wildcards))) or None
+
+
+def look_at_cluster():
+    """Refuse what the cluster would refuse, or keep waiting for ever."""
+    asked = cluster.requests(RUN, SITE)
+    found = cluster.settings_problems(RUN, SITE, asked)
+    try:
+        found += cluster.problems(SITE, cluster.look(), asked)
+    except cluster.ClusterError as error:
+        logger.warning(f"the cluster could not be looked at: {error}")
+    for problem in found:
+        if problem.level == "warning":
+            logger.warning(str(problem))
+    errors = [str(problem) for problem in found if problem.level == "error"]
+    if errors:
+        raise WorkflowError(
+            f"{settings.SITE_FILE} or the run's hardware does not fit this cluster, nothing was started\n"
+            + "\n".join(errors)
+        )
+
+
+def refuse_second_writers():
+    """Name the jobs of this folder that still run or wait, though no Snakemake watches them any more."""
+    running = cluster.running_jobs(Path.cwd())
+    if running:
+        listed = "\n".join(f"  {job}" for job in running)
+        ids = " ".join(job.id for job in running)
+        raise WorkflowError(
+            f"jobs of an earlier Snakemake are still there; a second one of a row would write the same files:\n{listed}\n"
+            "They go on by themselves and nothing is lost. Wait for them: python scripts/cluster.py wait; "
+            f"or cancel them: scancel {ids}. Then start Snakemake again."
+        )
+
+
+# Newest checkpoint's step after each failed attempt of a row.
+SAVED = {}
+
+
+def retries_of(job):
+    """How many retries a job has; Snakemake asks after each failed attempt.
+
+    The profile's `retries` is the most that a training job may take. It must get on: an attempt that ends without a
+    newer checkpoint than the one before is the last. Anything else is tried three times at most.
+    """
+    allowed = job.rule.restart_times
+    if job.rule.name != "finetune":
+        return min(allowed, 2)
+    row = job.wildcards.row
+    saved = checkpoint_folders(Path(f"{RESULTS}/train/{row}/checkpoints"))
+    steps = SAVED.setdefault(row, {0: -1})
+    steps[job.attempt] = int(saved[0].name.removeprefix("checkpoint-")) if saved else 0
+    if steps[job.attempt] > steps.get(job.attempt - 1, -1):
+        return allowed
+    logger.error(
+        f"{row}: attempt {job.attempt} ended at step {steps[job.attempt]} like the one before: not tried again"
+    )
+    return 0
+
+
+if ON_SLURM:
+    for known in workflow.rules:
+        added = {
+            "slurm_partition": on_site(known.name, lambda entry: entry.partition),
+            "slurm_account": on_site(
+                known.name, lambda entry: entry.account or SITE.account
+            ),
+            "qos": on_site(known.name, lambda entry: entry.qos or SITE.qos),
+            "constraint": on_site(known.name, lambda entry: entry.constraint),
+        }
+        if known.name in ROW_RULES:
+            # To the job's steps, not to the shell that started them (see scripts/torchrun_nodes.sh).
+            added["slurm_extra"] = f"--signal=USR1@{SITE.leave_seconds}"
+        elif "runtime" in known.resources:
+            known.resources["runtime"] = known.resources["runtime"].constrain(
+                SITE.of(settings.CPU).max_runtime
+            )
+        for name, value in added.items():
+            known.resources[name] = Resource(name, value)
+    SnakemakeJob.restart_times = property(retries_of)
+    if "SLURM_JOB_ID" not in os.environ:
+        look_at_cluster()
+
+
+onstart:
+    if ON_SLURM:
+        refuse_second_writers()
