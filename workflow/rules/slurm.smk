@@ -8,12 +8,13 @@ from snakemake.resources import Resource
 
 from phi3v.training.checkpoints import checkpoint_folders
 
-ROW_RULES = {
-    "finetune": "train",
-    "evaluate_base": "evaluate",
-    "evaluate": "evaluate",
-    "speed_row": "speed",
-}
+# Rules whose jobs go where their row's machines are.
+ROW_RULES = ("finetune", "evaluate_base", "evaluate", "speed_row")
+
+
+def plain_name(known):
+    """A rule's name in this workflow, though another that uses it as a module may have put something before it."""
+    return next((name for name in ROW_RULES if known.name.endswith(name)), known.name)
 
 
 def placed(wildcards):
@@ -25,9 +26,9 @@ def placed(wildcards):
     )
 
 
-def on_site(rule_name, value):
+def on_site(known, value):
     """A resources function: `value` of the site's entry for where the rule's job goes; None leaves it to SLURM."""
-    if rule_name not in ROW_RULES:
+    if plain_name(known) not in ROW_RULES:
         return lambda wildcards: value(SITE.of(settings.CPU)) or None
     return lambda wildcards: value(site_entry(placed(wildcards))) or None
 
@@ -75,7 +76,7 @@ def retries_of(job):
     newer checkpoint than the one before is the last. Anything else is tried three times at most.
     """
     allowed = job.rule.restart_times
-    if job.rule.name != "finetune":
+    if plain_name(job.rule) != "finetune":
         return min(allowed, 2)
     row = job.wildcards.row
     saved = checkpoint_folders(Path(f"{RESULTS}/train/{row}/checkpoints"))
@@ -90,16 +91,21 @@ def retries_of(job):
 
 
 if ON_SLURM:
-    for known in workflow.rules:
+    ours = [
+        known
+        for known in workflow.rules
+        if Path(str(known.snakefile)).is_relative_to(ROOT)
+    ]
+    for known in ours:
         added = {
-            "slurm_partition": on_site(known.name, lambda entry: entry.partition),
+            "slurm_partition": on_site(known, lambda entry: entry.partition),
             "slurm_account": on_site(
-                known.name, lambda entry: entry.account or SITE.account
+                known, lambda entry: entry.account or SITE.account
             ),
-            "qos": on_site(known.name, lambda entry: entry.qos or SITE.qos),
-            "constraint": on_site(known.name, lambda entry: entry.constraint),
+            "qos": on_site(known, lambda entry: entry.qos or SITE.qos),
+            "constraint": on_site(known, lambda entry: entry.constraint),
         }
-        if known.name in ROW_RULES:
+        if plain_name(known) in ROW_RULES:
             # To the job's steps, not to the shell that started them (see scripts/torchrun_nodes.sh).
             added["slurm_extra"] = f"--signal=USR1@{SITE.leave_seconds}"
         elif "runtime" in known.resources:
