@@ -60,7 +60,7 @@ class Snakemake:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def finish(self, seconds: float = 420) -> int:
+    def finish(self, seconds: float = 900) -> int:
         """Exit code; what it said is in the error when it does not end."""
         try:
             return self.process.wait(seconds)
@@ -126,7 +126,7 @@ class Runs:
         quick = ["--slurm-init-seconds-before-status-checks", "2", "--jobs", "2"] if profile == "slurm" else []
         return Snakemake(self.folder, ["--profile", profile, *quick, "--configfile", config, *arguments], log)
 
-    def run(self, config: str, *arguments: str, profile: str = "slurm", seconds: float = 420) -> tuple[int, str]:
+    def run(self, config: str, *arguments: str, profile: str = "slurm", seconds: float = 900) -> tuple[int, str]:
         """(exit code, output) of a Snakemake that should end by itself."""
         snakemake = self.start(config, *arguments, profile=profile)
         return snakemake.finish(seconds), snakemake.output
@@ -157,6 +157,10 @@ class Runs:
         header, *rows = [line.split("\t") for line in lines]
         found = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
         return {row: values for row, values in found.items() if values["after"]}
+
+    def step_numbers(self, name: str, row: str) -> list[int]:
+        lines = (self.train(name, row) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["step"] for line in lines]
 
     def losses(self, name: str, row: str) -> list[float]:
         lines = (self.train(name, row) / "metrics.jsonl").read_text().splitlines()

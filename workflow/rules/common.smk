@@ -110,7 +110,7 @@ def local_source(url):
 
 
 def row_results(job):
-    kind = "evaluate" if job in RUN.accuracy else "speed"
+    kind = "evaluate" if isinstance(job.row, settings.AccuracyRow) else "speed"
     return f"{RESULTS}/{kind}/{job.row.row}/manifest.json"
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from phi3v.cluster.facts import Facts, PartitionFacts
 from phi3v.planning import Resources, resources
-from phi3v.settings import CPU, SITE_FILE, Partition, ResolvedRun, Site
+from phi3v.settings import CPU, SITE_FILE, AccuracyRow, Partition, ResolvedRun, Site
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def requests(run: ResolvedRun, site: Site) -> list[Request]:
     """What the run's jobs ask for."""
     found = [CPU_REQUEST]
     for job in (*run.accuracy, *run.speed):
-        for kind in ("train", "evaluate") if job in run.accuracy else ("speed",):
+        for kind in ("train", "evaluate") if isinstance(job.row, AccuracyRow) else ("speed",):
             wanted = resources(run, job, kind=kind)
             fitted = fit(wanted, site.of(job.pool.device, job.pool.slurm_partition))
             found.append(Request(

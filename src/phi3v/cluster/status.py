@@ -11,7 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from phi3v.settings import Job, ResolvedRun
+from phi3v.settings import AccuracyRow, Job, ResolvedRun
 
 # The executor's comment on each of its jobs.
 COMMENT = re.compile(r"^rule_(?P<rule>\w+?)(?:_wildcards_(?P<wildcards>.*))?$")
@@ -109,7 +109,7 @@ def status_lines(run: ResolvedRun, root: Path, jobs: list[RunningJob]) -> list[s
     for job in rows:
         mine = [found for found in jobs if job.row.row == found.wildcards]
         shown |= {found.id for found in mine}
-        state, step, left = _row_state(job, results, mine, accuracy=job in run.accuracy)
+        state, step, left = _row_state(job, results, mine, accuracy=isinstance(job.row, AccuracyRow))
         counts[state] = counts.get(state, 0) + 1
         at = mine[0] if mine else None
         lines.append(

@@ -8,6 +8,7 @@ for job in run.accuracy:
 from __future__ import annotations
 
 import fnmatch
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,13 @@ class ResolvedRun(BaseModel):
     not_run: list[NotRun]
     demo: Demo | None
 
+    @functools.cached_property
+    def _by_id(self) -> dict[str, Job]:
+        return {job.row.row: job for job in (*self.accuracy, *self.speed)}
+
     def job(self, row: str) -> Job:
         """The job of an id; raises KeyError."""
-        return {job.row.row: job for job in (*self.accuracy, *self.speed)}[row]
+        return self._by_id[row]
 
     def by_table_row(self) -> dict[str, list[Job]]:
         """Id of each line of the tables to its jobs: one, or one for each of its seeds, in their order."""

@@ -1,0 +1,188 @@
+"""Longer proofs, run by `make verify-slurm`: each fault alone, the demo on four machines, 1,000 rows; figures are printed."""
+
+from __future__ import annotations
+
+import re
+import signal
+import statistics
+import subprocess
+import time
+
+import psutil
+import pytest
+import yaml
+from conftest import METHODS, ROWS, SITE
+from test_faults import EPOCHS, ROW, STEPS, assert_complete, epochs_of, job_of, undisturbed  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.verify
+
+
+def start_training(runs, until, name: str, method: str = "lora", epochs: float = EPOCHS, **values):
+    """(Snakemake, row) with a few steps of the row's training done."""
+    row = ROW[method]
+    snakemake = runs.start(runs.configure(name, [row], epochs=epochs, **{"save_minutes": 0.02, **values}))
+    until(
+        "training", lambda: runs.steps(name, row) >= 3 or snakemake.process.poll() is not None, seconds=400
+    )  # fmt: skip
+    assert snakemake.process.poll() is None, snakemake.output[-6000:]
+    return snakemake, row
+
+
+def finish(snakemake) -> str:
+    code = snakemake.finish()
+    assert code == 0, snakemake.output[-8000:]
+    return snakemake.output
+
+
+def test_out_of_time_equals_one_long_job(runs, undisturbed):  # noqa: F811
+    """Several jobs of a minute each end with the weights of one that was never interrupted."""
+    epochs, row = epochs_of(runs, 90), ROW["full"]
+    target = "results/{}/train/" + row + "/manifest.json"
+    code, output = runs.run(
+        runs.configure("long", [row], epochs=epochs), target.format("long"), profile="profiles/demo"
+    )
+    assert code == 0, output[-4000:]
+    runs.site({**SITE, "leave_seconds": 25, "partitions": {"cpu": {"partition": "short", "max_runtime": 1}}})
+    try:
+        code, output = runs.run(runs.configure("pieces", [row], epochs=epochs, save_minutes=0), target.format("pieces"))
+    finally:
+        runs.site(SITE)
+    assert code == 0, output[-8000:]
+    assert output.count(f"train {row}\n") > 1
+    print(f"\nout of time: {3 * epochs} steps over {output.count(f'train {row}')} jobs of a minute, the same weights")
+    assert runs.result("pieces", row) == runs.result("long", row)
+
+
+def test_a_machine_that_loses_power(runs, cluster, until, undisturbed):  # noqa: F811
+    """No signal, no save: SLURM finds the machine gone, requeues the job, and it goes on from the last checkpoint."""
+    snakemake, row = start_training(runs, until, "power")
+    job, node = job_of(cluster, row)
+    cluster.kill(node, with_steps=True)
+    until("SLURM notices", lambda: cluster.jobs()[job] == "PENDING", seconds=240)
+    cluster.out("scontrol", "update", f"JobId={job}", "StartTime=now")
+    output = finish(snakemake)
+    cluster.start_node(node)
+    cluster.out("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    assert output.count(f"train {row}\n") == 1
+    assert_complete(runs, "power", [row])
+
+
+def test_preempted_by_a_higher_partition(runs, cluster, until, undisturbed):  # noqa: F811
+    """SIGUSR1 and a minute of grace; the job saves and goes on when the other is done."""
+    runs.site({**SITE, "partitions": {"cpu": {"partition": "spot", "max_runtime": 240}}})
+    try:
+        snakemake, row = start_training(runs, until, "preempted", save_minutes=0)
+        cluster.out(
+            "sbatch",
+            "-p",
+            "urgent",
+            "-A",
+            "research",
+            "--exclusive",
+            "--mem=500000",
+            "-o",
+            "/dev/null",
+            "--wrap",
+            "sleep 20",
+        )
+        output = finish(snakemake)
+    finally:
+        runs.site(SITE)
+    assert "SIGUSR1: saved at step" in (output + (runs.folder / f"results/preempted/logs/train/{row}.log").read_text())
+    assert_complete(runs, "preempted", [row])
+
+
+def test_the_controller_restarts(runs, cluster, until, undisturbed):  # noqa: F811
+    """Killed while a job trains, away for twenty seconds: nothing is submitted twice, nothing is lost."""
+    snakemake, row = start_training(runs, until, "controller", epochs=EPOCHS)
+    cluster.kill("slurmctld")
+    time.sleep(20)
+    cluster.start_controller()
+    output = finish(snakemake)
+    assert output.count(f"train {row}\n") == 1
+    assert_complete(runs, "controller", [row])
+
+
+def test_scratch_and_a_full_one(runs, tmp_path, undisturbed):  # noqa: F811
+    """Data is copied to the machine's own disk; where it does not fit, the row says so and reads the shared folder."""
+    row, small = ROW["lora"], tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", small], capture_output=True, text=True, check=False
+    )
+    assert mounted.returncode == 0, mounted.stderr
+    try:
+        for name, scratch in (("scratch", tmp_path / "large"), ("full", small)):
+            runs.site({**SITE, "scratch": str(scratch), "cache": f"{tmp_path}/cache/$USER", "offline": True})
+            code, output = runs.run(runs.configure(name, [row], epochs=EPOCHS))
+            assert code == 0, output[-8000:]
+            assert_complete(runs, name, [row])
+            said = (runs.folder / f"results/{name}/logs/train/{row}.log").read_text()
+            assert ("disk full?" in said) == (name == "full")
+        assert list((tmp_path / "large").glob("phi3v-0/docvqa-*/images"))
+    finally:
+        subprocess.run(["umount", small], check=True)
+        runs.site(SITE)
+
+
+def test_demo_on_four_machines_is_the_local_demo(runs):
+    """All rows of `make demo`: every number of the report is the same."""
+    rows = yaml.safe_load((runs.folder / "config/demo.yaml").read_text())["rows"]["accuracy"]
+    rows = [row for row in rows if "docvqa-" in row or "digits" in row]
+    started = time.monotonic()
+    code, output = runs.run(runs.configure("demo4", rows))
+    assert code == 0, output[-8000:]
+    print(f"\n{len(rows)} rows of the demo through SLURM: {time.monotonic() - started:.0f} s")
+    code, output = runs.run(runs.configure("demo1", rows), profile="profiles/demo")
+    assert code == 0, output[-8000:]
+    assert runs.report("demo4") == runs.report("demo1")
+    for row in rows:
+        assert runs.result("demo4", row) == runs.result("demo1", row)
+
+
+def test_what_a_job_costs_besides_its_work(runs, cluster, undisturbed):  # noqa: F811
+    """Seconds of a SLURM job around the command of its rule."""
+    code, output = runs.run(runs.configure("overhead", [ROW[method] for method in METHODS]), "--jobs", "1")
+    assert code == 0, output[-4000:]
+    beyond = []
+    for line in cluster.out("squeue", "-h", "--states=COMPLETED", "-o", "%i|%M|%k").splitlines():
+        job, elapsed, comment = line.split("|")
+        row = comment.removeprefix("rule_finetune_wildcards_")
+        if f"jobid {job} " in output and row in ROWS:
+            inside = (runs.folder / f"results/overhead/logs/train/{row}.tsv").read_text().splitlines()[1].split("\t")[0]
+            minutes, seconds = elapsed.split(":")
+            beyond.append(60 * int(minutes) + int(seconds) - float(inside))
+    assert len(beyond) == len(METHODS)
+    print(f"\na job besides its command: {statistics.median(beyond):.1f} s (median of {len(beyond)})")
+
+
+def test_a_thousand_rows(runs, cluster):
+    """Dry run, submission and memory of a run of 1,000 training jobs; the machines take none of them."""
+    seeds = list(range(250))
+    config = runs.configure("thousand", ROWS, epochs=1, overrides={"phi35-docvqa-*": {"seeds": seeds}})
+    started = time.monotonic()
+    code, output = runs.run(config, "-n", "-q")
+    planned = time.monotonic() - started
+    assert code == 0, output[-4000:]
+    cluster.out("scontrol", "update", "NodeName=node[1-4]", "State=DRAIN", "Reason=test")
+    try:
+        started = time.monotonic()
+        snakemake = runs.start(config, "--jobs", "1000")
+        watched, largest, first, waiting = psutil.Process(snakemake.process.pid), 0, 0.0, 0
+        while waiting < 1000 and time.monotonic() - started < 300 and snakemake.process.poll() is None:
+            waiting = snakemake.output.count("has been submitted with SLURM jobid")
+            first = first or (time.monotonic() if waiting else 0.0)
+            largest = max(largest, watched.memory_info().rss)
+            time.sleep(0.2)
+        took = time.monotonic() - first
+        snakemake.process.send_signal(signal.SIGINT)
+        snakemake.finish(120)
+    finally:
+        cluster.out("scontrol", "update", "NodeName=node[1-4]", "State=RESUME")
+    print(
+        f"\n1,000 training jobs: dry run {planned:.1f} s; {waiting} submitted in {took:.1f} s, {waiting / took:.0f} a second; "
+        f"Snakemake {largest / 2**20:.0f} MiB"
+    )
+    assert waiting == 1000
+    assert planned < 10
+    assert not re.search(r"PENDING|RUNNING", " ".join(cluster.jobs().values()))
