@@ -21,14 +21,17 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 venv: $(VENV)/installed  ## make .venv from the pinned requirements
 
-demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then the report (about 10 minutes)
-	snakemake --profile profiles/demo
+demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then the report (about 10 minutes); ARGS="ROW …" makes some rows only
+	snakemake --profile profiles/demo $(ARGS)
 
 demo-all: $(VENV)/installed  ## every row of both tables on a CPU, then the report (about 35 minutes)
 	snakemake --profile profiles/demo --config 'rows={accuracy: ["*"], speed: ["*"]}'
 
 digits: $(VENV)/installed  ## the worked example of one's own data: real handwritten digits (about 3 minutes)
 	snakemake --profile profiles/demo --configfile config/digits.yaml
+
+reproduce: $(VENV)/installed  ## the demo from scratch in another folder, to the byte what is stored for this kind of processor (about 10 minutes)
+	python scripts/reproduce.py $(ARGS)
 
 test: $(VENV)/installed  ## unit tests and one small workflow run for real
 	pytest -n 2 --dist loadfile --ignore tests/slurm
@@ -46,6 +49,15 @@ verify-slurm: $(VENV)/installed  ## every fault of a cluster, and 1,000 rows, on
 CONFIG ?= config/config.yaml
 slurm-status: $(VENV)/installed  ## rows, SLURM jobs, steps and time left of a run: make slurm-status CONFIG=my.yaml
 	python scripts/cluster.py status --config $(CONFIG)
+
+verify-conda: $(VENV)/installed  ## every rule in its own environment and nothing else, made by a stand-in for conda (about 7 minutes)
+	pytest -m verify -s tests/environments/test_deployment.py
+
+verify-containers: $(VENV)/installed  ## each definition built in fresh Debian, a small run inside; needs root and debootstrap (about 15 minutes)
+	pytest -m verify -s tests/environments/test_containers.py
+
+verify-pristine: $(VENV)/installed  ## clone, demo and tests on a machine with python3, make and git; needs root and debootstrap (about 25 minutes)
+	pytest -m verify -s tests/environments/test_pristine.py
 
 check: $(VENV)/installed  ## formatting, lint, types, workflow lint
 	ruff check .

@@ -78,6 +78,20 @@ def test_a_finished_demo(root, finished, monkeypatch):
     assert (folder / "index.html").stat().st_size < 5e6
 
 
+def test_the_accuracy_table_holds_no_clock(root, changed, monkeypatch):
+    """A repeated run takes other seconds and gives the same bytes; report.json tells the seconds."""
+    monkeypatch.chdir(root)
+    _, results = changed
+    before = (report(root, results) / "accuracy.tsv").read_bytes()
+    for path in results.glob("*/*/manifest.json"):
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "seconds": 98765.0, "finished": "2020-01-01T00:00:00+00:00"})
+        )
+    folder = report(root, results)
+    assert (folder / "accuracy.tsv").read_bytes() == before
+    assert 98765.0 in [row["train_seconds"] for row in json.loads((folder / "report.json").read_text())["accuracy"]]
+
+
 def test_nothing_has_run_yet(root, tmp_path, monkeypatch):
     monkeypatch.chdir(root)
     folder = report(root, tmp_path / "empty", "config/config.yaml")

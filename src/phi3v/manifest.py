@@ -1,7 +1,7 @@
 """What a result came from: each result folder holds a manifest.json, written last.
 
-A manifest states settings, command, commit, package versions, device, seed, inputs with their digests and wall time.
-The report shows only what a manifest backs.
+A manifest states settings, command, commit, environment (locks, installed packages, container), device, seed, inputs with their
+digests, the results it was made from, and wall time. The report shows only what a manifest backs; docs/reproducibility.md lists the fields.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "flash-attn", "datasets", "tokenizers",
     "safetensors", "pillow", "av", "numpy", "snakemake",
 )  # fmt: skip
+PARENT_FILES = ("manifest.json", "dataset.json", "sources.lock.json")
+LOCKS = ("requirements.txt", "envs/*.txt")
 _SECRET = re.compile(r"(hf_[A-Za-z0-9]{8,}|(?<=token=)\S+|(?<=://)[^/@\s]+:[^/@\s]+(?=@))")
+_SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL")
+_SOURCE = Path(__file__).resolve().parent.parent.parent
 
 
 def versions() -> dict[str, str]:
@@ -39,6 +43,45 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def environment() -> dict[str, Any]:
+    """What the code ran in: digests of the checkout's lock files and of all installed packages, the container if there is one.
+
+    `packages` is one digest over sorted `name==version` lines: equal on two machines where the same versions are installed.
+    """
+    locks = {
+        str(path.relative_to(_SOURCE)): digest_file(path) for pattern in LOCKS for path in sorted(_SOURCE.glob(pattern))
+    }
+    installed = sorted({f"{found.metadata['Name'].lower()}=={found.version}" for found in metadata.distributions()})
+    return {
+        "locks": locks,
+        "packages": hashlib.sha256("\n".join(installed).encode()).hexdigest(),
+        "packages_installed": len(installed),
+        "conda": os.environ.get("CONDA_PREFIX"),
+        "container": container(),
+    }
+
+
+def container() -> dict[str, Any] | None:
+    """{"image", "sha256"} of the Apptainer image this runs in, else None.
+
+    `make containers` writes IMAGE.sha256 beside each image, since reading gigabytes for every result is too slow; without that
+    file the digest is None.
+    """
+    image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+    if not image:
+        return None
+    digest = Path(image + ".sha256")
+    return {"image": image, "sha256": digest.read_text().split()[0] if digest.is_file() else None}
+
+
+def scrub(text: str) -> str:
+    """The text without tokens: what looks like one, passwords in URLs, and the values of secret environment variables."""
+    for name, value in os.environ.items():
+        if _SECRET_NAMES.search(name.upper()) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return _SECRET.sub("***", text)
 
 
 def commit(folder: Path | None = None) -> dict[str, Any]:
@@ -97,16 +140,17 @@ def write_manifest(
 ) -> Path:
     """Write FOLDER/manifest.json; call it when everything else in the folder is complete.
 
-    kind: train, evaluate, speed, data, report. inputs: name to digest (or to a folder, whose own manifest, dataset.json
-    or lock is then digested). seconds: wall time of the work. device: what it ran on, in words.
+    kind: train, evaluate, speed, report. inputs: name to digest (or to a folder, whose manifest, dataset.json or lock is then
+    digested: its parent result). seconds: wall time of the work. device: what it ran on, in words.
     """
     values = settings.model_dump() if isinstance(settings, BaseModel) else settings
     manifest = {
         "kind": kind,
         "settings": values,
-        "command": _SECRET.sub("***", shlex.join(sys.argv)),
+        "command": shlex.join(sys.argv),
         **commit(),
         "versions": versions(),
+        "environment": environment(),
         "device": device,
         "seed": seed,
         "inputs": {name: _digest_of(value) for name, value in inputs.items()},
@@ -118,8 +162,16 @@ def write_manifest(
         **(extra or {}),
     }
     path = Path(folder) / "manifest.json"
-    write_json(path, manifest)
+    write_json(path, _scrubbed(manifest))
     return path
+
+
+def _scrubbed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _scrubbed(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_scrubbed(item) for item in value]
+    return scrub(value) if isinstance(value, str) else value
 
 
 def _user() -> str:
@@ -129,9 +181,18 @@ def _user() -> str:
         return str(os.getuid())
 
 
+def parent_file(folder: Path) -> Path | None:
+    """The file that says where a folder's content comes from: in it, or for a run's final/ or pass folder, beside it."""
+    for name in PARENT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    beside = folder.resolve().parent / "manifest.json"
+    return beside if folder.is_dir() and beside.is_file() else None
+
+
 def _digest_of(value: str) -> dict[str, str]:
     path = Path(value)
-    for name in ("manifest.json", "dataset.json", "sources.lock.json"):
-        if (path / name).is_file():
-            return {"path": value, "of": name, "sha256": digest_file(path / name)}
+    parent = parent_file(path)
+    if parent is not None:
+        return {"path": value, "of": os.path.relpath(parent, path), "sha256": digest_file(parent)}
     return {"path": value, "sha256": digest_file(path)} if path.is_file() else {"value": value}

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from small_run import ROWS, edit, make, planned, snakemake
 
+from phi3v.reporting import reproduction
+
 BROKEN = "phi35-nowhere-full-bf16"
 
 
@@ -76,6 +78,27 @@ def test_what_was_observed_is_recorded(copy):
     assert census["groups"]["decoder"]["with_gradient"] > 0
     manifest = json.loads((train / ROWS["accuracy"][0] / "manifest.json").read_text())
     assert manifest["versions"]["torch"].startswith("2.")
+
+
+def test_another_folder_gives_the_same_bytes(root, copy, tmp_path):
+    """From scratch: data, base model, training, evaluation. The report has other rows there."""
+    row = ROWS["accuracy"][1]
+    again = make(root, tmp_path)
+    code, output, _ = snakemake(again, row)
+    assert code == 0, output[-6000:]
+    first, second = (reproduction.digests(folder / "results", "demo") for folder in (copy, again))
+    # By kind of file, so that an empty pattern cannot pass.
+    for part in (
+        ".jsonl",
+        "demo-sources/base/final/",
+        f"train/{row}/final/",
+        f"evaluate/{row}/after/",
+        "control/",
+        "/before/",
+    ):
+        assert [name for name in second if part in name], part
+    different = reproduction.first_difference(second, {name: first[name] for name in second})
+    assert different is None, reproduction.explain(copy / "results" / different, again / "results" / different)
 
 
 def test_a_second_run_does_nothing(copy):

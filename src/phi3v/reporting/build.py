@@ -11,7 +11,16 @@ from typing import Any
 from phi3v.manifest import commit, write_atomically, write_manifest
 from phi3v.reporting.markdown import as_markdown
 from phi3v.reporting.page import render
-from phi3v.reporting.tables import ACCURACY_COLUMNS, SPEED_COLUMNS, Tables, as_records, as_tsv, build_tables
+from phi3v.reporting.provenance import parents
+from phi3v.reporting.tables import (
+    ACCURACY_COLUMNS,
+    ACCURACY_TIMES,
+    SPEED_COLUMNS,
+    Tables,
+    as_records,
+    as_tsv,
+    build_tables,
+)
 from phi3v.settings import ReportSettings, load_run
 
 
@@ -23,7 +32,8 @@ def build_report(settings: ReportSettings) -> Tables:
     folder = Path(settings.output_dir or results / "report")
     code = commit()
     tables = build_tables(run, results, code)
-    accuracy, speed = as_records(tables.accuracy, ACCURACY_COLUMNS), as_records(tables.speed, SPEED_COLUMNS)
+    accuracy = as_records(tables.accuracy, ACCURACY_COLUMNS + ACCURACY_TIMES)
+    speed = as_records(tables.speed, SPEED_COLUMNS)
     report = {
         "run": run.settings.name, "title": run.settings.title, "notice": run.settings.notice, "comparable": run.settings.comparable,
         "accuracy": accuracy, "speed": speed,
@@ -35,7 +45,8 @@ def build_report(settings: ReportSettings) -> Tables:
     write_atomically(folder / "tables.md", as_markdown(tables))
     write_atomically(folder / "index.html", page)
     write_manifest(
-        folder, kind="report", settings=settings, inputs={"config": settings.config}, seed=run.settings.seed,
+        folder, kind="report", settings=settings, seed=run.settings.seed,
+        inputs={"config": settings.config} | {name: str(path) for name, path in parents(tables, results).items()},
         seconds=time.perf_counter() - started, device="CPU",
     )  # fmt: skip
     return tables

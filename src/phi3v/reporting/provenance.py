@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phi3v.reporting.results import ResultError, read_json
+from phi3v.reporting.results import ResultError, Work, read_json
 from phi3v.reporting.tables import GB, AccuracyLine, SpeedLine, Tables
 from phi3v.settings import dataset_key
 
@@ -38,21 +38,7 @@ def datasets(tables: Tables, results: Path) -> list[dict[str, Any]]:
 
 def provenance(tables: Tables, results: Path) -> dict[str, Any]:
     """Distinct commits, versions, devices and people behind the results, and each manifest's summary."""
-    manifests: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    for line in tables.lines:
-        if line.result is None:
-            continue
-        works = (
-            [line.result.work]
-            if hasattr(line.result, "work")
-            else [line.result.baseline, line.result.train, line.result.evaluate]
-        )
-        for work in works:
-            if work.manifest is None or str(work.folder) in seen:
-                continue
-            seen.add(str(work.folder))
-            manifests.append({**work.manifest, "folder": _relative(work.folder, results)})
+    manifests = [{**(work.manifest or {}), "folder": name} for name, work in _works(tables, results).items()]
     versions: dict[str, set[str]] = {}
     for manifest in manifests:
         for package, version in (manifest.get("versions") or {}).items():
@@ -66,6 +52,23 @@ def provenance(tables: Tables, results: Path) -> dict[str, Any]:
         "hosts": _distinct(manifests, "host"),
         "users": _distinct(manifests, "user"),
     }
+
+
+def parents(tables: Tables, results: Path) -> dict[str, Path]:
+    """Folder's name under the run's results to folder, of every result that the report shows numbers of."""
+    return {name: work.folder for name, work in _works(tables, results).items()}
+
+
+def _works(tables: Tables, results: Path) -> dict[str, Work]:
+    """The finished jobs behind the tables, by folder; baselines that rows share once."""
+    found: dict[str, Work] = {}
+    for line in tables.lines:
+        if isinstance(line, SpeedLine):
+            works = [line.result.work] if line.result else []
+        else:
+            works = [line.result.baseline, line.result.train, line.result.evaluate] if line.result else []
+        found |= {_relative(work.folder, results): work for work in works if work.manifest is not None}
+    return found
 
 
 def _distinct(manifests: list[dict[str, Any]], name: str) -> list[str]:

@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""Print where a number comes from: the chain from a result back to the revisions of its data; or export a run as an RO-Crate.
+
+    python scripts/provenance.py results/demo/report/accuracy.tsv --row phi3-docvqa-lora-fp16
+    python scripts/provenance.py results/demo/train/phi3-docvqa-lora-fp16/final
+    python scripts/provenance.py results/demo/report --crate results/demo/crate
+
+Exit code 1 where something of the chain changed since it was used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from phi3v.reporting import crate, lineage
+from phi3v.reporting.results import ResultError
+
+
+def main() -> int:
+    """Parse the command line and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="folder of a result, or a file in it")
+    parser.add_argument("--row", help="of a report: this row's results only")
+    parser.add_argument(
+        "--crate", type=Path, metavar="FOLDER", help="of a report: write the run as a Workflow Run RO-Crate"
+    )
+    given = parser.parse_args()
+    try:
+        found = lineage.chain(given.result)
+        if given.row:
+            found = lineage.of_row(found, given.row)
+        if given.crate:
+            print(crate.export(given.result if given.result.is_dir() else given.result.parent, given.crate))
+            return 0
+    except ResultError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for line in lineage.lines(found):
+        print(line)
+    changed = lineage.problems(found)
+    if changed:
+        print("\nnot what it was made from any more:\n" + "\n".join(changed), file=sys.stderr)
+    return 1 if changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

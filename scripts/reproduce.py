@@ -1,0 +1,121 @@
+#!/usr/bin/env python
+"""Same in, same out: run the demo from scratch in a folder of its own and compare with the stored digests, or with another run.
+
+    python scripts/reproduce.py                                     # make reproduce: the demo, against config/demo/digests.json
+    python scripts/reproduce.py --rows phi35-digits-full-bf16       # some rows only
+    python scripts/reproduce.py --twice --store                     # two runs; equal ones become the stored digests
+    python scripts/reproduce.py --results results/demo              # a finished run against the stored digests
+    python scripts/reproduce.py --results results/demo --against ../other/results/demo
+
+Digests are stored for each kind of processor and build of torch. Exit code 1 at the first difference, which is named; 3 where this
+kind of machine has no stored digests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from phi3v.manifest import commit, write_json
+from phi3v.reporting.reproduction import digests, explain, first_difference, machine
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "config/demo/digests.json"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--rows", nargs="+", default=[], metavar="ROW", help="rows of the demo (default: all of its rows)"
+    )
+    parser.add_argument(
+        "--twice", action="store_true", help="a second run in another folder in place of the stored digests"
+    )
+    parser.add_argument("--store", action="store_true", help="store the digests for this kind of machine")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="a finished run's folder: nothing is run")
+    parser.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="another finished run's folder, in place of the stored digests"
+    )
+    return parser.parse_args()
+
+
+def run_demo(folder: Path, rows: list[str]) -> Path:
+    """The demo in a fresh copy of the checkout; returns its results' folder. Raises CalledProcessError."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/demo", "--quiet", *rows]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder / "src")}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        print(done.stdout[-4000:], file=sys.stderr)
+        raise subprocess.CalledProcessError(done.returncode, command)
+    return folder / "results/demo"
+
+
+def digests_of(results: Path) -> dict[str, str]:
+    """Of a run's folder results/NAME."""
+    return digests(results.resolve().parent, results.name)
+
+
+def compare(found: dict[str, str], expected: dict[str, str], results: Path, other: Path | None, whole: bool) -> int:
+    """Exit code of comparing digests. whole: a file that only `expected` has is a difference too."""
+    wanted = expected if whole else {name: value for name, value in expected.items() if name in found}
+    if not found or not wanted:
+        print(f"{results}: no file that must repeat; expected a finished run's folder", file=sys.stderr)
+        return 2
+    different = first_difference(found, wanted)
+    if different is None:
+        print(f"equal to the byte: {len(found)} files (data, weights, predictions, metrics, accuracy.tsv)")
+        return 0
+    print(f"first difference: {different}", file=sys.stderr)
+    if other is not None:
+        print(explain(results.parent / different, other.parent / different), file=sys.stderr)
+    else:
+        print(
+            f"got {found.get(different, 'no such file')}, expected {wanted.get(different, 'no such file')}",
+            file=sys.stderr,
+        )
+    return 1
+
+
+def main() -> int:
+    """Run and compare; the exit code says how it ended."""
+    given = arguments()
+    kind = machine()
+    stored = json.loads(STORED.read_text()) if STORED.is_file() else {}
+    with tempfile.TemporaryDirectory(prefix="phi3v-") as one, tempfile.TemporaryDirectory(prefix="phi3v-again-") as two:
+        results = given.results or run_demo(Path(one), given.rows)
+        found = digests_of(results)
+        other = given.against or (run_demo(Path(two), given.rows) if given.twice else None)
+        if other is not None:
+            code = compare(found, digests_of(other), results, other, whole=True)
+        elif kind in stored:
+            code = compare(found, stored[kind]["files"], results, None, whole=not given.rows)
+        else:
+            code = 0 if given.store else 3
+            print(f"{STORED.name} has no digests for {kind!r}, only for {', '.join(stored) or 'none'}", file=sys.stderr)
+    if code == 0 and given.store:
+        write_json(STORED, {**stored, kind: {"commit": commit(ROOT)["commit"], "files": found}})
+        print(f"{STORED}: {len(found)} digests stored for {kind}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
