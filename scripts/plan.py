@@ -16,9 +16,10 @@ from pathlib import Path
 
 from phi3v.planning.advice import advise
 from phi3v.planning.calibration import compare, constants_table, plot, published_rows, table
+from phi3v.planning.disk import check_disk
 from phi3v.planning.geometry import model_geometry
 from phi3v.planning.page import plan_html
-from phi3v.planning.plan import check_disk, plan_run
+from phi3v.planning.plan import plan_run
 from phi3v.planning.setup import Constants
 from phi3v.settings import Dataset, Hardware, Model, SettingsError, load_run, read_entries
 
@@ -28,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="config/config.yaml", help="run configuration to plan")
     parser.add_argument("--output_dir", help="also write plan.json, plan.txt and plan.html there")
-    parser.add_argument("--check_disk", metavar="FOLDER", help="fail where FOLDER has less free than the plan needs")
+    parser.add_argument(
+        "--check_disk", metavar="FOLDER", help="fail where FOLDER has less free than the run still writes"
+    )
     parser.add_argument("--gpu", help="device to advise on, instead of planning a run")
     parser.add_argument("--count", type=int, default=1, help="devices of one machine")
     parser.add_argument("--nodes", type=int, default=1, help="machines")
@@ -58,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
                 files = {"plan.json": values, "plan.txt": plan.table() + "\n", "plan.html": plan_html(plan.as_dict())}
                 _write(Path(given.output_dir), files)
             if given.check_disk:
-                check_disk(plan, Path(given.check_disk))
+                check_disk(plan.disk_missing, Path(given.check_disk))
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,14 +1,16 @@
-"""Measure the training speed of one row: images and tokens a second, step time, peak memory.
+"""Measure the training speed of one row: images and tokens a second, step time, MFU and HFU, peak memory.
 
     torchrun --standalone --nproc_per_node=8 scripts/speed.py --model_name_or_path results/models/KEY \\
-        --output_dir results/mine/speed/full-flash --full_train --bf16 --use_flash_attention --batch_size 64
+        --output_dir results/mine/speed/full-flash --full_train --bf16 --use_flash_attention --batch_size 64 \\
+        --expect_hardware a100-80gb --expect_processes 8
 
 Two CPU processes in place of the published machines, labelled so in the result:
 
     torchrun --standalone --nproc_per_node=2 scripts/speed.py --model_name_or_path MODEL --data_dir DATA \\
         --output_dir OUT --bf16 --batch_size 64 --expect_processes 8 --stand_in
 
-Exit codes: 0 done, 2 a wrong setting, 1 anything else.
+--profile adds OUT/profile: a trace for https://ui.perfetto.dev and a table of the 20 longest operators.
+Exit codes: 0 done, 2 a wrong setting or other devices than asked for, 1 anything else.
 """
 
 from __future__ import annotations
@@ -24,14 +26,19 @@ def main() -> int:
     """Parse, measure, and turn a wrong setting into one line."""
     settings = parse(SpeedSettings, __doc__ or "")
     leave_out_unused(settings)
+    from phi3v.training.finetune import EXPECTED_ERRORS
     from phi3v.training.speed import measure
 
     try:
         return measure(settings)
     except SettingsError as error:
-        if os.environ.get("RANK", "0") == "0":
+        # Each machine may lack something else.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except EXPECTED_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

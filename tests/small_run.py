@@ -51,7 +51,7 @@ def make(root: Path, folder: Path, rows=None) -> Path:
 
     def quick(values):
         values["rows"] = rows or ROWS
-        values["speed"] = {"warmup_steps": 1, "timed_steps": 1, "repeats": 2}
+        values["speed"] = {"warmup_steps": 10, "timed_steps": 1, "repeats": 3}
         values["overrides"] = {
             "*": {"micro_batch_size": 8, "flash_attention": False, "epochs": 1},
             ROWS["accuracy"][0]: {"learning_rate": 0.002},

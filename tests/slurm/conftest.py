@@ -109,7 +109,7 @@ class Runs:
             "name": name,
             "rows": {"accuracy": rows, "speed": speed or []},
             "hardware": hardware or [{"device": "cpu", "per_node": 2, "stand_in": True}],
-            "speed": {"warmup_steps": 1, "timed_steps": 1, "repeats": 2},
+            "speed": {"warmup_steps": 10, "timed_steps": 1, "repeats": 3},
             "overrides": {
                 "*": {"micro_batch_size": 8, "flash_attention": False, "epochs": epochs},
                 **(overrides or {}),

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import yaml
 
 
 @pytest.fixture(scope="session")
@@ -88,3 +89,37 @@ def test_wrong_settings_stop_before_any_job(snakemake, setting, said):
     assert said in output
     assert "nothing was started" in output
     assert "Traceback" not in output
+
+
+def test_one_h100_runs_the_rows_that_fit(snakemake):
+    code, output = snakemake("-n", "--config", "hardware=[{device: h100, per_node: 1}]")
+    assert code == 0, output
+    # The LoRA and QLoRA rows of the two tables and of our own.
+    assert counts(output)["finetune"] == 18
+    assert "speed_row" not in counts(output)
+    assert not re.search(r"train phi3\S*-(full|frozen)-", output)
+
+
+@pytest.fixture
+def huge(root, tmp_path):
+    """A run whose dataset would fill any disk."""
+    datasets = yaml.safe_load((root / "config/datasets.yaml").read_text())
+    datasets["docvqa_mini"]["workload"]["picture_bytes"] = 1e15
+    datasets["docvqa_mini"]["splits"]["train"]["options"] = {"of": "this test"}
+    (tmp_path / "datasets.yaml").write_text(yaml.safe_dump(datasets))
+    values = yaml.safe_load((root / "config/config.yaml").read_text())
+    values |= {"name": "huge", "rows": {"accuracy": ["phi35-docvqa_mini-full-bf16"], "speed": []}}
+    values["files"]["datasets"] = [str(tmp_path / "datasets.yaml")]
+    config = tmp_path / "huge.yaml"
+    config.write_text(yaml.safe_dump(values))
+    return str(config)
+
+
+@pytest.mark.parametrize("target", ["all", "data"])
+def test_a_disk_that_is_too_small_stops_the_run_before_any_job(snakemake, root, huge, target):
+    code, output = snakemake("--cores", "1", "--configfile", huge, "--nolock", target)
+    assert code != 0
+    assert "not enough disk, nothing was started" in output
+    assert re.search(r"results: \d+ GB free, this run still writes about \d+ GB \(models \d+, datasets \d+", output)
+    assert "Traceback" not in output
+    assert not (root / "results/huge").exists()

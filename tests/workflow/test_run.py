@@ -46,6 +46,10 @@ def test_a_failed_job_leaves_the_others_running_and_a_report_of_them(copy):
     assert "MissingOutputException" not in output
     page = (results / "report/index.html").read_text()
     assert BROKEN in page
+    # The plan was made before anything else, and stands in the report beside what happened.
+    planned_rows = {row["row"]: row for row in json.loads((results / "plan/plan.json").read_text())["rows"]}
+    assert planned_rows[ROWS["accuracy"][0]]["images_per_second"] > 0
+    assert '<section id="plan"' in page
 
 
 def test_the_rest_of_the_run_completes_the_report(copy):
@@ -116,7 +120,7 @@ def test_a_rows_learning_rate_repeats_that_row_and_the_report(copy):
     assert code == 0
     jobs = planned(output)
     assert {name: n for name, n in jobs.items() if name not in ("total", "all")} == {
-        "run_settings": 1, "finetune": 1, "evaluate": 1, "report": 1
+        "run_settings": 1, "plan_run": 1, "finetune": 1, "evaluate": 1, "report": 1
     }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from phi3v import cluster, planning, settings
 ON_SLURM = "slurm_account" in (workflow.resource_settings.default_resources or {})
 
 try:
-    RUN = settings.load_run(dict(config))
+    RUN = planning.runnable(settings.load_run(dict(config)))
     SITE = settings.load_site() if ON_SLURM else settings.Site()
 except settings.SettingsError as error:
     raise WorkflowError(f"wrong settings, nothing was started\n{error}")
@@ -197,7 +197,14 @@ def speed_flags(job):
         "--repeats",
         timing.repeats,
     ]
-    expected = ["--expect_processes", job.row.nodes * job.row.gpus_per_node]
+    expected = [
+        "--expect_processes",
+        job.row.nodes * job.row.gpus_per_node,
+        "--expect_hardware",
+        job.row.hardware,
+        "--hardware",
+        *RUN.settings.files.hardware,
+    ]
     return [
         *flags,
         *expected,

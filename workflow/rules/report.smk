@@ -1,38 +1,8 @@
-import json
-
-
-localrules:
-    run_settings,
-
-
-rule run_settings:
-    """The run's effective configuration, beside its results: what the report and a later reader start from."""
-    output:
-        f"{RESULTS}/config.json",
-    log:
-        f"{RESULTS}/logs/settings.log",
-    benchmark:
-        f"{RESULTS}/logs/settings.tsv"
-    conda:
-        REPORT_ENV
-    container:
-        REPORT_IMAGE
-    threads: 1
-    resources:
-        mem_mb=100,
-        runtime=5,
-    params:
-        config=json.dumps(dict(config), sort_keys=True),
-    message:
-        "write the run's settings"
-    shell:
-        "printf '%s\\n' {params.config:q} > {output} 2> {log}"
-
-
 rule report:
     """Join everything that finished with the published numbers."""
     input:
         config=rules.run_settings.output[0],
+        plan=rules.plan_run.output.json,
         rows=[row_results(job) for job in JOBS],
     output:
         page=report(

@@ -27,7 +27,7 @@ from phi3v.planning.flops import (
 from phi3v.planning.geometry import geometry_from_config, model_geometry, parameters, trainable_parameters
 from phi3v.planning.hardware import find_hardware, hardware_of_device
 from phi3v.planning.memory import Memory, fits, memory
-from phi3v.planning.plan import Resources, plan_run, resources
+from phi3v.planning.plan import Resources, check_room, plan_run, resources, runnable
 from phi3v.planning.roofline import StepTime, images_per_second, step_time
 from phi3v.planning.setup import Constants, Setup
 
@@ -41,6 +41,7 @@ __all__ = [
     "StepTime",
     "TrainingFlops",
     "Work",
+    "check_room",
     "example_work",
     "find_hardware",
     "fits",
@@ -53,6 +54,7 @@ __all__ = [
     "parameters",
     "plan_run",
     "resources",
+    "runnable",
     "step_time",
     "trainable_parameters",
     "training_flops",

@@ -15,8 +15,8 @@ from phi3v.planning.memory import Fit, fits, memory
 from phi3v.planning.plan import largest_micro_batch
 from phi3v.planning.roofline import step_time
 from phi3v.planning.setup import Constants, Setup
-from phi3v.planning.workload import Workload, mean_and_longest, workload
-from phi3v.settings import Dataset, Geometry, Hardware
+from phi3v.planning.workload import mean_and_longest, workload
+from phi3v.settings import Dataset, Geometry, Hardware, Workload
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 # The recipe's scripts' defaults.

@@ -33,7 +33,12 @@ from phi3v.settings import Geometry
 Method = Literal["full", "frozen", "frozen_forward_only", "lora", "qlora"]
 Checkpointing = Literal["none", "non_reentrant", "reentrant"]
 
-FORMULA = "MFU = model FLOP / (s x devices x dense peak); HFU the same with recomputed FLOP included"
+FORMULA = (
+    "MFU = model FLOP / (s x devices x dense peak), HFU = hardware FLOP / the same. Model FLOP: matrix products of the "
+    "forward and backward pass, causal attention, no gradients of frozen weights, adapters as what they are; hardware "
+    "FLOP: also what checkpointing and the flash kernel compute again, and the masked half that eager attention computes"
+)
+"""Printed beside every MFU and HFU."""
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ NF4_BYTES = 0.5 + 4 / 64
 SHARD_BYTES = 16
 # Adapters are float32 with float32 gradients and moments, whole on each device.
 ADAPTER_BYTES = 16
-# Reduction and gather buckets of 2e8 elements in 2 bytes, one of them doubled to overlap (phi3v.training.zero).
-BUCKET_BYTES = 3 * 2 * 200_000_000
+# Reduction and gather buckets in 2 bytes, one of them doubled to overlap: their elements (phi3v.training.zero).
+BUCKET_BYTES, BUCKET, CPU_BUCKET = 3 * 2, 200_000_000, 5_000_000
+# What a CPU process holds once PyTorch, transformers and the Trainer are imported, bytes: 0.50 GB measured.
+CPU_RUNTIME = 0.5e9
 # Largest tensors alive while one decoder layer runs backward, per token: width x (layer input and two norms in both
 # precisions 18, queries to output 14), feed-forward width x (gate, up, product 8 and their gradients 6).
 DECODER_LAYER_BYTES = (32, 14)
@@ -137,11 +139,12 @@ def memory(setup: Setup, constants: Constants) -> Memory:
         piled = (
             constants.cached_scores * geometry.num_attention_heads * work.tokens_squared * geometry.num_hidden_layers
         )
-    buckets = 0.0 if setup.adapters or setup.devices == 1 else float(BUCKET_BYTES)
+    cpu = setup.hardware.kind == "cpu"
+    buckets = 0.0 if setup.adapters or setup.devices == 1 else float(BUCKET_BYTES * (CPU_BUCKET if cpu else BUCKET))
     weights = _weights(setup)
     logits = work.labels * geometry.vocab_size * LOGIT_LIVE_BYTES
     expanded = largest * 6.0 if setup.method == "qlora" else 0.0
-    runtime = constants.runtime_gb * GB
+    runtime = CPU_RUNTIME if cpu else constants.runtime_gb * GB
     # One layer's gradients stay: they are reduced together.
     one_layer = gradients / (geometry.num_hidden_layers + 1)
     backward = weights + one_layer + resting + kept + alive + scores + logits + buckets + expanded + runtime

@@ -18,10 +18,10 @@ COLUMNS = (
     ("mfu", "MFU", ".0%"),
     ("hfu", "HFU", ".0%"),
     ("hours", "hours", ".2f"),
-    ("gpu_hours", "GPU-hours", ".1f"),
-    ("price_usd", "USD", ".0f"),
-    ("energy_kwh", "kWh", ".0f"),
-    ("disk_gb", "disk GB", ".0f"),
+    ("gpu_hours", "device-hours", ".2f"),
+    ("energy_kwh", "kWh", ".1f"),
+    ("price", "price", ".2f"),
+    ("disk_gb", "disk GB", ".1f"),
 )
 
 
@@ -42,8 +42,7 @@ def plan_html(plan: dict[str, Any]) -> str:
         cells = "".join(f"<td>{escape(_cell(row.get(key), form))}</td>" for key, _, form in COLUMNS)
         lines.append(f"<tr>{cells}</tr>")
     lines.append("</tbody></table>")
-    disk = ", ".join(f"{escape(name)} {size:.0f} GB" for name, size in plan["disk_gb"].items())
-    lines.append(f"<p>Disk: {disk}.</p>")
+    lines += [f"<p>{escape(note)}</p>" for note in plan["notes"]]
     if others:
         items = "".join(f"<li><code>{escape(row['row'])}</code>: {escape(row['status'])}</li>" for row in others)
         lines.append(f"<h3>Rows that do not run here</h3><ul>{items}</ul>")

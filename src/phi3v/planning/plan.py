@@ -8,19 +8,20 @@ resources(run, job)                 # what a cluster job should ask for
 from __future__ import annotations
 
 import math
-import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from phi3v.planning.calibration import published_setup
+from phi3v.planning.disk import DOWNLOADS, check_disk, checkpoints_gb, disk, final_gb
 from phi3v.planning.flops import utilisation
 from phi3v.planning.geometry import model_geometry, parameters, trainable_parameters
 from phi3v.planning.memory import GB, Fit, fits, memory
 from phi3v.planning.roofline import images_per_second, peak_tflops, step_time
 from phi3v.planning.setup import Constants, Setup
-from phi3v.planning.workload import Workload, mean_and_longest, workload
-from phi3v.settings import AccuracyRow, Job, ResolvedRun, SettingsError, SpeedRow
+from phi3v.planning.workload import mean_and_longest, workload
+from phi3v.settings import AccuracyRow, Job, NotRun, ResolvedRun, SettingsError, SpeedRow, Workload
 
 # Three passes of an accuracy row: before (shared by rows), after, control.
 EVALUATION_PASSES = 3
@@ -28,7 +29,6 @@ EVALUATION_PASSES = 3
 MARGIN, START_MINUTES = 1.5, 30
 # Nominal CPU peaks are rough.
 CPU_MARGIN = 4.0
-CHECKPOINTS_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Planned:
     hours: float | None = None
     """Training (or timing) and evaluation."""
     gpu_hours: float | None = None
-    price_usd: float | None = None
+    price: float | None = None
+    """In the currency of the pool's price_per_hour."""
     energy_kwh: float | None = None
     """At the boards' full power: an upper bound, without the rest of the machine."""
     disk_gb: float | None = None
@@ -84,16 +85,16 @@ def setup_of(run: ResolvedRun, job: Job, root: Path = Path()) -> tuple[Setup, Wo
 
 
 def largest_micro_batch(setup: Setup, constants: Constants) -> int | None:
-    """The largest micro-batch that fits with room and divides the batch; None where not even one does."""
+    """The largest micro-batch that fits with room and divides the batch; None where not even one does, and on a CPU."""
     best = None
+    if setup.hardware.memory_gb is None:
+        return None
     for size in range(1, setup.batch_size // setup.devices + 1):
         if setup.batch_size % (setup.devices * size):
             continue
         if fits(replace(setup, micro_batch=size), constants) != "yes":
             break
         best = size
-        if setup.hardware.memory_gb is None:
-            return size
     return best
 
 
@@ -113,15 +114,6 @@ def training_steps(row: AccuracyRow | SpeedRow, load: Workload, run: ResolvedRun
         timing = run.settings.speed
         return timing.warmup_steps + timing.timed_steps * timing.repeats
     return math.ceil(load.train / row.batch_size) * math.ceil(row.epochs)
-
-
-def disk_gb(setup: Setup) -> float:
-    """Final weights or adapters and two checkpoints with optimizer states, GB."""
-    trained = sum(trainable_parameters(setup.geometry, setup.trains_by, setup.rank).values())
-    held = sum(parameters(setup.geometry).values())
-    if setup.adapters:
-        return trained * (4 + CHECKPOINTS_KEPT * 12) / GB
-    return (2 * held + CHECKPOINTS_KEPT * (2 * held + 12 * trained)) / GB
 
 
 def _published_prediction(job: Job, run: ResolvedRun, setup: Setup, constants: Constants) -> float | None:
@@ -150,7 +142,7 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path(), constants: Constan
     parts = asdict(time)
     parts.pop("flops")
     return Planned(
-        row=row.row, kind=kind, status="run" if state != "no" else f"does not fit: {what_would_fit(setup, constants)}",
+        row=row.row, kind=kind, status="run" if state != "no" else f"{_refused(run, row.row)} {needs(setup, constants)}",
         device=job.pool.device, nodes=job.nodes, devices=devices, method=row.method, dtype=row.dtype,
         flash_attention=row.flash_attention, parameters=parameters(setup.geometry),
         trainable=trainable_parameters(setup.geometry, setup.trains_by, setup.rank, row.legacy_freezing),
@@ -160,9 +152,55 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path(), constants: Constan
         as_published=_published_prediction(job, run, setup, constants), step_seconds=parts,
         mfu=utilisation(time.flops.model, time.seconds, peak, devices),
         hfu=utilisation(time.flops.hardware, time.seconds, peak, devices), steps=steps, hours=hours,
-        gpu_hours=hours * devices, price_usd=hardware.price_usd_hour and hardware.price_usd_hour * hours * devices,
-        energy_kwh=hardware.power_w and hardware.power_w * hours * devices / 1000, disk_gb=disk_gb(setup),
+        gpu_hours=hours * devices, price=job.pool.price_per_hour and job.pool.price_per_hour * hours * devices,
+        energy_kwh=hardware.power_w and hardware.power_w * hours * devices / 1000,
+        disk_gb=final_gb(setup) + checkpoints_gb(setup) if kind == "accuracy" else None,
     )  # fmt: skip
+
+
+def _refused(run: ResolvedRun, row: str) -> str:
+    """How a row that does not fit is announced: one that was asked for by its exact name is tried all the same."""
+    rows = run.settings.rows
+    named = row in (*rows.accuracy, *rows.speed)
+    return "asked for by name, so it is tried, but it" if named else "not run:"
+
+
+def misfit(run: ResolvedRun, job: Job, constants: Constants | None = None) -> str | None:
+    """What a placed row needs that its device does not have, or None where it fits or nothing is known.
+
+    Nothing is known of a model without `geometry` or a dataset without `workload`: their sizes come with the download,
+    and which rows run must not change in the middle of a run.
+    """
+    if run.models[job.row.model].geometry is None or run.datasets[job.row.dataset].workload is None:
+        return None
+    constants = constants or Constants()
+    setup, _ = setup_of(run, job)
+    return needs(setup, constants) if fits(setup, constants) == "no" else None
+
+
+def runnable(run: ResolvedRun) -> ResolvedRun:
+    """The run without the rows that cannot fit their device: they join `not_run`, with what they need.
+
+    A row that is asked for by its exact name stays: the prediction may be wrong, and training says what would help.
+    """
+    named = {*run.settings.rows.accuracy, *run.settings.rows.speed}
+    missing = {
+        job.row.row: reason
+        for job in (*run.accuracy, *run.speed)
+        if job.row.row not in named and (reason := misfit(run, job)) is not None
+    }
+    left_out = [
+        NotRun(row=job.row, reason=missing[job.row.row])
+        for job in (*run.accuracy, *run.speed)
+        if job.row.row in missing
+    ]
+    return run.model_copy(
+        update={
+            "accuracy": [job for job in run.accuracy if job.row.row not in missing],
+            "speed": [job for job in run.speed if job.row.row not in missing],
+            "not_run": [*run.not_run, *left_out],
+        }
+    )
 
 
 def alternatives(setup: Setup, constants: Constants, rank: int = 64) -> list[Setup]:
@@ -180,8 +218,8 @@ def alternatives(setup: Setup, constants: Constants, rank: int = 64) -> list[Set
     return found
 
 
-def what_would_fit(setup: Setup, constants: Constants) -> str:
-    """By how much a setup misses its device, and what would do."""
+def needs(setup: Setup, constants: Constants) -> str:
+    """ "needs …": by how much a setup misses its device, and what would do."""
     need, capacity = memory(setup, constants), float(setup.hardware.memory_gb or 0)
     ways = []
     if setup.micro_batch > 1 and fits(replace(setup, micro_batch=1), constants) != "no":
@@ -198,8 +236,8 @@ def what_would_fit(setup: Setup, constants: Constants) -> str:
             break
     ways.append(f"a device with {math.ceil(need.total_gb)} GB")
     return (
-        f"cannot do with less than {need.floor_gb:.0f} GB, {setup.hardware.title} has {capacity:.0f} GB: "
-        f"{need.floor_gb - capacity:.0f} GB too much; would fit: {', '.join(ways)}"
+        f"needs {need.floor_gb:.0f} GB a device, {setup.hardware.title} has {capacity:.0f} GB: "
+        f"{need.floor_gb - capacity:.0f} GB too little; would fit: {', '.join(ways)}"
     )
 
 
@@ -236,12 +274,18 @@ def resources(run: ResolvedRun, job: Job, root: Path = Path(), kind: str = "trai
         minutes = seconds / 60 * (CPU_MARGIN if cpu else MARGIN) + START_MINUTES
         # A process holds its libraries, the weights it reads and those it gathers to save; a CPU one all its tensors.
         weights = 2 * sum(parameters(setup.geometry).values()) / 1e6
-        tensors = memory(setup, replace(constants, runtime_gb=0)).total_gb * 1000 if cpu else 2 * weights
+        tensors = memory(setup, constants).total_gb * 1000 if cpu else 2 * weights
         mem_mb = processes * (3_000 + tensors if cpu else 12_000 + tensors)
     except SettingsError:
         minutes, mem_mb = 24 * 60.0, processes * (3_000.0 if cpu else 48_000.0)
     minutes = max(minutes, 60.0) if cpu else minutes
     return Resources(10 * math.ceil(minutes / 10), math.ceil(mem_mb), cores, job.nodes, gres, job.pool.slurm_partition)
+
+
+LEGEND = """\
+n: devices. peak GB: memory of one device, predicted. fits: yes; full: only when the allocator gives back what it can; no.
+micro: largest micro-batch with room. img/s: over all devices. MFU, HFU: share of the dense peak, without and with recomputation.
+time: training (or timing) and evaluation. device-h: time x devices. kWh: at the boards' full power."""
 
 
 @dataclass(frozen=True)
@@ -251,43 +295,67 @@ class Plan:
     name: str
     rows: list[Planned]
     disk: dict[str, float]
-    """GB by folder: models, datasets, and rows (all final weights, and one row's checkpoints)."""
+    """GB by kind (phi3v.planning.disk), of all rows that run."""
+    disk_missing: dict[str, float]
+    """The same without what is there already."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values; units as in Planned, the constants in use beside them."""
         listed = [{key: value for key, value in asdict(row).items() if value is not None} for row in self.rows]
-        return {"name": self.name, "constants": asdict(Constants()), "disk_gb": self.disk, "rows": listed}
+        sizes = {"disk_gb": self.disk, "disk_missing_gb": self.disk_missing}
+        sums = {"totals": self.totals(), **sizes, "notes": self.notes()}
+        return {"name": self.name, "constants": asdict(Constants()), **sums, "rows": listed}
 
-    def totals(self) -> dict[str, float]:
-        """Sums over the rows that run."""
-        run = [row for row in self.rows if row.status == "run"]
-        return {
-            name: sum(float(getattr(row, name) or 0) for row in run)
-            for name in ("gpu_hours", "price_usd", "energy_kwh")
-        }
+    def totals(self) -> dict[str, float | None]:
+        """Sums over the rows that run; None for a sum of which a part is not known, as a price that is not set."""
+        run = [row for row in self.rows if row.hours is not None and not row.status.startswith("not run")]
+        sums: dict[str, float | None] = {}
+        for name in ("gpu_hours", "price", "energy_kwh"):
+            values = [getattr(row, name) for row in run]
+            sums[name] = None if None in values else sum(values)
+        return sums
 
     def table(self) -> str:
         """A line a row, then the sums, the disk, and the rows that cannot run."""
         head = f"{'row':32} {'device':11} {'n':>3} {'peak GB':>8} {'fits':5} {'micro':>5} {'img/s':>8}"
-        lines = [f"{head} {'MFU':>5} {'HFU':>5} {'hours':>7} {'GPU-h':>7} {'USD':>7} {'kWh':>6}"]
+        lines = [f"{head} {'MFU':>5} {'HFU':>5} {'time':>8} {'device-h':>8} {'kWh':>6} {'price':>8}".rstrip()]
         for row in self.rows:
             if row.hours is None:
                 continue
-            price = "" if row.price_usd is None else f"{row.price_usd:.0f}"
-            energy = "" if row.energy_kwh is None else f"{row.energy_kwh:.0f}"
+            energy, price = ("" if value is None else f"{value:.1f}" for value in (row.energy_kwh, row.price))
             lines.append(
                 f"{row.row:32} {row.device:11} {row.devices:3} {row.peak_gb:8.1f} {row.fits:5}"
                 f" {row.micro_batch or '-':>5} {row.images_per_second:8.2f} {100 * (row.mfu or 0):4.0f}%"
-                f" {100 * (row.hfu or 0):4.0f}% {row.hours:7.2f} {row.gpu_hours:7.1f} {price:>7} {energy:>6}"
+                f" {100 * (row.hfu or 0):4.0f}% {duration(row.hours):>8} {row.gpu_hours:8.2f} {energy:>6}"
+                f" {price:>8}".rstrip()
             )
-        totals = self.totals()
-        lines.append(
-            f"all rows that run: {totals['gpu_hours']:.0f} GPU-hours, {totals['price_usd']:.0f} USD where prices are"
-            f" known, {totals['energy_kwh']:.0f} kWh at full board power"
-        )
-        lines.append("disk: " + ", ".join(f"{name} {size:.0f} GB" for name, size in self.disk.items()))
+        lines += [LEGEND, *self.notes()]
         lines += [f"{row.row}: {row.status}" for row in self.rows if row.status != "run"]
         return "\n".join(lines)
+
+    def notes(self) -> list[str]:
+        """Sums, price and disk as sentences, for the table and the page."""
+        totals = self.totals()
+        device_hours, energy, price = totals["gpu_hours"], totals["energy_kwh"], totals["price"]
+        used = f"all rows that run: {device_hours or 0:.1f} device-hours"
+        used += (
+            f", {energy:.0f} kWh" if energy is not None else ", energy: not known (no board power in the hardware file)"
+        )
+        unset = "price: not set (`price_per_hour` of each entry under `hardware` in your configuration)"
+        sizes = ", ".join(f"{name} {size:.2f} GB" for name, size in self.disk.items())
+        total, missing = sum(self.disk.values()), sum(self.disk_missing.values())
+        return [
+            used,
+            f"price: {price:.2f} in the currency of price_per_hour" if price is not None else unset,
+            f"disk: {total:.1f} GB ({sizes}); still to be written: {missing:.1f} GB",
+        ]
+
+
+def duration(hours: float) -> str:
+    """Hours, minutes or seconds, whichever reads best: "12.3 h", "45 min", "20 s"."""
+    if hours >= 2:
+        return f"{hours:.1f} h"
+    return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
 
 
 def plan_run(run: ResolvedRun, root: Path = Path(), constants: Constants | None = None) -> Plan:
@@ -297,39 +365,27 @@ def plan_run(run: ResolvedRun, root: Path = Path(), constants: Constants | None 
     for skipped in run.not_run:
         kind = "accuracy" if isinstance(skipped.row, AccuracyRow) else "speed"
         rows.append(Planned(skipped.row.row, kind, f"not run: {skipped.reason}"))
-    return Plan(run.settings.name, rows, _disk(run, jobs, rows, root))
+    running = {row.row for row in rows if row.hours is not None and not row.status.startswith("not run")}
+    return Plan(
+        run.settings.name, rows, disk_needed(run, running, root), disk_needed(run, running, root, missing_only=True)
+    )
 
 
-def _disk(run: ResolvedRun, jobs: list[Job], rows: list[Planned], root: Path) -> dict[str, float]:
-    models = datasets = finals = 0.0
-    planned = {row.row: row for row in rows if row.parameters}
-    seen: set[str] = set()
-    for job in jobs:
-        if job.row.row not in planned:
-            continue
-        plan = planned[job.row.row]
-        assert plan.parameters is not None
-        assert plan.trainable is not None
-        whole = 2 * sum(plan.parameters.values()) / GB
-        if job.row.model not in seen:
-            models += whole
-        if job.row.dataset not in seen:
-            load = workload(job.row.dataset, run.datasets[job.row.dataset], root)
-            # The downloaded source and the pictures taken out of it.
-            datasets += 2 * (load.train + load.evaluation) * load.pictures * load.picture_bytes / GB
-        seen |= {job.row.model, job.row.dataset}
-        if plan.kind == "accuracy":
-            finals += 4 * plan.trainable["adapters"] / GB if plan.trainable["adapters"] else whole
-    checkpoints = max((row.disk_gb or 0 for row in rows if row.kind == "accuracy"), default=0)
-    return {"models": models, "datasets": datasets, "final weights": finals, "checkpoints of one row": checkpoints}
+def disk_needed(
+    run: ResolvedRun, rows: Collection[str], root: Path = Path(), missing_only: bool = False
+) -> dict[str, float]:
+    """phi3v.planning.disk for the rows named; those that cannot be planned yet count nothing."""
+    placed = []
+    for job in (*run.accuracy, *run.speed):
+        if job.row.row in rows:
+            try:
+                placed.append((job, setup_of(run, job, root)[0]))
+            except SettingsError:
+                continue
+    return disk(run, placed, root, missing_only)
 
 
-def check_disk(plan: Plan, folder: Path) -> None:
-    """Raises SettingsError where the file system of `folder` has less free than the plan needs."""
-    need, free = sum(plan.disk.values()), shutil.disk_usage(folder).free / GB
-    if need > free:
-        raise SettingsError(
-            f"{folder}: {free:.0f} GB free, the plan needs {need:.0f} GB "
-            f"({', '.join(f'{name} {size:.0f}' for name, size in plan.disk.items())}): {need - free:.0f} GB too "
-            "little; select fewer rows, or put results/ on a larger file system"
-        )
+def check_room(run: ResolvedRun, rows: Collection[str], root: Path = Path(), downloads_only: bool = False) -> None:
+    """Raises SettingsError where the disk cannot hold what the rows named still write under ROOT/results."""
+    needed = disk_needed(run, rows, root, missing_only=True)
+    check_disk({kind: needed[kind] for kind in DOWNLOADS} if downloads_only else needed, root / "results")

@@ -156,6 +156,19 @@ def _score_bytes(setup: Setup) -> float:
     return total * (2 if setup.dtype == "fp32" else 1)
 
 
+def _flash_seconds(setup: Setup) -> float:
+    """Seconds that a flash kernel spends on starting one sequence and head after the other, for one mean example."""
+    if not setup.flash or setup.hardware.flash_head_seconds is None:
+        return 0.0
+    geometry, vision = setup.geometry, setup.geometry.vision
+    vision_runs, decoder_runs, decoder_back = passes(setup)
+    forward, backward = setup.hardware.flash_head_seconds
+    decoder = geometry.num_attention_heads * geometry.num_hidden_layers * setup.work.examples
+    tower = vision.num_attention_heads * (vision.num_hidden_layers - 1) * setup.work.tiles
+    seconds = decoder * (forward * decoder_runs + backward * decoder_back)
+    return seconds + tower * (forward * vision_runs + backward * trains_vision(setup))
+
+
 def _collective_seconds(setup: Setup, size: float, constants: Constants) -> float:
     """Seconds to reduce-scatter or to gather `size` bytes over all devices: the slower of the links it crosses.
 
@@ -194,7 +207,7 @@ def step_time(setup: Setup, constants: Constants) -> StepTime:
     attention = flops.parts["attention"].total
     # Products of a few rows are bound by reading the weights: one read a pass.
     matmul = max(micro * (flops.hardware - attention) / peak, width * held * (2 + runs[1]) / bandwidth)
-    attending = micro * (attention / peak + _score_bytes(setup) / bandwidth)
+    attending = micro * (attention / peak + _score_bytes(setup) / bandwidth + _flash_seconds(setup))
     elementwise = micro * _elementwise_bytes(setup) / streaming + constants.layer_seconds * layer_passes(setup)
     if setup.float32_weights and setup.dtype != "fp32":
         elementwise += CAST_BYTES * (held - quantised) * runs[1] / streaming

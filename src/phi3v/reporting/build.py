@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.manifest import commit, write_atomically, write_manifest
+from phi3v.planning import runnable
 from phi3v.reporting.markdown import as_markdown
 from phi3v.reporting.page import render
 from phi3v.reporting.provenance import parents
@@ -27,7 +28,7 @@ from phi3v.settings import ReportSettings, load_run
 def build_report(settings: ReportSettings) -> Tables:
     """Read the run's configuration and whatever results there are; write the report. Raises SettingsError on a wrong configuration."""
     started = time.perf_counter()
-    run = load_run(settings.config)
+    run = runnable(load_run(settings.config))
     results = Path(settings.results or f"results/{run.settings.name}")
     folder = Path(settings.output_dir or results / "report")
     code = commit()

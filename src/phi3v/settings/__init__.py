@@ -20,6 +20,7 @@ from phi3v.settings.entries import (
     Peak,
     Split,
     VisionGeometry,
+    Workload,
     dataset_key,
     model_key,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "Split",
     "Training",
     "VisionGeometry",
+    "Workload",
     "dataset_key",
     "explain",
     "load_run",

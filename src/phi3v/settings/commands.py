@@ -199,16 +199,22 @@ class FinetuneSettings(Precision):
 class SpeedSettings(FinetuneSettings):
     """scripts/speed.py"""
 
-    speed_warmup_steps: int = Field(10, ge=1)
+    speed_warmup_steps: int = Field(10, ge=10)
     """Optimizer steps before the clock starts."""
     timed_steps: int = Field(20, ge=1)
     """Optimizer steps of one timed window."""
-    repeats: int = Field(3, ge=1)
+    repeats: int = Field(3, ge=3)
     """Timed windows."""
     expect_processes: int = Field(0, ge=0)
-    """Processes the published row ran; fewer here are an error unless --stand_in. 0: as many as there are."""
+    """Processes the published row ran; another number here is an error unless --stand_in. 0: as many as there are."""
+    expect_hardware: str = ""
+    """Hardware entry the published row ran on; other devices here are an error unless --stand_in. Empty: any."""
+    hardware: list[str] = ["config/hardware.yaml"]
+    """Hardware files: peaks for MFU and HFU, and names of devices."""
     stand_in: bool = False
     """These processes stand for the published machines; the result is labelled so."""
+    profile: bool = False
+    """Then profile three more steps: a torch profiler trace and the 20 longest operators, in OUTPUT_DIR/profile."""
 
 
 class EvaluateSettings(Precision):

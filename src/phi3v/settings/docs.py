@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from phi3v.settings.commands import EvaluateSettings, FinetuneSettings, PredictSettings, ReportSettings, SpeedSettings
-from phi3v.settings.entries import Dataset, Geometry, Hardware, Model, Peak, Split, VisionGeometry
+from phi3v.settings.entries import Dataset, Geometry, Hardware, Model, Peak, Split, VisionGeometry, Workload
 from phi3v.settings.rows import AccuracyRow, SpeedRow
 from phi3v.settings.run import Demo, DemoBase, Evaluation, Files, Pool, Run, Selection, SpeedMeasurement
 from phi3v.settings.site import Partition, Site
@@ -28,7 +28,7 @@ SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
     (
         "Models and datasets: models.yaml, datasets.yaml",
         "Each entry is `name: {fields}`. Your own entries go into your own file, named in `files` of your run.",
-        [Model, Geometry, VisionGeometry, Dataset, Split],
+        [Model, Geometry, VisionGeometry, Dataset, Split, Workload],
     ),
     ("Hardware: hardware.yaml", "Facts of one device, each with its source.", [Hardware, Peak]),
     (
@@ -62,6 +62,8 @@ def _type(schema: dict[str, object]) -> str:
         return " or ".join(f"`{value}`" for value in schema["enum"])  # type: ignore[attr-defined]
     if "anyOf" in schema:
         return " or ".join(_type(option) for option in schema["anyOf"] if option.get("type") != "null")  # type: ignore[attr-defined]
+    if "prefixItems" in schema:
+        return f"[{', '.join(_type(item) for item in schema['prefixItems'])}]"  # type: ignore[attr-defined]
     if schema.get("type") == "array":
         return f"list of {_type(schema['items'])}"  # type: ignore[arg-type]
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

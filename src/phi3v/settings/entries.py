@@ -116,6 +116,35 @@ class Split(Strict):
     """Further arguments of the converter."""
 
 
+class Workload(Strict):
+    """How much work a dataset is: what the planner counts with before a file is downloaded."""
+
+    train: int = Field(ge=1)
+    """Training examples."""
+    evaluation: int = Field(ge=1)
+    """Examples of the evaluation split."""
+    pictures: int = Field(1, ge=0)
+    """Pictures of an example."""
+    shapes: list[tuple[int, int, float]] = Field(min_length=1)
+    """[width, height, share] of the pictures; the shares add up to 1."""
+    text: int = Field(ge=1)
+    """Text tokens of an example, template and answers included."""
+    labels: int = Field(ge=1)
+    """Answer tokens of an example, end marks included."""
+    picture_bytes: float = Field(gt=0)
+    """Size of a stored picture."""
+    source: str
+    """Where these figures come from, or that they are estimates."""
+
+    @model_validator(mode="after")
+    def _shares_add_up(self) -> Workload:
+        if any(min(width, height) < 1 for width, height, _ in self.shapes):
+            raise ValueError(f"shapes: {self.shapes}, expected widths and heights >= 1")
+        if abs(sum(share for *_, share in self.shapes) - 1) > 1e-6:
+            raise ValueError(f"shapes: {self.shapes}, expected shares that add up to 1")
+        return self
+
+
 class Dataset(Strict):
     """A dataset: its splits, how its turns train, and how answers are scored."""
 
@@ -135,6 +164,8 @@ class Dataset(Strict):
     """Source rows that cannot be taken: stop at the first, or skip them (rejected.jsonl names them, the report counts)."""
     shards: float = Field(0, ge=0)
     """MB of a tar shard of the training pictures, for file systems that dislike many files; 0: a file a picture."""
+    workload: Workload | None = None
+    """For the planner; empty: counted from the converted folder, pictures taken for the largest grid."""
 
     @model_validator(mode="after")
     def _has_train_and_val(self) -> Dataset:
@@ -175,25 +206,20 @@ class Hardware(Strict):
     generation: str = ""
     """Architecture, as the recipe's advice names it (Volta, Turing, Ampere …)."""
     peak_tflops: Peak = Peak()
-    """Dense peaks by dtype; they divide MFU and HFU. CPU: of one process on one core, nominal."""
+    """Dense peaks by dtype; they divide MFU and HFU. CPU: of one process on one core, calibrated on a measured row."""
+    flash_head_seconds: tuple[float, float] | None = None
+    """Forward and backward time of the flash kernel for one sequence and head beside its operations, s; empty: none, as
+    on devices that work on many at once."""
     bandwidth_gb_s: float | None = Field(None, gt=0)
     """Memory bandwidth of one device in GB/s (10^9 bytes)."""
     link_gb_s: float | None = Field(None, gt=0)
     """Device to device within a machine, GB/s in one direction, all links of a device together."""
     network_gb_s: float | None = Field(None, gt=0)
-    """Machine to machine, GB/s in one direction, all ports of the machine named below together."""
+    """Machine to machine, GB/s in one direction, all ports of a machine together."""
     power_w: float | None = Field(None, gt=0)
     """Board power of one device in W."""
-    machine: str = ""
-    """Machine that is meant by link, network, price and devices_per_machine: an Azure size where there is one."""
-    devices_per_machine: int = Field(1, ge=1)
-    """Devices of that machine."""
-    price_usd_hour: float | None = Field(None, gt=0)
-    """List price of one device for an hour in US dollars; empty: no price is shown."""
-    price_source: str = ""
-    """Whose price, where and when."""
     source: str
-    """Where these facts come from."""
+    """Where these facts come from, the machine meant by link and network included."""
 
 
 def _digest(value: Any) -> str:

@@ -32,6 +32,8 @@ class Pool(Strict):
     """Partition of these machines; empty: the profile's or the cluster's default."""
     stand_in: bool = False
     """Stands for any published hardware: speed rows run here with these processes, and are labelled so."""
+    price_per_hour: float | None = Field(None, gt=0)
+    """What one device costs you for an hour, in your currency; empty: the plan shows no price."""
 
 
 class Files(Strict):
@@ -65,11 +67,11 @@ class Evaluation(Strict):
 class SpeedMeasurement(Strict):
     """How a speed row is timed."""
 
-    warmup_steps: int = Field(10, ge=1)
+    warmup_steps: int = Field(10, ge=10)
     """Optimizer steps before the clock starts."""
     timed_steps: int = Field(20, ge=1)
     """Optimizer steps of one repeat."""
-    repeats: int = Field(3, ge=1)
+    repeats: int = Field(3, ge=3)
     """Timed windows."""
 
 

@@ -2,46 +2,58 @@
 
 The steps are fine-tuning's own: same batches, loss, optimizer and loop. Start-up, warm-up, evaluation and saving are
 outside the timed windows; waiting for data is inside, and its share is told.
+
+speed.json holds medians over the windows, each window under `repeats`, memory as the
+largest of all processes, and the fingerprint of what it ran on.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import statistics
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 from phi3v.manifest import write_json, write_manifest
 from phi3v.planning.flops import FORMULA, Work
-from phi3v.settings import SettingsError, SpeedSettings
-from phi3v.training.finetune import headline, leave, observe
+from phi3v.planning.hardware import hardware_of_device
+from phi3v.settings import Hardware, SettingsError, SpeedSettings, read_entries
+from phi3v.training.finetune import explain_memory, headline, largest, leave, observe
+from phi3v.training.fingerprint import fingerprint
 from phi3v.training.job import Job, build
 from phi3v.training.observe import Observer, device_name, peak_memory_bytes
+from phi3v.training.profiling import OPERATORS, STEPS, TABLE, TRACE, Profile
 from phi3v.training.signals import StopRequest
 from phi3v.training.steps import StepCallback
-from phi3v.training.utilisation import Utilisation, utilisation_of
+from phi3v.training.utilisation import Utilisation, measured_peak, utilisation_of
 from phi3v.training.watching import Progress, say
 
 
 @dataclass
 class Window:
-    """One timed window of optimizer steps."""
+    """One timed window of optimizer steps; counts are of all processes together."""
 
     seconds: float = 0.0
     steps: int = 0
+    examples: int = 0
     images: int = 0
     tokens: int = 0
+    """Without padding."""
     work: Work = field(default_factory=Work)
     loading_seconds: float = 0.0
+    """Spent waiting for data by the process that waited longest."""
 
     def rates(self, utilisation: Utilisation) -> dict[str, float | None]:
-        """What speed.json says of a window; over all processes, tokens without padding."""
+        """What speed.json says of a window: rates over all processes, MFU and HFU of one."""
         return {
             "images_per_second": self.images / self.seconds,
             "tokens_per_second": self.tokens / self.seconds,
@@ -59,73 +71,129 @@ class Stopwatch(TrainerCallback):
     device: torch.device
     warmup_steps: int
     timed_steps: int
+    repeats: int
     windows: list[Window] = field(default_factory=list)
     _started: float = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         timed = state.global_step - self.warmup_steps
+        if not 0 <= timed <= self.repeats * self.timed_steps:
+            return
         if timed > 0:
             counts = self.watch.counts
             assert counts is not None
             window = self.windows[-1]
             window.steps += 1
+            window.examples += counts.examples
             window.images += counts.images
             window.tokens += counts.tokens
             window.work = window.work + counts.work
             window.loading_seconds += counts.loading_seconds
-        if timed >= 0 and timed % self.timed_steps == 0:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            now = time.perf_counter()
-            if self.windows:
-                self.windows[-1].seconds = now - self._started
-            self._started = now
-            if state.global_step < state.max_steps:
-                self.windows.append(Window())
+        if timed % self.timed_steps == 0:
+            self._turn(timed)
+
+    def _turn(self, timed: int) -> None:
+        """End the window under way and start the next; what happens here is in neither."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if timed == 0 and self.device.type == "cuda":
+            # Loading the model has its own peak; what counts is training's.
+            torch.cuda.reset_peak_memory_stats(self.device)
+        if self.windows:
+            window = self.windows[-1]
+            window.seconds = now - self._started
+            window.loading_seconds = _longest(window.loading_seconds, self.device)
+        if len(self.windows) < self.repeats:
+            self.windows.append(Window())
+        self._started = time.perf_counter()
 
 
-def check_processes(settings: SpeedSettings) -> None:
-    """Raises SettingsError where fewer processes run than the row was published with, unless they stand in for them."""
-    here = int(os.environ.get("WORLD_SIZE", "1"))
-    if here >= settings.expect_processes or settings.stand_in:
-        return
-    devices = (
-        ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}))
-        if torch.cuda.is_available()
-        else "no CUDA device"
-    )
-    raise SettingsError(
-        f"row {settings.row or '(unnamed)'}: field `expect_processes`: the row needs {settings.expect_processes} "
-        f"processes, found {here} ({torch.cuda.device_count()} visible on this machine: {devices}); "
-        "--stand_in measures here all the same and labels the result"
-    )
+def _longest(seconds: float, device: torch.device) -> float:
+    """The maximum over all processes; a collective call."""
+    if not dist.is_initialized():
+        return seconds
+    value = torch.tensor([seconds], dtype=torch.float64, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value.item())
+
+
+def found_devices() -> list[str]:
+    """Names of the CUDA devices of this machine that this process may use."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def check_devices(settings: SpeedSettings, found: list[str]) -> None:
+    """Raises SettingsError, with what was found, where the row's machine is not here; --stand_in allows it.
+
+    found: names of this machine's devices (found_devices). Asked for are the number of processes, a device for each of
+    this machine's, and the kind: that each device's name means the hardware entry `expect_hardware`.
+    """
+    here, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    seen = ", ".join(f"{count} x {name}" for name, count in Counter(found).items()) or "no CUDA device"
+    row = f"row {settings.row or '(unnamed)'}"
+    if found and local > len(found):
+        raise SettingsError(f"{row}: {local} processes were started on this machine, it has {seen}; expected one each")
+    missing = []
+    if settings.expect_processes and here != settings.expect_processes:
+        missing.append(f"field `expect_processes`: the row needs {settings.expect_processes} processes, found {here}")
+    if settings.expect_hardware:
+        entries = read_entries(settings.hardware, Hardware, Path())
+        if settings.expect_hardware not in entries:
+            raise SettingsError(
+                f"{row}: field `expect_hardware`: got {settings.expect_hardware!r}: expected one of "
+                f"{', '.join(sorted(entries))}"
+            )
+        is_cpu = entries[settings.expect_hardware].kind == "cpu"
+        kinds = {hardware_of_device(name, entries) for name in found} or {None}
+        if not is_cpu and kinds != {settings.expect_hardware}:
+            missing.append(f"field `expect_hardware`: the row needs {entries[settings.expect_hardware].title}")
+    if missing and not settings.stand_in:
+        raise SettingsError(
+            f"{row}: {'; '.join(missing)}; this machine has {seen}; --stand_in measures here all the same and labels "
+            "the result"
+        )
 
 
 def measure(settings: SpeedSettings) -> int:
-    """Time the row's steps and write speed.json and manifest.json into OUTPUT_DIR; returns the exit code."""
+    """Time the row's steps and write speed.json and manifest.json into OUTPUT_DIR; returns the exit code.
+
+    Raises SettingsError, OutOfMemoryError.
+    """
     started = time.perf_counter()
-    check_processes(settings)
-    steps = settings.speed_warmup_steps + settings.repeats * settings.timed_steps
+    check_devices(settings, found_devices())
+    timed = settings.speed_warmup_steps + settings.repeats * settings.timed_steps
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    job = build(
-        settings.model_copy(update={"max_steps": steps, "eval_steps": 0, "report_to": []}), output, trackers=False
-    )
+    changes = {"max_steps": timed + STEPS * settings.profile, "eval_steps": 0, "report_to": []}
+    job = build(settings.model_copy(update=changes), output, trackers=False)
     if job.is_main:
         (output / "manifest.json").unlink(missing_ok=True)
         say(
             f"{headline(job)}; {settings.speed_warmup_steps} warm-up and "
             f"{settings.repeats} x {settings.timed_steps} timed steps"
         )
+    counting = utilisation_of(
+        settings, job.model.config.to_dict(), device_name(job.device), job.trainer.args.world_size, settings.hardware
+    )
+    if job.device.type == "cpu":
+        peak, source = measured_peak(settings.dtype)
+        counting = replace(counting, peak_tflops=peak, peak_source=source)
     watch = StepCallback(job.trainer, output, StopRequest(), observer=Observer(job.model))
-    stopwatch = Stopwatch(watch, job.device, settings.speed_warmup_steps, settings.timed_steps)
-    for callback in (watch, stopwatch, Progress(settings.tqdm, lambda: peak_memory_bytes(job.device))):
+    stopwatch = Stopwatch(watch, job.device, settings.speed_warmup_steps, settings.timed_steps, settings.repeats)
+    callbacks = [watch, stopwatch, Progress(settings.tqdm, lambda: peak_memory_bytes(job.device))]
+    if settings.profile:
+        callbacks.append(Profile(output / "profile", job.device, timed))
+    for callback in callbacks:
         job.trainer.add_callback(callback)
     job.trainer.step_values = watch.values
     train_seconds = -time.perf_counter()
-    job.trainer.train()
+    with explain_memory(settings, job.device):
+        job.trainer.train()
     train_seconds += time.perf_counter()
-    result = speed_result(settings, job, stopwatch.windows, observe(job, watch, train_seconds))
+    result = speed_result(settings, job, stopwatch.windows, counting, observe(job, watch, train_seconds))
     if job.is_main:
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         write_json(output / "speed.json", result)
@@ -134,39 +202,70 @@ def measure(settings: SpeedSettings) -> int:
             inputs={"data": str(job.data_dir), "model": settings.model_name_or_path},
             seed=settings.seed, seconds=time.perf_counter() - started, device=device_name(job.device),
         )  # fmt: skip
-        say(
-            f"{result['images_per_second']:.3f} img/s, {result['tokens_per_second']:.0f} tokens/s, "
-            f"{result['step_seconds']:.3f} s a step, spread {100 * result['spread']:.1f} %, "
-            f"peak {result['peak_memory_bytes'] / 2**30:.2f} GiB"
-        )
+        say(summary(result))
+        if settings.profile:
+            say(f"{output}/profile: {TRACE} of {STEPS} steps, and the {OPERATORS} longest operators in {TABLE}")
     return leave(0)
 
 
-def speed_result(settings: SpeedSettings, job: Job, windows: list[Window], observed: dict[str, Any]) -> dict[str, Any]:
-    """speed.json: medians over the windows, and each window."""
-    counting = utilisation_of(
-        settings, job.model.config.to_dict(), device_name(job.device), job.trainer.args.world_size
-    )
-    repeats: list[dict[str, Any]] = [window.rates(counting) for window in windows]
-    median = {
-        name: None if value is None else statistics.median(repeat[name] for repeat in repeats)
-        for name, value in repeats[0].items()
-    }
-    rates = [repeat["images_per_second"] or repeat["tokens_per_second"] for repeat in repeats]
+def speed_result(
+    settings: SpeedSettings, job: Job, windows: list[Window], counting: Utilisation, observed: dict[str, Any]
+) -> dict[str, Any]:
+    """speed.json: medians over the windows, each window, memory, fingerprint; a collective call."""
+    processes = job.trainer.args.world_size
+    repeats = [window.rates(counting) for window in windows]
+    median: dict[str, Any] = {}
+    for name in repeats[0]:
+        values = [value for repeat in repeats if (value := repeat[name]) is not None]
+        median[name] = statistics.median(values) if values else None
+    cuda = job.device.type == "cuda"
+    step = counting.count(sum((window.work for window in windows), Work()))
+    steps = sum(window.steps for window in windows)
     return {
         "row": settings.row,
         **median,
-        "tokens_per_second_per_device": median["tokens_per_second"] / job.trainer.args.world_size,
+        "tokens_per_second_per_device": median["tokens_per_second"] / processes,
+        "spread": spread([window.examples / window.seconds for window in windows]),
         "peak_tflops": counting.peak_tflops,
+        "peak_source": counting.peak_source,
         "formula": FORMULA,
-        "spread": (max(rates) - min(rates)) / statistics.median(rates),
-        "repeats": repeats,
+        "model_tflop_per_step": step.model / steps / 1e12,
+        "hardware_tflop_per_step": step.hardware / steps / 1e12,
         "peak_memory_bytes": observed["peak_memory_bytes"],
+        "reserved_memory_bytes": largest(torch.cuda.max_memory_reserved(job.device), job.device) if cuda else None,
+        "resident_memory_bytes": largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, job.device),
         "warmup_steps": settings.speed_warmup_steps,
         "timed_steps": settings.timed_steps,
-        "world_size": job.trainer.args.world_size,
+        "repeats": repeats,
+        "world_size": processes,
         "nodes": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
         "device": device_name(job.device),
         "stand_in": settings.stand_in,
         "observed": observed,
+        "fingerprint": fingerprint(job.device, job.data_dir),
     }
+
+
+def spread(rates: list[float]) -> float:
+    """Fastest less slowest window over the median, 0.05 = 5 %."""
+    return (max(rates) - min(rates)) / statistics.median(rates)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result in a few lines, with the formula of MFU and HFU."""
+    lines = [
+        f"{result['images_per_second']:.3f} img/s, {result['tokens_per_second_per_device']:.0f} tokens/s a device, "
+        f"{result['step_seconds']:.3f} s a step, spread {100 * result['spread']:.1f} %, waiting for data "
+        f"{100 * result['loading_share']:.1f} %",
+        f"peak {result['peak_memory_bytes'] / 2**30:.2f} GiB"
+        + (f" allocated, {result['reserved_memory_bytes'] / 2**30:.2f} reserved" if result["reserved_memory_bytes"] else "")
+        + f", {result['resident_memory_bytes'] / 2**30:.2f} GiB of the machine's memory, a process",
+    ]  # fmt: skip
+    if result["mfu"] is None:
+        lines.append(f"MFU and HFU unknown: {result['device']} is in no hardware file")
+    else:
+        lines.append(
+            f"MFU {100 * result['mfu']:.1f} %, HFU {100 * result['hfu']:.1f} % of {result['peak_tflops']:.4g} TFLOP/s "
+            f"({result['peak_source']}); {result['formula']}"
+        )
+    return "\n".join(lines)
