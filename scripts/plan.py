@@ -3,6 +3,7 @@
 
 python scripts/plan.py                                                    # the published run
 python scripts/plan.py --config config/demo.yaml --output_dir results/demo/plan
+python scripts/plan.py --row phi35-nlvr2-full-bf16                        # everything about one row
 python scripts/plan.py --gpu V100-32GB --count 8 --dataset hateful_memes  # what to run on 8 V100
 python scripts/plan.py --published                                        # predictions beside the published tables
 """
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, plan, print; exit 2 with the reason where a setting is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="config/config.yaml", help="run configuration to plan")
+    parser.add_argument("--row", help="show one row of the run part by part: parameters, memory, time, cluster jobs")
     parser.add_argument("--output_dir", help="also write plan.json, plan.txt and plan.html there")
     parser.add_argument(
         "--check_disk", metavar="FOLDER", help="fail where FOLDER has less free than the run still writes"
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(_advice(given))
         else:
             plan = plan_run(load_run(given.config))
-            print(plan.table())
+            print(plan.detail(given.row) if given.row else plan.table())
             if given.output_dir:
                 values = json.dumps(plan.as_dict(), indent=1) + "\n"
                 files = {"plan.json": values, "plan.txt": plan.table() + "\n", "plan.html": plan_html(plan.as_dict())}

@@ -35,7 +35,9 @@ def test_measured_demo_rows_and_their_predictions(root, demo):
     """The table's predictions are what the planner says, and put the rows in the order that was measured."""
     text = (root / "docs/planner.md").read_text(encoding="utf-8")
     section = text[text.index("## Against the demo") :]
-    found = re.findall(r"^\| (phi3-\S+) \| [\d.]+ \| [\d.]+ % \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+) % \|$", section, re.M)
+    found = re.findall(
+        r"^\| (phi3-\S+) \| [\d.]+ \| [\d.]+ % \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+) % \|$", section, re.M
+    )
     assert {row for row, *_ in found} == {job.row.row for job in demo.speed}
     measured, predicted = {}, {}
     for row, computing, plan, error in found:

@@ -1,5 +1,6 @@
 """The planner: calibrated on the published tables, quick, torch-free, and clear about what cannot run."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,8 @@ from phi3v.planning.calibration import (
 from phi3v.planning.disk import check_disk
 from phi3v.planning.geometry import geometry_from_config
 from phi3v.planning.page import plan_html
-from phi3v.planning.plan import duration, plan_job
+from phi3v.planning.plan import plan_job
+from phi3v.planning.text import duration
 from phi3v.settings import Geometry, Hardware, SettingsError, load_run, model_key, read_entries
 
 
@@ -232,6 +234,19 @@ def test_rows_of_unknown_size_are_not_left_out(root):
 
 def test_every_published_row_fits_where_it_was_published(run):
     assert runnable(run) == run
+
+
+def test_everything_about_one_row(run):
+    plan = plan_run(run)
+    said = plan.detail("phi35-nlvr2-full-bf16")
+    assert re.search(r"parameters, millions +4147 = clip 303\.5, projector 22, .*decoder 3624, head 98\.5", said)
+    assert re.search(r"memory of one device, GB +48\.\d+ = weights 8\.293, gradients 8\.\d+, optimizer", said)
+    assert re.search(r"train job: runtime \d+, mem_mb \d+, cpus 32, nodes 1, gres gpu:4", said)
+    assert "of these trained, millions" in said
+    assert "qlora" in plan.detail("phi3-docvqa-qlora-bf16")
+    assert said.splitlines()[1] in plan_html(plan.as_dict())
+    with pytest.raises(SettingsError, match="row 'phi9': not in the plan of published"):
+        plan.detail("phi9")
 
 
 def test_resources(run):

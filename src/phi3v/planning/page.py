@@ -43,6 +43,9 @@ def plan_html(plan: dict[str, Any]) -> str:
         lines.append(f"<tr>{cells}</tr>")
     lines.append("</tbody></table>")
     lines += [f"<p>{escape(note)}</p>" for note in plan["notes"]]
+    lines.append("<details><summary>Each row part by part</summary><pre>")
+    lines += [escape(detail) + "\n" for detail in plan["details"]]
+    lines.append("</pre></details>")
     if others:
         items = "".join(f"<li><code>{escape(row['row'])}</code>: {escape(row['status'])}</li>" for row in others)
         lines.append(f"<h3>Rows that do not run here</h3><ul>{items}</ul>")

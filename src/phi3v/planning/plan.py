@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from phi3v.planning import text
 from phi3v.planning.calibration import published_setup
 from phi3v.planning.disk import DOWNLOADS, check_disk, checkpoints_gb, disk, final_gb
 from phi3v.planning.flops import utilisation
@@ -27,7 +28,8 @@ from phi3v.settings import AccuracyRow, Job, NotRun, ResolvedRun, SettingsError,
 EVALUATION_PASSES = 3
 # A job's time limit over its predicted time, and minutes for start, loading and saving.
 MARGIN, START_MINUTES = 1.5, 30
-# Nominal CPU peaks are rough.
+JOB_KINDS = {"accuracy": ("train", "evaluate"), "speed": ("speed",)}
+# CPU peaks are those of one machine.
 CPU_MARGIN = 4.0
 
 
@@ -36,6 +38,8 @@ class Planned:
     """A row on its hardware; quantities of a row that cannot be planned or run are left out, and `status` says why."""
 
     row: str
+    table_row: str
+    """Line of the table; the rows of several seeds share it."""
     kind: str
     status: str
     device: str = ""
@@ -69,6 +73,8 @@ class Planned:
     """At the boards' full power: an upper bound, without the rest of the machine."""
     disk_gb: float | None = None
     """Final weights or adapters, and checkpoints while training."""
+    jobs: dict[str, dict[str, Any]] | None = None
+    """What the rules ask a cluster for (Resources), by kind of job; a site's limits may cut it."""
 
 
 def setup_of(run: ResolvedRun, job: Job, root: Path = Path()) -> tuple[Setup, Workload]:
@@ -131,7 +137,7 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path(), constants: Constan
         setup, load = setup_of(run, job, root)
         time, peak = step_time(setup, constants), peak_tflops(setup)
     except SettingsError as error:
-        return Planned(row.row, kind, f"not planned: {error}", job.pool.device)
+        return Planned(row.row, job.table_row, kind, f"not planned: {error}", job.pool.device)
     need, state = memory(setup, constants), fits(setup, constants)
     steps = training_steps(row, load, run)
     seconds = steps * time.seconds
@@ -142,7 +148,7 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path(), constants: Constan
     parts = asdict(time)
     parts.pop("flops")
     return Planned(
-        row=row.row, kind=kind, status="run" if state != "no" else f"{_refused(run, row.row)} {needs(setup, constants)}",
+        row=row.row, table_row=job.table_row, kind=kind, status="run" if state != "no" else f"{_refused(run, job)} {needs(setup, constants)}",
         device=job.pool.device, nodes=job.nodes, devices=devices, method=row.method, dtype=row.dtype,
         flash_attention=row.flash_attention, parameters=parameters(setup.geometry),
         trainable=trainable_parameters(setup.geometry, setup.trains_by, setup.rank, row.legacy_freezing),
@@ -155,14 +161,18 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path(), constants: Constan
         gpu_hours=hours * devices, price=job.pool.price_per_hour and job.pool.price_per_hour * hours * devices,
         energy_kwh=hardware.power_w and hardware.power_w * hours * devices / 1000,
         disk_gb=final_gb(setup) + checkpoints_gb(setup) if kind == "accuracy" else None,
+        jobs={name: asdict(resources(run, job, root, name)) for name in JOB_KINDS[kind]},
     )  # fmt: skip
 
 
-def _refused(run: ResolvedRun, row: str) -> str:
+def _named(run: ResolvedRun, job: Job) -> bool:
+    """Whether the run asks for the job's row by its exact name."""
+    return job.table_row in (*run.settings.rows.accuracy, *run.settings.rows.speed)
+
+
+def _refused(run: ResolvedRun, job: Job) -> str:
     """How a row that does not fit is announced: one that was asked for by its exact name is tried all the same."""
-    rows = run.settings.rows
-    named = row in (*rows.accuracy, *rows.speed)
-    return "asked for by name, so it is tried, but it" if named else "not run:"
+    return "asked for by name, so it is tried, but it" if _named(run, job) else "not run:"
 
 
 def misfit(run: ResolvedRun, job: Job, constants: Constants | None = None) -> str | None:
@@ -183,11 +193,10 @@ def runnable(run: ResolvedRun) -> ResolvedRun:
 
     A row that is asked for by its exact name stays: the prediction may be wrong, and training says what would help.
     """
-    named = {*run.settings.rows.accuracy, *run.settings.rows.speed}
     missing = {
         job.row.row: reason
         for job in (*run.accuracy, *run.speed)
-        if job.row.row not in named and (reason := misfit(run, job)) is not None
+        if not _named(run, job) and (reason := misfit(run, job)) is not None
     }
     left_out = [
         NotRun(row=job.row, reason=missing[job.row.row])
@@ -282,12 +291,6 @@ def resources(run: ResolvedRun, job: Job, root: Path = Path(), kind: str = "trai
     return Resources(10 * math.ceil(minutes / 10), math.ceil(mem_mb), cores, job.nodes, gres, job.pool.slurm_partition)
 
 
-LEGEND = """\
-n: devices. peak GB: memory of one device, predicted. fits: yes; full: only when the allocator gives back what it can; no.
-micro: largest micro-batch with room. img/s: over all devices. MFU, HFU: share of the dense peak, without and with recomputation.
-time: training (or timing) and evaluation. device-h: time x devices. kWh: at the boards' full power."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """The plan of a run."""
@@ -303,8 +306,11 @@ class Plan:
         """JSON values; units as in Planned, the constants in use beside them."""
         listed = [{key: value for key, value in asdict(row).items() if value is not None} for row in self.rows]
         sizes = {"disk_gb": self.disk, "disk_missing_gb": self.disk_missing}
-        sums = {"totals": self.totals(), **sizes, "notes": self.notes()}
-        return {"name": self.name, "constants": asdict(Constants()), **sums, "rows": listed}
+        words = {"notes": text.notes(self), "details": [text.detail(row) for row in self.rows if row.hours is not None]}
+        return {
+            "name": self.name, "constants": asdict(Constants()), "totals": self.totals(), **sizes, **words,
+            "rows": listed,
+        }  # fmt: skip
 
     def totals(self) -> dict[str, float | None]:
         """Sums over the rows that run; None for a sum of which a part is not known, as a price that is not set."""
@@ -317,45 +323,14 @@ class Plan:
 
     def table(self) -> str:
         """A line a row, then the sums, the disk, and the rows that cannot run."""
-        head = f"{'row':32} {'device':11} {'n':>3} {'peak GB':>8} {'fits':5} {'micro':>5} {'img/s':>8}"
-        lines = [f"{head} {'MFU':>5} {'HFU':>5} {'time':>8} {'device-h':>8} {'kWh':>6} {'price':>8}".rstrip()]
-        for row in self.rows:
-            if row.hours is None:
-                continue
-            energy, price = ("" if value is None else f"{value:.1f}" for value in (row.energy_kwh, row.price))
-            lines.append(
-                f"{row.row:32} {row.device:11} {row.devices:3} {row.peak_gb:8.1f} {row.fits:5}"
-                f" {row.micro_batch or '-':>5} {row.images_per_second:8.2f} {100 * (row.mfu or 0):4.0f}%"
-                f" {100 * (row.hfu or 0):4.0f}% {duration(row.hours):>8} {row.gpu_hours:8.2f} {energy:>6}"
-                f" {price:>8}".rstrip()
-            )
-        lines += [LEGEND, *self.notes()]
-        lines += [f"{row.row}: {row.status}" for row in self.rows if row.status != "run"]
-        return "\n".join(lines)
+        return text.table(self)
 
-    def notes(self) -> list[str]:
-        """Sums, price and disk as sentences, for the table and the page."""
-        totals = self.totals()
-        device_hours, energy, price = totals["gpu_hours"], totals["energy_kwh"], totals["price"]
-        used = f"all rows that run: {device_hours or 0:.1f} device-hours"
-        used += (
-            f", {energy:.0f} kWh" if energy is not None else ", energy: not known (no board power in the hardware file)"
-        )
-        unset = "price: not set (`price_per_hour` of each entry under `hardware` in your configuration)"
-        sizes = ", ".join(f"{name} {size:.2f} GB" for name, size in self.disk.items())
-        total, missing = sum(self.disk.values()), sum(self.disk_missing.values())
-        return [
-            used,
-            f"price: {price:.2f} in the currency of price_per_hour" if price is not None else unset,
-            f"disk: {total:.1f} GB ({sizes}); still to be written: {missing:.1f} GB",
-        ]
-
-
-def duration(hours: float) -> str:
-    """Hours, minutes or seconds, whichever reads best: "12.3 h", "45 min", "20 s"."""
-    if hours >= 2:
-        return f"{hours:.1f} h"
-    return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
+    def detail(self, row: str) -> str:
+        """Everything the plan knows of one row; raises SettingsError for a row that is not in it."""
+        found = [item for item in self.rows if row in (item.row, item.table_row)]
+        if not found:
+            raise SettingsError(f"row {row!r}: not in the plan of {self.name}; expected one of its rows")
+        return "\n\n".join(text.detail(item) for item in found)
 
 
 def plan_run(run: ResolvedRun, root: Path = Path(), constants: Constants | None = None) -> Plan:
@@ -364,7 +339,7 @@ def plan_run(run: ResolvedRun, root: Path = Path(), constants: Constants | None 
     rows = [plan_job(run, job, root, constants) for job in jobs]
     for skipped in run.not_run:
         kind = "accuracy" if isinstance(skipped.row, AccuracyRow) else "speed"
-        rows.append(Planned(skipped.row.row, kind, f"not run: {skipped.reason}"))
+        rows.append(Planned(skipped.row.row, skipped.row.row, kind, f"not run: {skipped.reason}"))
     running = {row.row for row in rows if row.hours is not None and not row.status.startswith("not run")}
     return Plan(
         run.settings.name, rows, disk_needed(run, running, root), disk_needed(run, running, root, missing_only=True)
