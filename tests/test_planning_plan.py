@@ -239,7 +239,7 @@ def test_every_published_row_fits_where_it_was_published(run):
 def test_everything_about_one_row(run):
     plan = plan_run(run)
     said = plan.detail("phi35-nlvr2-full-bf16")
-    assert re.search(r"parameters, millions +4147 = clip 303\.5, projector 22, .*decoder 3624, head 98\.5", said)
+    assert re.search(r"parameters, millions +4147 = clip 303\.5, projector 22.03, .*decoder 3624, head 98\.5", said)
     assert re.search(r"memory of one device, GB +48\.\d+ = weights 8\.293, gradients 8\.\d+, optimizer", said)
     assert re.search(r"train job: runtime \d+, mem_mb \d+, cpus 32, nodes 1, gres gpu:4", said)
     assert "of these trained, millions" in said
@@ -340,6 +340,18 @@ def test_gpu_names_of_people(entries, name, key):
         ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("Tesla V100-PCIE-32GB", None),
+        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA A100-SXM-64GB", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GB200", None),
+        ("NVIDIA L40", None),
         ("NVIDIA H200", "h200"),
         ("Tesla V100-SXM2-32GB", "v100-32gb"),
         ("Tesla T4", "t4"),
@@ -358,6 +370,8 @@ def test_gpu_names_of_drivers(entries, name, key):
 def test_unknown_gpu_is_refused_and_told_how_to_add(entries):
     with pytest.raises(SettingsError, match=r"GPU 'GTX1080': unknown; expected one of .*rtx4090.*files\.hardware"):
         find_hardware("GTX1080", entries)
+    with pytest.raises(SettingsError, match=r"GPU '4090': unknown; did you mean rtx4090\?; expected one of"):
+        find_hardware("4090", entries)
     with pytest.raises(SettingsError, match="fits a100-80gb, a100-40gb; expected one of them"):
         find_hardware("A100", entries)
 

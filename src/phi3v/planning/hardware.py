@@ -13,6 +13,10 @@ HOW_TO_ADD = (
 )
 
 
+# Words in a driver's device name that make it another board than the one without them, with other peaks.
+OTHER_BOARDS = {"pcie", "nvl", "ti", "super", "d", "laptop", "mobile", "max", "xl"}
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("nvidia", "").replace("geforce", "").replace("quadro", ""))
 
@@ -32,21 +36,23 @@ def find_hardware(name: str, entries: dict[str, Hardware]) -> str:
         return starting[0]
     if starting:
         raise SettingsError(f"GPU {name!r}: fits {', '.join(starting)}; expected one of them")
-    raise SettingsError(f"GPU {name!r}: unknown; expected one of {', '.join(sorted(entries))}; or {HOW_TO_ADD}")
+    close = [key for key in entries if wanted and wanted in _plain(key)]
+    meant = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise SettingsError(f"GPU {name!r}: unknown{meant}; expected one of {', '.join(sorted(entries))}; or {HOW_TO_ADD}")
 
 
 def hardware_of_device(device_name: str, entries: dict[str, Hardware]) -> str | None:
     """Key of the entry for a driver's device name ("NVIDIA A100-SXM4-80GB", "Tesla T4"), or None where none fits.
 
     Every part of the entry's name must stand in the device's name as a word of its own (or two words in one); the entry
-    that says most wins. PCIe boards of a card whose entry is SXM are not it: their peaks differ.
+    that says most wins. A word more can be another board (H100 PCIe, RTX 3090 Ti, RTX 4090 D): then none fits.
     """
     words = re.findall(r"[a-z0-9]+", device_name.lower())
     known = set(words) | {first + second for first, second in itertools.pairwise(words)}
     fitting = []
     for key, entry in entries.items():
         parts = re.findall(r"[a-z0-9]+", key.lower())
-        other_board = "SXM" in entry.source + entry.title and "pcie" in words
+        other_board = OTHER_BOARDS & set(words) - set(parts)
         if entry.kind != "cpu" and all(part in known for part in parts) and not other_board:
             fitting.append((sum(map(len, parts)), key))
     return max(fitting)[1] if fitting else None

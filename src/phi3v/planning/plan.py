@@ -203,13 +203,13 @@ def runnable(run: ResolvedRun) -> ResolvedRun:
         for job in (*run.accuracy, *run.speed)
         if job.row.row in missing
     ]
-    return run.model_copy(
-        update={
-            "accuracy": [job for job in run.accuracy if job.row.row not in missing],
-            "speed": [job for job in run.speed if job.row.row not in missing],
-            "not_run": [*run.not_run, *left_out],
-        }
-    )
+    kept = {
+        "accuracy": [job for job in run.accuracy if job.row.row not in missing],
+        "speed": [job for job in run.speed if job.row.row not in missing],
+        "not_run": [*run.not_run, *left_out],
+    }
+    # A new object, not a copy: a copy would keep the index of jobs of the old one.
+    return ResolvedRun.model_construct(**{**dict(run), **kept})
 
 
 def alternatives(setup: Setup, constants: Constants, rank: int = 64) -> list[Setup]:

@@ -167,7 +167,8 @@ def measure(settings: SpeedSettings) -> int:
     timed = settings.speed_warmup_steps + settings.repeats * settings.timed_steps
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    changes = {"max_steps": timed + STEPS * settings.profile, "eval_steps": 0, "report_to": []}
+    quiet = {"eval_steps": 0, "keep_best": False, "early_stopping_patience": 0, "save_steps": 0, "save_minutes": 0}
+    changes = {"max_steps": timed + STEPS * settings.profile, "report_to": [], **quiet}
     job = build(settings.model_copy(update=changes), output, trackers=False)
     if job.is_main:
         (output / "manifest.json").unlink(missing_ok=True)
