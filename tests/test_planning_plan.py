@@ -341,6 +341,7 @@ def test_gpu_names_of_people(entries, name, key):
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
         ("Tesla V100-PCIE-32GB", None),
         ("NVIDIA A100 80GB PCIe", None),
         ("NVIDIA A100-SXM-64GB", None),

@@ -14,7 +14,7 @@ HOW_TO_ADD = (
 
 
 # Words in a driver's device name that make it another board than the one without them, with other peaks.
-OTHER_BOARDS = {"pcie", "nvl", "ti", "super", "d", "laptop", "mobile", "max", "xl"}
+OTHER_BOARDS = {"pcie", "nvl", "ti", "super", "d", "laptop", "mobile", "max", "mig"}
 
 
 def _plain(name: str) -> str:
