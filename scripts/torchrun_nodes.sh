@@ -6,11 +6,6 @@
 set -euo pipefail
 nodes=$1 processes=$2
 shift 2
-if ! command -v srun >/dev/null; then
-  echo "torchrun_nodes.sh: srun was not found; expected to run inside a SLURM job (in a container: bind SLURM's client," \
-    "see docs/slurm.md)" >&2
-  exit 2
-fi
 # Jobs that share a machine must not meet on one port.
 export port=$((20000 + ${SLURM_JOB_ID:?expected inside a SLURM job} % 20000)) nodes processes
 agent='
@@ -47,6 +42,15 @@ first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" | sed -n "s/.*NodeAddr=\([^ ]*\).*/\1/p")
 exec python -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$processes" \
   --node-rank="$SLURM_NODEID" --master-addr="$address" --master-port="$port" "$@"'
+if ! command -v srun >/dev/null; then
+  # In a container that does not show SLURM's client, docs/slurm.md.
+  if [ "$nodes" != 1 ]; then
+    echo "torchrun_nodes.sh: $nodes machines, and srun was not found: expected SLURM's client inside the container" >&2
+    exit 2
+  fi
+  echo "torchrun_nodes.sh: srun was not found: no step of its own, and no signal before the job's time is over" >&2
+  exec bash -c "$agent" agent "$@"
+fi
 # --whole: everything that the job has of each machine, CPUs and GPUs.
 exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --whole --kill-on-bad-exit=1 --cpu-bind=none \
   bash -c "$agent" agent "$@"

@@ -1,34 +1,13 @@
-"""The test cluster of this folder's tests, and a small run to send to it."""
+"""The test cluster, a copy of the repository for small runs, and one that nothing happens to."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
-from cluster import Cluster, end_with_parent, missing
-
-METHODS = ("full", "frozen", "lora", "qlora")
-ROWS = [f"phi35-docvqa-{method}-bf16" for method in METHODS]
-SITE = {
-    "account": "research",
-    "partitions": {
-        "cpu": {"partition": "cpu", "max_runtime": 240},
-        "a100-80gb": {"partition": "gpu", "gpus_per_node": 8, "gpu_type": "a100", "cpus_per_gpu": 1},
-    },
-}
+from cluster import Cluster, missing
+from small_run import EPOCHS, ROWS, Runs
 
 
 @pytest.fixture(scope="package")
@@ -41,130 +20,6 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     made.start()
     yield made
     made.stop()
-
-
-class Snakemake:
-    """A Snakemake under way, and its output so far."""
-
-    def __init__(self, folder: Path, arguments: list[str], log: Path) -> None:
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CI": "false"}
-        environment["PYTHONPATH"] = str(folder / "src")
-        self.log = log
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "snakemake", *arguments], cwd=folder, env=environment, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent,
-            )  # fmt: skip
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def finish(self, seconds: float = 900) -> int:
-        """Exit code; what it said is in the error when it does not end."""
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise AssertionError(f"no end within {seconds:.0f} s:\n{self.output[-6000:]}") from None
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-class Runs:
-    """A copy of the repository with a small demo; each run has a name, and shares data and base model with the others."""
-
-    def __init__(self, root: Path, folder: Path) -> None:
-        self.folder = folder
-        listed = subprocess.run(
-            ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True,
-            check=True,
-        )  # fmt: skip
-        for name in listed.stdout.splitlines():
-            if not name.startswith("tests/") and (root / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(root / name, folder / name, follow_symlinks=False)
-        if not (folder / "slurm").exists():
-            (folder / "slurm").symlink_to("profiles/slurm")
-        sources = yaml.safe_load((folder / "config/demo/sources.yaml").read_text())
-        sources["sizes"] |= {"docvqa_train": 192, "docvqa_test": 24, "docvqa_mini_train": 8, "mixture_train": 320}
-        sources["sizes"] |= {"hateful_memes": 8, "nlvr2": 8, "mixture_val": 8}
-        sources["sizes"] |= {"ucf101_train": 1, "ucf101_val": 1, "ucf101_test": 1}
-        sources["texts"], sources["base"]["epochs"] = ["docvqa", "mixture"], 1
-        (folder / "config/demo/sources.yaml").write_text(yaml.safe_dump(sources))
-        self.site(SITE)
-
-    def site(self, values: dict[str, Any]) -> None:
-        (self.folder / "config/site.yaml").write_text(yaml.safe_dump(values))
-
-    def configure(
-        self, name: str, rows: list[str], speed: list[str] | None = None, *, epochs: float = 1,
-        hardware: list[dict[str, Any]] | None = None, overrides: dict[str, dict[str, Any]] | None = None, **values: Any,
-    ) -> str:  # fmt: skip
-        """Write a run's configuration; returns its path. Epochs of 192 examples are 3 steps."""
-        run = yaml.safe_load((self.folder / "config/demo.yaml").read_text())
-        run |= {
-            "name": name,
-            "rows": {"accuracy": rows, "speed": speed or []},
-            "hardware": hardware or [{"device": "cpu", "per_node": 2, "stand_in": True}],
-            "speed": {"warmup_steps": 10, "timed_steps": 1, "repeats": 3},
-            "overrides": {
-                "*": {"micro_batch_size": 8, "flash_attention": False, "epochs": epochs},
-                **(overrides or {}),
-            },
-            **values,
-        }
-        path = f"config/{name}.yaml"
-        (self.folder / path).write_text(yaml.safe_dump(run, sort_keys=False))
-        return path
-
-    def start(self, config: str, *arguments: str, profile: str = "slurm") -> Snakemake:
-        log = self.folder / f"{Path(config).stem}-{time.monotonic_ns()}.out"
-        # Few at a time: what the tests prove needs one, and two cores carry no more.
-        quick = ["--slurm-init-seconds-before-status-checks", "2", "--jobs", "2"] if profile == "slurm" else []
-        return Snakemake(self.folder, ["--profile", profile, *quick, "--configfile", config, *arguments], log)
-
-    def run(self, config: str, *arguments: str, profile: str = "slurm", seconds: float = 900) -> tuple[int, str]:
-        """(exit code, output) of a Snakemake that should end by itself."""
-        snakemake = self.start(config, *arguments, profile=profile)
-        return snakemake.finish(seconds), snakemake.output
-
-    def train(self, name: str, row: str) -> Path:
-        return self.folder / "results" / name / "train" / row
-
-    def steps(self, name: str, row: str) -> int:
-        """Training steps done so far."""
-        try:
-            lines = (self.train(name, row) / "metrics.jsonl").read_text().splitlines()
-        except OSError:
-            return 0
-        return len([line for line in lines if line.endswith("}")])
-
-    def result(self, name: str, row: str) -> dict[str, str]:
-        """Digests of what must not depend on where and how often a row was started: weights and predictions."""
-        files = [
-            *self.train(name, row).glob("final/*.safetensors"),
-            *(self.folder / "results" / name / "evaluate" / row).rglob("predictions.jsonl"),
-        ]
-        assert files, f"{name} {row}: nothing there"
-        return {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-    def report(self, name: str) -> dict[str, dict[str, str]]:
-        """Rows of the report's accuracy table that have a result."""
-        lines = (self.folder / "results" / name / "report/accuracy.tsv").read_text().splitlines()
-        header, *rows = [line.split("\t") for line in lines]
-        found = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
-        return {row: values for row, values in found.items() if values["after"]}
-
-    def step_numbers(self, name: str, row: str) -> list[int]:
-        lines = (self.train(name, row) / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["step"] for line in lines]
-
-    def losses(self, name: str, row: str) -> list[float]:
-        lines = (self.train(name, row) / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines]
 
 
 @pytest.fixture(scope="package")
@@ -184,3 +39,10 @@ def until() -> Callable[..., None]:
             time.sleep(0.1)
 
     return wait
+
+
+@pytest.fixture(scope="package")
+def undisturbed(runs):
+    """The same rows without faults, on this machine."""
+    code, output = runs.run(runs.configure("undisturbed", ROWS, epochs=EPOCHS), profile="profiles/demo")
+    assert code == 0, output[-8000:]

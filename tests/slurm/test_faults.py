@@ -2,60 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
-import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-import psutil
-import pytest
-from conftest import METHODS, ROWS, SITE
-
-EPOCHS = 8
-STEPS = 3 * EPOCHS
-ROW = dict(zip(METHODS, ROWS, strict=True))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(runs):
-    """The same rows without faults, on this machine."""
-    code, output = runs.run(runs.configure("undisturbed", ROWS, epochs=EPOCHS), profile="profiles/demo")
-    assert code == 0, output[-8000:]
-
-
-def job_of(cluster, row: str, rule: str = "finetune") -> tuple[str, str]:
-    """(job id, machine) of a row's running job."""
-    for line in cluster.out("squeue", "-h", "-t", "RUNNING", "-o", "%i|%N|%k").splitlines():
-        job, node, comment = line.split("|")
-        if comment == f"rule_{rule}_wildcards_{row}":
-            return job, node
-    return "", ""
-
-
-def workers(folder: Path) -> list[psutil.Process]:
-    """Training processes of a row's folder, first rank first."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        command = process.info["cmdline"] or []
-        rank = (process.info["environ"] or {}).get("RANK")
-        if rank is not None and "scripts/finetune.py" in command and f"results/{folder}" in " ".join(command):
-            found.append((int(rank), process))
-    return [process for _, process in sorted(found, key=lambda item: item[0])]
-
-
-def assert_complete(runs, name: str, rows: list[str]) -> None:
-    """A full report, every step once, and the weights and answers of the undisturbed run."""
-    assert set(runs.report(name)) == set(rows)
-    for row in rows:
-        steps = [
-            json.loads(line)["step"] for line in (runs.train(name, row) / "metrics.jsonl").read_text().splitlines()
-        ]
-        assert steps == list(range(1, STEPS + 1))
-        assert runs.result(name, row) == runs.result("undisturbed", row)
-        assert runs.report(name)[row]["after"] == runs.report("undisturbed")[row]["after"]
+from small_run import EPOCHS, METHODS, ROW, ROWS, SITE, assert_complete, epochs_of, job_of, submissions, workers
 
 
 def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undisturbed):
@@ -74,20 +26,15 @@ def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undi
     cluster.out("scontrol", "update", f"JobId={jobs['lora'][0]}", "StartTime=now")
     down = jobs["qlora"][1]
     cluster.out("scontrol", "update", f"NodeName={down}", "State=DOWN", "Reason=test")
-    until("the row leaves the machine", lambda: job_of(cluster, ROW["qlora"])[1] != down)
+    until("the job waits again", lambda: cluster.jobs()[jobs["qlora"][0]] == "PENDING")
     cluster.out("scontrol", "update", f"NodeName={down}", "State=RESUME")
+    cluster.out("scontrol", "update", f"JobId={jobs['qlora'][0]}", "StartTime=now")
     code = snakemake.finish()
     assert code == 0, snakemake.output[-8000:]
     assert_complete(runs, "faults", ROWS)
     # Only what failed was submitted again; a requeued job keeps its number.
-    submitted = {method: len(re.findall(rf"train {ROW[method]}\n", snakemake.output)) for method in METHODS}
+    submitted = {method: submissions(snakemake.output, ROW[method]) for method in METHODS}
     assert submitted == {"full": 2, "frozen": 2, "lora": 1, "qlora": 1}
-
-
-def epochs_of(runs, seconds: float) -> int:
-    """Epochs that train for about so long, as fast as the undisturbed run was."""
-    lines = (runs.train("undisturbed", ROW["lora"]) / "metrics.jsonl").read_text().splitlines()
-    return max(EPOCHS, round(seconds / (3 * statistics.median(json.loads(line)["seconds"] for line in lines))))
 
 
 def test_a_job_that_is_out_of_time_goes_on_in_the_next(runs, undisturbed):
@@ -102,7 +49,7 @@ def test_a_job_that_is_out_of_time_goes_on_in_the_next(runs, undisturbed):
     assert code == 0, output[-8000:]
     assert "SIGUSR1: saved at step" in output
     assert runs.step_numbers("limited", ROW["lora"]) == list(range(1, 3 * epochs + 1))
-    assert output.count(f"train {ROW['lora']}\n") > 1
+    assert submissions(output, ROW["lora"]) > 1
 
 
 def test_snakemake_killed_and_started_again(runs, cluster, until, undisturbed):
@@ -126,7 +73,7 @@ def test_snakemake_killed_and_started_again(runs, cluster, until, undisturbed):
     subprocess.run([*look, "wait", "--seconds", "1"], cwd=runs.folder, check=True, timeout=400, capture_output=True)
     code, output = runs.run(config)
     assert code == 0, output[-8000:]
-    assert f"train {ROW['lora']}\n" not in output
+    assert submissions(output, ROW["lora"]) == 0
     assert runs.step_numbers("killed", ROW["lora"]) == list(range(1, 3 * epochs + 1))
     assert set(runs.report("killed")) == {ROW["lora"]}
 
@@ -142,5 +89,5 @@ def test_a_row_that_does_not_get_on_is_not_tried_for_ever(runs, undisturbed):
     (folder / "checkpoints").write_text("")
     code, output = runs.run(config, f"results/stuck/train/{ROW['lora']}/manifest.json")
     assert code != 0
-    assert output.count(f"train {ROW['lora']}\n") == 2
+    assert submissions(output, ROW["lora"]) == 2
     assert f"{ROW['lora']}: attempt 2 ended at step 0 like the one before: not tried again" in output

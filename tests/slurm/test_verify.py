@@ -11,8 +11,7 @@ import time
 import psutil
 import pytest
 import yaml
-from conftest import METHODS, ROWS, SITE
-from test_faults import EPOCHS, ROW, STEPS, assert_complete, epochs_of, job_of, undisturbed  # noqa: F401 - a fixture
+from small_run import EPOCHS, METHODS, ROW, ROWS, SITE, assert_complete, epochs_of, job_of, submissions
 
 pytestmark = pytest.mark.verify
 
@@ -34,7 +33,7 @@ def finish(snakemake) -> str:
     return snakemake.output
 
 
-def test_out_of_time_equals_one_long_job(runs, undisturbed):  # noqa: F811
+def test_out_of_time_equals_one_long_job(runs, undisturbed):
     """Several jobs of a minute each end with the weights of one that was never interrupted."""
     epochs, row = epochs_of(runs, 90), ROW["full"]
     target = "results/{}/train/" + row + "/manifest.json"
@@ -48,12 +47,12 @@ def test_out_of_time_equals_one_long_job(runs, undisturbed):  # noqa: F811
     finally:
         runs.site(SITE)
     assert code == 0, output[-8000:]
-    assert output.count(f"train {row}\n") > 1
-    print(f"\nout of time: {3 * epochs} steps over {output.count(f'train {row}')} jobs of a minute, the same weights")
+    assert submissions(output, row) > 1
+    print(f"\nout of time: {3 * epochs} steps over {submissions(output, row)} jobs of a minute, the same weights")
     assert runs.result("pieces", row) == runs.result("long", row)
 
 
-def test_a_machine_that_loses_power(runs, cluster, until, undisturbed):  # noqa: F811
+def test_a_machine_that_loses_power(runs, cluster, until, undisturbed):
     """No signal, no save: SLURM finds the machine gone, requeues the job, and it goes on from the last checkpoint."""
     snakemake, row = start_training(runs, until, "power")
     job, node = job_of(cluster, row)
@@ -63,11 +62,11 @@ def test_a_machine_that_loses_power(runs, cluster, until, undisturbed):  # noqa:
     output = finish(snakemake)
     cluster.start_node(node)
     cluster.out("scontrol", "update", f"NodeName={node}", "State=RESUME")
-    assert output.count(f"train {row}\n") == 1
+    assert submissions(output, row) == 1
     assert_complete(runs, "power", [row])
 
 
-def test_preempted_by_a_higher_partition(runs, cluster, until, undisturbed):  # noqa: F811
+def test_preempted_by_a_higher_partition(runs, cluster, until, undisturbed):
     """SIGUSR1 and a minute of grace; the job saves and goes on when the other is done."""
     runs.site({**SITE, "partitions": {"cpu": {"partition": "spot", "max_runtime": 240}}})
     try:
@@ -92,18 +91,18 @@ def test_preempted_by_a_higher_partition(runs, cluster, until, undisturbed):  # 
     assert_complete(runs, "preempted", [row])
 
 
-def test_the_controller_restarts(runs, cluster, until, undisturbed):  # noqa: F811
+def test_the_controller_restarts(runs, cluster, until, undisturbed):
     """Killed while a job trains, away for twenty seconds: nothing is submitted twice, nothing is lost."""
     snakemake, row = start_training(runs, until, "controller", epochs=EPOCHS)
     cluster.kill("slurmctld")
     time.sleep(20)
     cluster.start_controller()
     output = finish(snakemake)
-    assert output.count(f"train {row}\n") == 1
+    assert submissions(output, row) == 1
     assert_complete(runs, "controller", [row])
 
 
-def test_scratch_and_a_full_one(runs, tmp_path, undisturbed):  # noqa: F811
+def test_scratch_and_a_full_one(runs, tmp_path, undisturbed):
     """Data is copied to the machine's own disk; where it does not fit, the row says so and reads the shared folder."""
     row, small = ROW["lora"], tmp_path / "small"
     small.mkdir()
@@ -140,7 +139,7 @@ def test_demo_on_four_machines_is_the_local_demo(runs):
         assert runs.result("demo4", row) == runs.result("demo1", row)
 
 
-def test_what_a_job_costs_besides_its_work(runs, cluster, undisturbed):  # noqa: F811
+def test_what_a_job_costs_besides_its_work(runs, cluster, undisturbed):
     """Seconds of a SLURM job around the command of its rule."""
     code, output = runs.run(runs.configure("overhead", [ROW[method] for method in METHODS]), "--jobs", "1")
     assert code == 0, output[-4000:]

@@ -1,0 +1,113 @@
+"""What is read out of SLURM's answers, and what is said about them; the same against a real SLURM is in tests/slurm."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from phi3v.cluster import Facts, PartitionFacts, Request, problems
+from phi3v.cluster.facts import gpus, minutes
+from phi3v.cluster.site import devices_of, site_text
+from phi3v.cluster.status import COMMENT, duration, progress
+from phi3v.settings import Hardware, Site, read_entries
+
+GPU = PartitionFacts("gpu", True, False, 1440, nodes=4, cpus=64, memory_mb=500_000, gpus={"a100": 8})
+CPU = PartitionFacts("cpu", True, True, None, nodes=10, cpus=32, memory_mb=100_000)
+FACTS = Facts({"gpu": GPU, "cpu": CPU}, frozenset({"vision"}), None, None, min_job_age=300, kill_wait=30)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("30", 30), ("30:59", 30), ("4:00:00", 240), ("1-00:00:00", 1440), ("2-12", 3600), ("7-01:30", 10170),
+        ("infinite", None), ("UNLIMITED", None),
+    ],
+)  # fmt: skip
+def test_times_as_slurm_writes_them(text, expected):
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("gres", "expected"),
+    [
+        ("gpu:a100:8(S:0-1)", {"a100": 8}),
+        ("gpu:4", {"": 4}),
+        ("gpu:a100:2,gpu:t4:1,lustre:1", {"a100": 2, "t4": 1}),
+        ("craynetwork:4,gpu:h100:4(S:0,2)", {"h100": 4}),
+        ("(null)", {}),
+    ],
+)
+def test_gpus_of_a_gres_string(gres, expected):
+    assert gpus(gres) == expected
+
+
+def request(**changes) -> Request:
+    values = {"what": "row `r` (train)", "device": "a100-80gb", "partition": "gpu", "nodes": 1, "gpus": 8, "cpus": 64}
+    return Request(**{**values, "mem_mb": 400_000, "runtime": 600, **changes})
+
+
+def test_a_request_that_fits_has_no_problem():
+    assert (
+        problems(
+            Site(account="vision"), FACTS, [request(), request(device="cpu", partition="", gpus=0, cpus=1, mem_mb=4000)]
+        )
+        == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gpus": 16}, "asks for 16 GPUs of a machine, partition gpu has 8"),
+        ({"nodes": 5}, "asks for 5 machines, partition gpu has 4"),
+        ({"mem_mb": 600_000}, "asks for 600000 MB memory of a machine, partition gpu has 500000"),
+        ({"runtime": 3000}, "asks for 3000 min, partition gpu ends jobs after 1440 min; set `partitions.a100-80gb.max_runtime"),
+        ({"partition": "gpux"}, "partition 'gpux': not on this cluster; expected one of gpu, cpu"),
+    ],
+)  # fmt: skip
+def test_a_request_that_does_not_fit_says_why(changes, said):
+    (found,) = problems(Site(), FACTS, [request(**changes)])
+    assert found.level == "error"
+    assert said in found.text
+
+
+def test_many_rows_with_one_reason_are_one_line():
+    (found,) = problems(Site(), FACTS, [request(what=f"row `r{n}` (train)", gpus=9) for n in range(50)])
+    assert found.text == "row `r0` (train): asks for 9 GPUs of a machine, partition gpu has 8 (and 49 more jobs)"
+
+
+def test_preemption_by_cancelling_and_a_short_memory_are_worth_knowing():
+    spot = PartitionFacts("spot", True, True, None, 1, 64, 500_000, {"a100": 8}, preempt_mode="CANCEL", grace_seconds=5)
+    facts = Facts({"spot": spot}, None, None, None, min_job_age=2, kill_wait=30)
+    levels = [(found.level, found.text.split(":")[0]) for found in problems(Site(), facts, [request(partition="spot")])]
+    assert levels == [("warning", "partition spot"), ("warning", "MinJobAge is 2 s")]
+
+
+def test_a_site_file_names_the_devices_of_its_gpus(root):
+    hardware = read_entries(["config/hardware.yaml"], Hardware, root)
+    assert devices_of("a100", hardware) == ["a100-80gb", "a100-40gb"]
+    assert devices_of("nvidia_h100", hardware) == ["h100"]
+    assert devices_of("k80", hardware) == []
+    text = site_text(FACTS, hardware)
+    assert "account: vision\n" in text
+    assert "  cpu: {partition: cpu}\n" in text
+    assert "  a100-80gb: {partition: gpu, gpus_per_node: 8, gpu_type: a100, cpus_per_gpu: 8, max_runtime: 1440}" in text
+
+
+def test_progress_of_a_training_folder(tmp_path):
+    assert progress(tmp_path) is None
+    (tmp_path / "settings.json").write_text(json.dumps({"max_steps": -1, "num_train_epochs": 2.0}))
+    lines = [{"step": n, "epoch": n / 50, "loss": 1.0, "seconds": 2.0} for n in range(1, 31)]
+    # The line that is being written.
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 31, "ep')
+    at = progress(tmp_path)
+    assert (at.step, at.steps, at.seconds_left) == (30, 100, 140.0)
+    assert duration(at.seconds_left) == "0:02:20"
+
+
+def test_the_executors_comment_names_rule_and_row():
+    found = COMMENT.match("rule_finetune_wildcards_phi35-docvqa-lora-bf16")
+    assert (found["rule"], found["wildcards"]) == ("finetune", "phi35-docvqa-lora-bf16")
+    found = COMMENT.match("rule_demo_base")
+    assert (found["rule"], found["wildcards"]) == ("demo_base", None)
