@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv lock demo demo-all digits test verify-training verify-report verify-slurm slurm-status check format docs clean
+.PHONY: help venv lock containers offline-bundle reproduce verify-conda verify-containers verify-pristine demo demo-all digits test verify-training verify-report verify-slurm slurm-status check format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,12 +65,26 @@ check: $(VENV)/installed  ## formatting, lint, types, workflow lint
 	snakefmt --check Snakefile workflow
 	mypy
 	snakemake --lint --configfile config/demo.yaml
+	git ls-files -z | xargs -0 detect-secrets-hook --exclude-files '^(envs/.*\.txt|envs/train-cuda\.yaml|requirements\.txt|config/demo/digests\.json|tests/golden/.*|.*\.min\.js)$$'
+	python scripts/audit.py
 
 format: $(VENV)/installed  ## format everything
 	ruff format . && ruff check --fix . && snakefmt Snakefile workflow
 
 lock: $(VENV)/installed  ## write requirements.txt and the environments' lock files from pyproject.toml
 	python scripts/lock.py
+
+containers: $(VENV)/installed  ## build the Apptainer images, their digests and bills of materials (needs apptainer and the internet)
+	for name in workflow report train; do \
+	  lock=$$(sed -n 's/^    lock=//p' containers/$$name.def) && \
+	  apptainer build --fakeroot --force --build-arg "$$(grep '^base=' containers/base.txt)" \
+	    --build-arg commit=$$(git rev-parse HEAD) containers/$$name.sif containers/$$name.def && \
+	  sha256sum containers/$$name.sif > containers/$$name.sif.sha256 && \
+	  python scripts/sbom.py $$lock containers/$$name.cdx.json || exit 1; \
+	done
+
+offline-bundle: $(VENV)/installed  ## pack source, wheels, images, data and weights for a cluster without internet
+	python scripts/bundle.py --output_dir phi3v-offline $(ARGS)
 
 docs: $(VENV)/installed  ## write config/README.md and the schemas from the settings
 	python -m phi3v.settings.docs

@@ -79,10 +79,10 @@ def test_no_token_reaches_a_manifest(tmp_path, monkeypatch):
     secrets = ["hf_" + "A1b2C3d4E5", "s3cretValue!", "plain-password-1"]
     monkeypatch.setenv("HF_TOKEN", secrets[1])
     monkeypatch.setattr(sys, "argv", ["train.py", "--token", secrets[0], "--url", f"https://me:{secrets[2]}@host/x"])
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    written(tmp_path, settings={"note": ["with " + secrets[1]], "key": "0123456789abcdef"}, inputs={"data": secrets[0]})
+    monkeypatch.setenv("WANDB_API_KEY", "not-a-real-key")
+    written(tmp_path, settings={"note": ["with " + secrets[1]], "key": "not-a-real-key"}, inputs={"data": secrets[0]})
     text = (tmp_path / "manifest.json").read_text()
-    for secret in [*secrets, "0123456789abcdef"]:
+    for secret in [*secrets, "not-a-real-key"]:
         assert secret not in text
     assert "train.py --token" in text
 

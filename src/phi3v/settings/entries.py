@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Turns = Literal["all", "draw", "first"]
 Metric = Literal["accuracy", "anls"]
@@ -21,6 +22,16 @@ class Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+
+def without_password(url: str) -> str:
+    """The URL; one with a user and password in it is refused, since URLs stand in logs, lock files and reports."""
+    if re.match(r"[a-z]+://[^/@]+@", url, re.IGNORECASE):
+        raise ValueError("expected a URL without user and password: it is shown in logs, lock files and the report")
+    return url
+
+
+Url = Annotated[str, AfterValidator(without_password)]
 
 
 class VisionGeometry(Strict):
@@ -88,7 +99,7 @@ class Model(Strict):
 
     title: str
     """Name shown in the report."""
-    url: str
+    url: Url
     """hf://OWNER/REPO, file:FOLDER, or a folder's path."""
     revision: str | None = None
     """Hub commit; empty until first used for real, then pinned by the lock file beside the download."""
@@ -101,7 +112,7 @@ class Model(Strict):
 class Split(Strict):
     """Where one split of a dataset comes from."""
 
-    url: str
+    url: Url
     """hf://datasets/OWNER/REPO/PATH (globs allowed), https://…, file:PATH, or a path."""
     revision: str | None = None
     """Hub commit; empty until first used for real, then pinned by the lock file beside the download."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,10 @@ from pydantic import BaseModel, ValidationError
 from phi3v.settings.rows import Training
 
 M = TypeVar("M", bound=BaseModel)
+
+
+_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+"""User and password of a URL: never shown."""
 
 
 class SettingsError(ValueError):
@@ -29,7 +34,8 @@ def explain(error: ValidationError, where: str) -> SettingsError:
         elif item["type"] == "missing":
             lines.append(f"{where}: field `{field}`: missing; expected a value")
             continue
-        at = f"field `{field}`: got {item['input']!r}: " if field else ""
+        value = _IN_URL.sub("***@", repr(item["input"]))
+        at = f"field `{field}`: got {value}: " if field else ""
         lines.append(f"{where}: {at}{expected}")
     return SettingsError("\n".join(lines))
 
