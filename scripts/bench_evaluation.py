@@ -34,7 +34,26 @@ SIZES = {
         "patch_size": 14,
     },
 }
-WORDS = "total date of the invoice letter signed page sum who when where which number name place year amount".split()
+WORDS = [
+    "total",
+    "date",
+    "of",
+    "the",
+    "invoice",
+    "letter",
+    "signed",
+    "page",
+    "sum",
+    "who",
+    "when",
+    "where",
+    "which",
+    "number",
+    "name",
+    "place",
+    "year",
+    "amount",
+]
 
 
 def write_pages(folder: Path, count: int) -> Path:
@@ -128,10 +147,8 @@ def main() -> None:
             rates[batch] = json.loads((root / f"out{batch}/after/timing.json").read_text())["examples_per_second"]
         different = [i for i, pair in enumerate(zip(found[1], found[given.batch], strict=True)) if pair[0] != pair[1]]
         questions = examples.read_questions(data, "val")
-        loaded = _load(settings, torch.device("cpu"), 4, questions)
-        batches = examples.plan_batches(
-            examples.prompt_lengths(data, questions, loaded.processor, 4), given.batch
-        )
+        loaded = _load(model, settings, torch.device("cpu"), 4, questions)
+        batches = examples.plan_batches(examples.prompt_lengths(data, questions, loaded.processor, 4), given.batch)
         reasons = [
             explain(loaded, questions, data, next(b for b in batches if i in b), i, given.max_new_tokens)
             for i in different[:8]

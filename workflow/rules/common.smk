@@ -104,14 +104,25 @@ def model_file(model):
 
 def local_source(url):
     """The path of a file: URL, which another rule may make; nothing for what comes from the network."""
-    if url.startswith(("hf:", "http:", "https:")) or "*" in url:
-        return []
-    return [url.removeprefix("file:").removeprefix("//")]
+    path = settings.local_source(url)
+    return [] if path is None or "*" in url else [path]
 
 
 def row_results(job):
-    kind = "evaluate" if isinstance(job.row, settings.AccuracyRow) else "speed"
-    return f"{RESULTS}/{kind}/{job.row.row}/manifest.json"
+    """What a row ends with: its evaluation, that on the authors' own split where its files are there, or its timing."""
+    if not isinstance(job.row, settings.AccuracyRow):
+        return [f"{RESULTS}/speed/{job.row.row}/manifest.json"]
+    official = (
+        [f"{RESULTS}/evaluate/official/{job.row.row}/manifest.json"]
+        if official_dataset(job)
+        else []
+    )
+    return [f"{RESULTS}/evaluate/{job.row.row}/manifest.json", *official]
+
+
+def official_dataset(job):
+    """Entry of the authors' own split for a row, or None where there is none or its files are not there."""
+    return RUN.official(job)
 
 
 def launch(job, patience=()):
@@ -213,13 +224,15 @@ def speed_flags(job):
     ]
 
 
-def evaluation_flags(job):
+def evaluation_flags(job, dataset=None):
+    """dataset: another one than the row's."""
     how = RUN.settings.evaluation
+    dataset = dataset or job.row.dataset
     inputs = [
         "--dataset",
-        job.row.dataset,
+        dataset,
         "--metric",
-        RUN.datasets[job.row.dataset].metric,
+        RUN.datasets[dataset].metric,
         *settings.precision_flags(job.row),
         "--num_crops",
         job.num_crops,

@@ -82,3 +82,53 @@ rule evaluate:
     shell:
         "OMP_NUM_THREADS={params.omp} {params.launch} {params.scripts}/evaluate.py --passes {params.passes} {params.flags}"
         " --model_name_or_path {params.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"
+
+
+rule evaluate_official:
+    """Evaluate a trained row on the authors' own split: the second protocol, where its files are there."""
+    input:
+        trained=f"{RESULTS}/train/{{row}}/manifest.json",
+        data=on_job(lambda job: dataset_file(official_dataset(job))),
+        train=on_job(lambda job: dataset_file(job.row.dataset)),
+    output:
+        f"{RESULTS}/evaluate/official/{{row}}/manifest.json",
+    log:
+        f"{RESULTS}/logs/evaluate/official/{{row}}.log",
+    benchmark:
+        f"{RESULTS}/logs/evaluate/official/{{row}}.tsv"
+    conda:
+        TRAIN_ENV
+    container:
+        TRAIN_IMAGE
+    threads: on_plan("official", "cpus")
+    resources:
+        mem_mb=on_plan("official", "mem_mb"),
+        runtime=on_plan("official", "runtime"),
+        accelerators=on_job(lambda job: job.processes_per_node),
+        mpi="",
+        nodes=on_job(lambda job: job.nodes),
+        tasks=on_job(lambda job: job.nodes),
+        gres=on_plan("official", "gres"),
+        tasks_per_gpu=0,
+        slurm_partition=on_job(lambda job: job.pool.slurm_partition),
+    params:
+        scripts=SCRIPTS,
+        launch=on_job(launch),
+        flags=on_job(
+            lambda job: [
+                "--row",
+                job.row.row,
+                *evaluation_flags(job, official_dataset(job)),
+            ]
+        ),
+        model=f"{RESULTS}/train/{{row}}/final",
+        data=on_job(lambda job: data_folder(official_dataset(job))),
+        train=on_job(lambda job: data_folder(job.row.dataset)),
+        folder=f"{RESULTS}/evaluate/official/{{row}}",
+        omp=on_job(threads_each),
+    message:
+        "evaluate {wildcards.row} on the official split"
+    shell:
+        "OMP_NUM_THREADS={params.omp} {params.launch} {params.scripts}/evaluate.py --passes after {params.flags}"
+        " --model_name_or_path {params.model} --data_dir {params.data} --train_dir {params.train}"
+        " --output_dir {params.folder} 2>&1 | tee {log}"

@@ -58,14 +58,14 @@ def content_digests(folder: Path, questions: Sequence[Question]) -> dict[str, st
     return {path: hashlib.sha256((folder / "images" / path).read_bytes()).hexdigest() for path in sorted(paths)}
 
 
-def leaked(data_dir: str | Path, questions: Sequence[Question], train: str = "train") -> int | None:
-    """Questions of which a picture, byte for byte, is also in the training split; None where there is no such split."""
-    folder = Path(data_dir)
+def leaked(data_dir: str | Path, questions: Sequence[Question], train_dir: str | Path) -> int | None:
+    """Questions of which a picture, byte for byte, is also in the training split of train_dir; None where that has none."""
+    folder, other = Path(data_dir), Path(train_dir)
     try:
-        path = split_file(folder, train)
+        path = split_file(other, "train")
     except DataError:
         return None
-    theirs = pictures_of(folder, describe(folder).get("splits", {}).get(train, {}))
+    theirs = pictures_of(other, describe(other).get("splits", {}).get("train", {}))
     paths = {name for question in questions for name in question.images}
     found = in_training(paths, Pictures(folder), read_conversations(path), theirs)
     return sum(any(name in found for name in question.images) for question in questions)

@@ -10,6 +10,7 @@ from phi3v.data.conversations import DataError, Turn, prompt_text, text_problem
 from phi3v.data.images import open_rgb
 from phi3v.evaluation.generate import end_token_ids, generate
 from phi3v.evaluation.run import load_model
+from phi3v.evaluation.weights import folder_of
 from phi3v.settings import PredictSettings
 
 
@@ -23,7 +24,7 @@ def predict(settings: PredictSettings) -> str:
             raise DataError(f"--image {name}: no such file; expected a picture")
         pictures.append(open_rgb(Path(name), name))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = load_model(settings, device)
+    model, processor = load_model(folder_of(settings.model_name_or_path), settings, device)
     # The marks of the pictures stand in front of the question, as in training.
     turn = Turn(tuple(settings.image), settings.question, "")
     (answer,) = generate(

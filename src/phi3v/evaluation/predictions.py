@@ -128,9 +128,9 @@ def further_metrics(records: Sequence[dict[str, Any]], metric: str, seed: int) -
     except ValueError:
         sentences = []
     if sentences and len(set(sentences)) < len(sentences):
-        more["consistency"] = _figure(
-            metrics.consistency(sentences, [record["score"] == 1 for record in records]), None
-        )
+        share = metrics.consistency(sentences, [record["score"] == 1 for record in records])
+        distinct = len(set(sentences))
+        more["consistency"] = _figure(share, statistics.wilson(round(share / 100 * distinct), distinct))
     if 2 < len(set(truths)) <= 50:
         more["confusion"] = metrics.confusion([r["answers"][0] for r in records], [r["prediction"] for r in records])
     return more

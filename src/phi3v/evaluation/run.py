@@ -26,6 +26,7 @@ from phi3v.evaluation.generate import Answer, Choice, answer, choice_of, end_tok
 from phi3v.evaluation.metrics import normalise
 from phi3v.evaluation.processes import DTYPES, Processes, join
 from phi3v.evaluation.progress import Progress
+from phi3v.evaluation.weights import folder_of, is_hub_id
 from phi3v.manifest import commit, digest_file, write_manifest
 from phi3v.settings import EvaluateSettings, PredictSettings
 
@@ -59,13 +60,14 @@ def evaluate(settings: EvaluateSettings) -> dict[str, dict[str, Any]]:
         raise DataError(f"{data_dir}: no dataset.json that names a metric, and no --metric; expected accuracy or anls")
     num_crops = settings.num_crops or index.get("num_crops") or DEFAULT_CROPS
     questions = examples.read_questions(data_dir, settings.split)
-    fingerprint = _fingerprint(settings, data_dir, num_crops)
     processes = join()
+    model = _weights(settings.model_name_or_path, processes)
+    fingerprint = _fingerprint(settings, model, data_dir, num_crops)
     if processes.rank == 0:
         (output / "manifest.json").unlink(missing_ok=True)
     asked = {name: _questions_of(name, questions, data_dir, settings.seed) for name in settings.passes}
     todo = [name for name in settings.passes if not predictions.finished(output / name, f"{fingerprint}-{name}")]
-    loaded = _load(settings, processes.device, num_crops, questions) if todo else None
+    loaded = _load(model, settings, processes.device, num_crops, questions) if todo else None
     load_seconds = time.perf_counter() - started
     for name in todo:
         assert loaded is not None
@@ -87,7 +89,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, dict[str, Any]]:
             kind="evaluate",
             settings=settings,
             inputs={
-                "model": settings.model_name_or_path,
+                "model": str(model),
                 "data": str(data_dir),
                 "split": str(split_file(data_dir, settings.split)),
             },
@@ -111,12 +113,21 @@ def _questions_of(name: str, questions: list[Question], data_dir: Path, seed: in
     return swapped, left_out
 
 
-def _fingerprint(settings: EvaluateSettings, data_dir: Path, num_crops: int) -> str:
+def _weights(name: str, processes: Processes) -> Path:
+    """The model's folder; a hub id is fetched by the first process while the others wait."""
+    if not is_hub_id(name):
+        return folder_of(name)
+    if processes.rank == 0:
+        folder_of(name)
+    processes.wait()
+    return folder_of(name, may_fetch=False)
+
+
+def _fingerprint(settings: EvaluateSettings, model: Path, data_dir: Path, num_crops: int) -> str:
     """Digest of everything the answers depend on: model files, split, settings, code."""
-    model = Path(settings.model_name_or_path)
-    files = sorted(path for path in model.glob("*") if path.is_file()) if model.is_dir() else []
+    files = sorted(path for path in model.glob("*") if path.is_file())
     facts = {
-        "model": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files] or str(model),
+        "model": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
         "split": digest_file(split_file(data_dir, settings.split)),
         "settings": settings.model_dump(exclude={"output_dir", "passes", "tqdm", "num_workers", "row", "dataset"}),
         "num_crops": num_crops,
@@ -125,33 +136,27 @@ def _fingerprint(settings: EvaluateSettings, data_dir: Path, num_crops: int) -> 
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_model(settings: EvaluateSettings | PredictSettings, device: torch.device) -> tuple[Any, Any]:
-    """Model in eval mode, and processor, of a checkpoint folder, an adapter folder on its base, or a hub id.
-
-    Raises FileNotFoundError for a path that is neither there nor a hub id.
-    """
+def load_model(folder: Path, settings: EvaluateSettings | PredictSettings, device: torch.device) -> tuple[Any, Any]:
+    """Model in eval mode, and processor, of a checkpoint folder or an adapter folder on its base."""
     from transformers.utils.logging import disable_progress_bar
 
     from phi3v.model.adapters import base_of, is_adapter, load_for_inference
     from phi3v.model.processing import Phi3VProcessor
 
     disable_progress_bar()
-    name = settings.model_name_or_path
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(
-            f"--model_name_or_path {name}: no such folder; expected a checkpoint, an adapter or a hub id OWNER/NAME"
-        )
     attention = _flash_implementation() if settings.use_flash_attention else "eager"
     if device.type == "cpu" and settings.dtype == "fp16":
         from phi3v.model.half import use_float32_sums
 
         use_float32_sums()
-    model = load_for_inference(name, DTYPES[settings.dtype], attention, device)
-    return model, Phi3VProcessor.from_pretrained(base_of(name) if is_adapter(name) else name)
+    model = load_for_inference(folder, DTYPES[settings.dtype], attention, device)
+    return model, Phi3VProcessor.from_pretrained(base_of(folder) if is_adapter(folder) else folder)
 
 
-def _load(settings: EvaluateSettings, device: torch.device, num_crops: int, questions: list[Question]) -> Loaded:
-    model, processor = load_model(settings, device)
+def _load(
+    folder: Path, settings: EvaluateSettings, device: torch.device, num_crops: int, questions: list[Question]
+) -> Loaded:
+    model, processor = load_model(folder, settings, device)
     truths = {normalise(answer) for question in questions for answer in question.answers}
     choice = choice_of(processor.tokenizer) if truths == {"yes", "no"} else None
     return Loaded(model, processor, num_crops, end_token_ids(processor.tokenizer, model.generation_config), choice)
@@ -303,7 +308,7 @@ def _finish_pass(
     summary = predictions.summarise(records, metric, settings.seed)
     summary["left_out"] = len(left_out)
     if folder.name != "control" and settings.split != "train":
-        summary["leaked"] = examples.leaked(settings.data_dir, questions)
+        summary["leaked"] = examples.leaked(settings.data_dir, questions, settings.train_dir or settings.data_dir)
     tokens = sum(answers[question.id]["tokens"] for question in questions)
     timing = {
         "fingerprint": part.fingerprint,

@@ -128,6 +128,46 @@ def spread(scores: Sequence[float] | np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "sd": deviation, "low": float(values.min()), "high": float(values.max())}
 
 
+def t_quantile(freedom: float) -> float:
+    """97.5th percentile of Student's t distribution with any number > 0 of degrees of freedom.
+
+    With t = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1): summed over a grid.
+    """
+    if not freedom > 0:
+        raise ValueError(f"freedom: got {freedom}; expected a number > 0")
+    if freedom > 1000:
+        return Z95
+    # Midpoints of cells that become finer where the density of few degrees of freedom sits.
+    edges = np.pi / 2 * (1 - np.linspace(1, 0, 200_001) ** 4)
+    middle, width = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+    mass = np.cumsum(np.cos(middle) ** (freedom - 1) * width)
+    angle = float(np.interp(0.95 * mass[-1], mass, edges[1:]))
+    return math.sqrt(freedom) * math.tan(angle)
+
+
+def _half_width(sampling: float, seeds: float, count: int) -> float:
+    """Half of a 95 % interval of a figure with a known sampling variance and one from `count` seeds (Welch and Satterthwaite)."""
+    total = sampling + seeds
+    if not seeds:
+        return Z95 * math.sqrt(total)
+    freedom = total**2 / (seeds**2 / (count - 1))
+    return t_quantile(freedom) * math.sqrt(total)
+
+
+def interval_over_seeds(scores: Sequence[float] | np.ndarray, seed_scores: Sequence[float] | np.ndarray) -> Interval:
+    """Interval of a mean over seeds, in points: the examples' scatter and the seeds' together.
+
+    scores: each example's 0-1 score, averaged over the seeds. seed_scores: each seed's 0-100 score. What differs between seeds
+    by example counts in both, so the interval is rather too wide.
+    """
+    values, seeds = np.asarray(scores, dtype=np.float64), np.asarray(seed_scores, dtype=np.float64)
+    mean = 100 * float(values.mean())
+    sampling = standard_error(mean, values.size, values) ** 2
+    between = float(np.var(seeds, ddof=1)) / seeds.size if seeds.size > 1 else 0.0
+    half = _half_width(sampling, between, seeds.size)
+    return max(0.0, mean - half), min(100.0, mean + half)
+
+
 @dataclass(frozen=True)
 class AgainstPublished:
     """Our score minus the published one, in points."""
@@ -165,13 +205,16 @@ def against_published(
     examples never earn "agrees".
     """
     ours = standard_error(score, n, scores)
-    # Without the published answers, their scatter is taken to be as ours, else that of a proportion.
-    theirs = ours * math.sqrt(n / published_n) if scores is not None else standard_error(published, published_n)
+    # Without the published answers, their scatter is taken to be as ours, else that of a proportion. A mean over seeds
+    # scatters less than the one seed that was published.
+    alike = scores is not None and len(seed_scores) < 2
+    theirs = ours * math.sqrt(n / published_n) if alike else standard_error(published, published_n)
     seeds = float(np.var(seed_scores, ddof=1)) if len(seed_scores) > 1 else 0.0
     # The published figure is one seed, ours the mean of several.
-    error = math.sqrt(ours**2 + theirs**2 + (seeds / max(len(seed_scores), 1) + seeds if seeds else 0.0))
+    between = seeds / max(len(seed_scores), 1) + seeds
+    half = _half_width(ours**2 + theirs**2, between, len(seed_scores))
     difference = score - published
-    low, high = difference - Z95 * error, difference + Z95 * error
+    low, high = difference - half, difference + half
     verdict: Verdict = "inconclusive"
     if -margin <= low and high <= margin:
         verdict = "agrees"

@@ -104,14 +104,14 @@ def largest_micro_batch(setup: Setup, constants: Constants) -> int | None:
     return best
 
 
-def evaluation_seconds(setup: Setup, load: Workload, constants: Constants) -> float:
-    """Seconds of the three passes: prompts as forward passes, then each answer token reads the weights once."""
+def evaluation_seconds(setup: Setup, load: Workload, constants: Constants, passes: int = EVALUATION_PASSES) -> float:
+    """Seconds of the passes: prompts as forward passes, then each answer token reads the weights once."""
     forward = replace(setup, method="frozen_forward_only", checkpointing=False, batch_size=setup.devices, micro_batch=1)
     flops = step_time(forward, constants)
     prompt = flops.matmul + flops.attention + flops.elementwise
     weights = 2 * sum(parameters(setup.geometry).values())
     bandwidth = float(setup.hardware.bandwidth_gb_s or 0) * GB * constants.bandwidth_efficiency
-    return EVALUATION_PASSES * load.evaluation / setup.devices * (prompt + load.labels * weights / bandwidth)
+    return passes * load.evaluation / setup.devices * (prompt + load.labels * weights / bandwidth)
 
 
 def training_steps(row: AccuracyRow | SpeedRow, load: Workload, run: ResolvedRun) -> int:
@@ -265,7 +265,8 @@ class Resources:
 
 
 def resources(run: ResolvedRun, job: Job, root: Path = Path(), kind: str = "train") -> Resources:
-    """Defaults for a job of a placed row: kind `train` (accuracy row), `evaluate`, or `speed`.
+    """Defaults for a job of a placed row: kind `train` (accuracy row), `evaluate`, `official` (the evaluation on the
+    authors' own split), or `speed`.
 
     Times are the plan's with a margin of a half (CPU: fourfold, never under an hour) and half an hour for start and
     saving, rounded up to ten minutes. Where the row cannot be planned yet (no geometry, data not converted): a day.
@@ -278,6 +279,9 @@ def resources(run: ResolvedRun, job: Job, root: Path = Path(), kind: str = "trai
         constants = Constants()
         if kind == "evaluate":
             seconds = evaluation_seconds(setup, load, constants)
+        elif kind == "official":
+            name = run.datasets[job.row.dataset].official
+            seconds = evaluation_seconds(setup, workload(name, run.datasets[name], root), constants, passes=1)
         else:
             seconds = training_steps(job.row, load, run) * step_time(setup, constants).seconds
         minutes = seconds / 60 * (CPU_MARGIN if cpu else MARGIN) + START_MINUTES

@@ -31,10 +31,11 @@ def workload(name: str, dataset: Dataset, root: Path = Path()) -> Workload:
             )
         return dataset.workload
     splits = json.loads(file.read_text(encoding="utf-8"))["splits"]
-    counts = {"train": splits["train"]["examples"], "evaluation": splits["val"]["examples"]}
+    counts = {"train": splits.get("train", {}).get("examples", 0), "evaluation": splits["val"]["examples"]}
     if dataset.workload is not None:
         return dataset.workload.model_copy(update=counts)
-    pictures = round(splits["train"].get("images", 0) / max(1, counts["train"]))
+    fullest = splits["train" if counts["train"] else "val"]
+    pictures = round(fullest.get("images", 0) / max(1, fullest["examples"]))
     return Workload(**counts, **UNKNOWN, pictures=pictures, source=f"{file}; largest grid assumed")
 
 

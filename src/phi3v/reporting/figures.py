@@ -31,8 +31,11 @@ def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool
     if published:
         name = "published" if comparable else "published (not comparable)"
         traces.append(_marks(name, published, "--published", "diamond-open", 10))
+    seeds = [(line.row.row, score) for line in shown for score in line.seed_scores]
+    if seeds:
+        traces.append(_marks("each seed", seeds, "--after", "line-ns-open", 12))
     ours = _marks(
-        "after training, 95 % interval",
+        "after training, 95 % interval" + (" (mean of the seeds)" if seeds else ""),
         list(zip(labels, [p.score for p in after], strict=True)),
         "--after",
         "square",
@@ -61,9 +64,17 @@ def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool
             "yaxis": {"type": "category", "categoryorder": "array", "categoryarray": labels},
             "hovermode": "closest",
         },
-        "columns": ["row", "before", "after", "low", "high", "pictures swapped", "published"],
+        "columns": ["row", "before", "after", "low", "high", "pictures swapped", "published", "seeds"],
         "rows": [
-            [line.row.row, line.score("before"), p.score, *p.interval, line.score("control"), line.row.published]
+            [
+                line.row.row,
+                line.score("before"),
+                p.score,
+                *p.interval,
+                line.score("control"),
+                line.row.published,
+                ", ".join(f"{score:.1f}" for score in line.seed_scores) or "1",
+            ]
             for line, p in list(zip(shown, after, strict=True))[::-1]
         ],
     }
@@ -80,7 +91,8 @@ def _marks(name: str, points: list[tuple[str, Any]], colour: str, symbol: str, s
 def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None:
     """Training loss of every row of a dataset over its epochs."""
     traces, rows = [], []
-    for number, line in enumerate(line for line in lines if line.result and line.result.curve):
+    jobs = (job for line in lines for job in line.jobs)
+    for number, line in enumerate(job for job in jobs if job.result and job.result.curve):
         assert line.result is not None
         curve = line.result.curve
         traces.append(

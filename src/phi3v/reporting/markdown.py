@@ -55,6 +55,9 @@ def _accuracy(lines: list[AccuracyLine]) -> list[str]:
         "published",
     ]
     rows = []
+    several = any(line.spread for line in lines)
+    if several:
+        header.append("seeds")
     for line in lines:
         row = line.row
         after = line.result.passes.get("after") if line.result else None
@@ -65,9 +68,16 @@ def _accuracy(lines: list[AccuracyLine]) -> list[str]:
         )
         rows.append(
             [METHODS[row.method], row.dtype, row.lora_rank or "-", f"{row.lora_alpha:g}" if row.lora_alpha else "-", row.batch_size,
-             f"{row.learning_rate:g}", f"{row.epochs:g}", *ours, _figure(row.published)]
+             f"{row.learning_rate:g}", f"{row.epochs:g}", *ours, _figure(row.published), *([_seeds(line)] if several else [])]
         )  # fmt: skip
     return _table(header, rows)
+
+
+def _seeds(line: AccuracyLine) -> str:
+    """Each seed's score and their standard deviation."""
+    if not line.spread:
+        return "1"
+    return f"{', '.join(_figure(score) for score in line.seed_scores)} (sd {_figure(line.spread['sd'])})"
 
 
 def _speed(lines: list[SpeedLine]) -> list[str]:

@@ -62,11 +62,12 @@ def parents(tables: Tables, results: Path) -> dict[str, Path]:
 def _works(tables: Tables, results: Path) -> dict[str, Work]:
     """The finished jobs behind the tables, by folder; baselines that rows share once."""
     found: dict[str, Work] = {}
-    for line in tables.lines:
+    for line in tables.jobs:
         if isinstance(line, SpeedLine):
             works = [line.result.work] if line.result else []
         else:
-            works = [line.result.baseline, line.result.train, line.result.evaluate] if line.result else []
+            seen = line.result
+            works = [seen.baseline, seen.train, seen.evaluate, seen.official_work] if seen else []
         found |= {_relative(work.folder, results): work for work in works if work.manifest is not None}
     return found
 
@@ -101,7 +102,7 @@ def plan(tables: Tables, results: Path) -> list[list[Any]]:
     except (ResultError, KeyError, TypeError):
         return []
     found = []
-    for line in tables.lines:
+    for line in tables.jobs:
         entry = planned.get(line.row.row)
         if entry is None:
             continue

@@ -11,7 +11,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,12 @@ class AccuracyResult:
     train: Work
     evaluate: Work
     baseline: Work
+    official_work: Work
+    """The evaluation on the authors' own split."""
     passes: dict[str, Pass] = field(default_factory=dict)
+    official: Pass | None = None
+    """After training, on the authors' own split."""
+    official_problem: str = ""
     gain: statistics.Comparison | None = None
     """After minus before."""
     looking: statistics.Comparison | None = None
@@ -245,11 +250,44 @@ def compare(left: Pass, right: Pass, seed: int) -> statistics.Comparison:
     return statistics.paired(left.scores[at_left], right.scores[at_right], seed)
 
 
+def mean_over_seeds(passes: list[Pass]) -> Pass:
+    """One pass whose score of each example is its mean over the seeds; the first seed's examples are shown.
+
+    The interval covers both the examples and the seeds: `statistics.interval_over_seeds`. Raises ResultError unless all seeds answered the
+    same examples.
+    """
+    first = passes[0]
+    orders = [np.argsort(one.ids, kind="stable") for one in passes]
+    if any(not np.array_equal(one.ids[order], first.ids[orders[0]]) for one, order in zip(passes, orders, strict=True)):
+        raise ResultError("the seeds answered different examples; expected the same ids in each")
+    each = np.stack([one.scores[order] for one, order in zip(passes, orders, strict=True)])  # [seeds, n], by id
+    scores = each.mean(axis=0)
+    interval = statistics.interval_over_seeds(scores, [one.score for one in passes])
+    return replace(
+        first, score=100 * float(scores.mean()), interval=interval, ids=first.ids[orders[0]], scores=scores, more=_mean_more(passes),
+        leaked=first.leaked, timing={},
+    )  # fmt: skip
+
+
+def _mean_more(passes: list[Pass]) -> dict[str, Any]:
+    """Means of the further metrics that every seed has; their intervals are not combined."""
+    names = [name for name in passes[0].more if all("score" in (one.more.get(name) or {}) for one in passes)]
+    return {
+        name: {"score": sum(one.more[name]["score"] for one in passes) / len(passes), "interval": None}
+        for name in names
+    }
+
+
 def read_accuracy(
-    results: Path, row: str, baseline: str, dataset: str, seed: int, baselines: dict[str, Any]
+    results: Path, row: str, baseline: str, dataset: str, seed: int, baselines: dict[str, Any], official: str = ""
 ) -> AccuracyResult:
-    """A row's folders under `results`. baselines: cache of passes before training, which rows share."""
+    """A row's folders under `results`.
+
+    baselines: cache of passes before training, which rows share. official: dataset with the authors' own split.
+    """
     problems: list[str] = []
+    official_problems: list[str] = []
+    official_log = results / "logs" / "evaluate" / "official" / f"{row}.log"
     found = AccuracyResult(
         read_work(results / "train" / row, results / "logs" / "train" / f"{row}.log", problems),
         read_work(results / "evaluate" / row, results / "logs" / "evaluate" / f"{row}.log", problems),
@@ -258,16 +296,16 @@ def read_accuracy(
             results / "logs" / "evaluate" / "base" / f"{baseline}.log",
             problems,
         ),
+        read_work(results / "evaluate" / "official" / row, official_log, official_problems),
         problems=problems,
+        official_problem="; ".join(official_problems),
     )
 
-    def is_ours(settings: dict[str, Any]) -> str | None:
+    def is_ours(settings: dict[str, Any], data: str = dataset) -> str | None:
         if settings.get("row") not in (None, "", row):
             return f"field `settings.row`: got {settings['row']!r}; expected {row!r}: a result of another row"
-        if settings.get("dataset") not in (None, "", dataset):
-            return (
-                f"field `settings.dataset`: got {settings['dataset']!r}; expected {dataset!r}: a result of other data"
-            )
+        if settings.get("dataset") not in (None, "", data):
+            return f"field `settings.dataset`: got {settings['dataset']!r}; expected {data!r}: a result of other data"
         return None
 
     if found.baseline.manifest is not None:
@@ -290,14 +328,16 @@ def read_accuracy(
                 found.passes[name] = read_pass(folder, found.evaluate.manifest, is_ours)
             except (ResultError, DataError, OSError) as error:
                 problems.append(str(error))
-    after = found.passes.get("after")
-    for name, target in (("before", "gain"), ("control", "looking")):
-        other = found.passes.get(name)
-        if after is not None and other is not None:
-            try:
-                setattr(found, target, compare(after, other, seed))
-            except ResultError as error:
-                problems.append(f"{found.evaluate.folder / name}: {error}")
+    if official and found.official_work.manifest is not None:
+        try:
+            found.official = read_pass(
+                found.official_work.folder / "after",
+                found.official_work.manifest,
+                lambda settings: is_ours(settings, official),
+            )
+        except (ResultError, DataError, OSError) as error:
+            found.official_problem = str(error)
+    compare_passes(found, seed)
     for name, target in (("settings.json", "settings"), ("observed.json", "observed"), ("census.json", "census")):
         path = found.train.folder / name
         if path.is_file():
@@ -307,6 +347,18 @@ def read_accuracy(
                 problems.append(str(error))
     found.curve = read_curve(found.train.folder / "metrics.jsonl", problems)
     return found
+
+
+def compare_passes(found: AccuracyResult, seed: int) -> None:
+    """Fill in `gain` and `looking` from the passes that are there."""
+    after = found.passes.get("after")
+    for name, target in (("before", "gain"), ("control", "looking")):
+        other = found.passes.get(name)
+        if after is not None and other is not None:
+            try:
+                setattr(found, target, compare(after, other, seed))
+            except ResultError as error:
+                found.problems.append(f"{found.evaluate.folder / name}: {error}")
 
 
 def read_speed(results: Path, row: str) -> SpeedResult:

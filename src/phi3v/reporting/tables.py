@@ -6,18 +6,26 @@ A score is 0-100, a difference is in points, an interval is 95 %.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from phi3v.evaluation import statistics
-from phi3v.reporting.results import AccuracyResult, SpeedResult, read_accuracy, read_speed
+from phi3v.reporting.results import (
+    AccuracyResult,
+    ResultError,
+    SpeedResult,
+    compare_passes,
+    mean_over_seeds,
+    read_accuracy,
+    read_speed,
+)
 from phi3v.settings import AccuracyRow, Job, ResolvedRun, SpeedRow
 
 PUBLISHED_EXAMPLES = {"nlvr2": 500, "hateful_memes": 500, "docvqa": 200, "docvqa_mini": 200}
 """Examples behind the recipe's figures (its scripts: the first 500 rows, the 200 of the mini DocVQA set)."""
-HARMLESS = frozenset({"micro_batch_size"})
-"""Fields that cannot change the result: the loss does not depend on how examples are grouped into micro-batches."""
+HARMLESS = frozenset({"micro_batch_size", "seeds"})
+"""Fields that do not make it another experiment: the loss does not depend on how examples are grouped into micro-batches."""
 GB = 1e9
 PUBLISHED_TOKENS = 2443.23
 """Mean length of an example of the recipe's speed tables, in tokens."""
@@ -43,6 +51,36 @@ class AccuracyLine:
     notes: list[str] = field(default_factory=list)
     older: bool = False
     """Made by other code than the report."""
+    members: list[AccuracyLine] = field(default_factory=list)
+    """A line for each seed, where the row has several; scores, interval and verdict above are then over those that are done."""
+    official: str = ""
+    """Second protocol: done, not present, not run yet, did not finish, damaged; empty where the dataset has none."""
+    official_reason: str = ""
+
+    @property
+    def jobs(self) -> list[AccuracyLine]:
+        """The lines that were jobs: one for each seed, or this one."""
+        return self.members or [self]
+
+    @property
+    def seed_scores(self) -> list[float]:
+        """Score after training of each seed that is done; none where the row has one seed."""
+        return [
+            line.result.passes["after"].score for line in self.members if line.result and "after" in line.result.passes
+        ]
+
+    @property
+    def spread(self) -> dict[str, float] | None:
+        """Mean, standard deviation and range over the seeds."""
+        return statistics.spread(self.seed_scores) if len(self.seed_scores) > 1 else None
+
+    @property
+    def train_seconds(self) -> float | None:
+        """Training time of all seeds that are done."""
+        seconds = [
+            line.result.train.seconds for line in self.jobs if line.result and line.result.train.seconds is not None
+        ]
+        return sum(seconds) if seconds else None
 
     def score(self, name: str) -> float | None:
         """Score of a pass."""
@@ -57,7 +95,7 @@ class AccuracyLine:
     @property
     def gpu_hours(self) -> float | None:
         """Training time times devices."""
-        seconds = self.result.train.seconds if self.result else None
+        seconds = self.train_seconds
         return None if seconds is None or self.job is None else seconds * self.job.processes / 3600
 
 
@@ -101,6 +139,11 @@ class Tables:
         """Both tables' lines, accuracy first."""
         return [*self.accuracy, *self.speed]
 
+    @property
+    def jobs(self) -> list[AccuracyLine | SpeedLine]:
+        """A line for each job: every seed of an accuracy row, then the speed rows."""
+        return [*(job for line in self.accuracy for job in line.jobs), *self.speed]
+
 
 def build_tables(run: ResolvedRun, results: Path, code: dict[str, Any] | None = None) -> Tables:
     """Read every row's results under `results` (results/NAME) and join them with the tables, in the tables' order.
@@ -109,15 +152,11 @@ def build_tables(run: ResolvedRun, results: Path, code: dict[str, Any] | None = 
     """
     baselines: dict[str, Any] = {}
     lines: dict[str, Any] = {}
+    seeds: dict[str, list[AccuracyLine]] = {}
     for job in run.accuracy:
-        assert isinstance(job.row, AccuracyRow)
-        result = read_accuracy(results, job.row.row, job.baseline, job.row.dataset, run.settings.seed, baselines)
-        status, reason = _accuracy_status(result)
-        line = AccuracyLine(job.row, status, reason, job=job, result=result)
-        line.verdict, line.verdict_reason, line.against = _accuracy_verdict(run, line)
-        line.notes = _notes(job, result.settings, result.train.manifest)
-        line.older = _is_older(result.train.manifest, code)
-        lines[job.row.row] = line
+        seeds.setdefault(job.table_row, []).append(_accuracy_line(run, job, results, baselines, code))
+    for table_row, own in seeds.items():
+        lines[table_row] = own[0] if len(own) == 1 else _over_seeds(run, table_row, own)
     for job in run.speed:
         assert isinstance(job.row, SpeedRow)
         speed = read_speed(results, job.row.row)
@@ -139,6 +178,80 @@ def build_tables(run: ResolvedRun, results: Path, code: dict[str, Any] | None = 
     _mark_same_code(run, speed_lines)
     _speedups(run, speed_lines)
     return Tables(run, accuracy, speed_lines)
+
+
+def _accuracy_line(
+    run: ResolvedRun, job: Job, results: Path, baselines: dict[str, Any], code: dict[str, Any] | None
+) -> AccuracyLine:
+    """One job's line: a row with one seed, or one of a row's seeds."""
+    assert isinstance(job.row, AccuracyRow)
+    official = run.datasets[job.row.dataset].official
+    result = read_accuracy(results, job.row.row, job.baseline, job.row.dataset, run.settings.seed, baselines, official)
+    status, reason = _accuracy_status(result)
+    line = AccuracyLine(job.row, status, reason, job=job, result=result)
+    line.official, line.official_reason = _official_status(run, official, result, status)
+    line.verdict, line.verdict_reason, line.against = _accuracy_verdict(run, line)
+    line.notes = _notes(job, result.settings, result.train.manifest)
+    line.older = _is_older(result.train.manifest, code)
+    return line
+
+
+def _official_status(run: ResolvedRun, official: str, result: AccuracyResult, status: str) -> tuple[str, str]:
+    """State of the second protocol, and the reason where it is not done."""
+    if not official:
+        return "", "no official split is known for this dataset"
+    if result.official is not None:
+        return "done", ""
+    missing = run.datasets[official].missing_source()
+    if result.official_problem:
+        return "damaged", result.official_problem
+    if missing is not None:
+        return "not present", f"{missing}: no such file; the authors' own split comes by hand (docs/evaluation.md)"
+    if status != "done":
+        return "not run yet", "the row is not done"
+    return _work_status("evaluation on the official split", result.official_work, [], False)
+
+
+def _over_seeds(run: ResolvedRun, table_row: str, members: list[AccuracyLine]) -> AccuracyLine:
+    """The line of a row with several seeds: means over those that are done, their spread, and what became of the others."""
+    done = [line for line in members if line.status == "done"]
+    shown = done[0] if done else members[0]
+    row = shown.row.model_copy(update={"row": table_row})
+    line = AccuracyLine(row, shown.status, shown.reason, job=shown.job, members=members)
+    line.official, line.official_reason = shown.official, shown.official_reason
+    line.older = any(member.older for member in members)
+    for member in members:
+        name = f"seed {member.job.seed if member.job else '?'}"
+        if member.status != "done":
+            line.notes.append(f"{name}: {member.status}: {member.reason}")
+        line.notes += [f"{name}: {note}" for note in member.notes]
+    assert shown.result is not None
+    line.result = replace(
+        shown.result, problems=[p for member in members if member.result for p in member.result.problems]
+    )
+    if len(done) > 1:
+        try:
+            _take_means(run, line.result, [member.result for member in done if member.result])
+        except ResultError as error:
+            line.status, line.reason = "damaged", str(error)
+            line.result = replace(line.result, passes={}, gain=None, looking=None, official=None)
+    line.verdict, line.verdict_reason, line.against = _accuracy_verdict(run, line)
+    return line
+
+
+def _take_means(run: ResolvedRun, result: AccuracyResult, seeds: list[AccuracyResult]) -> None:
+    """Replace a result's passes by their means over the seeds; before training there is one model, so one pass."""
+    result.passes = dict(result.passes)
+    for name in ("after", "control"):
+        passes = [own.passes[name] for own in seeds if name in own.passes]
+        if len(passes) == len(seeds):
+            result.passes[name] = mean_over_seeds(passes)
+        else:
+            result.passes.pop(name, None)
+    official = [own.official for own in seeds if own.official is not None]
+    result.official = mean_over_seeds(official) if len(official) == len(seeds) else None
+    result.gain = result.looking = None
+    compare_passes(result, run.settings.seed)
 
 
 def _work_status(verb: str, work: Any, problems: list[str], complete: bool) -> tuple[str, str]:
@@ -181,12 +294,14 @@ def _accuracy_verdict(run: ResolvedRun, line: AccuracyLine) -> tuple[str, str, s
     assert line.result is not None
     after = line.result.passes["after"]
     against = statistics.against_published(
-        after.score, after.n, line.row.published, PUBLISHED_EXAMPLES.get(line.row.dataset, after.n), after.scores
-    )
+        after.score, after.n, line.row.published, PUBLISHED_EXAMPLES.get(line.row.dataset, after.n), after.scores,
+        line.seed_scores,
+    )  # fmt: skip
     low, high = against.interval
+    seeds = f", mean of {len(line.seed_scores)} seeds" if line.spread else ""
     return (
         against.verdict,
-        f"difference {against.difference:+.1f} [{low:+.1f}, {high:+.1f}], margin {statistics.MARGIN:g}",
+        f"difference {against.difference:+.1f} [{low:+.1f}, {high:+.1f}], margin {statistics.MARGIN:g}{seeds}",
         against,
     )
 
@@ -357,6 +472,24 @@ def _more(name: str) -> Callable[[AccuracyLine], Any]:
     return value
 
 
+def official_figures(line: AccuracyLine) -> list[tuple[str, float, Any]]:
+    """(metric, score, interval) on the authors' own split, their own metric first; [] where it is not done."""
+    found = line.result.official if line.result else None
+    if found is None:
+        return []
+    ours = (found.metric, found.score, found.interval)
+    for name in ("official_anls", "consistency", "auroc"):
+        figure = found.more.get(name) or {}
+        if "score" in figure:
+            return [(name, figure["score"], figure.get("interval")), ours]
+    return [ours]
+
+
+def _low_high(line: AccuracyLine) -> tuple[Any, Any]:
+    figures = official_figures(line)
+    return tuple(figures[0][2]) if figures and figures[0][2] else (None, None)  # type: ignore[return-value]
+
+
 def _departures(line: Any) -> str:
     changed = line.job.departures if line.job else {}
     return "; ".join(f"{name} {plain(old)} -> {plain(new)}" for name, (old, new) in changed.items())
@@ -396,6 +529,20 @@ ACCURACY_COLUMNS: list[Column] = [
     ("auroc", _more("auroc")),
     ("consistency", _more("consistency")),
     ("leaked", lambda r: _after(r).leaked if _after(r) else None),
+    ("official_split", lambda r: r.official),
+    ("official_metric", lambda r: official_figures(r)[0][0] if official_figures(r) else None),
+    ("official_score", lambda r: official_figures(r)[0][1] if official_figures(r) else None),
+    ("official_low", lambda r: _low_high(r)[0]),
+    ("official_high", lambda r: _low_high(r)[1]),
+    (
+        "official_accuracy",
+        lambda r: next((score for name, score, _ in official_figures(r) if name == "accuracy"), None),
+    ),
+    ("official_n", lambda r: r.result.official.n if official_figures(r) else None),
+    ("official_leaked", lambda r: r.result.official.leaked if official_figures(r) else None),
+    ("seeds", lambda r: " ".join(str(job.job.seed) for job in r.jobs if job.job)),
+    ("after_of_each_seed", lambda r: " ".join(f"{score:.2f}" for score in r.seed_scores)),
+    ("after_sd_over_seeds", lambda r: r.spread["sd"] if r.spread else None),
     ("origin", lambda r: r.row.origin),
     ("source", lambda r: r.row.source),
     ("asked_attention", lambda r: "flash" if r.row.flash_attention else "eager"),
@@ -412,7 +559,7 @@ ACCURACY_COLUMNS: list[Column] = [
 
 # In report.json alone: accuracy.tsv is the same to the byte where a run is repeated.
 ACCURACY_TIMES: list[Column] = [
-    ("train_seconds", lambda r: r.result.train.seconds if r.result else None),
+    ("train_seconds", lambda r: r.train_seconds),
     ("evaluate_seconds", lambda r: r.result.evaluate.seconds if r.result else None),
     ("gpu_hours", lambda r: r.gpu_hours),
 ]

@@ -22,6 +22,7 @@ from phi3v.settings.entries import (
     VisionGeometry,
     Workload,
     dataset_key,
+    local_source,
     model_key,
 )
 from phi3v.settings.reading import SettingsError, explain, read_entries, read_table, read_yaml, validate
@@ -63,6 +64,7 @@ __all__ = [
     "explain",
     "load_run",
     "load_site",
+    "local_source",
     "model_key",
     "parse",
     "precision_flags",

@@ -221,11 +221,13 @@ class EvaluateSettings(Precision):
     """scripts/evaluate.py"""
 
     model_name_or_path: str
-    """Checkpoint folder, or adapter folder (which names its base)."""
+    """Checkpoint folder, adapter folder (which names its base), or hub id OWNER/NAME, also OWNER/NAME@REVISION."""
     data_dir: str
     """Folder with images/ and the conversations jsonl of each split."""
     output_dir: str
     """Where predictions and metrics go, one folder a pass."""
+    train_dir: str = ""
+    """Data folder whose training split is searched for the same pictures; left out: data_dir."""
     split: str = "val"
     """Split to evaluate."""
     dataset: str = ""
@@ -254,7 +256,7 @@ class PredictSettings(Precision):
     """scripts/predict.py"""
 
     model_name_or_path: str
-    """Checkpoint folder, adapter folder (which names its base), or hub id."""
+    """Checkpoint folder, adapter folder (which names its base), or hub id OWNER/NAME, also OWNER/NAME@REVISION."""
     question: str
     """What is asked; the pictures are put in front of it."""
     image: list[str] = []

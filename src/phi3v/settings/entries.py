@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -130,8 +132,8 @@ class Split(Strict):
 class Workload(Strict):
     """How much work a dataset is: what the planner counts with before a file is downloaded."""
 
-    train: int = Field(ge=1)
-    """Training examples."""
+    train: int = Field(ge=0)
+    """Training examples; 0: only evaluated."""
     evaluation: int = Field(ge=1)
     """Examples of the evaluation split."""
     pictures: int = Field(1, ge=0)
@@ -162,7 +164,7 @@ class Dataset(Strict):
     title: str
     """Name shown in the report."""
     splits: dict[str, Split] = Field(min_length=1)
-    """`train` and `val` are what a row uses."""
+    """`train` and `val` are what a row uses; one that is only evaluated needs no `train`."""
     turns: Turns = "all"
     """all: every turn trains; draw: one turn an epoch, drawn by seed; first: only the first turn is kept."""
     metric: Metric
@@ -177,13 +179,24 @@ class Dataset(Strict):
     """MB of a tar shard of the training pictures, for file systems that dislike many files; 0: a file a picture."""
     workload: Workload | None = None
     """For the planner; empty: counted from the converted folder, pictures taken for the largest grid."""
+    official: str = ""
+    """Entry with the authors' own validation split, which is evaluated too where its files are there (second protocol)."""
 
     @model_validator(mode="after")
-    def _has_train_and_val(self) -> Dataset:
-        missing = {"train", "val"} - set(self.splits)
-        if missing:
-            raise ValueError(f"splits: expected at least train and val, {sorted(missing)} missing")
+    def _has_val(self) -> Dataset:
+        if "val" not in self.splits:
+            raise ValueError(
+                f"splits: expected at least val (and train, where rows train on it), got {sorted(self.splits)}"
+            )
         return self
+
+    def missing_source(self, root: Path = Path()) -> str | None:
+        """The first local source that is not there, or None; what comes from the network counts as there."""
+        for split in self.splits.values():
+            path = local_source(split.url)
+            if path is not None and not (root / path).exists() and not glob.glob(str(root / path)):
+                return path
+        return None
 
 
 class Peak(Strict):
@@ -231,6 +244,13 @@ class Hardware(Strict):
     """Board power of one device in W."""
     source: str
     """Where these facts come from, the machine meant by link and network included."""
+
+
+def local_source(url: str) -> str | None:
+    """The path of a local URL (file:relative, file:///absolute, or a path); None for what comes from the network."""
+    if url.startswith(("hf:", "http:", "https:")):
+        return None
+    return url.removeprefix("file:").removeprefix("//")
 
 
 def _digest(value: Any) -> str:

@@ -188,6 +188,11 @@ class ResolvedRun(BaseModel):
         """The job of an id; raises KeyError."""
         return self._by_id[row]
 
+    def official(self, job: Job, root: Path = Path()) -> str | None:
+        """Entry of the authors' own split for a row's dataset, where its files are there."""
+        name = self.datasets[job.row.dataset].official
+        return name if name and self.datasets[name].missing_source(root) is None else None
+
     def by_table_row(self) -> dict[str, list[Job]]:
         """Id of each line of the tables to its jobs: one, or one for each of its seeds, in their order."""
         grouped: dict[str, list[Job]] = {}
@@ -282,6 +287,20 @@ def _check_references(where: str, row: Training, tables: dict[str, dict[str, Any
             raise SettingsError(
                 f"{where}: row `{row.row}`: field `{field}`: got {value!r}: expected one of {', '.join(sorted(entries))}"
             )
+    if "train" not in tables["dataset"][row.dataset].splits:
+        raise SettingsError(
+            f"{where}: row `{row.row}`: field `dataset`: got {row.dataset!r}: it has no split `train`; expected one to "
+            "train on"
+        )
+
+
+def _check_official(datasets: dict[str, Dataset]) -> None:
+    for name, entry in datasets.items():
+        if entry.official and entry.official not in datasets:
+            raise SettingsError(
+                f"dataset `{name}`: field `official`: got {entry.official!r}: expected one of "
+                f"{', '.join(sorted(datasets))}"
+            )
 
 
 def _read_demo(run: Run, root: Path, datasets: dict[str, Dataset]) -> Demo | None:
@@ -327,6 +346,7 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
     models = read_entries(run.files.models, Model, root)
     datasets = read_entries(run.files.datasets, Dataset, root)
     hardware = read_entries(run.files.hardware, Hardware, root)
+    _check_official(datasets)
     for pool in run.hardware:
         if pool.device not in hardware:
             raise SettingsError(
