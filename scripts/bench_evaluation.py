@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 96,
         "layers": 3,

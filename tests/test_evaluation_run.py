@@ -273,3 +273,104 @@ def test_a_model_that_would_say_the_picture_token_goes_on(checkpoint):
     )
     assert found.tokens >= 1
     assert "<|image|>" not in found.text
+
+
+def test_a_hub_id_comes_through_the_lock_and_never_again(root, checkpoint, tmp_path, monkeypatch):
+    from data_examples import COMMIT, HubServer
+
+    from phi3v.data.sources import LOCK, PINS
+    from phi3v.evaluation.weights import folder_of
+
+    data = write_data(tmp_path / "data", 3)
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    flags = ["--data_dir", data, "--fp32", "--max_new_tokens", 12, "--no-tqdm", "--batch_size_per_gpu", 8]
+    with HubServer({"owner/tiny": {**files, "modeling_phi3_v.py": b"raise SystemExit"}}) as hub:
+        settings = {
+            "HF_ENDPOINT": hub.address,
+            "HF_HOME": str(tmp_path / "hub"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        asked = run_script(
+            root, *flags, "--model_name_or_path", "owner/tiny", "--output_dir", "out", processes=2, cwd=tmp_path
+        )
+        finish(asked)
+        assert hub.gets("model.safetensors") == 1  # by one of the two processes
+        missing = run_script(root, *flags, "--model_name_or_path", "owner/none", "--output_dir", "none", cwd=tmp_path)
+        output, _ = missing.communicate(timeout=600)
+        assert missing.returncode == 1 and "hf://owner/none: no such repository" in output and "Traceback" not in output
+    (folder,) = (tmp_path / "results/models").glob("owner--tiny-*")
+    lock = json.loads((folder / LOCK).read_text())["sources"]
+    assert [source["resolved"] for source in lock] == [COMMIT] and (folder / PINS).is_file()
+    assert not (folder / "modeling_phi3_v.py").exists()
+    evaluate_here(checkpoint, data, tmp_path / "local")
+    there, here = (tmp_path / name / "after/predictions.jsonl" for name in ("out", "local"))
+    assert there.read_bytes() == here.read_bytes()
+    # The server is gone: what is there is used, and a file that was touched is refused.
+    monkeypatch.chdir(tmp_path)
+    assert folder_of("owner/tiny").samefile(folder)
+    (folder / "config.json").write_text("{}")
+    from phi3v.data.conversations import DataError
+
+    with pytest.raises(DataError, match=r"config\.json: 2 bytes; expected"):
+        folder_of("owner/tiny")
+
+
+def test_a_hub_id_that_the_models_file_names_is_the_workflows_download(root):
+    from phi3v.evaluation.weights import hub_folder, is_hub_id
+    from phi3v.settings import Model, model_key, read_entries
+
+    entry = read_entries(["config/models.yaml"], Model, root)["phi35-vision"]
+    folder, model = hub_folder("microsoft/Phi-3.5-vision-instruct", root)
+    assert folder == root / "results/models" / model_key("phi35-vision", entry) and model == entry
+    folder, model = hub_folder("microsoft/Phi-3.5-vision-instruct@v1", root)
+    assert model.revision == "v1" and folder.name.startswith("microsoft--Phi-3.5-vision-instruct-")
+    assert is_hub_id("a/b") and not is_hub_id("./a/b") and not is_hub_id("a/b/c") and not is_hub_id("/a/b")
+
+
+def test_the_official_splits_have_their_authors_metrics(checkpoint, tmp_path):
+    from phi3v.data.conversion import convert_files
+
+    pictures = write_data(tmp_path / "pictures", 4) / "images"
+    for pair in (0, 1):
+        for k in (0, 1):
+            name = f"dev-3-{pair}-img{k}.png"
+            (pictures / name).write_bytes((pictures / f"{2 * pair + k}-0.png").read_bytes())
+    lines = [
+        {"identifier": f"dev-3-{pair}-{sentence}", "sentence": "what colour", "label": ["True", "False"][sentence]}
+        for sentence in (0, 1)
+        for pair in (0, 1)
+    ]
+    (pictures / "dev.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (pictures / "dev_seen.jsonl").write_text(
+        "".join(json.dumps({"id": i, "img": f"{i}-0.png", "label": i % 2, "text": ""}) + "\n" for i in range(4))
+    )
+    pages = [
+        {"questionId": i, "question": "what ?", "image": f"{i}-0.png", "answers": ["red", "RED "]} for i in range(3)
+    ]
+    (pictures / "val_v1.0.json").write_text(json.dumps({"data": pages}))
+    train = write_data(tmp_path / "train", 2)
+    (train / "dataset.json").unlink()
+    (train / "val.jsonl").rename(train / "train.jsonl")
+    found = {}
+    for name, source, metric in (
+        ("nlvr2_official", "dev.json", "accuracy"),
+        ("hateful_memes_official", "dev_seen.jsonl", "accuracy"),
+        ("docvqa_official", "val_v1.0.json", "anls"),
+    ):
+        folder = tmp_path / name
+        convert_files(name, pictures / source, folder, "val", metric=metric, num_crops=2)
+        found[name] = evaluate_here(checkpoint, folder, tmp_path / f"{name}-out", train_dir=str(train))["after"]
+    nlvr2 = found["nlvr2_official"]
+    records = [
+        json.loads(line) for line in (tmp_path / "nlvr2_official-out/after/predictions.jsonl").read_text().splitlines()
+    ]
+    right = {name: all(r["score"] == 1 for r in records if r["id"].endswith(f"-{name}")) for name in (0, 1)}
+    assert nlvr2["n"] == 4 and nlvr2["more"]["consistency"]["score"] == 100 * sum(right.values()) / 2
+    assert nlvr2["more"]["consistency"]["interval"] is not None
+    assert 0 <= found["hateful_memes_official"]["more"]["auroc"]["score"] <= 100
+    assert found["docvqa_official"]["more"]["official_anls"]["score"] >= found["docvqa_official"]["score"]
+    # Pictures 0 and 1 are trained on, in another folder and under other names.
+    assert [found[name]["leaked"] for name in found] == [2, 2, 2]

@@ -71,6 +71,33 @@ def test_verdicts(score, n, published, published_n, verdict):
     assert statistics.against_published(score, n, published, published_n).verdict == verdict
 
 
+@pytest.mark.parametrize("freedom", [0.7, 1, 2, 3.5, 10, 200, 5000])
+def test_students_quantile_equals_scipy(freedom):
+    assert statistics.t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-3)
+
+
+def test_an_interval_over_three_seeds_covers_the_truth():
+    # Truth 80 %; a seed moves every example's chance by 3 points, and 400 examples are drawn.
+    rng = np.random.default_rng(7)
+    hits, plain = 0, 0
+    for _ in range(400):
+        answers = rng.random((3, 400)) < 0.8 + 0.03 * rng.standard_normal((3, 1))
+        seeds = 100 * answers.mean(axis=1)
+        low, high = statistics.interval_over_seeds(answers.mean(axis=0), seeds)
+        hits += low <= 80 <= high
+        low, high = statistics.wilson(int(answers[0].sum()), 400)
+        plain += low <= 80 <= high
+    assert hits / 400 >= 0.94 > plain / 400
+
+
+def test_two_seeds_say_little():
+    one = statistics.against_published(86, 500, 86.4, 500)
+    two = statistics.against_published(86, 500, 86.4, 500, seed_scores=[84.5, 87.5])
+    ten = statistics.against_published(86, 500, 86.4, 500, seed_scores=[84.5, 87.5] * 5)
+    width = [high - low for low, high in (one.interval, two.interval, ten.interval)]
+    assert width[0] < width[2] < width[1]
+
+
 def test_seeds_widen_the_interval():
     one = statistics.against_published(86, 500, 86.4, 500)
     several = statistics.against_published(86, 500, 86.4, 500, seed_scores=[83, 86, 89])

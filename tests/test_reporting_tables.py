@@ -2,9 +2,11 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from reporting_examples import manifest, write_pass, write_row, write_run, write_speed
 
@@ -143,8 +145,6 @@ def test_damaged_predictions_are_named_and_the_report_still_builds(root, changed
     _edit_lines(results / "evaluate" / ROW / "after" / "predictions.jsonl", change)
     row = rows_of(report(root, results) / "accuracy.tsv")[ROW]
     assert row["status"] == "damaged" and row["after"] == ""
-    import re
-
     assert re.search(message, row["reason"])
     others = rows_of(results / "report/accuracy.tsv")
     assert sum(r["status"] == "done" for r in others.values()) == len(run.accuracy) - 1
@@ -174,8 +174,6 @@ def test_damaged_metrics_are_named(changed, file, text, message):
     (results / "evaluate" / ROW / "after" / file).write_text(text)
     line = line_of(run, results)
     assert line.status == "damaged"
-    import re
-
     assert re.search(message, line.reason)
 
 
@@ -302,3 +300,147 @@ def test_reporting_imports_no_torch(root):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(root / "src")}
     )
     assert done.stdout.strip() == "[]"
+
+
+def _seeded(root, results: Path, row: str, seeds: list[int], shares: list[float], n: int = 500):
+    """A row of the published run with several seeds, evaluated with these shares of right answers; None: not evaluated."""
+    values = load_run(root / "config/config.yaml", root).settings.model_dump(exclude={"demo"})
+    run = load_run({**values, "overrides": {row: {"seeds": seeds}}}, root)
+    for job, share in zip(run.by_table_row()[row], shares, strict=True):
+        if share is not None:
+            write_row(results, job, [], run.datasets[job.row.dataset].metric, n, (0.3, share, 0.4))
+    return run, next(line for line in build_tables(run, results).accuracy if line.row.row == row)
+
+
+def test_several_seeds_are_one_row_with_mean_and_spread(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+    row = "phi35-nlvr2-full-bf16"
+    run, line = _seeded(root, tmp_path, row, [42, 43, 44], [0.86, 0.89, 0.92])
+    each = [json.loads((tmp_path / f"evaluate/{name}/after/metrics.json").read_text())["score"]
+            for name in (row, f"{row}-seed43", f"{row}-seed44")]  # fmt: skip
+    assert line.seed_scores == pytest.approx(each)
+    assert line.score("after") == pytest.approx(sum(each) / 3, abs=1e-6)
+    assert line.spread["sd"] == pytest.approx(np.std(each, ddof=1))
+    assert line.n == 500 and line.score("before") is not None
+    # The seeds' spread is in interval and verdict.
+    alone = build_tables(load_run(root / "config/config.yaml", root), tmp_path)
+    single = next(other for other in alone.accuracy if other.row.row == row)
+    width = [high - low for low, high in (line.against.interval, single.against.interval)]
+    assert width[0] > width[1]
+    assert line.verdict == "inconclusive" and line.verdict_reason.endswith("mean of 3 seeds")
+    record = next(r for r in as_records([line], ACCURACY_COLUMNS))
+    assert record["seeds"] == "42 43 44" and len(record["after_of_each_seed"].split()) == 3
+    assert record["train_seconds"] == pytest.approx(sum(m.result.train.seconds for m in line.members))
+    assert sum(r.row.row.startswith(row) for r in build_tables(run, tmp_path).accuracy) == 1
+
+
+def test_a_seed_that_is_missing_is_named_and_the_mean_is_of_the_others(root, tmp_path):
+    row = "phi35-nlvr2-full-bf16"
+    _, line = _seeded(root, tmp_path, row, [42, 43, 44], [0.86, 0.9, None])
+    assert line.status == "done" and len(line.seed_scores) == 2
+    assert line.notes == ["seed 44: not run yet: training has not run yet"]
+    _edit_lines(tmp_path / f"evaluate/{row}-seed43/after/predictions.jsonl", lambda lines: lines[0].update(id="other"))
+    run, _ = _seeded(root, tmp_path / "empty", row, [42, 43, 44], [None, None, None])
+    line = next(line for line in build_tables(run, tmp_path).accuracy if line.row.row == row)
+    assert (line.status, line.score("after")) == ("damaged", None)
+    assert "the seeds answered different examples" in line.reason
+    nothing = next(line for line in build_tables(run, tmp_path / "empty").accuracy if line.row.row == row)
+    assert nothing.status == "not run yet" and nothing.score("after") is None
+
+
+def test_seeds_are_shown_in_page_and_markdown(root, tmp_path, monkeypatch):
+    import yaml
+
+    monkeypatch.chdir(root)
+    row = "phi35-nlvr2-full-bf16"
+    run, _ = _seeded(root, tmp_path, row, [42, 43, 44], [0.86, 0.9, None])
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.settings.model_dump(mode="json", exclude={"demo"})))
+    build_report(ReportSettings(config=str(tmp_path / "run.yaml"), results=str(tmp_path)))
+    page = (tmp_path / "report/index.html").read_text()
+    assert "2 of 3 seeds done" in page and f'id="seed-{row}-seed43"' in page and "seed 44: not run yet" in page
+    assert re.search(r"\| \d\d\.\d\d, \d\d\.\d\d \(sd \d\.\d\d\) \|", (tmp_path / "report/tables.md").read_text())
+    data = json.loads(re.search(r'id="report-data">(.*?)</script>', page, flags=re.S).group(1))
+    forest = data["plots"]["forest-nlvr2"]
+    assert next(trace for trace in forest["traces"] if trace["name"] == "each seed")["x"] == pytest.approx(
+        [float(value) for value in forest["rows"][0][-1].split(", ")], abs=0.06
+    )
+    assert data["plots"]["losses-nlvr2"]["rows"][1][0] == f"{row}-seed43"
+
+
+def test_the_official_split_is_a_column_of_its_own(root, tmp_path, monkeypatch):
+    row = "phi3-docvqa-full-bf16"
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results/published"
+    run = load_run(root / "config/config.yaml", root)
+    write_row(results, run.job(row), [], "anls", 200, (0.3, 0.8, 0.4))
+
+    def line():
+        return next(line for line in build_tables(run, results).accuracy if line.row.row == row)
+
+    assert line().official == "not present" and "results/official/docvqa: no such file" in line().official_reason
+    (tmp_path / "results/official/docvqa").mkdir(parents=True)
+    assert line().official == "not run yet"
+    folder = results / "evaluate/official" / row
+    write_pass(folder / "after", [1.0, 0.0, 0.75, 1.0] * 20, "anls", [])
+    manifest(folder, "evaluate", {"row": row, "dataset": "docvqa"}, 5)
+    assert line().official == "damaged" and "expected 'docvqa_official'" in line().official_reason
+    assert line().status == "done"
+    manifest(folder, "evaluate", {"row": row, "dataset": "docvqa_official"}, 5)
+    path = folder / "after/metrics.json"
+    more = {"official_anls": {"score": 70.5, "interval": [61, 80]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "more": more, "leaked": 3}))
+    record = as_records([line()], ACCURACY_COLUMNS)[0]
+    assert record["official_split"] == "done"
+    assert (record["official_metric"], record["official_score"]) == ("official_anls", 70.5)
+    assert (record["official_low"], record["official_high"], record["official_n"]) == (61, 80, 80)
+    assert record["official_leaked"] == 3
+    # The recipe's protocol keeps its own figures beside it.
+    assert record["n"] == 200 and record["after"] != 70.5
+    ours = next(line for line in build_tables(run, results).accuracy if line.row.dataset == "ucf101")
+    assert ours.official == ""
+
+
+def test_rejected_rows_leakage_and_statistics_are_in_the_data_part(root, changed, monkeypatch):
+    monkeypatch.chdir(root)
+    run, results = changed
+    from phi3v.settings import dataset_key
+
+    folder = results.parent / "data" / dataset_key("docvqa", run.datasets["docvqa"])
+    folder.mkdir(parents=True)
+    summary = {"mean": 2443.2, "median": 2400, "p95": 2700, "max": 2900}
+    counted = {"examples": 997, "turns": 3000, "images": 997, "text_only": 0, "num_crops": 16, "tokens": summary,
+               "answer_tokens": summary, "tiles": summary, "histogram": {"edges": [0, 1500, 3000], "counts": [10, 987]}}  # fmt: skip
+    splits = {name: {"file": f"{name}.jsonl", "examples": 997, "images": 997, "rejected": 3 * (name == "train"), "sha256": "ab" * 32}
+              for name in ("train", "val")}  # fmt: skip
+    (folder / "dataset.json").write_text(
+        json.dumps({"name": "docvqa", "splits": splits, "rejected": 3, "leakage": {"val": {"examples": 17, "of": 997, "pictures": 9}}})
+    )  # fmt: skip
+    (folder / "statistics.json").write_text(json.dumps({"train": counted, "val": counted}))
+    (folder / "rejected.jsonl").write_text(
+        json.dumps({"split": "train", "where": "a.parquet: row 7", "reason": "not a <b>picture</b>"}) + "\n"
+    )
+    page = (report(root, results) / "index.html").read_text()
+    part = page[page.index('id="data"') : page.index('id="provenance"')]
+    assert "3 source rows of docvqa left out: train: a.parquet: row 7: not a &lt;b&gt;picture" in part
+    assert re.search(r'data-label="Also in train"><span class="warn">17</span><small>of 997', part)
+    assert re.search(r'data-label="Tokens">2443\.2<small>median 2.400, max 2.900', part)
+    assert "tokens-docvqa" in part
+    (folder / "statistics.json").write_text("[]")
+    assert "got list; expected an object" in (report(root, results) / "index.html").read_text()
+
+
+def test_the_plan_stands_beside_what_happened(root, changed, monkeypatch):
+    monkeypatch.chdir(root)
+    run, results = changed
+    (results / "plan").mkdir()
+    rows = [{"row": ROW, "status": "run", "hours": 2.5, "images_per_second": 80.0, "peak_gb": 1.2}]
+    (results / "plan/plan.json").write_text(json.dumps({"rows": rows}))
+    from phi3v.reporting import provenance
+
+    (entry,) = provenance.plan(build_tables(run, results), results)
+    took = [
+        json.loads((results / kind / ROW / "manifest.json").read_text())["seconds"] for kind in ("train", "evaluate")
+    ]
+    assert entry[:3] == [ROW, "run", 2.5] and entry[3] == pytest.approx(sum(took) / 3600)
+    assert entry[6:] == [1.2, pytest.approx(1.4)]
+    assert 'id="plan"' in (report(root, results) / "index.html").read_text()

@@ -1,10 +1,12 @@
 """Dry runs: the published configuration plans every row anywhere, and wrong settings stop before any job."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -66,6 +68,27 @@ def test_seeds_of_a_row_are_jobs_of_their_own(snakemake):
         ("42", row), ("43", f"{row}-seed43")
     ]  # fmt: skip
     assert set(re.findall(r"scripts/evaluate\.py .*--seed (\d+)", output)) == {"42"}
+
+
+def test_official_splits_are_evaluated_where_their_files_are(snakemake, tmp_path):
+    row = "phi3-docvqa-lora-bf16"
+    code, output = snakemake(row, "-n")
+    assert code == 0 and "evaluate_official" not in counts(output)
+    (tmp_path / "val_v1.0.json").write_text("{}")
+    known = yaml.safe_load((Path(__file__).parents[2] / "config/datasets.yaml").read_text())
+    known["docvqa_official"]["splits"]["val"]["url"] = f"file:{tmp_path}"
+    (tmp_path / "datasets.yaml").write_text(yaml.safe_dump(known))
+    files = yaml.safe_load((Path(__file__).parents[2] / "config/config.yaml").read_text())["files"]
+    files["datasets"] = [str(tmp_path / "datasets.yaml")]
+    code, output = snakemake(row, "-n", "-p", "--config", f"files={json.dumps(files)}")
+    assert code == 0, output
+    assert counts(output)["evaluate_official"] == 1
+    (command,) = [line for line in output.splitlines() if "evaluate/official" in line and "scripts/evaluate.py" in line]
+    assert re.search(
+        rf"--passes after --row {row} --dataset docvqa_official --metric anls .*--model_name_or_path results/published/train/{row}/final"
+        r" --data_dir results/data/docvqa_official-\w+ --train_dir results/data/docvqa-\w+ ",
+        command,
+    )
 
 
 def test_several_nodes_start_through_the_launcher(snakemake):

@@ -5,9 +5,12 @@ The tests of this file build on each other's results, in order.
 
 import json
 import re
+import zipfile
+from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from small_run import ROWS, edit, make, planned, snakemake
 
 from phi3v.reporting import reproduction
@@ -22,6 +25,21 @@ def copy(root, tmp_path_factory):
     edit(folder / "config/demo.yaml", lambda values: values["files"]["datasets"].append("config/nowhere.yaml"))
     missing = {"url": "file:results/nowhere.parquet", "format": "cauldron"}
     entry = {"title": "nowhere", "metric": "accuracy", "splits": {"train": missing, "val": missing}}
+    # The second protocol, from files in the authors' own format.
+    official = folder / "results/official/docvqa"
+    (official / "documents").mkdir(parents=True)
+    pages = []
+    for i in range(4):
+        Image.new("RGB", (60 + 10 * i, 80), (250, 240, 200 + 10 * i)).save(official / f"documents/{i}.png")
+        page = {"questionId": i, "question": "what is the total ?", "image": f"documents/{i}.png"}
+        pages.append({**page, "answers": ["12", "12.0"]})
+    (official / "val_v1.0.json").write_text(json.dumps({"data": pages}))
+    split = {"url": "file:results/official/docvqa", "format": "docvqa_official"}
+    slips = {"title": "slips, as DocVQA's own split", "metric": "anls", "splits": {"val": split}}
+    edit(
+        folder / "config/demo/datasets.yaml",
+        lambda values: values.update(docvqa={**values["docvqa"], "official": "slips"}, slips=slips),
+    )
     # The source is there while the run is planned and empty when it is read.
     (folder / "config/nowhere.yaml").write_text(yaml.safe_dump({"nowhere": entry}))
     (folder / "results/nowhere.parquet").write_bytes(b"")
@@ -68,6 +86,11 @@ def test_the_rest_of_the_run_completes_the_report(copy):
     for row in ROWS["accuracy"]:
         assert 0 <= float(rows[row]["after"]) <= 100
         assert int(rows[row]["n"]) == (24 if "docvqa" in row else 401)
+    docvqa = rows[ROWS["accuracy"][0]]
+    assert (docvqa["official_split"], docvqa["official_metric"], docvqa["official_n"]) == ("done", "official_anls", "4")
+    assert rows[ROWS["accuracy"][1]]["official_split"] == ""
+    page = (report / "index.html").read_text()
+    assert "tokens-docvqa" in page  # the data's statistics were counted on the way
     speed = [line.split("\t") for line in (report / "speed.tsv").read_text().splitlines()]
     assert ROWS["speed"][0] in [line[0] for line in speed]
     assert "demo: tiny model, synthetic data, not comparable" in (report / "index.html").read_text()

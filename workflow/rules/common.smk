@@ -120,6 +120,11 @@ def row_results(job):
     return [f"{RESULTS}/evaluate/{job.row.row}/manifest.json", *official]
 
 
+def model_on(dataset):
+    """The model of the first row on a dataset."""
+    return next(job.row.model for job in JOBS if job.row.dataset == dataset)
+
+
 def official_dataset(job):
     """Entry of the authors' own split for a row, or None where there is none or its files are not there."""
     return RUN.official(job)

@@ -1,9 +1,42 @@
+rule data_statistics:
+    """Tokens, tiles and answer lengths of a dataset's examples, as its rows' models count them; for the report."""
+    input:
+        data="results/data/{key}/dataset.json",
+        model=lambda wildcards: model_file(model_on(DATASET_KEYS[wildcards.key])),
+    output:
+        "results/data/{key}/statistics.json",
+    log:
+        "results/data/{key}/logs/statistics.log",
+    benchmark:
+        "results/data/{key}/logs/statistics.tsv"
+    conda:
+        TRAIN_ENV
+    container:
+        TRAIN_IMAGE
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        scripts=SCRIPTS,
+        folder=lambda wildcards, input: Path(input.data).parent,
+        model=lambda wildcards, input: Path(input.model).parent,
+    message:
+        "count the tokens of {wildcards.key}"
+    shell:
+        "python {params.scripts}/validate.py {params.folder} --level shape --model {params.model} 2>&1 | tee {log}"
+
+
 rule report:
     """Join everything that finished with the published numbers."""
     input:
         config=rules.run_settings.output[0],
         plan=rules.plan_run.output.json,
         rows=[row_results(job) for job in JOBS],
+        data=[
+            f"{data_folder(name)}/statistics.json"
+            for name in dict.fromkeys(job.row.dataset for job in JOBS)
+        ],
     output:
         page=report(
             f"{RESULTS}/report/index.html",

@@ -10,7 +10,7 @@ from typing import Any
 from phi3v.reporting.tables import METHODS, AccuracyLine, SpeedLine
 
 Figure = dict[str, Any]
-METRICS = {"anls": "ANLS"}
+METRICS = {"anls": "ANLS", "official_anls": "official ANLS", "auroc": "AUROC"}
 
 
 def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool) -> Figure | None:
@@ -122,6 +122,40 @@ def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None
             "yaxis": {"title": {"text": "loss"}, "rangemode": "tozero"},
         },
         "columns": ["row", "first loss", "last loss", "steps", "epochs"],
+        "rows": rows,
+    }
+
+
+def tokens(found: dict[str, Any]) -> Figure | None:
+    """Tokens of an example of a dataset, a step line for each split; from statistics.json."""
+    traces, rows = [], []
+    for number, (split, facts) in enumerate(found["statistics"].items()):
+        histogram = facts.get("histogram") or {}
+        counts, edges = histogram.get("counts"), histogram.get("edges")
+        if not counts or not edges or len(edges) != len(counts) + 1:
+            continue
+        share = [100 * count / max(sum(counts), 1) for count in counts]
+        traces.append(
+            {
+                "type": "scatter", "mode": "lines", "name": split, "x": edges, "y": [*share, share[-1]], "fill": "tozeroy",
+                "line": {"shape": "hv", "color": f"--series-{number % 8}", "width": 1.5},
+                "hovertemplate": f"{split}: %{{y:.1f}} % from %{{x:.0f}} tokens<extra></extra>",
+            }
+        )  # fmt: skip
+        rows += [[split, low, high, count] for low, high, count in zip(edges, edges[1:], counts, strict=False)]
+    if not traces:
+        return None
+    return {
+        "id": f"tokens-{found['name']}",
+        "title": f"{found['title']}: tokens of an example",
+        "text": f"Share of the examples over their number of tokens, {len(traces)} splits.",
+        "traces": traces,
+        "layout": {
+            "height": 240,
+            "xaxis": {"title": {"text": "tokens, those of the pictures included"}, "rangemode": "tozero"},
+            "yaxis": {"title": {"text": "% of the examples"}, "rangemode": "tozero"},
+        },
+        "columns": ["split", "from", "to", "examples"],
         "rows": rows,
     }
 

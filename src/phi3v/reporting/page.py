@@ -18,6 +18,7 @@ import jinja2
 from phi3v.reporting import figures, provenance
 from phi3v.reporting.markdown import by_hardware, grouped
 from phi3v.reporting.pictures import Thumbnails
+from phi3v.reporting.results import AccuracyResult
 from phi3v.reporting.tables import (
     GB,
     HARMLESS,
@@ -28,6 +29,7 @@ from phi3v.reporting.tables import (
     Tables,
     asked,
     observed,
+    official_figures,
     plain,
     stand_in_text,
 )
@@ -78,7 +80,14 @@ def render(tables: Tables, results: Path, code: dict[str, Any]) -> str:
         images = (
             results.parent / "data" / dataset_key(line.row.dataset, tables.run.datasets[line.row.dataset]) / "images"
         )
-        details[line.row.row] = {"curves": plot(figures.curves(line)), "examples": _examples(line, images, thumbnails)}
+        for job in line.jobs:
+            details[job.row.row] = {
+                "curves": plot(figures.curves(job)),
+                # Each seed's answers would fill the page with the same pictures: the first seed stands for the row.
+                "examples": _examples(job, images, thumbnails) if job is line.jobs[0] else [],
+            }
+    data_sets = provenance.datasets(tables, results)
+    tokens = [figure for figure in (plot(figures.tokens(found)) for found in data_sets) if figure]
     scripts = {"plotly": _asset("plotly-basic.min.js"), "page": _asset("page.js")}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE / "templates"),
@@ -88,10 +97,22 @@ def render(tables: Tables, results: Path, code: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        figure=figure_text, signed=signed_text, duration=duration_text, count=count_text, gb=gigabytes_text, plain=plain
+        figure=figure_text,
+        signed=signed_text,
+        duration=duration_text,
+        count=count_text,
+        gb=gigabytes_text,
+        plain=plain,
+        hours=hours_text,
     )
     environment.globals.update(
-        METHODS=METHODS, asked=asked, observed=observed, hidden_fields=HIDDEN_FIELDS, HARMLESS=HARMLESS
+        METHODS=METHODS,
+        asked=asked,
+        observed=observed,
+        hidden_fields=HIDDEN_FIELDS,
+        HARMLESS=HARMLESS,
+        METRICS=figures.METRICS,
+        official_figures=official_figures,
     )
     data = {"plots": {figure["id"]: figure for figure in plots}, "pictures": thumbnails.data}
     return environment.get_template("index.html").render(
@@ -103,7 +124,8 @@ def render(tables: Tables, results: Path, code: dict[str, Any]) -> str:
         details=details,
         tables=tables,
         summary=_summary(tables),
-        data_sets=provenance.datasets(tables, results),
+        data_sets=data_sets,
+        tokens=tokens,
         provenance=provenance.provenance(tables, results),
         failures=_failures(tables),
         plan=provenance.plan(tables, results),
@@ -147,11 +169,12 @@ def _examples(line: AccuracyLine, images: Path, thumbnails: Thumbnails) -> list[
 
 
 def _failures(tables: Tables) -> list[AccuracyLine | SpeedLine]:
-    lines: list[AccuracyLine | SpeedLine] = tables.lines
     return [
         line
-        for line in lines
-        if line.status in ("did not finish", "damaged") or (line.result is not None and line.result.problems)
+        for line in tables.jobs
+        if line.status in ("did not finish", "damaged")
+        or (line.result is not None and line.result.problems)
+        or (isinstance(line, AccuracyLine) and line.official in ("did not finish", "damaged"))
     ]
 
 
@@ -164,11 +187,14 @@ def _summary(tables: Tables) -> dict[str, Any]:
     for line in tables.accuracy:
         if line.verdict:
             verdicts[line.verdict] = verdicts.get(line.verdict, 0) + 1
-    seconds = [
-        w.seconds or 0 for line in tables.accuracy if line.result for w in (line.result.train, line.result.evaluate)
-    ]
-    seconds += [line.result.work.seconds or 0 for line in tables.speed if line.result]
-    bases = {line.result.baseline.folder: line.result.baseline.seconds or 0 for line in tables.accuracy if line.result}
+    works = {}
+    for job in tables.jobs:
+        if isinstance(job.result, AccuracyResult):
+            # Rows share the evaluation before training.
+            for work in (job.result.baseline, job.result.train, job.result.evaluate, job.result.official_work):
+                works[work.folder] = work.seconds or 0
+        elif job.result is not None:
+            works[job.result.work.folder] = job.result.work.seconds or 0
     return {
         "done": len(done),
         "rows": len(tables.accuracy),
@@ -181,7 +207,7 @@ def _summary(tables: Tables) -> dict[str, Any]:
         "speed_done": sum(1 for line in tables.speed if line.status == "done"),
         "speed_rows": len(tables.speed),
         "verdicts": verdicts,
-        "seconds": sum(seconds) + sum(bases.values()),
+        "seconds": sum(works.values()),
         "older": sum(line.older for line in tables.lines),
         "has_mfu": any(line.value("mfu") is not None for line in tables.speed),
     }
@@ -206,6 +232,11 @@ def duration_text(seconds: float | None) -> str:
     if seconds < 3600:
         return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+
+
+def hours_text(hours: float | None) -> str:
+    """Hours with as many decimals as say something."""
+    return "–" if hours is None else f"{hours:.3f}" if hours < 0.1 else f"{hours:.2f}" if hours < 10 else f"{hours:.0f}"
 
 
 def count_text(value: float | None) -> str:

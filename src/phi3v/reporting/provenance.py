@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,66 @@ from phi3v.settings import dataset_key
 
 
 def datasets(tables: Tables, results: Path) -> list[dict[str, Any]]:
-    """Each dataset of the run's rows: what dataset.json says, or why it is not there."""
+    """Each dataset of the run's rows, and their official splits: what dataset.json and statistics.json say, or why they are not there."""
     used: dict[str, int] = {}
     for line in tables.lines:
         used[line.row.dataset] = used.get(line.row.dataset, 0) + 1
-    found = []
-    for name, rows in used.items():
-        entry = tables.run.datasets[name]
-        folder = results.parent / "data" / dataset_key(name, entry)
-        facts: dict[str, Any] = {}
-        problem = ""
+    for name in list(used):
+        official = tables.run.datasets[name].official
+        if official:
+            used.setdefault(official, 0)
+    return [_dataset(name, rows, tables, results) for name, rows in used.items()]
+
+
+def _dataset(name: str, rows: int, tables: Tables, results: Path) -> dict[str, Any]:
+    entry = tables.run.datasets[name]
+    folder = results.parent / "data" / dataset_key(name, entry)
+    facts: dict[str, Any] = {}
+    problem = ""
+    try:
+        facts = read_json(folder / "dataset.json")
+    except ResultError as error:
+        problem = str(error) if (folder / "dataset.json").exists() else "not converted yet"
+        missing = entry.missing_source()
+        if not rows and missing is not None:
+            problem = f"not present: {missing}"
+    statistics: dict[str, Any] = {}
+    if (folder / "statistics.json").is_file():
         try:
-            facts = read_json(folder / "dataset.json")
+            statistics = read_json(folder / "statistics.json")
         except ResultError as error:
-            problem = "not converted yet" if not (folder / "dataset.json").exists() else str(error)
-        splits = facts.get("splits") if isinstance(facts.get("splits"), dict) else {}
-        found.append(
-            {
-                "name": name, "title": entry.title, "metric": entry.metric, "licence": entry.licence, "rows": rows, "folder": str(folder),
-                "problem": problem, "splits": splits, "rejected": facts.get("rejected"), "statistics": facts.get("statistics") or {},
-                "sources": {split: source.url for split, source in entry.splits.items()}, "leakage": facts.get("leakage"),
-            }
-        )  # fmt: skip
+            problem = str(error)
+    return {
+        "name": name, "title": entry.title, "metric": entry.metric, "licence": entry.licence, "rows": rows, "folder": str(folder),
+        "problem": problem, "splits": _mappings(facts.get("splits")), "rejected": facts.get("rejected"),
+        "rejections": _rejections(folder / "rejected.jsonl"), "statistics": _mappings(statistics),
+        "sources": {split: source.url for split, source in entry.splits.items()}, "leakage": _mappings(facts.get("leakage")),
+        "revisions": {split: source.get("revision") for split, source in _mappings(facts.get("source")).items()},
+    }  # fmt: skip
+
+
+def _mappings(value: Any) -> dict[str, dict[str, Any]]:
+    """The members of an object that are objects themselves."""
+    return {key: item for key, item in value.items() if isinstance(item, dict)} if isinstance(value, dict) else {}
+
+
+SHOWN_REJECTIONS = 10
+
+
+def _rejections(path: Path) -> list[str]:
+    """The first source rows that were left out, each with its reason."""
+    if not path.is_file():
+        return []
+    found: list[str] = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if len(found) == SHOWN_REJECTIONS:
+                break
+            try:
+                item = json.loads(line)
+                found.append(f"{item.get('split', '')}: {item.get('where', '')}: {item.get('reason', '')}"[:300])
+            except (ValueError, AttributeError):
+                found.append(line.strip()[:300])
     return found
 
 

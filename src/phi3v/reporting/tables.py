@@ -499,6 +499,8 @@ def plain(value: Any) -> str:
     """A setting as a person writes it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return ",".join(plain(item) for item in value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

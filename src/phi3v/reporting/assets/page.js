@@ -104,7 +104,7 @@
   }
   function openTarget() {
     const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
-    if (target && target.matches("details.row")) { target.open = true; showPictures(target); target.scrollIntoView(); target.querySelector("summary").focus({ preventScroll: true }); }
+    if (target && target.matches("details.row")) { for (let part = target; part; part = part.parentElement.closest("details")) part.open = true; showPictures(target); target.scrollIntoView(); target.querySelector("summary").focus({ preventScroll: true }); }
   }
   window.addEventListener("hashchange", openTarget);
   openTarget();
