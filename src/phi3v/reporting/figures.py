@@ -24,9 +24,7 @@ def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool
     for name, colour, symbol in (("before", "--before", "circle-open"), ("control", "--control", "x-thin-open")):
         points = [(line.row.row, line.score(name)) for line in shown if line.score(name) is not None]
         if points:
-            traces.append(
-                _marks("before training" if name == "before" else "pictures swapped", points, colour, symbol, 9)
-            )
+            traces.append(_marks("before" if name == "before" else "pictures swapped", points, colour, symbol, 9))
     published = [(line.row.row, line.row.published) for line in shown if line.row.published is not None]
     if published:
         name = "published" if comparable else "published (not comparable)"
@@ -35,7 +33,7 @@ def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool
     if seeds:
         traces.append(_marks("each seed", seeds, "--after", "line-ns-open", 12))
     ours = _marks(
-        "after training, 95 % interval" + (" (mean of the seeds)" if seeds else ""),
+        "after, 95 % interval",
         list(zip(labels, [p.score for p in after], strict=True)),
         "--after",
         "square",
@@ -92,6 +90,13 @@ def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None
     """Training loss of every row of a dataset over its epochs."""
     traces, rows = [], []
     jobs = (job for line in lines for job in line.jobs)
+    models = {line.row.model for line in lines}
+
+    def short(row: str) -> str:
+        """The title names the dataset; a single model's name says nothing either."""
+        model, found, rest = row.partition(f"-{dataset}-")
+        return (rest if len(models) == 1 else f"{model} {rest}") if found else row
+
     for number, line in enumerate(job for job in jobs if job.result and job.result.curve):
         assert line.result is not None
         curve = line.result.curve
@@ -99,7 +104,7 @@ def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None
             {
                 "type": "scatter",
                 "mode": "lines",
-                "name": line.row.row,
+                "name": short(line.row.row),
                 "x": [p.get("epoch") for p in curve],
                 "y": [p.get("loss") for p in curve],
                 "line": {"color": f"--series-{number % 8}", "width": 1.8},
@@ -117,7 +122,8 @@ def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None
         "text": f"Loss over epochs of {len(traces)} rows.",
         "traces": traces,
         "layout": {
-            "height": 300,
+            # As high as the plot of the scores beside it.
+            "height": max(300, 130 + 34 * sum(line.score("after") is not None for line in lines)),
             "xaxis": {"title": {"text": "epoch"}},
             "yaxis": {"title": {"text": "loss"}, "rangemode": "tozero"},
         },

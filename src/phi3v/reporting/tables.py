@@ -219,6 +219,9 @@ def _over_seeds(run: ResolvedRun, table_row: str, members: list[AccuracyLine]) -
     row = shown.row.model_copy(update={"row": table_row})
     line = AccuracyLine(row, shown.status, shown.reason, job=shown.job, members=members)
     line.official, line.official_reason = shown.official, shown.official_reason
+    for member in done:
+        if member.official != "done" and member.job is not None:
+            line.official, line.official_reason = member.official, f"seed {member.job.seed}: {member.official_reason}"
     line.older = any(member.older for member in members)
     for member in members:
         name = f"seed {member.job.seed if member.job else '?'}"

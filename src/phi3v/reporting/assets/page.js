@@ -32,9 +32,9 @@
   const drawn = new Set();
   const escapeHtml = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
   const safeTraces = (traces) => traces.map((trace) => ({ ...trace, name: escapeHtml(trace.name) }));
-  function draw(canvas) {
+  function draw(canvas, width) {
     const plot = data.plots[canvas.dataset.plot];
-    const narrow = canvas.clientWidth < 560;
+    const narrow = (width || canvas.clientWidth) < 560;
     const axis = { gridcolor: colour("--grid"), linecolor: colour("--line"), zerolinecolor: colour("--line"), automargin: true };
     const layout = structuredClone(plot.layout);
     for (const key of Object.keys(layout)) if (/^[xy]axis/.test(key)) layout[key] = { ...axis, ...layout[key] };
@@ -57,6 +57,7 @@
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, ...(layout.legend || {}) },
       dragmode: narrow ? false : "zoom",
     });
+    if (width) layout.width = width;
     Plotly.react(canvas, coloured(safeTraces(plot.traces)), coloured(layout), { responsive: true, displaylogo: false, displayModeBar: false, scrollZoom: false });
     drawn.add(canvas);
   }
@@ -65,7 +66,17 @@
     for (const entry of entries) if (entry.isIntersecting && entry.target.clientWidth) { watcher.unobserve(entry.target); draw(entry.target); }
   }, { rootMargin: "400px" });
   for (const canvas of document.querySelectorAll("[data-plot]")) watcher.observe(canvas);
-  window.addEventListener("beforeprint", () => { for (const canvas of document.querySelectorAll("[data-plot]")) if (!drawn.has(canvas) && canvas.clientWidth) draw(canvas); });
+  // Paper is white: plots are drawn in light colours, all of them, and put back afterwards.
+  let screenTheme;
+  window.addEventListener("beforeprint", () => {
+    screenTheme = root.dataset.theme;
+    root.dataset.theme = "light";
+    for (const canvas of document.querySelectorAll("[data-plot]")) if (canvas.clientWidth) draw(canvas, canvas.closest(".plots") ? 620 : 900);
+  });
+  window.addEventListener("afterprint", () => {
+    if (screenTheme) root.dataset.theme = screenTheme; else delete root.dataset.theme;
+    redraw();
+  });
 
   // The table behind a plot is made when it is opened.
   for (const details of document.querySelectorAll("[data-table]")) {
@@ -114,7 +125,6 @@
     const body = table.tBodies[0];
     let order = 0;
     for (const row of body.rows) { if (!row.matches(".note-row")) order += 1; row.dataset.order = order; }
-    for (const row of body.querySelectorAll(".note-row")) row.previousElementSibling.classList.add("has-note");
     [...table.tHead.rows[0].cells].forEach((head, column) => {
       const button = document.createElement("button");
       button.type = "button";
