@@ -11,7 +11,7 @@ import pytest
 from reporting_examples import manifest, write_pass, write_row, write_run, write_speed
 
 from phi3v.reporting.build import build_report
-from phi3v.reporting.tables import ACCURACY_COLUMNS, as_records, build_tables
+from phi3v.reporting.tables import ACCURACY_COLUMNS, ACCURACY_TIMES, as_records, build_tables
 from phi3v.settings import ReportSettings, SettingsError, load_run
 
 ROW = "phi3-docvqa-full-bf16"
@@ -328,7 +328,7 @@ def test_several_seeds_are_one_row_with_mean_and_spread(root, tmp_path, monkeypa
     width = [high - low for low, high in (line.against.interval, single.against.interval)]
     assert width[0] > width[1]
     assert line.verdict == "inconclusive" and line.verdict_reason.endswith("mean of 3 seeds")
-    record = next(r for r in as_records([line], ACCURACY_COLUMNS))
+    record = as_records([line], ACCURACY_COLUMNS + ACCURACY_TIMES)[0]
     assert record["seeds"] == "42 43 44" and len(record["after_of_each_seed"].split()) == 3
     assert record["train_seconds"] == pytest.approx(sum(m.result.train.seconds for m in line.members))
     assert sum(r.row.row.startswith(row) for r in build_tables(run, tmp_path).accuracy) == 1
@@ -438,9 +438,12 @@ def test_the_plan_stands_beside_what_happened(root, changed, monkeypatch):
     from phi3v.reporting import provenance
 
     (entry,) = provenance.plan(build_tables(run, results), results)
-    took = [
-        json.loads((results / kind / ROW / "manifest.json").read_text())["seconds"] for kind in ("train", "evaluate")
-    ]
+    folders = (f"train/{ROW}", f"evaluate/{ROW}", f"evaluate/base/{run.job(ROW).baseline}")
+    took = [json.loads((results / folder / "manifest.json").read_text())["seconds"] for folder in folders]
     assert entry[:3] == [ROW, "run", 2.5] and entry[3] == pytest.approx(sum(took) / 3600)
     assert entry[6:] == [1.2, pytest.approx(1.4)]
     assert 'id="plan"' in (report(root, results) / "index.html").read_text()
+    # Without a plan made before, the planner is asked now; it has never seen the results.
+    published = build_tables(load_run(root / "config/config.yaml", root), results)
+    later = {entry[0]: entry for entry in provenance.plan(published, results / "nowhere")}
+    assert len(later) == 53 and later[ROW][2] > 0

@@ -96,6 +96,24 @@ def test_the_rest_of_the_run_completes_the_report(copy):
     assert "demo: tiny model, synthetic data, not comparable" in (report / "index.html").read_text()
 
 
+def test_snakemakes_own_report_holds_page_tables_and_captions(copy):
+    code, output, _ = snakemake(copy, "--report", "report.zip")
+    assert code == 0, output[-3000:]
+    with zipfile.ZipFile(copy / "report.zip") as archive:
+        files = {Path(name).name: name for name in archive.namelist()}
+        assert {"index.html", "accuracy.tsv", "speed.tsv", "tables.md", "report.html"} <= set(files)
+        page = (copy / "results/demo/report/index.html").read_bytes()
+        assert archive.read(files["index.html"]) == page
+        shown = archive.read(files["report.html"]).decode()
+    for text in (
+        '"Tables": {"Other"',
+        "ready to paste",
+        "in one self-contained page",
+        "demo: tiny model, synthetic data",
+    ):
+        assert text in shown
+
+
 def test_what_was_observed_is_recorded(copy):
     train = copy / "results/demo/train"
     lora = json.loads((train / ROWS["accuracy"][0] / "observed.json").read_text())

@@ -56,6 +56,12 @@ rule report:
             category="Tables",
             labels={"what": "speed"},
         ),
+        markdown=report(
+            f"{RESULTS}/report/tables.md",
+            caption="../report/tables.rst",
+            category="Tables",
+            labels={"what": "both, in Markdown"},
+        ),
     log:
         f"{RESULTS}/logs/report.log",
     benchmark:

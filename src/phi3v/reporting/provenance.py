@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from phi3v import planning
 from phi3v.reporting.results import ResultError, Work, read_json
 from phi3v.reporting.tables import GB, AccuracyLine, SpeedLine, Tables
-from phi3v.settings import dataset_key
+from phi3v.settings import SettingsError, dataset_key
 
 
 def datasets(tables: Tables, results: Path) -> list[dict[str, Any]]:
@@ -132,13 +133,18 @@ PLAN_COLUMNS = (
 
 
 def plan(tables: Tables, results: Path) -> list[list[Any]]:
-    """The plan's rows (results/NAME/plan/plan.json) beside what was measured, in PLAN_COLUMNS; none where no plan was made."""
+    """What was planned beside what was measured, in PLAN_COLUMNS: results/NAME/plan/plan.json, else the planner's word of today.
+
+    The planner knows sizes, data and hardware, and nothing that was measured. A row's hours are those of one seed's job: training and
+    the three passes, that before training included.
+    """
     path = results / "plan" / "plan.json"
-    if not path.is_file():
-        return []
     try:
-        planned = {entry["row"]: entry for entry in read_json(path)["rows"]}
-    except (ResultError, KeyError, TypeError):
+        rows = read_json(path)["rows"] if path.is_file() else planning.plan_run(tables.run).as_dict()["rows"]
+        planned = {entry["row"]: entry for entry in rows}
+    except (ResultError, SettingsError, KeyError, TypeError):
+        return []
+    if not any("hours" in entry for entry in planned.values()):
         return []
     found = []
     for line in tables.jobs:
@@ -153,7 +159,7 @@ def plan(tables: Tables, results: Path) -> list[list[Any]]:
                 line.value("peak_memory_bytes"),
             )
         elif isinstance(line, AccuracyLine) and line.result is not None:
-            parts = [work.seconds for work in (line.result.train, line.result.evaluate)]
+            parts = [work.seconds for work in (line.result.baseline, line.result.train, line.result.evaluate)]
             taken = sum(part or 0 for part in parts) if None not in parts else None
             rates = sorted(point["images_per_second"] for point in line.result.curve if point.get("images_per_second"))
             rate = rates[len(rates) // 2] if rates else None
