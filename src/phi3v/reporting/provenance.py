@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from phi3v import planning
 from phi3v.reporting.results import ResultError, Work, read_json
 from phi3v.reporting.tables import GB, AccuracyLine, SpeedLine, Tables
-from phi3v.settings import SettingsError, dataset_key
+from phi3v.settings import dataset_key
 
 
 def datasets(tables: Tables, results: Path) -> list[dict[str, Any]]:
@@ -133,18 +132,16 @@ PLAN_COLUMNS = (
 
 
 def plan(tables: Tables, results: Path) -> list[list[Any]]:
-    """What was planned beside what was measured, in PLAN_COLUMNS: results/NAME/plan/plan.json, else the planner's word of today.
+    """What was planned (results/NAME/plan/plan.json) beside what was measured, in PLAN_COLUMNS; none where no plan was made.
 
-    The planner knows sizes, data and hardware, and nothing that was measured. A row's hours are those of one seed's job: training and
-    the three passes, that before training included.
+    A row's hours are those of one seed's job: training and the three passes, that before training included.
     """
     path = results / "plan" / "plan.json"
-    try:
-        rows = read_json(path)["rows"] if path.is_file() else planning.plan_run(tables.run).as_dict()["rows"]
-        planned = {entry["row"]: entry for entry in rows}
-    except (ResultError, SettingsError, KeyError, TypeError):
+    if not path.is_file():
         return []
-    if not any("hours" in entry for entry in planned.values()):
+    try:
+        planned = {entry["row"]: entry for entry in read_json(path)["rows"]}
+    except (ResultError, KeyError, TypeError):
         return []
     found = []
     for line in tables.jobs:
