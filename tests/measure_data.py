@@ -1,25 +1,36 @@
-"""Measure the data room on this machine: rates per second of processor time (and of the clock), and peak memory.
+"""Measure the data room on this machine: rates by the clock and per second of processor time, and peak memory.
 
-    python tests/measure_data.py validate 200000      # lines/s of scripts/validate.py's levels "shape" and "paths"
-    python tests/measure_data.py convert 10000 22     # rows of parquet with pictures of so many kB
-    python tests/measure_data.py load 1000000         # start-up and memory of ConversationDataset
-    python tests/measure_data.py clips 40             # UCF-101-like clips/s beside decoding alone
+    python tests/measure_data.py validate 200000        # lines/s of scripts/validate.py's levels "shape" and "paths"
+    python tests/measure_data.py decode 2000            # pictures/s of level "images", pages of 1700 x 2200
+    python tests/measure_data.py convert 10000 14       # parquet rows with JPEG pictures of so many kB
+    python tests/measure_data.py convert 1000 600 PNG   # the same with PNG pictures
+    python tests/measure_data.py table 100000           # rows of a table; llava: of a json; folder: files of classes
+    python tests/measure_data.py load 1000000           # start-up and memory of ConversationDataset
+    python tests/measure_data.py lengths 100000         # lengths(): first time, on one core and on all, and again
+    python tests/measure_data.py clips 100              # UCF-101-like clips/s beside decoding alone
+    python tests/measure_data.py padding DATA_DIR MODEL_DIR   # share of padding of a data folder, by kind of batch
 
-Processor time is what a core needs; on a machine that does nothing else it is close to the clock's.
+Run it with nothing else on the machine; files go to TMPDIR.
 """
 
 from __future__ import annotations
 
+import io
+import json
+import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-from data_examples import picture_bytes, write_clip
+from data_examples import picture_bytes
+from PIL import Image
 
 from phi3v.data.conversations import Conversation, Turn, write_conversations
 
@@ -31,11 +42,11 @@ def memory() -> float:
 
 @contextmanager
 def measured(what: str, count: int) -> Iterator[None]:
-    clock, processor = time.perf_counter(), time.process_time()
+    clock, processor = time.perf_counter(), sum(os.times()[:4])
     yield
-    clock, processor = time.perf_counter() - clock, time.process_time() - processor
+    clock, processor = time.perf_counter() - clock, sum(os.times()[:4]) - processor
     print(
-        f"{what}: {count / processor:,.0f}/s of a core, {count / clock:,.0f}/s by the clock, "
+        f"{what}: {count / max(processor, 0.01):,.0f}/s of a core, {count / clock:,.0f}/s by the clock, "
         f"{processor:.2f} s of a core in all, peak {memory():.0f} MiB",
         flush=True,
     )
@@ -60,14 +71,43 @@ def validate(folder: Path, lines: int) -> None:
             assert validate_folder(folder, level)[1].total == 0  # type: ignore[arg-type]
 
 
-def convert(folder: Path, rows: int, kilobytes: int) -> None:
+def decode(folder: Path, pages: int) -> None:
+    from phi3v.data.validation import validate_folder
+
+    page = noisy_page()
+    (folder / "images/train/00000").mkdir(parents=True)
+    write_conversations(
+        folder / "train.jsonl",
+        (Conversation(f"d-{k}", "d", (Turn((f"train/00000/{k}.png",), "Q?", "A"),)) for k in range(pages)),
+    )
+    for number in range(pages):
+        (folder / f"images/train/00000/{number}.png").write_bytes(page)
+    for workers in (1, os.cpu_count() or 1):
+        with measured(f"validate --level images with {workers} processes, pages of {len(page) / 1000:.0f} kB", pages):
+            validate_folder(folder, workers=workers)
+
+
+def noisy_page() -> bytes:
+    """A PNG of 1700 x 2200 in grey with about as many bytes as a scanned page."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    page = np.full((2200, 1700), 255, np.uint8)
+    ink = rng.random((2200, 1700)) < 0.07
+    page[ink] = rng.integers(0, 256, int(ink.sum()), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(page).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def convert(folder: Path, rows: int, kilobytes: int, kind: str = "JPEG") -> None:
     import pyarrow
     import pyarrow.parquet
 
     from phi3v.data.conversion import convert_files
 
-    side = int((kilobytes * 900) ** 0.5)
-    pictures = [picture_bytes(seed, "JPEG", (side, side)) for seed in range(20)]
+    side = int((kilobytes * (900 if kind == "JPEG" else 333)) ** 0.5)
+    pictures = [picture_bytes(seed, kind, (side, side)) for seed in range(20)]
     text = [{"user": "Question?", "assistant": "Yes.", "source": "x"}] * 2
     source = folder / "a.parquet"
     writer = None
@@ -80,12 +120,67 @@ def convert(folder: Path, rows: int, kilobytes: int) -> None:
     assert writer is not None
     writer.close()
     mean = sum(map(len, pictures)) / 20000
-    with measured(f"copy pictures of {mean:.1f} kB to files (the floor), pictures", min(rows, 5000)):
-        for number in range(min(rows, 5000)):
-            with open(folder / f"{number}.jpg", "xb") as file:
+    (folder / "floor").mkdir()
+    with measured(f"floor: bytes of {mean:.1f} kB in memory to files, pictures", rows):
+        for number in range(rows):
+            with open(folder / f"floor/{number}.jpg", "xb") as file:
                 file.write(pictures[number % 20])
-    with measured(f"convert {rows} parquet rows with pictures of {mean:.1f} kB, rows", rows):
+    shutil.rmtree(folder / "floor")
+    (folder / "floor").mkdir()
+    with measured("floor: pictures out of the parquet file to files, nothing checked, pictures", rows):
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(32, columns=["images"], use_threads=False):
+            for row in batch.to_pylist():
+                with open(folder / f"floor/{number}.jpg", "xb") as file:
+                    file.write(row["images"][0]["bytes"])
+                number += 1
+    shutil.rmtree(folder / "floor")
+    with measured(f"convert {rows} parquet rows with {kind} pictures of {mean:.1f} kB, rows", rows):
         convert_files("cauldron", source, folder / "out", "train")
+
+
+def table(folder: Path, rows: int) -> None:
+    from phi3v.data.conversion import convert_files
+
+    make_pictures(folder)
+    with open(folder / "my.tsv", "w") as file:
+        file.write("image\tquestion\tanswer\n")
+        file.writelines(f"p/{number % 1000}.jpg\tWhich number is {number}?\t{number}\n" for number in range(rows))
+    with measured(f"convert {rows} rows of a table, rows", rows):
+        convert_files("table", folder / "my.tsv", folder / "out", "train")
+
+
+def llava(folder: Path, rows: int) -> None:
+    from phi3v.data.conversion import convert_files
+
+    make_pictures(folder)
+    with open(folder / "my.json", "w") as file:
+        for number in range(rows):
+            talk = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": str(number)}]
+            item = {"id": str(number), "image": f"p/{number % 1000}.jpg", "conversations": talk}
+            file.write(("[" if not number else ",\n") + json.dumps(item))
+        file.write("]")
+    with measured(f"convert {rows} items of a LLaVA json, rows", rows):
+        convert_files("llava", folder / "my.json", folder / "out", "train")
+
+
+def class_folder(folder: Path, rows: int) -> None:
+    from phi3v.data.conversion import convert_files
+
+    make_pictures(folder)
+    for number in range(rows):
+        path = folder / f"classes/c{number % 100}/{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.link(folder / f"p/{number % 1000}.jpg", path)
+    with measured(f"convert {rows} files of classes, rows", rows):
+        convert_files("image_folder", folder / "classes", folder / "out", "train")
+
+
+def make_pictures(folder: Path) -> None:
+    """A thousand small pictures."""
+    (folder / "p").mkdir()
+    for number in range(1000):
+        (folder / f"p/{number}.jpg").write_bytes(picture_bytes(number % 20))
 
 
 def load(folder: Path, lines: int) -> None:
@@ -102,30 +197,128 @@ def load(folder: Path, lines: int) -> None:
             dataset.selected(number * 7919 % lines)
 
 
+def lengths(folder: Path, rows: int) -> None:
+    from phi3v.data import lengths as room
+    from phi3v.data.loading import ConversationDataset
+    from phi3v.model.image_processing import Phi3VImageProcessor
+    from phi3v.model.processing import Phi3VProcessor
+    from phi3v.model.tiny import train_tokenizer
+
+    (folder / "images/p").mkdir(parents=True)
+    page = noisy_page()
+    for number in range(1000):
+        (folder / f"images/p/{number}.png").write_bytes(page)
+    words = "What is the total amount on the invoice? Answer briefly."
+    tokenizer = train_tokenizer([f"{words} ${number}.00" for number in range(3000)], 1000)
+    (folder / "dataset.json").write_text(
+        json.dumps({"source": {}, "num_crops": 16, "splits": {"train": {"file": "train.jsonl"}}})
+    )
+    turns = (Turn((f"p/{number % 1000}.png",), f"{number}: {words}", f"${number}.00") for number in range(rows))
+    write_conversations(
+        folder / "train.jsonl", (Conversation(f"d-{number}", "d", (turn,)) for number, turn in enumerate(turns))
+    )
+    dataset = ConversationDataset(folder, "train", Phi3VProcessor(Phi3VImageProcessor(), tokenizer))
+    with measured("lengths on one core, examples", rows):
+        room.count(dataset)
+    with measured(f"lengths on {os.cpu_count()} cores, examples", rows):
+        first = dataset.lengths()
+    with measured("lengths again, examples", rows):
+        assert dataset.lengths() == first
+
+
+def padding(folder: Path, data_dir: str, model_dir: str) -> None:
+    from phi3v.data.loading import ConversationDataset
+    from phi3v.data.statistics import padding_share
+    from phi3v.model.processing import Phi3VProcessor
+    from phi3v.training.batching import BatchPlan, packs_needed
+
+    dataset = ConversationDataset(data_dir, "train", Phi3VProcessor.from_pretrained(model_dir))
+    tokens = dataset.lengths()
+    print(f"{data_dir}: {len(tokens)} examples of {min(tokens)} to {max(tokens)} tokens")
+    plan = {
+        "examples": len(tokens),
+        "batch_size": 64,
+        "micro_batch_size": 8,
+        "processes": 2,
+        "seed": 42,
+        "lengths": tokens,
+    }
+    for grouping in ("fixed", "length"):
+        batches = [
+            [pick.index for pick in micro]
+            for rank in (0, 1)
+            for micro in BatchPlan(**plan, grouping=grouping).epoch(0, rank)  # type: ignore[arg-type]
+        ]
+        print(f"{grouping}: {padding_share(tokens, batches):.2%} padding in micro-batches of 8")
+    budget = 8 * max(tokens)
+    packed = BatchPlan(**plan, grouping="packed", token_budget=budget)  # type: ignore[arg-type]
+    packed = BatchPlan(**{**packed.__dict__, "packs": packs_needed(packed, 1)})
+    packs = [micro for rank in (0, 1) for micro in packed.epoch(0, rank)]
+    full = sum(tokens) / (budget * len(packs))
+    print(f"packed: no padding; {len(packs)} packs are {full:.1%} full of {budget} tokens")
+
+
+def moving_clip(path: Path, frames: int) -> None:
+    """A clip of 320 x 240 at 25 frames a second, as MPEG-4 of about 300 kB for 7 s: UCF-101's kind."""
+    import av
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(len(path.name))
+    small = rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    scene = np.asarray(Image.fromarray(small).resize((960, 640), Image.Resampling.BICUBIC))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 320, 240, "yuv420p", 400_000
+        for k in range(frames):
+            left, top = 3 * k % 600, 2 * k % 390
+            view = np.ascontiguousarray(scene[top : top + 240, left : left + 320])
+            for packet in stream.encode(av.VideoFrame.from_ndarray(view)):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
 def clips(folder: Path, count: int) -> None:
     import av
 
     from phi3v.data.conversion import convert_files
 
+    for number in range(8):
+        moving_clip(folder / f"eight/{number}.avi", 180)
     for number in range(count):
-        write_clip(folder / f"clips/train/Archery/v_{number:03d}.avi", 180, codec="mpeg4", size=(320, 240))
+        path = folder / f"clips/train/Archery/v_{number:03d}.avi"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / f"eight/{number % 8}.avi", path)
     paths = sorted((folder / "clips").rglob("*.avi"))
-    with measured("decode clips of 180 frames of 320 x 240 with PyAV alone, clips", count):
+    print(f"clips of 180 frames of 320 x 240, {paths[0].stat().st_size / 1000:.0f} kB")
+
+    def all_frames(path: Path) -> None:
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_count = 1
+            for _ in container.decode(video=0):
+                pass
+
+    with measured("decode with PyAV alone, one thread, clips", count):
         for path in paths:
-            with av.open(str(path)) as container:
-                container.streams.video[0].thread_count = 1
-                for _ in container.decode(video=0):
-                    pass
-    with measured("convert the clips, clips", count):
-        convert_files("ucf101", folder / "clips", folder / "out", "train", workers=2)
+            all_frames(path)
+    with measured("decode with PyAV alone, two threads, clips", count), ThreadPoolExecutor(2) as pool:
+        list(pool.map(all_frames, paths))
+    for workers in (1, 2):
+        with measured(f"convert the clips, --workers {workers}, clips", count):
+            convert_files("ucf101", folder / "clips", folder / f"out{workers}", "train", workers=workers)
 
 
 def main() -> None:
-    actions = {"validate": validate, "convert": convert, "load": load, "clips": clips}
+    actions = {
+        "validate": validate, "decode": decode, "convert": convert, "table": table, "llava": llava,
+        "folder": class_folder, "load": load, "lengths": lengths, "clips": clips, "padding": padding,
+    }  # fmt: skip
     if len(sys.argv) < 3 or sys.argv[1] not in actions:
         sys.exit(__doc__)
     with tempfile.TemporaryDirectory() as folder:
-        actions[sys.argv[1]](Path(folder), *map(int, sys.argv[2:]))
+        given = [int(value) if value.isdigit() else value for value in sys.argv[2:]]
+        actions[sys.argv[1]](Path(folder), *given)  # type: ignore[operator]
 
 
 if __name__ == "__main__":

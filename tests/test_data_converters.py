@@ -452,7 +452,16 @@ def test_what_an_entry_says_of_bad_rows_and_shards_is_done(tmp_path: Path, monke
     # The first picture of row 6 was fine; it goes with its row.
     assert description["splits"]["train"]["images"] == 8
     assert not list((tmp_path / "out" / "images").rglob("00000006*"))
-    # The command line has the last word.
+    # The script does what the entry says, and the command line has the last word.
+    (tmp_path / "datasets.yaml").write_text(json.dumps({"demo": {**DATASET, "on_error": "skip", "shards": 0.005}}))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    script = (sys.executable, str(ROOT / "scripts" / "convert.py"), "--datasets", "datasets.yaml", "--dataset", "demo")
+    where = ("--source_dir", "source", "--output_dir", "typed")
+    typed = subprocess.run([*script, *where], env=environment, capture_output=True, text=True)
+    assert typed.returncode == 0 and "2 rejected" in typed.stderr, typed.stderr
+    assert tree(tmp_path / "typed") == tree(tmp_path / "out")
+    stopped = subprocess.run([*script, *where, "--on-error", "stop"], env=environment, capture_output=True, text=True)
+    assert stopped.returncode == 2 and "row 4" in stopped.stderr
     with pytest.raises(DataError, match="row 4"):
         convert_dataset("demo", asked, "source", "again", on_error="stop")
     convert_dataset("demo", asked, "source", "again", shard_bytes=0)

@@ -164,6 +164,24 @@ def test_truncation_is_seen_without_decoding(kind: str, part: float) -> None:
             action(data, "x")
 
 
+def test_the_end_mark_of_a_thumbnail_is_not_the_pictures() -> None:
+    thumbnail = picture_bytes(2, "JPEG", (16, 12))
+    whole = picture_bytes(1, "JPEG")
+    inside = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 8) + b"Exif\0\0" + thumbnail
+    photograph = whole[:2] + inside + whole[2:]
+    assert inspect(photograph, "x").width == 40
+    assert inspect(photograph + b"some camera's padding", "x").width == 40
+    with pytest.raises(DataError, match="end mark; the file is truncated"):
+        inspect(photograph[: -len(whole) // 3], "x")
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 337), (673, 2)])
+def test_what_is_too_thin_for_a_tile_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(DataError, match=f"{size[0]} x {size[1]} pixels; expected sides within 1 : 336"):
+        inspect(picture_bytes(1, "PNG", size), "x")
+    assert inspect(picture_bytes(1, "PNG", (336, 1)), "x").width == 336
+
+
 def test_a_flipped_byte_in_a_png_is_seen() -> None:
     data = bytearray(picture_bytes(3, "PNG"))
     data[len(data) // 2] ^= 0x40

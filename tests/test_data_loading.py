@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import skip_first_batches
 from data_examples import cauldron_rows, picture_bytes, write_parquet
+from torch.utils.data import DataLoader
 
 from phi3v.data import lengths
 from phi3v.data.conversations import (
@@ -30,6 +32,8 @@ from phi3v.data.statistics import padding_share, plot, write_statistics
 from phi3v.model.image_processing import Phi3VImageProcessor
 from phi3v.model.processing import Phi3VProcessor
 from phi3v.model.tiny import train_tokenizer
+from phi3v.training.batches import PickedExamples
+from phi3v.training.batching import BatchPlan, Grouping, Pick, PlannedBatches
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +322,78 @@ def test_shards_hold_the_same_records(data: Path, tmp_path: Path, processor: Phi
         "cauldron", source, tmp_path / "sharded", "train", rows="0:12", turns="draw", num_crops=6, name="data"
     )
     assert not list((tmp_path / "sharded" / "shards").iterdir())
+
+
+class Counted(PickedExamples):
+    """Notes in shared memory how many examples were loaded, by whichever process."""
+
+    def __init__(self, dataset: ConversationDataset) -> None:
+        super().__init__(dataset)
+        self.loaded = multiprocessing.Value("i", 0)
+
+    def __getitem__(self, pick: Pick) -> Any:
+        with self.loaded.get_lock():
+            self.loaded.value += 1
+        return super().__getitem__(pick)
+
+
+@pytest.mark.parametrize("grouping", ["fixed", "length", "packed"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_seed_epoch_and_position_are_all_that_resuming_needs(
+    tmp_path: Path, processor: Phi3VProcessor, grouping: Grouping, sharded: bool
+) -> None:
+    source = write_parquet(tmp_path / "a.parquet", cauldron_rows(21, turns=3))
+    folder = tmp_path / "data"
+    convert_files("cauldron", source, folder, "train", turns="draw", num_crops=2, shard_bytes=15_000 * sharded)
+
+    def batches(epoch: int, position: int, workers: int, rank: int) -> tuple[list[Any], int]:
+        """(batches from `position` on of a process that starts anew, examples it loaded)."""
+        dataset = ConversationDataset(folder, "train", processor)
+        assert bool(dataset.shard_starts()) == sharded
+        plan = BatchPlan(
+            examples=21, batch_size=8, micro_batch_size=2, processes=2, seed=5, grouping=grouping, packs=2,
+            lengths=dataset.lengths(), token_budget=500, shard_starts=dataset.shard_starts(),
+        )  # fmt: skip
+        examples = Counted(dataset)
+        sampler = PlannedBatches(plan, rank)
+        loader: DataLoader = DataLoader(
+            examples, batch_sampler=sampler, num_workers=workers, multiprocessing_context="fork" if workers else None,
+            collate_fn=lambda picked: (picks_of(picked), collate([example for example, _ in picked], 0)),
+        )  # fmt: skip
+        sampler.set_epoch(epoch)
+        examples.set_epoch(epoch)
+        return list(skip_first_batches(loader, position)), examples.loaded.value
+
+    def picks_of(picked: list[Any]) -> list[tuple[str, int]]:
+        return [(example["id"], pick.index) for example, pick in picked]
+
+    seen: list[str] = []
+    for rank in (0, 1):
+        whole, _ = batches(1, 0, 0, rank)
+        seen += [name for picks, _ in whole for name, _ in picks]
+        for position, workers in ((1, 2), (len(whole) // 2, 0), (len(whole) - 1, 1)):
+            rest, loaded = batches(1, position, workers, rank)
+            assert [picks for picks, _ in rest] == [picks for picks, _ in whole[position:]]
+            for (_, one), (_, other) in zip(rest, whole[position:], strict=True):
+                assert one.keys() == other.keys()
+                assert all(torch.equal(one[key], other[key]) for key in one)
+            assert loaded == sum(len(picks) for picks, _ in rest)  # what was trained on is not loaded again
+        assert [picks for picks, _ in batches(2, 0, 0, rank)[0]] != [picks for picks, _ in whole]
+    assert sorted(set(seen)) == [f"data-train-{number:08d}" for number in range(21)]
+
+
+def test_shards_of_the_examples_that_are_kept(tmp_path: Path, processor: Phi3VProcessor) -> None:
+    source = write_parquet(tmp_path / "a.parquet", cauldron_rows(12))
+    convert_files("cauldron", source, tmp_path / "data", "train", shard_bytes=10_000)
+    dataset = ConversationDataset(tmp_path / "data", "train", processor)
+    starts = dataset.shard_starts()
+    assert len(starts) > 3 and starts[0] == 0
+    assert dataset.shard_starts(range(12)) == starts
+    kept = [index for index in range(12) if not starts[1] <= index < starts[2] and index != starts[2]]
+    shards = dataset.shard_starts(kept)
+    assert len(shards) == len(starts) - 1
+    assert sorted(shard_order(shards, len(kept), 1, 0)) == list(range(len(kept)))
+    assert [kept[start] for start in shards] == [0, starts[2] + 1, *starts[3:]]
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path, processor: Phi3VProcessor) -> None:

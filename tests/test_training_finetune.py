@@ -155,6 +155,8 @@ def test_what_a_finished_row_holds(folders, tmp_path):
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert all(line["images_per_second"] > 0 and line["tokens_per_second"] > 0 for line in steps)
+    shares = [line["padding_share"] for line in steps]  # a text-only example is shorter than the rest of its batch
+    assert all(0 <= share < 0.5 for share in shares) and max(shares) > 0
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
     assert steps[1]["learning_rate"] == pytest.approx(2e-3)
     assert list((out / "tensorboard").glob("events.out.tfevents.*"))

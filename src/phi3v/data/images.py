@@ -34,6 +34,12 @@ KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png"}
 READ = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """Formats that are opened at all: no vector formats, nothing that runs other programs."""
 
+MAX_RATIO = 336
+"""Longer side over shorter side at most. A tile is 336 pixels wide, and with one crop it holds the longer side: of a
+thinner picture nothing would be left."""
+
+TOO_THIN = f"expected sides within 1 : {MAX_RATIO} (a tile is 336 pixels)"
+
 # Pillow warns of a bomb above its limit of pixels and refuses at twice that; here the limit itself refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -79,6 +85,11 @@ def _open(data: bytes | Path, where: str) -> Image.Image:
     return image
 
 
+def too_thin(width: int, height: int) -> bool:
+    """Whether the model would see nothing of a picture of that size."""
+    return max(width, height) > MAX_RATIO * min(width, height)
+
+
 def check_png(data: bytes, where: str) -> None:
     """Every chunk is whole and its checksum right, up to the end mark. Raises DataError."""
     position, end = len(_PNG_START), len(data)
@@ -97,17 +108,35 @@ def check_png(data: bytes, where: str) -> None:
 
 
 def check_jpeg(data: bytes, where: str) -> None:
-    """The end mark is there. Raises DataError."""
-    # Some writers pad or append metadata behind it; a truncated scan holds no end mark at all.
-    if data.rfind(b"\xff\xd9") < 2:
+    """The end mark is there, behind the start of the pixels. Raises DataError."""
+    # A thumbnail among the metadata has an end mark of its own. Some writers pad or append metadata behind the last.
+    if data.rfind(b"\xff\xd9") < _jpeg_pixels(data):
         raise DataError(f"{where}: JPEG ends after {len(data)} bytes without its end mark; the file is truncated")
 
 
+def _jpeg_pixels(data: bytes) -> int:
+    """Where a JPEG's metadata end and its pixels start."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        mark = data[position + 1]
+        if mark == 0xFF:  # a filling byte
+            position += 1
+        elif mark == 0xDA:
+            return position
+        elif mark == 0x01 or 0xD0 <= mark <= 0xD8:  # without a length
+            position += 2
+        else:
+            position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+    return position
+
+
 def inspect(data: bytes, where: str) -> ImageInfo:
-    """Header and completeness of encoded bytes, without decoding them. Raises DataError: no picture, too many pixels,
-    truncated."""
+    """Header and completeness of encoded bytes, without decoding them. Raises DataError: no picture, too many pixels, too
+    thin, truncated."""
     with _open(data, where) as image:
         info = ImageInfo(image.format or "", image.width, image.height, image.mode)
+    if too_thin(info.width, info.height):
+        raise DataError(f"{where}: {info.width} x {info.height} pixels; {TOO_THIN}")
     if info.format == "PNG":
         check_png(data, where)
     elif info.format in KEPT:

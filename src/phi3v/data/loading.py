@@ -8,6 +8,7 @@ within seconds.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import random
 from collections.abc import Sequence
@@ -48,7 +49,9 @@ class ConversationDataset(Dataset):
         self.lines = LineIndex(split_file(data_dir, split))
         if not len(self.lines):
             raise DataError(f"{self.lines.path}: empty; expected one JSON object a line")
-        self.pictures = pictures_of(data_dir, self.description.get("splits", {}).get(split, {}))
+        entry = self.description.get("splits", {}).get(split, {})
+        self.pictures = pictures_of(data_dir, entry)
+        self._shard_starts: list[int] = entry.get("shard_starts", [])
         self.turns = turns or self.description.get("turns", "all")
         self.num_crops = num_crops or self.description.get("num_crops") or DEFAULT_NUM_CROPS
         # A copy: another dataset may use the same processor with another number of crops.
@@ -85,6 +88,15 @@ class ConversationDataset(Dataset):
             drawn = turns[random.Random(f"turn/{self.seed}/{self.epoch}/{index}").randrange(len(turns))]
             turns = (Turn(conversation.images, drawn.user, drawn.assistant, drawn.answers),)
         return Conversation(conversation.id, conversation.source, turns)
+
+    def shard_starts(self, kept: Sequence[int] | None = None) -> list[int]:
+        """First example of each tar shard, for shard_order; empty: the pictures are files.
+
+        kept: the examples that are used, in order; starts are then places in it.
+        """
+        if kept is None:
+            return self._shard_starts
+        return list(dict.fromkeys(bisect.bisect_left(kept, start) for start in self._shard_starts))
 
     def lengths(self) -> list[int]:
         """Tokens of every example, from texts and picture headers; where a turn is drawn, those of the longest turn.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,11 +149,12 @@ def padding_share(token_lengths: Sequence[int], batches: Sequence[Sequence[int]]
 
 def plot(statistics: dict[str, Any]) -> str:
     """Histograms of tokens, a split beside the other, as SVG."""
-    parts, left = [], 0
+    parts: list[str] = []
+    left = 0
     for split, values in statistics.items():
         counts, edges = values["histogram"]["counts"], values["histogram"]["edges"]
         parts.append(
-            f'<g transform="translate({left},0)"><text x="10" y="16">{split}: {values["examples"]} examples</text>'
+            f'<g transform="translate({left},0)"><text x="10" y="16">{escape(split)}: {values["examples"]} examples</text>'
         )
         parts.append(f'<text x="10" y="32" fill="#555">{values["tokens"]["mean"]:g} tokens on average</text>')
         for place, count in enumerate(counts):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from phi3v.data.conversations import MAX_LINE_BYTES, DataError, decode_line, raw_lines, record_problem, shown
 from phi3v.data.folder import describe
+from phi3v.data.images import TOO_THIN, too_thin
 from phi3v.data.pictures import Pictures, pictures_of
 
 Level = Literal["shape", "paths", "images"]
@@ -249,12 +250,8 @@ def check_images(
                 problems.add("image does not decode", f"{where}: image {shown(name)}: {problem}")
                 continue
             hashes[split, name] = digest
-            if width > 336 * height or height > 336 * width:
-                problems.add(
-                    "image too thin",
-                    f"{where}: image {shown(name)}: {width} x {height}; expected sides within 1 : 336 "
-                    "(a tile is 336 pixels)",
-                )
+            if too_thin(width, height):
+                problems.add("image too thin", f"{where}: image {shown(name)}: {width} x {height}; {TOO_THIN}")
     return _leaks(checks, hashes, problems)
 
 

@@ -16,7 +16,7 @@ from phi3v.settings import Geometry
 from phi3v.training.batching import Grouping, Pick
 
 # Keys of a batch that are for the trainer, not for the model.
-TRAINER_KEYS = ("examples_in_step", "ids", "token_count", "image_count", "example_count", "work")
+TRAINER_KEYS = ("examples_in_step", "ids", "token_count", "slot_count", "image_count", "example_count", "work")
 
 
 class PickedExamples(Dataset):
@@ -57,6 +57,7 @@ class Collator:
             "example_count": len(counted),
             "work": sum((self._work(example) for example in counted), Work()),
             "token_count": sum(len(example["input_ids"]) for example in counted),
+            "slot_count": batch["input_ids"].numel(),
             "image_count": sum(
                 len(example["image_sizes"]) for example in counted if example.get("image_sizes") is not None
             ),

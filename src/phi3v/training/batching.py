@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from phi3v.data.pictures import shard_order
+
 Grouping = Literal["fixed", "length", "packed"]
 
 
@@ -58,6 +60,8 @@ class BatchPlan:
     """Tokens of a pack at most; an example that is longer is a pack by itself."""
     packs: int = 0
     """M with `packed`, see `packs_needed`."""
+    shard_starts: Sequence[int] = ()
+    """First example of each tar shard, for an order that reads few shards at a time; empty: pictures are files."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -82,9 +86,15 @@ class BatchPlan:
         """Micro-batches one process sees in an epoch."""
         return self.accumulation * (self.steps_per_epoch - 1) + self.micro_steps(self.steps_per_epoch - 1)
 
+    def order(self, epoch: int) -> list[int]:
+        """The examples of an epoch, in order: by seed and epoch alone."""
+        if self.shard_starts:
+            return shard_order(self.shard_starts, self.examples, self.seed, epoch)
+        return epoch_order(self.examples, self.seed, epoch)
+
     def epoch(self, epoch: int, rank: int) -> Iterator[list[Pick]]:
         """The micro-batches of process `rank`, in order."""
-        order = epoch_order(self.examples, self.seed, epoch)
+        order = self.order(epoch)
         for step in range(self.steps_per_epoch):
             members = order[step * self.batch_size : (step + 1) * self.batch_size]
             for micro in self.deal(members, self.micro_steps(step))[rank]:
@@ -142,7 +152,7 @@ def packs_needed(plan: BatchPlan, epochs: int) -> int:
     assert plan.token_budget > 0
     needed = 1
     for epoch in range(epochs):
-        order = epoch_order(plan.examples, plan.seed, epoch)
+        order = plan.order(epoch)
         for start in range(0, len(order), plan.batch_size):
             members = order[start : start + plan.batch_size]
             while needed * plan.processes < len(members):

@@ -237,6 +237,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
         examples=len(kept) if kept is not None else len(dataset), batch_size=settings.batch_size,
         micro_batch_size=settings.batch_size_per_gpu, processes=processes, seed=settings.seed,
         grouping=settings.batching, lengths=lengths, token_budget=settings.tokens_per_pack,
+        shard_starts=dataset.shard_starts(kept),
     )  # fmt: skip
     if plan.examples == 0:
         raise SettingsError(f"{data_dir}: split train: no examples to train on; expected at least one")

@@ -22,6 +22,8 @@ class StepCounts:
     images: int
     tokens: int
     """Without padding."""
+    slots: int
+    """Tokens with padding."""
     seconds: float
     """Wall time since the step before, without evaluation and saving; of this process."""
     loading_seconds: float
@@ -42,6 +44,7 @@ class Meter:
     examples: int = 0
     images: int = 0
     tokens: int = 0
+    slots: int = 0
     work: Work = field(default_factory=Work)
     loading_seconds: float = 0.0
     ids: list[str] = field(default_factory=list)
@@ -55,6 +58,7 @@ class Meter:
         self.examples += counts["example_count"]
         self.images += counts["image_count"]
         self.tokens += counts["token_count"]
+        self.slots += counts["slot_count"]
         self.work = self.work + counts["work"]
         self.ids += counts["ids"]
         self.losses.append(loss)
@@ -72,7 +76,7 @@ class Meter:
 
     def finish_step(self, stop_asked: bool, save_asked: bool = False) -> StepCounts:
         """Counts of the step over all processes; a collective call, so that all of them stop or save together."""
-        own = (self.examples, self.images, self.tokens, stop_asked, save_asked, *astuple(self.work))
+        own = (self.examples, self.images, self.tokens, self.slots, stop_asked, save_asked, *astuple(self.work))
         values = [float(value) for value in own]
         if dist.is_initialized() and dist.get_world_size() > 1:
             total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -80,10 +84,10 @@ class Meter:
             values = total.tolist()
         now = time.perf_counter()
         counts = StepCounts(
-            examples=int(values[0]), images=int(values[1]), tokens=int(values[2]),
-            stop_asked=values[3] > 0, save_asked=values[4] > 0, work=Work(*values[5:]),
+            examples=int(values[0]), images=int(values[1]), tokens=int(values[2]), slots=int(values[3]),
+            stop_asked=values[4] > 0, save_asked=values[5] > 0, work=Work(*values[6:]),
             seconds=now - self.clock, loading_seconds=self.loading_seconds,
         )  # fmt: skip
-        self.clock, self.examples, self.images, self.tokens, self.loading_seconds = now, 0, 0, 0, 0.0
+        self.clock, self.examples, self.images, self.tokens, self.slots, self.loading_seconds = now, 0, 0, 0, 0, 0.0
         self.work, self.ids, self.losses = Work(), [], []
         return counts

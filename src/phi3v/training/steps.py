@@ -102,6 +102,7 @@ class StepCallback(TrainerCallback):
             "images_per_second": self.counts.images / seconds,
             "tokens_per_second": self.counts.tokens / seconds,
             "loading_share": self.counts.loading_seconds / seconds,
+            "padding_share": 1 - self.counts.tokens / max(self.counts.slots, 1),
             **(self.utilisation.of(self.counts.work, seconds) if self.utilisation else {}),
         }
 
