@@ -189,6 +189,7 @@ def write_speed(results: Path, job: Job, rate: float = 5.0) -> None:
     speed = {
         "row": row.row, "images_per_second": rate, "tokens_per_second": rate * 300, "step_seconds": 64 / rate, "repeats": [rate * 0.98, rate, rate * 1.03],
         "peak_memory_bytes": 1.1e9, "warmup_steps": 2, "timed_steps": 3, "world_size": 2, "nodes": 1, "device": "CPU", "stand_in": True, "observed": observed,
+        "fingerprint": {"devices": {"CPU": 2}, "driver": None, "backend": "gloo", "versions": {"torch": "2.13.0"}},
     }  # fmt: skip
     write(results / "speed" / row.row / "speed.json", speed)
     manifest(results / "speed" / row.row, "speed", {"row": row.row, "dataset": row.dataset}, 33)

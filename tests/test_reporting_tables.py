@@ -261,6 +261,40 @@ def test_rows_that_ran_the_same_code_are_marked(root, tmp_path):
     assert same["phi3-a100-full-eager-8gpu"] == []
 
 
+def test_speed_rows_say_what_they_were_measured_on(root, changed, monkeypatch):
+    monkeypatch.chdir(root)
+    run, results = changed
+    rows = [job.row.row for job in run.speed]
+    path = results / "speed" / rows[0] / "speed.json"
+    speed = json.loads(path.read_text())
+    path.write_text(json.dumps({**speed, "fingerprint": {"devices": {"<b>A100</b>": 2}, "power_limit_w": 400.0}}))
+    folder = report(root, results)
+    page = (folder / "index.html").read_text()
+    assert (
+        f"What {rows[0]} was measured on" in page
+        and "&lt;b&gt;A100&lt;/b&gt; 2" in page
+        and "<dt>power limit w</dt><dd>400.0" in page
+    )
+    assert f"What {', '.join(rows[1:])} were measured on" in page
+    first = rows_of(folder / "speed.tsv")[rows[0]]
+    assert float(first["tokens_per_second_per_device"]) == pytest.approx(speed["tokens_per_second"] / 2)
+
+
+def test_damaged_speed_is_named(changed):
+    run, results = changed
+    row = run.speed[0].row.row
+    path = results / "speed" / row / "speed.json"
+    speed = json.loads(path.read_text())
+    for change, message in (
+        ({"images_per_second": -1}, "field `images_per_second`: got -1; expected a number 0 to inf"),
+        ({"row": "other"}, "field `row`: got 'other'"),
+        ({"tokens_per_second": float("nan")}, "NaN; expected finite numbers"),
+    ):
+        path.write_text(json.dumps({**speed, **change}))
+        line = line_of(run, results, row)
+        assert line.status == "damaged" and message in line.reason
+
+
 def test_a_missing_configuration_is_named(tmp_path):
     with pytest.raises(SettingsError, match=r"nowhere.yaml"):
         build_report(ReportSettings(config=str(tmp_path / "nowhere.yaml")))

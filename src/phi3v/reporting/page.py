@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 
+from phi3v.planning.flops import FORMULA
 from phi3v.reporting import figures, provenance
 from phi3v.reporting.markdown import by_hardware, grouped
 from phi3v.reporting.pictures import Thumbnails
@@ -73,7 +74,14 @@ def render(tables: Tables, results: Path, code: dict[str, Any]) -> str:
         stand_ins = list(dict.fromkeys(stand_in_text(line) for line in speed_lines if line.value("stand_in")))
         shown = [figure for figure in both if figure]
         speed.append(
-            {"hardware": hardware, "title": title, "lines": speed_lines, "figures": shown, "stand_ins": stand_ins}
+            {
+                "hardware": hardware,
+                "title": title,
+                "lines": speed_lines,
+                "figures": shown,
+                "stand_ins": stand_ins,
+                "fingerprints": provenance.fingerprints(speed_lines),
+            }
         )
     details = {}
     for line in tables.accuracy:
@@ -131,6 +139,7 @@ def render(tables: Tables, results: Path, code: dict[str, Any]) -> str:
         plan=provenance.plan(tables, results),
         plan_columns=provenance.PLAN_COLUMNS,
         published_tokens=PUBLISHED_TOKENS,
+        formula=FORMULA,
         code=code,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         style=_asset("style.css"),

@@ -111,6 +111,27 @@ def _works(tables: Tables, results: Path) -> dict[str, Work]:
     return found
 
 
+def fingerprints(lines: list[SpeedLine]) -> list[tuple[list[str], dict[str, Any]]]:
+    """What speed rows were measured on: (rows, facts that are known), rows with the same facts together."""
+    groups: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for line in lines:
+        facts = line.value("fingerprint")
+        if not isinstance(facts, dict):
+            continue
+        known = {name: _fact(value) for name, value in facts.items() if value not in (None, [], {})}
+        groups.setdefault(json.dumps(known, sort_keys=True), ([], known))[0].append(line.row.row)
+    return list(groups.values())
+
+
+def _fact(value: Any) -> str:
+    """A fact of a fingerprint in words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_fact(item)}" for name, item in value.items() if item is not None)
+    if isinstance(value, list):
+        return "; ".join(_fact(item) for item in value)
+    return str(value)
+
+
 def _distinct(manifests: list[dict[str, Any]], name: str) -> list[str]:
     return sorted({str(manifest[name]) for manifest in manifests if manifest.get(name)})
 

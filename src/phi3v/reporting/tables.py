@@ -120,6 +120,12 @@ class SpeedLine:
         return self.result.speed.get(name) if self.result else None
 
     @property
+    def tokens_each(self) -> float | None:
+        """Tokens a second of one device."""
+        tokens, processes = self.value("tokens_per_second"), self.value("world_size")
+        return tokens / processes if tokens and processes else None
+
+    @property
     def spread(self) -> dict[str, float] | None:
         """Spread of images/s over the repeats."""
         repeats = [r["images_per_second"] if isinstance(r, dict) else r for r in self.value("repeats") or []]
@@ -584,6 +590,7 @@ SPEED_COLUMNS: list[Column] = [
     ("speedup", lambda r: r.speedup),
     ("published_speedup", lambda r: r.row.published_speedup),
     ("tokens_per_second", lambda r: r.value("tokens_per_second")),
+    ("tokens_per_second_per_device", lambda r: r.tokens_each),
     ("step_seconds", lambda r: r.value("step_seconds")),
     ("images_per_second_low", lambda r: r.spread["low"] if r.spread else None),
     ("images_per_second_high", lambda r: r.spread["high"] if r.spread else None),
