@@ -75,40 +75,69 @@ def write_pages(folder: Path, count: int) -> Path:
     return folder
 
 
-def part(step_logits: list[Any], tokens: list[int]) -> list[float]:
-    """Gap between the two best logits of each step; logits: a [vocabulary] tensor a step."""
-    return [float(logits.topk(2).values.diff().abs()) for logits in step_logits[: len(tokens)]]
-
-
-def explain(loaded: Any, questions: list[Any], data: Path, batch: list[int], index: int, limit: int) -> dict[str, Any]:
-    """Where the answer of one example parts between its batch and the example alone."""
+def answer(loaded: Any, questions: list[Any], data: Path, rows: list[int], limit: int) -> tuple[Any, Any]:
+    """(tokens [rows, steps], logits [steps, rows, vocabulary]) that the model gives to examples in one batch."""
     import torch
 
     from phi3v.evaluation.run import _inputs
 
-    ways = {}
-    for name, rows, at in (("batched", batch, batch.index(index)), ("alone", [index], 0)):
-        inputs = _inputs(rows, questions, data, loaded)
-        inputs["pixel_values"] = inputs["pixel_values"].to(loaded.model.dtype)
-        with torch.inference_mode():
-            made = loaded.model.generate(
-                **inputs, do_sample=False, max_new_tokens=limit, eos_token_id=loaded.end_tokens, output_logits=True,
-                pad_token_id=loaded.processor.tokenizer.pad_token_id, return_dict_in_generate=True,
-                suppress_tokens=[loaded.model.config.image_token_id],
-            )  # fmt: skip
-        new = made.sequences[at, inputs["input_ids"].shape[1] :].tolist()
-        ways[name] = (new, [step[at].float() for step in made.logits])
-    left, right = ways["batched"], ways["alone"]
-    step = next((i for i, (a, b) in enumerate(zip(left[0], right[0], strict=False)) if a != b), None)
+    inputs = _inputs(rows, questions, data, loaded)
+    inputs["pixel_values"] = inputs["pixel_values"].to(loaded.model.dtype)
+    with torch.inference_mode():
+        made = loaded.model.generate(
+            **inputs, do_sample=False, max_new_tokens=limit, eos_token_id=loaded.end_tokens, output_logits=True,
+            pad_token_id=loaded.processor.tokenizer.pad_token_id, return_dict_in_generate=True,
+            suppress_tokens=[loaded.model.config.image_token_id],
+        )  # fmt: skip
+    logits = torch.stack(made.logits).float()
+    logits[..., loaded.model.config.image_token_id] = float("-inf")
+    return made.sequences[:, inputs["input_ids"].shape[1] :], logits
+
+
+def gap(logits: Any) -> float:
+    """Between the two best of [vocabulary] logits."""
+    best = logits.topk(2).values
+    return float(best[0] - best[1])
+
+
+def apart(left: Any, right: Any) -> float:
+    """Largest difference of finite logits."""
+    finite = left.isfinite() & right.isfinite()
+    return float((left - right)[finite].abs().max())
+
+
+def explain(loaded: Any, questions: list[Any], data: Path, batch: list[int], index: int, limit: int) -> dict[str, Any]:
+    """Where the answer of one example parts between its batch and the example alone."""
+    together, logits = answer(loaded, questions, data, batch, limit)
+    alone, alone_logits = answer(loaded, questions, data, [index], limit)
+    at = batch.index(index)
+    pairs = zip(together[at].tolist(), alone[0].tolist(), strict=False)
+    step = next((i for i, (left, right) in enumerate(pairs) if left != right), None)
     if step is None:
         return {"id": questions[index].id, "step": None}
     return {
         "id": questions[index].id,
         "step": step,
-        "gap_batched": part(left[1][step:], [0])[0],
-        "gap_alone": part(right[1][step:], [0])[0],
-        "logits_apart": max(float((a - b).abs().max()) for a, b in zip(left[1][: step + 1], right[1], strict=False)),
-        "largest_logit": float(right[1][step].max()),
+        "gap_batched": gap(logits[step, at]),
+        "gap_alone": gap(alone_logits[step, 0]),
+        "logits_apart": max(apart(logits[i, at], alone_logits[i, 0]) for i in range(step + 1)),
+        "largest_logit": float(alone_logits[step, 0].max()),
+    }
+
+
+def first_step(loaded: Any, questions: list[Any], data: Path, batches: list[list[int]]) -> dict[str, float]:
+    """Of the first token, where both ways have read the same: how far logits are apart, and the smallest gaps to be lost."""
+    apart_by, gaps = [], []
+    for batch in batches:
+        _, logits = answer(loaded, questions, data, batch, 1)
+        for at, index in enumerate(batch):
+            _, alone = answer(loaded, questions, data, [index], 1)
+            apart_by.append(apart(logits[0, at], alone[0, 0]))
+            gaps.append(gap(alone[0, 0]))
+    return {
+        "logits_apart_at_most": max(apart_by),
+        "smallest_gap": min(gaps),
+        "median_gap": sorted(gaps)[len(gaps) // 2],
     }
 
 
@@ -161,6 +190,7 @@ def main() -> None:
                     "threads": torch.get_num_threads(),
                     "examples_per_second": {"one_by_one": rates[1], "batched": rates[given.batch]},
                     "ratio": round(rates[given.batch] / rates[1], 2),
+                    "first_token": first_step(loaded, questions, data, batches),
                     "different_answers": len(different),
                     "parted": reasons,
                 },
