@@ -74,9 +74,8 @@ def digests_of(results: Path) -> dict[str, str]:
     return digests(results.resolve().parent, results.name)
 
 
-def compare(found: dict[str, str], expected: dict[str, str], results: Path, other: Path | None, whole: bool) -> int:
-    """Exit code of comparing digests. whole: a file that only `expected` has is a difference too."""
-    wanted = expected if whole else {name: value for name, value in expected.items() if name in found}
+def compare(found: dict[str, str], wanted: dict[str, str], results: Path, other: Path | None) -> int:
+    """Exit code of comparing digests; a file that one side lacks is a difference."""
     if not found or not wanted:
         print(f"{results}: no file that must repeat; expected a finished run's folder", file=sys.stderr)
         return 2
@@ -105,9 +104,18 @@ def main() -> int:
         found = digests_of(results)
         other = given.against or (run_demo(Path(two), given.rows) if given.twice else None)
         if other is not None:
-            code = compare(found, digests_of(other), results, other, whole=True)
+            code = compare(found, digests_of(other), results, other)
         elif kind in stored:
-            code = compare(found, stored[kind]["files"], results, None, whole=not given.rows)
+            # accuracy.tsv holds the whole run; rows of it are compared by what they and the stored run share.
+            known, part = stored[kind]["files"], bool(given.rows or given.results)
+            shared = {name for name in known if name in found and not name.endswith("accuracy.tsv")}
+            print(
+                f"{len(found)} files, {len(shared)} of them among the {len(known)} stored at {stored[kind]['commit'][:12]}"
+            )
+            only = shared if part else set(known)
+            code = compare(
+                {n: d for n, d in found.items() if n in only}, {n: known[n] for n in known if n in only}, results, None
+            )
         else:
             code = 0 if given.store else 3
             print(f"{STORED.name} has no digests for {kind!r}, only for {', '.join(stored) or 'none'}", file=sys.stderr)

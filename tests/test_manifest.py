@@ -76,7 +76,7 @@ def test_the_commit_and_what_differs_from_it(tmp_path):
 
 
 def test_no_token_reaches_a_manifest(tmp_path, monkeypatch):
-    secrets = ["hf_" + "A1b2C3d4E5", "s3cretValue!", "plain-password-1"]
+    secrets = ["hf_" + "NotARealToken1", "s3cretValue!", "plain-password-1"]
     monkeypatch.setenv("HF_TOKEN", secrets[1])
     monkeypatch.setattr(sys, "argv", ["train.py", "--token", secrets[0], "--url", f"https://me:{secrets[2]}@host/x"])
     monkeypatch.setenv("WANDB_API_KEY", "not-a-real-key")
