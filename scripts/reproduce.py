@@ -32,7 +32,7 @@ STORED = ROOT / "config/demo/digests.json"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rows", nargs="+", default=[], metavar="ROW", help="rows of the demo (default: all of its rows)"
+        "--rows", nargs="+", default=[], metavar="ROW", help="accuracy rows (default: all rows of the demo)"
     )
     parser.add_argument(
         "--twice", action="store_true", help="a second run in another folder in place of the stored digests"
@@ -57,7 +57,9 @@ def run_demo(folder: Path, rows: list[str]) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
-    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/demo", "--quiet", *rows]
+    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/demo", "--quiet"]
+    if rows:
+        command += ["--config", f"rows={{accuracy: [{', '.join(rows)}], speed: []}}"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder / "src")}
     done = subprocess.run(
