@@ -130,7 +130,7 @@ def _free_ports(count: int) -> int:
 class Cluster:
     """munged, mariadbd, slurmdbd, slurmctld and a slurmd a node, each a child of this process."""
 
-    def __init__(self, folder: Path, short: str = "00:01:00", kill_wait: int = 30) -> None:
+    def __init__(self, folder: Path, short: str = "00:02:00", kill_wait: int = 30) -> None:
         self.folder = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {**os.environ, "PATH": f"{os.environ['PATH']}:{SBIN}"}

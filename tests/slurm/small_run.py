@@ -33,16 +33,20 @@ STEPS = 3 * EPOCHS
 ROW = dict(zip(METHODS, ROWS, strict=True))
 
 
+def environment_of(folder: Path) -> dict[str, str]:
+    """This Python's programs, and the package of the repository's copy."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(folder / "src")}
+
+
 class Snakemake:
     """A Snakemake under way, and its output so far."""
 
     def __init__(self, folder: Path, arguments: list[str], log: Path) -> None:
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CI": "false"}
-        environment["PYTHONPATH"] = str(folder / "src")
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "snakemake", *arguments], cwd=folder, env=environment, stdout=output,
+                [sys.executable, "-m", "snakemake", *arguments], cwd=folder, env=environment_of(folder), stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
 
@@ -121,6 +125,14 @@ class Runs:
         snakemake = self.start(config, *arguments, profile=profile)
         return snakemake.finish(seconds), snakemake.output
 
+    def look(self, *arguments: str) -> tuple[int, str]:
+        """(exit code, output) of scripts/cluster.py."""
+        done = subprocess.run(
+            [sys.executable, "scripts/cluster.py", *arguments], cwd=self.folder, env=environment_of(self.folder),
+            capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
+
     def train(self, name: str, row: str) -> Path:
         return self.folder / "results" / name / "train" / row
 
@@ -142,10 +154,13 @@ class Runs:
         return {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     def report(self, name: str) -> dict[str, dict[str, str]]:
-        """Rows of the report's accuracy table that have a result."""
+        """Rows of the report's accuracy table that have a result; without how long it took."""
         lines = (self.folder / "results" / name / "report/accuracy.tsv").read_text().splitlines()
         header, *rows = [line.split("\t") for line in lines]
         found = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+        for values in found.values():
+            for time_taken in ("train_seconds", "evaluate_seconds", "gpu_hours"):
+                del values[time_taken]
         return {row: values for row, values in found.items() if values["after"]}
 
     def step_numbers(self, name: str, row: str) -> list[int]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
-import sys
 
 from small_run import EPOCHS, METHODS, ROW, ROWS, SITE, assert_complete, epochs_of, job_of, submissions, workers
 
@@ -38,9 +36,9 @@ def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undi
 
 
 def test_a_job_that_is_out_of_time_goes_on_in_the_next(runs, undisturbed):
-    """A partition of one minute: SIGUSR1 before its end, save, leave, submitted again."""
-    runs.site({**SITE, "leave_seconds": 25, "partitions": {"cpu": {"partition": "short", "max_runtime": 1}}})
-    epochs = epochs_of(runs, 60)
+    """A partition of two minutes: SIGUSR1 before their end (SLURM sends it up to a minute early), save, leave, go on."""
+    runs.site({**SITE, "leave_seconds": 20, "partitions": {"cpu": {"partition": "short", "max_runtime": 2}}})
+    epochs = epochs_of(runs, 90)
     try:
         config = runs.configure("limited", [ROW["lora"]], epochs=epochs, save_minutes=0)
         code, output = runs.run(config, f"results/limited/train/{ROW['lora']}/manifest.json")
@@ -65,12 +63,9 @@ def test_snakemake_killed_and_started_again(runs, cluster, until, undisturbed):
     assert code != 0
     assert f"job {job}: finetune {ROW['lora']}, running" in output
     assert "has been submitted" not in output
-    look = [sys.executable, "scripts/cluster.py"]
-    shown = subprocess.run(
-        [*look, "status", "--config", config], cwd=runs.folder, capture_output=True, text=True, check=True
-    )
-    assert re.search(rf"{ROW['lora']} +training +{job} +node\d +\d+/{3 * epochs} +\d", shown.stdout), shown.stdout
-    subprocess.run([*look, "wait", "--seconds", "1"], cwd=runs.folder, check=True, timeout=400, capture_output=True)
+    code, shown = runs.look("status", "--config", config)
+    assert re.search(rf"{ROW['lora']} +training +{job} +node\d +\d+/{3 * epochs} +\d", shown), shown
+    assert runs.look("wait", "--seconds", "1")[0] == 0
     code, output = runs.run(config)
     assert code == 0, output[-8000:]
     assert submissions(output, ROW["lora"]) == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -18,14 +16,7 @@ GPU_POOL = [{"device": "a100-80gb", "per_node": 2, "nodes": 2, "stand_in": True}
 def look(runs):
     """look(*arguments) → (exit code, output) of scripts/cluster.py; the site file is put back afterwards."""
 
-    def run(*arguments: str) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "scripts/cluster.py", *arguments], cwd=runs.folder, capture_output=True, text=True,
-            timeout=120, check=False,
-        )  # fmt: skip
-        return done.returncode, done.stdout + done.stderr
-
-    yield run
+    yield runs.look
     runs.site(SITE)
 
 
@@ -64,7 +55,7 @@ def site(**changes: Any) -> dict[str, Any]:
         (site(account_="nobody"), 2, "field `account`: got 'nobody': not yours on this cluster; expected one of research"),
         (site(qos="fast"), 2, "field `qos`: got 'fast': not yours on this cluster; expected one of normal"),
         (site(max_runtime=100000), 2, "`partitions.a100-80gb.max_runtime`: got 100000: partition gpu ends jobs after 1440"),
-        (site(partition="short"), 2, "partition short ends jobs after 1 min; set `partitions.a100-80gb.max_runtime: 1`"),
+        (site(partition="short"), 2, "partition short ends jobs after 2 min; set `partitions.a100-80gb.max_runtime: 2`"),
         (site(gpus_per_node=0), 16, "asks for 16 GPUs of a machine, partition gpu has 8"),
         (site(gpus_per_node=1), 2, "asks for 2 GPUs of a machine, partition gpu has 1"),
         (site(gpu_type="h100"), 2, "`partitions.a100-80gb.gpu_type`: got 'h100': GPU types of partition gpu: a100"),

@@ -34,21 +34,21 @@ def finish(snakemake) -> str:
 
 
 def test_out_of_time_equals_one_long_job(runs, undisturbed):
-    """Several jobs of a minute each end with the weights of one that was never interrupted."""
-    epochs, row = epochs_of(runs, 90), ROW["full"]
+    """Several jobs of two minutes each end with the weights of one that was never interrupted."""
+    epochs, row = epochs_of(runs, 150), ROW["full"]
     target = "results/{}/train/" + row + "/manifest.json"
     code, output = runs.run(
         runs.configure("long", [row], epochs=epochs), target.format("long"), profile="profiles/demo"
     )
     assert code == 0, output[-4000:]
-    runs.site({**SITE, "leave_seconds": 25, "partitions": {"cpu": {"partition": "short", "max_runtime": 1}}})
+    runs.site({**SITE, "leave_seconds": 20, "partitions": {"cpu": {"partition": "short", "max_runtime": 2}}})
     try:
         code, output = runs.run(runs.configure("pieces", [row], epochs=epochs, save_minutes=0), target.format("pieces"))
     finally:
         runs.site(SITE)
     assert code == 0, output[-8000:]
     assert submissions(output, row) > 1
-    print(f"\nout of time: {3 * epochs} steps over {submissions(output, row)} jobs of a minute, the same weights")
+    print(f"\nout of time: {3 * epochs} steps over {submissions(output, row)} jobs of two minutes, the same weights")
     assert runs.result("pieces", row) == runs.result("long", row)
 
 
@@ -91,11 +91,28 @@ def test_preempted_by_a_higher_partition(runs, cluster, until, undisturbed):
     assert_complete(runs, "preempted", [row])
 
 
+@pytest.mark.parametrize("command", [["scancel"], ["scontrol", "requeue"]], ids=["scancel", "requeue"])
+def test_ended_from_outside_saves_first(runs, cluster, until, undisturbed, command):
+    """SIGTERM and half a minute: without any regular checkpoint, the next start goes on where this one was."""
+    name = command[-1]
+    snakemake, row = start_training(runs, until, name, "full", save_minutes=0)
+    job, _ = job_of(cluster, row)
+    cluster.out(*command, job)
+    if name == "requeue":
+        until("the job waits", lambda: cluster.jobs()[job] == "PENDING")
+        cluster.out("scontrol", "update", f"JobId={job}", "StartTime=now")
+    output = finish(snakemake)
+    assert submissions(output, row) == (2 if name == "scancel" else 1)
+    said = (runs.folder / f"results/{name}/logs/train/{row}.log").read_text()
+    assert re.search(r"checkpoint-\d+: going on from here", said)
+    assert_complete(runs, name, [row])
+
+
 def test_the_controller_restarts(runs, cluster, until, undisturbed):
-    """Killed while a job trains, away for twenty seconds: nothing is submitted twice, nothing is lost."""
+    """Killed while a job trains, away for a minute: nothing is submitted twice, nothing is lost."""
     snakemake, row = start_training(runs, until, "controller", epochs=EPOCHS)
     cluster.kill("slurmctld")
-    time.sleep(20)
+    time.sleep(60)
     cluster.start_controller()
     output = finish(snakemake)
     assert submissions(output, row) == 1

@@ -39,6 +39,8 @@ class Request:
     """Minutes, before the site's max_runtime cuts it."""
 
 
+# Seconds that SLURM may signal before it was asked to (sbatch(1), --signal), and as much to start.
+SLURM_EARLY = 90
 # The largest of the rules without a row's machines (workflow/rules/data.smk and others).
 CPU_REQUEST = Request("work on CPUs", CPU, "", nodes=1, gpus=0, cpus=1, mem_mb=4000, runtime=240)
 
@@ -75,10 +77,10 @@ def settings_problems(run: ResolvedRun, site: Site, requests: Iterable[Request])
             known = ", ".join(sorted(run.hardware))
             found.append(_error(f"field `partitions`: got {device!r}: expected {CPU} or a device of the run: {known}"))
     for device, entry in site.partitions.items():
-        if entry.max_runtime and entry.max_runtime * 60 <= site.leave_seconds:
+        if entry.max_runtime and entry.max_runtime * 60 <= site.leave_seconds + SLURM_EARLY:
             found.append(_error(
                 f"field `leave_seconds`: got {site.leave_seconds}: partition {entry.partition} ({device}) gives a job "
-                f"{entry.max_runtime} min; expected less than that"
+                f"{entry.max_runtime} min; expected less, by the minute that SLURM may be early"
             ))  # fmt: skip
     for request in requests:
         entry = site.of(request.device, request.partition)
