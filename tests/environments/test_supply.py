@@ -1,11 +1,14 @@
 """What is shipped: bills of materials, the look-up of vulnerabilities, and the bundle for clusters without internet."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import small_run
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,35 @@ def test_a_bill_of_materials_is_cyclonedx_and_lists_the_lock(root, scripts, name
     assert values == sbom.bill(name)
     hashes = [reference for component in values["components"] for reference in component.get("externalReferences", [])]
     assert len(hashes) == lock.count("--hash")
+
+
+def test_make_containers_builds_each_with_its_commit_and_bill(root, tmp_path):
+    """The recipe of the make target, with a stand-in that writes down what Apptainer is asked for."""
+    copy = small_run.make(root, tmp_path / "copy")
+    git = ["git", "-C", str(copy), "-c", "user.name=test", "-c", "user.email=test@invalid"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    tool = tmp_path / "bin/apptainer"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\necho "$@" >> asked.txt\nfor last; do :; done\necho image > "${last%.def}.sif"\n')
+    tool.chmod(0o755)
+    path = f"{tool.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["make", "-o", ".venv/installed", "containers"], cwd=copy, capture_output=True, text=True, check=False,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(copy / "src")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    base = (root / "containers/base.txt").read_text().split("base=")[1].strip()
+    assert (copy / "asked.txt").read_text().splitlines() == [
+        f"build --fakeroot --force --build-arg base={base} --build-arg commit={commit} "
+        f"containers/{name}.sif containers/{name}.def"
+        for name in ("workflow", "report", "train")
+    ]
+    for name, lock in (("workflow", "workflow"), ("report", "report"), ("train", "train-cuda")):
+        assert (copy / f"containers/{name}.sif.sha256").read_text().split()[0] == hashlib.sha256(b"image\n").hexdigest()
+        values = json.loads((copy / f"containers/{name}.cdx.json").read_text())
+        assert values["metadata"]["component"]["name"] == f"phi3v-{lock}"
 
 
 def test_a_vulnerability_is_named_and_silence_is_counted(scripts):
