@@ -120,6 +120,20 @@ def test_rows_say_how_far_they_came(changed):
     assert line.result.train.log_tail[-1] == "RuntimeError: out of memory"
 
 
+def test_a_token_in_a_log_is_not_shown(root, changed, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("HF_TOKEN", "open-sesame")
+    run, results = changed
+    (results / "train" / ROW / "manifest.json").unlink()
+    log = results / f"logs/train/{ROW}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(f"sent {'hf_' + 'NotARealToken1'}\nsent open-sesame\nRuntimeError: refused\n")
+    page = (report(root, results) / "index.html").read_text()
+    assert "RuntimeError: refused" in page
+    assert "NotARealToken1" not in page
+    assert "open-sesame" not in page
+
+
 def _edit_lines(path: Path, change) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     change(lines)

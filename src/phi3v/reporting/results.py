@@ -20,6 +20,7 @@ import numpy as np
 from phi3v.data.conversations import DataError
 from phi3v.evaluation import statistics
 from phi3v.evaluation.predictions import ScoredLine, scored_lines
+from phi3v.manifest import scrub
 
 PASSES = ("before", "after", "control")
 SHOWN_EXAMPLES = 12
@@ -142,7 +143,7 @@ def read_work(folder: Path, log: Path, problems: list[str]) -> Work:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 8192))
             text = file.read().decode("utf-8", errors="replace").replace("\r", "\n")
-        tail = [line[:300] for line in text.splitlines() if line.strip()][-LOG_LINES:]
+        tail = [scrub(line)[:300] for line in text.splitlines() if line.strip()][-LOG_LINES:]
     return Work(folder, manifest, log if log.is_file() else None, tail)
 
 
