@@ -123,7 +123,8 @@ def test_rows_say_how_far_they_came(changed):
 def test_a_token_in_a_log_is_not_shown(root, changed, monkeypatch):
     monkeypatch.chdir(root)
     monkeypatch.setenv("HF_TOKEN", "open-sesame")
-    run, results = changed
+    _, results = changed
+    shutil.rmtree(results / "evaluate" / ROW)
     (results / "train" / ROW / "manifest.json").unlink()
     log = results / f"logs/train/{ROW}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
