@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 
@@ -111,3 +112,33 @@ def test_the_executors_comment_names_rule_and_row():
     assert (found["rule"], found["wildcards"]) == ("finetune", "phi35-docvqa-lora-bf16")
     found = COMMENT.match("rule_demo_base")
     assert (found["rule"], found["wildcards"]) == ("demo_base", None)
+
+
+def prologue(site: Site, then: str) -> tuple[int, str]:
+    """(exit code, output) of a job's shell that goes on with `then`; `module` knows cuda alone."""
+    text = f"""set -euo pipefail
+module() {{ [ "$2" = cuda/12.4 ] && echo loaded "$@" "$UNSET"; }}
+{site.prologue("scripts")} {then}"""
+    done = subprocess.run(
+        ["bash", "-c", text], capture_output=True, text=True, env={"PATH": "/bin", "USER": "ada"}, check=False
+    )
+    return done.returncode, done.stdout
+
+
+def test_what_is_set_up_in_front_of_a_jobs_command():
+    site = Site(modules=["cuda/12.4"], cache="/scratch/$USER/phi3v", scratch="/local", offline=True)
+    code, output = prologue(site, 'echo "$HF_HOME $TRITON_CACHE_DIR $PHI3V_SCRATCH $HF_HUB_OFFLINE"')
+    assert code == 0
+    assert output.splitlines() == [
+        "loaded load cuda/12.4 ", "/scratch/ada/phi3v/huggingface /scratch/ada/phi3v/triton /local 1"
+    ]  # fmt: skip
+    assert prologue(Site(modules=["cuda/13"]), "echo went on") == (1, "")
+
+
+def test_torchrun_in_a_job_is_the_launcher_with_the_same_options(tmp_path):
+    launcher = tmp_path / "torchrun_nodes.sh"
+    launcher.write_text('#!/bin/bash\necho "$@"\n')
+    launcher.chmod(0o755)
+    text = f"{Site().prologue(str(tmp_path))} torchrun --standalone --nproc_per_node=4 --shutdown-timeout=900 a.py --b 'c d'"
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
+    assert done.stdout == "1 4 --shutdown-timeout=900 a.py --b c d\n"

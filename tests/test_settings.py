@@ -215,6 +215,15 @@ def test_one_gpu_keeps_the_batch(tree):
     }
 
 
+@pytest.mark.parametrize(
+    ("per_node", "nodes", "placed"), [(8, 4, (1, 4)), (2, 4, (2, 2)), (2, 1, (1, 2)), (1, 2, (2, 1)), (4, 4, (1, 4))]
+)
+def test_an_accuracy_row_takes_several_machines_where_one_is_too_small(tree, per_node, nodes, placed):
+    run = tree(hardware=[{"device": "a100-80gb", "per_node": per_node, "nodes": nodes}])
+    job = run.job("phi35-nlvr2-full-bf16")  # published on 4 GPUs
+    assert (job.nodes, job.processes_per_node) == placed
+
+
 def test_flags_are_the_recipes(published):
     job = published.job("phi3-docvqa-qlora-bf16")
     flags = " ".join(settings.training_flags(job.row, job.num_crops))

@@ -30,6 +30,8 @@ def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undi
     code = snakemake.finish()
     assert code == 0, snakemake.output[-8000:]
     assert_complete(runs, "faults", ROWS)
+    # The rank that went first is named.
+    assert re.search(r"Root Cause \(first observed failure\):[\s\S]*?rank +: 1 [\s\S]*?SIGKILL", snakemake.output)
     # Only what failed was submitted again; a requeued job keeps its number.
     submitted = {method: submissions(snakemake.output, ROW[method]) for method in METHODS}
     assert submitted == {"full": 2, "frozen": 2, "lora": 1, "qlora": 1}
