@@ -161,7 +161,7 @@ def test_a_rows_learning_rate_repeats_that_row_and_the_report(copy):
     assert code == 0
     jobs = planned(output)
     assert {name: n for name, n in jobs.items() if name not in ("total", "all")} == {
-        "run_settings": 1, "plan_run": 1, "finetune": 1, "evaluate": 1, "report": 1
+        "run_settings": 1, "plan_run": 1, "finetune": 1, "evaluate": 1, "evaluate_official": 1, "report": 1
     }  # fmt: skip
 
 

@@ -218,6 +218,7 @@ def _summary(tables: Tables) -> dict[str, Any]:
         "verdicts": verdicts,
         "seconds": sum(works.values()),
         "older": sum(line.older for line in tables.lines),
+        "has_official": any(tables.run.datasets[line.row.dataset].official for line in tables.accuracy),
         "has_mfu": any(line.value("mfu") is not None for line in tables.speed),
     }
 
