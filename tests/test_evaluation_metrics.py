@@ -37,6 +37,14 @@ def test_accuracy_is_an_exact_match_after_the_recipes_normalisation(prediction, 
         ("", ["something"], 0.0, 0.0),
         ("  two   words ", ["two words"], 1 - 5 / 14, 1.0),  # white space counts in the recipe
         ("kitten", ["sitting", "mitten"], 1 - 1 / 6, 1 - 1 / 6),
+        (
+            "ab  cd",
+            ["ab xd"],
+            1 - 2 / 6,
+            1 - 1 / 6,
+        ),  # the server collapses white space, and divides by what was written
+        ("Strasse", ["Straße"], 1 - 2 / 7, 1 - 2 / 7),  # STRASSE has seven letters
+        ("ß", ["s"], 0.0, 0.5),  # one edit of SS's two letters
     ],
 )
 def test_anls_on_a_set_worked_by_hand(prediction, answers, recipe, official):

@@ -59,12 +59,15 @@ def official_anls(prediction: str, answers: Sequence[str]) -> float:
 
     Lower case, white space collapsed; 1 - NL where that is at least the threshold 0.5, else 0; the best over the answers
     (Biten et al., "Scene Text Visual Question Answering", ICCV 2019, equation 1, and the evaluation script of rrc.cvc.uab.es task 17,
-    which keeps a similarity of exactly 0.5 where the recipe drops it).
+    which keeps a similarity of exactly 0.5 where the recipe drops it, and divides the distance by the length of the longer text as it was
+    written, in upper case: white space that was collapsed still counts there, and a sharp s counts twice).
     """
     said = " ".join(prediction.lower().split())
-    if not said:
-        return 0.0
-    best = max((1.0 - _normalised_distance(said, " ".join(a.lower().split())) for a in answers), default=0.0)
+    best = 0.0
+    for answer in answers:
+        longest = max(len(answer.upper()), len(prediction.upper()))
+        distance = edit_distance(said, " ".join(answer.lower().split()))
+        best = max(best, 1.0 - distance / longest if longest else 1.0)
     return best if best >= 0.5 else 0.0
 
 
