@@ -79,7 +79,8 @@ def digests_of(results: Path) -> dict[str, str]:
 def compare(found: dict[str, str], wanted: dict[str, str], results: Path, other: Path | None) -> int:
     """Exit code of comparing digests; a file that one side lacks is a difference."""
     if not found or not wanted:
-        print(f"{results}: no file that must repeat; expected a finished run's folder", file=sys.stderr)
+        empty = "nothing to compare with" if found else f"{results}: no file that must repeat"
+        print(f"{empty}; expected a finished run's folder", file=sys.stderr)
         return 2
     different = first_difference(found, wanted)
     if different is None:
