@@ -154,14 +154,13 @@ class Runs:
         return {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     def report(self, name: str) -> dict[str, dict[str, str]]:
-        """Rows of the report's accuracy table that have a result; without how long it took."""
+        """Rows of the report's accuracy table that have a result."""
         lines = (self.folder / "results" / name / "report/accuracy.tsv").read_text().splitlines()
         header, *rows = [line.split("\t") for line in lines]
         found = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
-        for values in found.values():
-            for time_taken in ("train_seconds", "evaluate_seconds", "gpu_hours"):
-                del values[time_taken]
-        return {row: values for row, values in found.items() if values["after"]}
+        # Without how long it took, and what depends on the other rows of the run.
+        kept = ("before", "after", "control", "n", "after_low", "after_high", "observed_dtype", "observed_attention")
+        return {row: {name: values[name] for name in kept} for row, values in found.items() if values["after"]}
 
     def step_numbers(self, name: str, row: str) -> list[int]:
         lines = (self.train(name, row) / "metrics.jsonl").read_text().splitlines()
@@ -201,12 +200,9 @@ def assert_complete(runs, name: str, rows: list[str]) -> None:
     """A full report, every step once, and the weights and answers of the undisturbed run."""
     assert set(runs.report(name)) == set(rows)
     for row in rows:
-        steps = [
-            json.loads(line)["step"] for line in (runs.train(name, row) / "metrics.jsonl").read_text().splitlines()
-        ]
-        assert steps == list(range(1, STEPS + 1))
+        assert runs.step_numbers(name, row) == list(range(1, STEPS + 1))
         assert runs.result(name, row) == runs.result("undisturbed", row)
-        assert runs.report(name)[row]["after"] == runs.report("undisturbed")[row]["after"]
+        assert runs.report(name)[row] == runs.report("undisturbed")[row]
 
 
 def epochs_of(runs, seconds: float) -> int:

@@ -7,10 +7,12 @@ import signal
 
 from small_run import EPOCHS, METHODS, ROW, ROWS, SITE, assert_complete, epochs_of, job_of, submissions, workers
 
+SPEED = "phi3-a100-full-eager-8gpu"
+
 
 def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undisturbed):
-    """Four rows on four machines, each with a fault of its own, in one run."""
-    snakemake = runs.start(runs.configure("faults", ROWS, epochs=EPOCHS, save_minutes=0.02), "--jobs", "6")
+    """A row of each method on four machines, each with a fault of its own, and a speed row, in one run."""
+    snakemake = runs.start(runs.configure("faults", ROWS, [SPEED], epochs=EPOCHS, save_minutes=0.02), "--jobs", "6")
     for row in ROWS:
         until(f"{row} trains", lambda row=row: runs.steps("faults", row) >= 2 or snakemake.process.poll() is not None)
     jobs = {method: job_of(cluster, ROW[method]) for method in METHODS}
@@ -30,6 +32,7 @@ def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undi
     code = snakemake.finish()
     assert code == 0, snakemake.output[-8000:]
     assert_complete(runs, "faults", ROWS)
+    assert (runs.folder / "results/faults/speed" / SPEED / "manifest.json").is_file()
     # The rank that went first is named.
     assert re.search(r"Root Cause \(first observed failure\):[\s\S]*?rank +: 1 [\s\S]*?SIGKILL", snakemake.output)
     # Only what failed was submitted again; a requeued job keeps its number.
