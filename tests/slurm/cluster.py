@@ -3,7 +3,7 @@
 python tests/slurm/cluster.py FOLDER     # starts it and waits for Enter, for looking around by hand
 
 Everything lives in one folder: munge's key and socket, slurm.conf, the state and spool folders, the database, the logs.
-Needs root (character devices stand for GPUs) and Debian's slurm-wlm, slurmdbd, munge, mariadb-server.
+Needs root (for /etc/slurm; links to /dev/null stand for GPUs) and Debian's slurm-wlm, slurmdbd, munge, mariadb-server.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def missing() -> str:
     if absent:
         return f"SLURM is not installed ({', '.join(absent)} missing): apt-get install slurm-wlm slurmdbd munge mariadb-server"
     if os.geteuid() != 0:
-        return "the SLURM test cluster needs root: character devices stand for its GPUs"
+        return "the SLURM test cluster needs root: its configuration stands in /etc/slurm while it is up"
     if SYSTEM_CONF.is_symlink() and not _alive(SYSTEM_CONF.readlink().parent / "slurmctld.pid"):
         return ""  # left by a test cluster that was killed
     if SYSTEM_CONF.exists() or SYSTEM_CONF.is_symlink():
@@ -151,7 +151,7 @@ class Cluster:
         for name in (f"node{n}" for n in range(1, NODES + 1)):
             (self.folder / "spool" / name).mkdir()
         for number in range(GPUS):
-            os.mknod(self.folder / "dev" / f"nvidia{number}", 0o600 | 0o020000, os.makedev(1, 3))
+            (self.folder / "dev" / f"nvidia{number}").symlink_to("/dev/null")
         (self.folder / "slurm.conf").write_text(CONF.format(**self.values))
         gres = f"NodeName=node[1-{NODES}] Name=gpu Type=a100 File={self.folder}/dev/nvidia[0-{GPUS - 1}]"
         (self.folder / "gres.conf").write_text(f"AutoDetect=off\n{gres}\n")
