@@ -64,8 +64,8 @@ rule plan_run:
         "python {params.scripts}/plan.py --config {input.config} --output_dir {params.folder} 2>&1 | tee {log}"
 
 
-# Hours of downloads and training should not end at a full disk; a plan or a report alone needs no room.
-onstart:
+def check_room():
+    """Hours of downloads and training should not end at a full disk; a plan or a report alone needs no room."""
     waiting = list(workflow.dag.needrun_jobs())
     trains = {job.wildcards.row for job in waiting if job.rule.name == "finetune"}
     fetches = any(
