@@ -180,6 +180,13 @@ def common_run_flags(seed):
     ]
 
 
+def training_run_flags(job):
+    """The same for training; a row may say itself when it saves."""
+    saves = {"save_minutes", "save_steps"} & job.row.finetune.keys()
+    every = [] if saves else ["--save_minutes", f"{RUN.settings.save_minutes:g}"]
+    return [*every, *common_run_flags(job.seed)]
+
+
 def base_flags():
     """Training of the demo's base model, by the same script as every row."""
     base = RUN.demo.base
