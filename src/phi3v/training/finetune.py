@@ -33,7 +33,7 @@ class LostProcessError(RuntimeError):
 
 
 # What gloo, TCPStore and NCCL say of a peer that is gone (PyTorch has no class of its own for it).
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "NCCL error")
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 # Bytes a second that any file system a 4B model is trained on should write; beyond it a save may not end in time.
 SLOW_DISK = 100e6
 STOPPED = "stopped.json"
