@@ -21,7 +21,7 @@ from phi3v.training.census import Census, CensusError, census_label
 from phi3v.training.job import Job, build
 from phi3v.training.lock import FolderLock, LockedError
 from phi3v.training.memory import OutOfMemoryError, explain_memory, peak_memory_bytes
-from phi3v.training.observe import Observer, device_name, linear4bit
+from phi3v.training.observe import Observer, device_name, linear4bit, size_of
 from phi3v.training.signals import REQUEUE_EXIT_CODE, StopRequest, parents_command, seconds_to_save
 from phi3v.training.steps import NotANumberError, StepCallback
 from phi3v.training.utilisation import utilisation_of
@@ -172,7 +172,7 @@ def prepare_checkpoints(job: Job, folder: Path) -> str | None:
 
 
 def _checkpoint_bytes(job: Job) -> int:
-    parameters = [(p.numel(), p.requires_grad, p.element_size()) for p in job.model.parameters()]
+    parameters = [(size_of(p), p.requires_grad, p.element_size()) for p in job.model.parameters()]
     trainable = sum(count for count, trains, _ in parameters if trains)
     total = sum(count for count, _, _ in parameters)
     return checkpoints.bytes_needed(trainable, total, job.trainer.is_deepspeed_enabled, parameters[0][2])
@@ -200,7 +200,7 @@ def attach_watchers(job: Job, output: Path, stop: StopRequest, lock: FolderLock 
 def headline(job: Job) -> str:
     """One line that says what is about to run."""
     settings, trainer, plan = job.settings, job.trainer, job.trainer.plan
-    trainable = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    trainable = sum(size_of(p) for p in job.model.parameters() if p.requires_grad)
     how = f", ZeRO {settings.zero_stage}" if trainer.is_deepspeed_enabled else ""
     size = "a pack" if settings.batching == "packed" else f"{settings.batch_size_per_gpu}"
     left_out = f", {job.left_out} longer than {settings.max_length} tokens left out" if job.left_out else ""

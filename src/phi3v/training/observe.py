@@ -109,6 +109,11 @@ def _first_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def size_of(parameter: nn.Parameter) -> int:
+    """Elements of a weight; ZeRO 3 leaves an empty tensor and the size beside it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def linear4bit(model: nn.Module) -> tuple[int, int]:
     """Number of bitsandbytes 4-bit layers and the bytes of their packed weights."""
     layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
