@@ -108,6 +108,26 @@ def test_wrong_row_is_refused(tree, new, said):
         assert words in str(error.value)
 
 
+def test_official_splits_are_entries_that_are_only_evaluated(tree, monkeypatch, tmp_path):
+    run = tree()
+    job = next(job for job in run.accuracy if job.row.dataset == "docvqa")
+    assert run.official(job, tmp_path) is None
+    assert run.datasets["docvqa_official"].missing_source(tmp_path) == "results/official/docvqa"
+    (tmp_path / "results/official/docvqa").mkdir(parents=True)
+    assert run.official(job, tmp_path) == "docvqa_official"
+    spoil(tree, "accuracy.tsv", ROW, ROW.replace("\tnlvr2\t", "\tnlvr2_official\t"))
+    with pytest.raises(SettingsError, match=r"field `dataset`: got 'nlvr2_official': it has no split `train`"):
+        tree()
+    spoil(tree, "datasets.yaml", "official: docvqa_official", "official: docvqa_unofficial")
+    with pytest.raises(
+        SettingsError, match=r"dataset `docvqa`: field `official`: got 'docvqa_unofficial': expected one"
+    ):
+        tree()
+    spoil(tree, "datasets.yaml", "    val: {", "    test: {")
+    with pytest.raises(SettingsError, match=r"expected at least val"):
+        tree()
+
+
 def test_line_and_row_are_named(tree):
     spoil(tree, "accuracy.tsv", ROW, ROW.replace("\t3\t", "\tmany\t"))
     with pytest.raises(
