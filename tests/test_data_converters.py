@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from data_examples import cauldron_rows, picture_bytes, ucf_archive, write_clip, write_parquet
 from PIL import Image
 
-from phi3v.data import conversion
+from phi3v.data import conversion, converters_video
 from phi3v.data.conversations import Conversation, DataError, read_conversations
 from phi3v.data.conversion import convert_dataset, convert_files, row_slice
 from phi3v.data.converters import FORMATS
@@ -401,6 +402,43 @@ def test_damaged_archives_and_clips(tmp_path: Path) -> None:
     assert reasons["short.avi"] == "5 frames; expected at least 8"
     assert "does not decode" in reasons["junk.avi"]
     assert set(reasons) == {"short.avi", "junk.avi", "cut.avi"}
+
+
+def test_a_clip_that_ends_its_decoder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = ucf_archive(tmp_path, {"train": 2})
+    monkeypatch.setattr(converters_video, "sample_frames", lambda *_: os._exit(7))
+    with pytest.raises(DataError, match=r"a process ended while it decoded a clip; --workers 1 tells which"):
+        converted(tmp_path / "out", "ucf101", archive, workers=2)
+    assert not tree(tmp_path / "out")
+
+
+def test_processes_end_with_a_killed_parent() -> None:
+    code = (
+        "import os, time\n"
+        "from phi3v.data.processes import process_pool\n"
+        "with process_pool(2) as pool:\n"
+        "    print(*{pool.submit(os.getpid).result() for _ in range(20)}, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline().split()
+        parent.kill()
+        # The pipe ends only when nobody holds it any more.
+        os.set_blocking(parent.stdout.fileno(), False)
+        end = time.monotonic() + 20
+        while parent.stdout.buffer.raw.read(1) is None:  # type: ignore[attr-defined]
+            assert time.monotonic() < end, "a process outlived its parent"
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_clips_come_out_the_same_however_many_are_decoded_at_a_time(tmp_path: Path, workers: int) -> None:
+    archive = ucf_archive(tmp_path, {"train": 4, "val": 1})
+    converted(tmp_path / "two", "ucf101", archive, workers=2)
+    converted(tmp_path / "other", "ucf101", archive, workers=workers)
+    assert tree(tmp_path / "other") == tree(tmp_path / "two")
 
 
 DATASET = {

@@ -5,10 +5,16 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3v.training.batching import BatchPlan, PlannedBatches, epoch_order, packs_needed
+from phi3v.data.loading import collate
+from phi3v.planning.geometry import CLIP_VIT_L_14_336
+from phi3v.settings import Geometry
+from phi3v.training.batches import Collator
+from phi3v.training.batching import BatchPlan, Pick, PlannedBatches, epoch_order, packs_needed
+from phi3v.training.meter import Meter
 
 
 def steps_of(plan: BatchPlan, epoch: int) -> list[set[int]]:
@@ -95,3 +101,25 @@ def test_fillers_weigh_nothing_and_keep_processes_together(processes):
     last = [list(plan.epoch(0, rank))[-1] for rank in range(processes)]
     assert [batch[0].counted for batch in last] == [True] + [False] * (processes - 1)
     assert {batch[0].in_step for batch in last} == {1}
+
+
+@pytest.mark.parametrize(("grouping", "slots"), [("fixed", 20), ("length", 20), ("packed", 14)])
+def test_padding_is_what_the_tokens_leave_of_the_slots(grouping, slots):
+    """Two examples of 10 and 4 tokens: padded to 2 x 10, or packed to 14."""
+    geometry = Geometry(
+        vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vision=CLIP_VIT_L_14_336,
+    )  # fmt: skip
+
+    def example(tokens):
+        ids = torch.arange(1, tokens + 1)
+        empty = {"pixel_values": torch.empty(0, 3, 0, 0), "image_sizes": torch.empty(0, 2, dtype=torch.int64)}
+        return {"id": str(tokens), "input_ids": ids, "labels": ids, **empty}
+
+    batch = Collator(collate, 0, grouping, geometry)([(example(10), Pick(0, True, 2)), (example(4), Pick(1, True, 2))])
+    meter = Meter(torch.device("cpu"))
+    meter.saw(batch, torch.tensor(1.0))
+    counts = meter.finish_step(stop_asked=False, save_asked=True)
+    assert (counts.examples, counts.tokens, counts.slots) == (2, 14, slots)
+    assert (counts.stop_asked, counts.save_asked, counts.work.labels) == (False, True, 14)
+    assert meter.finish_step(stop_asked=True).slots == 0

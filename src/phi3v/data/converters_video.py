@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PurePosixPath
 
 from phi3v.data.archives import unpack
 from phi3v.data.conversations import DataError
+from phi3v.data.processes import process_pool
 from phi3v.data.samples import Inputs, Picture, Rejection, Sample, SampleTurn
 from phi3v.data.video import sample_frames
 
@@ -69,34 +71,52 @@ def ucf101(inputs: Inputs) -> Iterator[Sample | Rejection]:
     prompt = video_prompt(sorted({name for _, name, _ in keys}))
     frames = int(inputs.option("frames", "8"))
 
-    def build(number: int, key: tuple[str, str, str]) -> Sample | Rejection:
+    def build(number: int, key: tuple[str, str, str], jpegs: list[bytes] | str) -> Sample | Rejection:
         split, label, clip = key
         where = "/".join(key)
         path = clips[key]
-        try:
-            stem = PurePosixPath(clip).stem
-            jpegs = sample_frames(path, frames)
-            pictures = tuple(Picture(data, f"{label}/{stem}.{index}.jpg") for index, data in enumerate(jpegs))
-            return Sample(where, f"{split}-{number:010d}", (SampleTurn(pictures, prompt, (label,)),))
-        except DataError as error:
-            return Rejection(where, str(error).removeprefix(f"{path}: "))
-        finally:
-            if path.is_relative_to(inputs.scratch):
-                path.unlink(missing_ok=True)
+        if path.is_relative_to(inputs.scratch):
+            path.unlink(missing_ok=True)
+        if isinstance(jpegs, str):
+            return Rejection(where, jpegs.removeprefix(f"{path}: "))
+        stem = PurePosixPath(clip).stem
+        pictures = tuple(Picture(data, f"{label}/{stem}.{index}.jpg") for index, data in enumerate(jpegs))
+        return Sample(where, f"{split}-{number:010d}", (SampleTurn(pictures, prompt, (label,)),))
 
-    # Threads: decoding and JPEG writing both leave the interpreter; a short queue keeps memory flat.
-    with ThreadPoolExecutor(inputs.workers) as pool:
-        pending: deque[Future[Sample | Rejection]] = deque()
-        try:
-            for number, key in enumerate(keys):
-                if key[0] != inputs.split:
-                    continue
-                pending.append(pool.submit(build, number, key))
-                if len(pending) > 2 * inputs.workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    chosen = [(number, key) for number, key in enumerate(keys) if key[0] == inputs.split]
+    decoded = _decoded([clips[key] for _, key in chosen], frames, inputs.workers)
+    for (number, key), jpegs in zip(chosen, decoded, strict=True):
+        yield build(number, key, jpegs)
     shutil.rmtree(inputs.scratch, ignore_errors=True)
+
+
+def _decoded(paths: list[Path], frames: int, workers: int) -> Iterator[list[bytes] | str]:
+    """The frames of each clip, in order, or why there are none.
+
+    Processes, not threads: writing JPEG holds the interpreter. A short queue keeps memory flat.
+    """
+    if workers == 1:
+        yield from (_decode_clip(path, frames) for path in paths)
+        return
+    with process_pool(workers) as pool:
+        pending: deque[tuple[Path, Future[list[bytes] | str]]] = deque()
+        try:
+            for path in paths:
+                pending.append((path, pool.submit(_decode_clip, path, frames)))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft()[1].result()
+            while pending:
+                yield pending.popleft()[1].result()
+        except BrokenProcessPool:
+            near = ", ".join(path.name for path, _ in pending)
+            raise DataError(f"a process ended while it decoded a clip; --workers 1 tells which (near {near})") from None
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _decode_clip(path: Path, frames: int) -> list[bytes] | str:
+    try:
+        return sample_frames(path, frames)
+    except DataError as error:
+        return str(error)

@@ -10,17 +10,16 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from phi3v.data.processes import process_pool
 from phi3v.data.sources import digest_of
 from phi3v.data.statistics import counted
 
@@ -65,9 +64,7 @@ def count(dataset: ConversationDataset, processes: int = 1) -> np.ndarray:
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        with ProcessPoolExecutor(
-            min(processes, len(parts)), multiprocessing.get_context("fork"), initializer=_keep, initargs=(dataset,)
-        ) as pool:
+        with process_pool(min(processes, len(parts)), _keep, dataset) as pool:
             return np.concatenate(list(pool.map(_count_kept, parts)))
     finally:
         if before is None:

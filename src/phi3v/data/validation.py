@@ -13,7 +13,6 @@ import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from phi3v.data.conversations import MAX_LINE_BYTES, DataError, decode_line, raw
 from phi3v.data.folder import describe
 from phi3v.data.images import TOO_THIN, too_thin
 from phi3v.data.pictures import Pictures, pictures_of
+from phi3v.data.processes import process_pool
 
 Level = Literal["shape", "paths", "images"]
 
@@ -241,7 +241,7 @@ def check_images(
     """Every picture decodes; the same pixels in two splits are a leak. Returns {"SPLIT and SPLIT": shared pictures}."""
     jobs = [(split, name) for split, found in checks.items() for name in found.pictures]
     hashes: dict[tuple[str, str], bytes] = {}
-    with ProcessPoolExecutor(workers, initializer=_open_stores, initargs=(data_dir, described, list(checks))) as pool:
+    with process_pool(workers, _open_stores, data_dir, described, list(checks)) as pool:
         results = pool.map(check_picture, jobs, chunksize=16)
         bar = tqdm(results, total=len(jobs), desc="decoding", unit="picture", disable=None)
         for (split, name), (problem, digest, width, height) in zip(jobs, bar, strict=True):

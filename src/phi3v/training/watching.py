@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 # Fields of a metrics.jsonl line, in order; a validation line has step, epoch, eval_loss and eval_seconds instead.
 FIELDS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "images_per_second", "tokens_per_second",
-    "loading_share", "tflops", "mfu", "hfu",
+    "loading_share", "padding_share", "tflops", "mfu", "hfu",
 )  # fmt: skip
 
 
