@@ -508,6 +508,8 @@ def plain(value: Any) -> str:
     """A setting as a person writes it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {plain(item)}" for name, item in value.items()) or "none"
     if isinstance(value, list):
         return ",".join(plain(item) for item in value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
