@@ -251,6 +251,18 @@ def test_verdicts_of_the_published_run(root, tmp_path):
     assert _published(root, tmp_path / "f", "phi35-docvqa-full-bf16", 200, 0.9).verdict_reason == "no published figure"
 
 
+def test_a_legacy_row_gets_no_verdict(root, tmp_path):
+    from dataclasses import replace
+
+    from phi3v.reporting.tables import _accuracy_verdict
+
+    line = _published(root, tmp_path, "phi35-nlvr2-frozen-bf16", 500, 0.5)
+    assert line.verdict == "below"
+    legacy = replace(line, row=line.row.model_copy(update={"legacy_freezing": True}))
+    verdict, reason, against = _accuracy_verdict(load_run(root / "config/config.yaml", root), legacy)
+    assert (verdict, against) == ("not comparable", None) and reason.startswith("legacy freezing")
+
+
 def test_rows_that_the_hardware_cannot_do_say_why(root, tmp_path):
     run = load_run(root / "config/config.yaml", root)
     values = {**run.settings.model_dump(exclude={"demo"}), "hardware": [{"device": "v100-32gb", "per_node": 2}]}

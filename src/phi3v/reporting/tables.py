@@ -322,6 +322,8 @@ def _not_comparable(run: ResolvedRun, line: AccuracyLine) -> str:
         return run.settings.notice or "this run is marked as not comparable"
     if line.job.pool.stand_in or run.hardware[line.job.pool.device].kind == "cpu":
         return f"other hardware: {run.hardware[line.job.pool.device].title}"
+    if line.row.legacy_freezing:
+        return "legacy freezing: not what a frozen vision part means"
     if line.row.published_doubted:
         return "the published figure very likely trained less than it says (see the note)"
     changed = sorted(set(line.job.departures) - HARMLESS)
