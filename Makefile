@@ -37,7 +37,7 @@ test: $(VENV)/installed  ## unit tests and one small workflow run for real
 	pytest -n 2 --dist loadfile --ignore tests/slurm
 	pytest tests/slurm
 
-verify-training: $(VENV)/installed  ## runs killed at random moments end with the same weights (about 35 minutes)
+verify-training: $(VENV)/installed  ## runs killed at random moments end with the same weights (about 10 minutes)
 	pytest -m verify tests/test_training_kills.py
 
 verify-evaluation: $(VENV)/installed  ## batches are three times as fast as one by one, with the same answers (about 3 minutes)

@@ -23,6 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (default: the base's)"
     )
+    parser.add_argument(
+        "--quantised_as", choices=("bfloat16", "float16", "float32"),
+        help="fold a QLoRA adapter into the 4-bit weights that training in this type saw (default: the base as it is)",
+    )  # fmt: skip
     parser.add_argument("--manifest", type=Path, help="the run's manifest.json (default: in or above --adapter)")
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder as a private repository")
     chosen = parser.parse_args(arguments)
@@ -37,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     from phi3v.model.card import find_manifest, write_card
 
     try:
-        report = merge(chosen.adapter, chosen.out, getattr(torch, chosen.dtype) if chosen.dtype else None)
+        dtype, quantised_as = (getattr(torch, name) if name else None for name in (chosen.dtype, chosen.quantised_as))
+        report = merge(chosen.adapter, chosen.out, dtype, quantised_as=quantised_as)
         write_card(chosen.out, base_of(chosen.adapter), chosen.manifest or find_manifest(chosen.adapter), report)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -160,8 +160,8 @@ def test_merge_refuses(tmp_path, monkeypatch):
     # A merge that loses a factor must be noticed.
     import phi3v.model.adapters as module
 
-    def forgetful(folder, dtype, attn):
-        model = honest_with(folder, dtype, attn)
+    def forgetful(*arguments):
+        model = honest_with(*arguments)
         layer = model.base_model.model.model.layers[0].mlp.down_proj
         model.merge_and_unload = lambda: (layer.scaling.update(default=0.0), model.base_model.merge_and_unload())[1]
         return model

@@ -285,3 +285,16 @@ def test_a_phone_needs_no_sideways_scrolling(opened):
 def test_it_prints(opened):
     pdf = base64.b64decode(opened.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})["data"])
     assert pdf.startswith(b"%PDF") and len(pdf) > 20_000
+
+
+def test_paper_is_white_whatever_the_screen(opened):
+    opened.execute_script("document.documentElement.dataset.theme = 'dark'")
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    dark = opened.execute_script(ground)
+    opened.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+    assert opened.execute_script(ground) == "rgb(255, 255, 255)" != dark
+    # Every plot in sight of a reader of paper is drawn, also those far below the window.
+    hidden = "[...document.querySelectorAll('[data-plot]')].filter(c => c.clientWidth && !c.querySelector('.main-svg')).length"
+    assert opened.execute_script(f"return {hidden}") == 0
+    opened.execute_script("window.dispatchEvent(new Event('afterprint'))")
+    assert opened.execute_script(ground) == dark

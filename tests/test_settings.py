@@ -108,6 +108,26 @@ def test_wrong_row_is_refused(tree, new, said):
         assert words in str(error.value)
 
 
+def test_official_splits_are_entries_that_are_only_evaluated(tree, monkeypatch, tmp_path):
+    run = tree()
+    job = next(job for job in run.accuracy if job.row.dataset == "docvqa")
+    assert run.official(job, tmp_path) is None
+    assert run.datasets["docvqa_official"].missing_source(tmp_path) == "results/official/docvqa"
+    (tmp_path / "results/official/docvqa").mkdir(parents=True)
+    assert run.official(job, tmp_path) == "docvqa_official"
+    spoil(tree, "accuracy.tsv", ROW, ROW.replace("\tnlvr2\t", "\tnlvr2_official\t"))
+    with pytest.raises(SettingsError, match=r"field `dataset`: got 'nlvr2_official': it has no split `train`"):
+        tree()
+    spoil(tree, "datasets.yaml", "official: docvqa_official", "official: docvqa_unofficial")
+    with pytest.raises(
+        SettingsError, match=r"dataset `docvqa`: field `official`: got 'docvqa_unofficial': expected one"
+    ):
+        tree()
+    spoil(tree, "datasets.yaml", "    val: {", "    test: {")
+    with pytest.raises(SettingsError, match=r"expected at least val"):
+        tree()
+
+
 def test_line_and_row_are_named(tree):
     spoil(tree, "accuracy.tsv", ROW, ROW.replace("\t3\t", "\tmany\t"))
     with pytest.raises(
@@ -348,3 +368,41 @@ def test_a_seeds_id_must_not_be_another_rows(tree):
     )
     with pytest.raises(SettingsError, match="seed 43 makes the id phi35-nlvr2-full-bf16-seed43, which is a row of"):
         tree(overrides={"phi35-nlvr2-full-bf16": {"seeds": [43]}})
+
+
+def test_a_row_takes_any_further_setting_of_finetune(tree):
+    wanted = {
+        "eval_steps": 50,
+        "keep_best": True,
+        "deterministic": False,
+        "max_length": 4096,
+        "report_to": ["wandb", "mlflow"],
+    }
+    job = tree(overrides={"phi35-nlvr2-full-bf16": {"finetune": wanted}}).job("phi35-nlvr2-full-bf16")
+    flags = settings.training_flags(job.row, job.num_crops)
+    parsed = settings.parse(settings.FinetuneSettings, "", [*flags, "--model_name_or_path", "m", "--output_dir", "o"])
+    assert {name: getattr(parsed, name) for name in wanted} == wanted
+    assert job.departures["finetune"] == ({}, wanted)
+
+
+@pytest.mark.parametrize(
+    ("row", "values", "said"),
+    [
+        ("phi35-nlvr2-full-bf16", {"learning_rate": 1e-3}, "`finetune.learning_rate`: has a field of the row or run"),
+        ("phi35-nlvr2-full-bf16", {"evil_steps": 5}, "`finetune.evil_steps`: unknown; expected one of .*eval_steps"),
+        ("phi35-nlvr2-full-bf16", {"eval_steps": -5}, "field `eval_steps`: got -5"),
+        ("phi35-nlvr2-full-bf16", {"keep_best": True}, "keep_best: set, but eval_steps is 0"),
+        ("phi35-nlvr2-full-bf16", {"use_dora": True}, "use_dora: without adapters"),
+    ],
+)
+def test_a_wrong_further_setting_is_refused(tree, row, values, said):
+    with pytest.raises(SettingsError, match=f"overrides of row `{row}`: .*{said}"):
+        tree(overrides={row: {"finetune": values}})
+
+
+def test_an_automatic_micro_batch_is_a_rows_setting(tree):
+    job = tree(overrides={"phi35-nlvr2-full-bf16": {"micro_batch_size": "auto"}}).job("phi35-nlvr2-full-bf16")
+    flags = settings.training_flags(job.row, job.num_crops)
+    assert flags[flags.index("--batch_size_per_gpu") + 1] == "auto"
+    with pytest.raises(SettingsError, match="expected an integer >= 1, or auto"):
+        tree(overrides={"phi35-nlvr2-full-bf16": {"micro_batch_size": 0}})

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import await_step, finish, kill, launch, slow_disk, weights, write_data, write_model
+from training_fixtures import await_step, finish, launch, slow_disk, weights, write_data, write_model
 
 from phi3v.settings import FinetuneSettings, validate
 from phi3v.training import checkpoints
@@ -117,7 +117,7 @@ def arguments(base: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_path):
-    """ZeRO 2 on two processes: SIGKILL, damage to the newest checkpoint, then SIGUSR1; the weights do not show it.
+    """ZeRO 2 on two processes: SIGKILL to one, damage to the newest checkpoint, then SIGUSR1; the weights do not show it.
 
     On the way: a checkpoint becomes safetensors, a second job is refused, and a save that is slower than torchrun waits
     by default survives.
@@ -137,7 +137,13 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
     assert "still alive; both would write the same files" in second[1]
     for child in family:
         child.resume()
-    kill(process)
+    # One process is killed: the job ends by itself, and says which and why.
+    next(child for child in family if child.environ().get("RANK") == "1").kill()
+    code, output = finish(process, 100)
+    assert code == 1
+    assert "error: process 0: another process of this job is gone" in output, output
+    assert "local_rank: 1" in output, output
+    assert "Signal 9 (SIGKILL)" in output, output
     newest = checkpoints.checkpoint_folders(broken / "checkpoints")[0]
     shard = next(path for path in checkpoints.files_of(newest) if "optim_states" in path.name)
     shard.write_bytes(shard.read_bytes()[:-7])

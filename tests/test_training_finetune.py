@@ -168,6 +168,34 @@ def test_what_a_finished_row_holds(folders, tmp_path):
     Phi3VProcessor.from_pretrained(out / "final")
 
 
+def test_checkpoints_come_by_steps_and_by_the_clock(folders, tmp_path, monkeypatch):
+    """Each as asked for, none after the last step, which the export follows; all go in the end."""
+    from phi3v.training import checkpoints
+
+    written: list[int] = []
+    seal = checkpoints.seal
+    monkeypatch.setattr(checkpoints, "seal", lambda *given: (written.append(given[3]), seal(*given)))
+    for number, (how, expected) in enumerate(
+        [({"save_steps": 2}, [2]), ({"save_minutes": 1e-5}, [1, 2, 3]), ({}, []), ({"save_minutes": 60.0}, [])]
+    ):
+        written.clear()
+        out = train(folders, tmp_path / str(number), fp32=True, batch_size_per_gpu=8, **how)
+        assert written == expected, how
+        assert not (out / "checkpoints").exists()
+
+
+def test_a_merged_model_beside_the_adapter(folders, tmp_path, capfd):
+    from phi3v.model import Phi3VForCausalLM
+
+    out = train(folders, tmp_path, fp32=True, use_lora=True, batch_size_per_gpu=8, merge=True)
+    assert (out / "final" / "adapter_config.json").is_file()
+    assert "logits differ from base and adapter by" in capfd.readouterr().err
+    moved = tensors(out / "merged")
+    assert any(not torch.equal(value, moved[name]) for name, value in tensors(folders[0]).items())
+    Phi3VForCausalLM.from_pretrained(out / "merged")
+    assert (out / "merged" / "README.md").is_file()
+
+
 def test_the_best_weights_are_exported_and_training_stops_early(folders, tmp_path, capfd):
     """At an absurd learning rate the loss soon rises: the exported weights are those of the lowest validation loss."""
     out = train(
@@ -212,6 +240,39 @@ def test_a_loss_that_is_no_number_stops_with_the_examples(folders, tmp_path):
     assert not (tmp_path / "out" / "final").exists()
 
 
+def test_a_collapsed_loss_scale_is_named_once(capfd):
+    """Below 1 no scale helps: gradients overflow in float16 as they are."""
+    from types import SimpleNamespace
+
+    from phi3v.training.signals import StopRequest
+    from phi3v.training.steps import StepCallback
+
+    scale = iter([65536.0, 0.5, 0.25])
+    scaler = SimpleNamespace(get_scale=lambda: next(scale))
+    trainer = SimpleNamespace(model_wrapped=None, accelerator=SimpleNamespace(scaler=scaler))
+    watch = StepCallback(trainer, Path(), StopRequest())
+    for step in (1, 2, 3):
+        watch._check_scale(step)
+    said = capfd.readouterr().err
+    assert said.count("the float16 loss scale has collapsed to 0.5") == said.count("collapsed") == 1
+    assert said.startswith("step 2: ")
+
+
+def test_out_of_memory_is_one_message_with_three_settings():
+    from phi3v.training.memory import OutOfMemoryError, explain_memory
+
+    chosen = {"model_name_or_path": "m", "output_dir": "o", "batch_size_per_gpu": 4, "gradient_checkpointing": False}
+    with (
+        pytest.raises(OutOfMemoryError) as error,
+        explain_memory(validate(FinetuneSettings, chosen, "test"), torch.device("cpu")),
+    ):
+        raise torch.OutOfMemoryError("tried to allocate 20.00 GiB. More words")
+    said = str(error.value)
+    assert said.startswith("out of memory on CPU")
+    assert "tried to allocate 20.00 GiB. What helps most: --batch_size_per_gpu 1 (now 4; the batch stays); " in said
+    assert said.endswith("--gradient_checkpointing (now off); --use_flash_attention (now off)")
+
+
 def test_a_layer_that_should_train_and_does_not_stops_the_job(folders, tmp_path, monkeypatch):
     """Gradients that stop on their way down, as in the published frozen rows: last norm and head still train."""
     from phi3v.training import job
@@ -248,6 +309,7 @@ def test_longer_examples_are_left_out_and_counted(folders, tmp_path, capfd):
         ({"data_dir": "/nowhere"}, "`data_dir`: got '/nowhere': no such folder"),
         ({"model_name_or_path": "/nowhere"}, "`model_name_or_path`: got '/nowhere': no config.json"),
         ({"max_length": 1}, "split train: no examples"),
+        ({"report_to": ["wand"]}, "`report_to`: got 'wand': expected a tracker .*tensorboard"),
     ],
 )
 def test_wrong_settings_are_refused_before_training(folders, tmp_path, values, message):

@@ -1,12 +1,10 @@
 """Dry runs: the published configuration plans every row anywhere, and wrong settings stop before any job."""
 
-import json
 import os
 import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -70,17 +68,18 @@ def test_seeds_of_a_row_are_jobs_of_their_own(snakemake):
     assert set(re.findall(r"scripts/evaluate\.py .*--seed (\d+)", output)) == {"42"}
 
 
-def test_official_splits_are_evaluated_where_their_files_are(snakemake, tmp_path):
+def test_official_splits_are_evaluated_where_their_files_are(snakemake, root, tmp_path):
     row = "phi3-docvqa-lora-bf16"
     code, output = snakemake(row, "-n")
     assert code == 0 and "evaluate_official" not in counts(output)
     (tmp_path / "val_v1.0.json").write_text("{}")
-    known = yaml.safe_load((Path(__file__).parents[2] / "config/datasets.yaml").read_text())
+    known = yaml.safe_load((root / "config/datasets.yaml").read_text())
     known["docvqa_official"]["splits"]["val"]["url"] = f"file:{tmp_path}"
     (tmp_path / "datasets.yaml").write_text(yaml.safe_dump(known))
-    files = yaml.safe_load((Path(__file__).parents[2] / "config/config.yaml").read_text())["files"]
-    files["datasets"] = [str(tmp_path / "datasets.yaml")]
-    code, output = snakemake(row, "-n", "-p", "--config", f"files={json.dumps(files)}")
+    values = yaml.safe_load((root / "config/config.yaml").read_text())
+    values["files"]["datasets"] = [str(tmp_path / "datasets.yaml")]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    code, output = snakemake(row, "-n", "-p", "--configfile", str(tmp_path / "run.yaml"))
     assert code == 0, output
     assert counts(output)["evaluate_official"] == 1
     (command,) = [line for line in output.splitlines() if "evaluate/official" in line and "scripts/evaluate.py" in line]

@@ -180,6 +180,13 @@ def common_run_flags(seed):
     ]
 
 
+def training_run_flags(job):
+    """The same for training; a row may say itself when it saves."""
+    saves = {"save_minutes", "save_steps"} & job.row.finetune.keys()
+    every = [] if saves else ["--save_minutes", f"{RUN.settings.save_minutes:g}"]
+    return [*every, *common_run_flags(job.seed)]
+
+
 def base_flags():
     """Training of the demo's base model, by the same script as every row."""
     base = RUN.demo.base
@@ -276,3 +283,19 @@ def on_baseline(function):
 def on_job(function):
     """An input, params or resources function of the row in the wildcards."""
     return lambda wildcards: function(RUN.job(wildcards.row))
+
+
+def check_room():
+    """Hours of downloads and training should not end at a full disk; a plan or a report alone needs no room."""
+    waiting = list(workflow.dag.needrun_jobs())
+    trains = {job.wildcards.row for job in waiting if job.rule.name == "finetune"}
+    fetches = any(
+        job.rule.name in ("download_data", "download_model", "convert")
+        for job in waiting
+    )
+    if trains or fetches:
+        rows = trains or {job.row.row for job in JOBS}
+        try:
+            planning.check_room(RUN, rows, downloads_only=not trains)
+        except settings.SettingsError as error:
+            raise WorkflowError(f"not enough disk, nothing was started\n{error}")

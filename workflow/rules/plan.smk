@@ -62,19 +62,3 @@ rule plan_run:
         "plan every row"
     shell:
         "python {params.scripts}/plan.py --config {input.config} --output_dir {params.folder} 2>&1 | tee {log}"
-
-
-# Hours of downloads and training should not end at a full disk; a plan or a report alone needs no room.
-onstart:
-    waiting = list(workflow.dag.needrun_jobs())
-    trains = {job.wildcards.row for job in waiting if job.rule.name == "finetune"}
-    fetches = any(
-        job.rule.name in ("download_data", "download_model", "convert")
-        for job in waiting
-    )
-    if trains or fetches:
-        rows = trains or {job.row.row for job in JOBS}
-        try:
-            planning.check_room(RUN, rows, downloads_only=not trains)
-        except settings.SettingsError as error:
-            raise WorkflowError(f"not enough disk, nothing was started\n{error}")

@@ -119,6 +119,8 @@ if ON_SLURM:
         look_at_cluster()
 
 
+# Snakemake keeps the last onstart alone, so there is one for all.
 onstart:
+    check_room()
     if ON_SLURM:
         refuse_second_writers()

@@ -29,13 +29,7 @@ rule finetune:
         scripts=SCRIPTS,
         launch=on_job(launch_training),
         flags=on_job(lambda job: settings.training_flags(job.row, job.num_crops)),
-        run=on_job(
-            lambda job: [
-                *common_run_flags(job.seed),
-                "--save_minutes",
-                RUN.settings.save_minutes,
-            ]
-        ),
+        run=on_job(training_run_flags),
         model=on_job(lambda job: model_folder(job.row.model)),
         data=on_job(lambda job: data_folder(job.row.dataset)),
         folder=f"{RESULTS}/train/{{row}}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,8 @@ from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.processing import Phi3VProcessor
 
 DECODER_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+# Beside an adapter: which base it was trained on.
+BASE_FILE = "base.json"
 VISION_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -96,15 +99,40 @@ def load_quantized(
         quantization_config=quantization,
         device_map={"": device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"},
     )
+    # On CPUs with AVX-512 BF16 bitsandbytes repacks a layer at its first forward pass in eval mode, with scales rounded
+    # to bfloat16: a validation would change the weights that training goes on with, and narrow layers fail.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False)
 
 
 def save_adapter(model: Any, folder: str | Path) -> None:
-    """Write a PEFT model's factors and configuration, and nothing of the base.
+    """Write a PEFT model's factors and configuration, a mark of its base's weights, and nothing of the base.
 
     PEFT would add the embedding and the head of the base (hundreds of megabytes) because lm_head has an adapter.
     """
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    base = Path(model.peft_config["default"].base_model_name_or_path or "")
+    if (base / "config.json").is_file():
+        mark = {"base": str(base), "weights": weights_mark(base)}
+        (Path(folder) / BASE_FILE).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+
+
+def weights_mark(folder: Path) -> str:
+    """A digest that tells checkpoints apart without reading all of them: name, size and samples of each weights file.
+
+    16 samples of 64 KiB, the header among them; copying a folder does not change it, training does.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for part in range(16):
+                file.seek(part * size // 16)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -113,16 +141,34 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def base_of(adapter: str | Path) -> Path:
-    """The base checkpoint that an adapter folder names. Raises ValueError where it is not there."""
+    """The base checkpoint that an adapter folder names. Raises ValueError where it is not there, or another one."""
     file = Path(adapter) / "adapter_config.json"
     named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     for candidate in (named, None if named is None else str(Path(adapter) / named)):
         if candidate and Path(candidate).is_dir():
+            _check_base(Path(adapter), Path(candidate))
             return Path(candidate)
     raise ValueError(
         f"{file}: base_model_name_or_path is {named!r}; expected an existing checkpoint folder (absolute, or relative "
         "to the working or the adapter's folder). Move the base back or correct the file."
     )
+
+
+def _check_base(adapter: Path, base: Path) -> None:
+    """Raises ValueError where the weights of `base` are not those that the adapter was trained on, if it says which."""
+    file = adapter / BASE_FILE
+    if not file.is_file():
+        return
+    try:
+        expected = str(json.loads(file.read_text(encoding="utf-8"))["weights"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); expected the mark of the adapter's base") from error
+    found = weights_mark(base)
+    if found != expected:
+        raise ValueError(
+            f"{adapter}: this adapter belongs to another base: it was trained on weights with the mark {expected}, "
+            f"{base} holds {found}. Put the base back, or name the right one in {adapter / 'adapter_config.json'}."
+        )
 
 
 def load_for_inference(
@@ -139,12 +185,31 @@ def load_for_inference(
     return model.to(device).eval() if device is not None else model.eval()
 
 
-def _with_adapter(folder: str | Path, dtype: torch.dtype, attn: str) -> Any:
-    """The base with the adapter beside it, not folded in."""
+def _with_adapter(folder: str | Path, dtype: torch.dtype, attn: str, quantised_as: torch.dtype | None = None) -> Any:
+    """The base with the adapter beside it, not folded in; `quantised_as`: see `merge`."""
     from peft import PeftModel
 
     base = Phi3VForCausalLM.from_pretrained(base_of(folder), dtype=dtype, attn_implementation=attn)
-    return PeftModel.from_pretrained(base, str(folder))
+    if quantised_as is not None:
+        _round_to_nf4(base, base_of(folder), quantised_as)
+    try:
+        return PeftModel.from_pretrained(base, str(folder))
+    except RuntimeError as error:  # PyTorch lists the sizes that differ
+        raise ValueError(
+            f"{folder}: this adapter does not fit its base {base_of(folder)}: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _round_to_nf4(model: Phi3VForCausalLM, folder: Path, dtype: torch.dtype) -> None:
+    """Give `model` the weights that 4-bit training in `dtype` on `folder` computes with: quantised and expanded."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, module in load_quantized(folder, dtype, device="cpu").named_modules():
+        if type(module).__name__ == "Linear4bit":
+            weight = module.get_parameter("weight")
+            expanded = dequantize_4bit(weight.data, getattr(weight, "quant_state"))  # noqa: B009 - unknown to torch
+            with torch.no_grad():
+                model.get_submodule(name).get_parameter("weight").copy_(expanded)
 
 
 def _merged(folder: str | Path, dtype: torch.dtype, attn: str) -> Phi3VForCausalLM:
@@ -153,13 +218,19 @@ def _merged(folder: str | Path, dtype: torch.dtype, attn: str) -> Phi3VForCausal
 
 
 def merge(
-    adapter_folder: str | Path, out_folder: str | Path, dtype: torch.dtype | None = None, check: bool = True
+    adapter_folder: str | Path,
+    out_folder: str | Path,
+    dtype: torch.dtype | None = None,
+    check: bool = True,
+    quantised_as: torch.dtype | None = None,
 ) -> dict[str, float]:
     """Fold an adapter into its base and write a checkpoint in the published layout, processor files included.
 
     dtype: of the written weights; None keeps the base's. The sum is formed in float32 and rounded once. With `check`
     adapter and merged model are compared on a fixed prompt: returns {"max_logit_difference", "logit_scale",
-    "top_token_agreement"} and raises ValueError where they disagree by more than rounding. Refuses to write into a
+    "top_token_agreement"} and raises ValueError where they disagree by more than rounding. quantised_as: the compute
+    type of QLoRA training, to fold into the expanded 4-bit weights that it saw; None folds into the base as it is, as
+    the recipe evaluates it. Refuses to write into a
     folder that already holds files.
     """
     out = Path(out_folder)
@@ -170,7 +241,7 @@ def merge(
     if source is None:
         raise ValueError(f"{base}: no tokenizer.json there nor in {adapter_folder}; expected processor files in one.")
     target = dtype or Phi3VConfig.from_pretrained(base).dtype or torch.bfloat16
-    adapted = _with_adapter(adapter_folder, torch.float32, "sdpa").eval()
+    adapted = _with_adapter(adapter_folder, torch.float32, "sdpa", quantised_as).eval()
     sample = _sample_inputs(adapted.config)
     with torch.inference_mode():
         before = adapted(**sample).logits if check else None

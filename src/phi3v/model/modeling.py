@@ -100,7 +100,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
             if found:
                 raise ValueError(f"input_ids: {found} image positions but no pixel_values; expected both or neither.")
             if self.training and torch.is_grad_enabled() and self.vision_embed_tokens.must_run_without_images():
-                embeds = embeds + 0.0 * self.vision_embed_tokens.blank().sum().to(embeds.dtype)
+                embeds = embeds + 0.0 * self.vision_embed_tokens().sum().to(embeds.dtype)
             return embeds
         if image_sizes is None:
             raise ValueError("pixel_values without image_sizes; expected [n_images, 2] (height, width of each canvas).")

@@ -65,12 +65,16 @@ class ImageEmbedding(nn.Module):
         # None: blank tiles run for text-only batches only where several processes train together. True and False force.
         self.run_without_images: bool | None = None
 
-    def forward(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
-        """Features [I, D] of all pictures in order.
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, image_sizes: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Features [I, D] of all pictures in order; without any, those of one blank tile, [g*g + 2, D].
 
         pixel_values: float [n, 3, S, S]; or uint8 local tiles; or the published padded form [n_images, k, 3, S, S].
         Raises ValueError where tiles and image_sizes do not fit together.
         """
+        if pixel_values is None or image_sizes is None:
+            return self._blank()
         size = self.config.tile_size
         sizes = image_sizes.cpu()
         if sizes.dim() != 2 or sizes.shape[1] != 2 or bool((sizes % size).any()) or bool((sizes < size).any()):
@@ -120,8 +124,8 @@ class ImageEmbedding(nn.Module):
         distributed = torch.distributed
         return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
-    def blank(self) -> torch.Tensor:
-        """Features of one blank tile, [g*g + 2, D]."""
+    def _blank(self) -> torch.Tensor:
+        """Features of one blank tile, through `forward` alone: ZeRO 3 gathers and reduces by a module's own calls."""
         weight = self.sub_GN
         size = self.config.tile_size
         return self._project(torch.zeros(1, 3, size, size, dtype=weight.dtype, device=weight.device))

@@ -51,7 +51,7 @@ def published_setup(row: SpeedRow, geometry: Geometry, hardware: Hardware, corre
     work = published_work(geometry)
     return Setup(
         geometry, hardware, method, row.dtype, row.flash_attention, work, work, row.batch_size, row.nodes,
-        row.gpus_per_node, row.micro_batch_size, row.lora_rank or 0, as_published=True,
+        row.gpus_per_node, row.known_micro_batch, row.lora_rank or 0, as_published=True,
     )  # fmt: skip
 
 

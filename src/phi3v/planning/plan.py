@@ -85,8 +85,10 @@ def setup_of(run: ResolvedRun, job: Job, root: Path = Path()) -> tuple[Setup, Wo
     mean, longest = mean_and_longest(load, geometry, job.num_crops)
     setup = Setup(
         geometry, run.hardware[job.pool.device], row.method, row.dtype, row.flash_attention, mean, longest,
-        row.batch_size, job.nodes, job.processes_per_node, row.micro_batch_size, row.lora_rank or 0,
+        row.batch_size, job.nodes, job.processes_per_node, row.known_micro_batch, row.lora_rank or 0,
     )  # fmt: skip
+    if row.micro_batch_size == "auto":
+        setup = replace(setup, micro_batch=largest_micro_batch(setup, Constants()) or 1)
     return setup, load
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from phi3v.settings.entries import Dataset, Metric, Strict, dataset_key
 from phi3v.settings.reading import SettingsError, read_entries, validate
-from phi3v.settings.rows import Dtype, Seed, Training
+from phi3v.settings.rows import CountOrAuto, Dtype, Seed, Training
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -79,8 +79,10 @@ class FinetuneSettings(Precision):
     recipe's scripts did."""
     batch_size: int = Field(16, ge=1)
     """Examples of one optimizer step over all processes."""
-    batch_size_per_gpu: int = Field(1, ge=1)
-    """Examples of one forward pass of one process."""
+    batch_size_per_gpu: CountOrAuto = 1
+    """Examples of one forward pass of one process; auto: the most that fit, found before training (ours)."""
+    memory_limit_gb: float | None = Field(None, gt=0)
+    """What auto may take of a device's memory, GB of 10^9 bytes; left out: what is free (ours)."""
     num_crops: int | None = Field(None, ge=1, le=64)
     """Largest number of tiles of an image; left out: the data folder's, else 16."""
     num_train_epochs: float = Field(1, gt=0)
@@ -126,6 +128,8 @@ class FinetuneSettings(Precision):
     """Export the weights with the lowest validation loss instead of the last ones; needs eval_steps (ours)."""
     early_stopping_patience: int = Field(0, ge=0)
     """Stop after so many validations without a lower loss; 0: off; needs eval_steps (ours)."""
+    merge: bool = False
+    """Also write OUTPUT_DIR/merged, the adapter folded into its base (ours)."""
     nan_patience: int = Field(3, ge=1)
     """Stop after so many optimizer steps in a row whose loss is not a number (ours)."""
     deterministic: bool = False
@@ -157,10 +161,28 @@ class FinetuneSettings(Precision):
             )
         if self.use_dora and not (self.use_lora or self.use_qlora):
             raise ValueError("use_dora: without adapters; expected --use_lora or --use_qlora beside it")
+        if self.merge and not (self.use_lora or self.use_qlora):
+            raise ValueError("merge: without adapters; full fine-tuning writes a whole checkpoint in any case")
+        if self.batch_size_per_gpu == "auto":
+            if self.batching == "packed":
+                raise ValueError("batch_size_per_gpu: auto, with packed batches; expected --tokens_per_pack to say it")
+            if self.method in ("full", "frozen") and self.zero_stage == 3:
+                raise ValueError(
+                    "batch_size_per_gpu: auto, with zero_stage 3, whose weights are in shards before anything can be "
+                    "probed; expected a number"
+                )
+        elif self.memory_limit_gb is not None:
+            raise ValueError("memory_limit_gb: set, but batch_size_per_gpu is not auto")
         for name in ("keep_best", "early_stopping_patience"):
             if getattr(self, name) and not self.eval_steps:
                 raise ValueError(f"{name}: set, but eval_steps is 0; expected --eval_steps N")
         return self
+
+    @property
+    def micro_batch_size(self) -> int:
+        """batch_size_per_gpu where it is known; what `auto` found has to be put in its place before."""
+        assert self.batch_size_per_gpu != "auto"
+        return self.batch_size_per_gpu
 
     @property
     def method(self) -> Literal["full", "frozen", "lora", "qlora"]:
@@ -322,7 +344,39 @@ def training_flags(row: Training, num_crops: int) -> list[str]:
     flags += ["--num_crops", str(num_crops), "--num_train_epochs", _number(row.epochs)]
     flags += ["--learning_rate", _number(row.learning_rate), "--wd", _number(row.weight_decay)]
     flags += ["--warmup_steps", str(row.warmup_steps)]
-    return flags + ([] if row.gradient_checkpointing else ["--no-gradient_checkpointing"])
+    flags += [] if row.gradient_checkpointing else ["--no-gradient_checkpointing"]
+    return flags + [flag for name, value in row.finetune.items() for flag in _flag(name, value)]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+# Settings of finetune.py that a row's own fields, the run or the rule decide.
+DECIDED = frozenset({
+    "model_name_or_path", "output_dir", "data_dir", "dataset", "full_train", "row", "use_lora", "use_qlora",
+    "lora_rank", "lora_alpha_ratio", "lora_dropout", "freeze_vision_model", "bf16", "fp16", "fp32",
+    "use_flash_attention", "batch_size", "batch_size_per_gpu", "num_crops", "num_train_epochs", "learning_rate", "wd",
+    "warmup_steps", "gradient_checkpointing", "seed", "num_workers", "tqdm",
+})  # fmt: skip
+
+
+def check_finetune(row: Training, where: str) -> None:
+    """Raises SettingsError where a row's `finetune` names what is no setting, or is decided elsewhere, or a wrong value."""
+    for name in row.finetune:
+        if name in DECIDED or name not in FinetuneSettings.model_fields:
+            kind = "has a field of the row or run" if name in DECIDED else "unknown"
+            expected = ", ".join(sorted(FinetuneSettings.model_fields.keys() - DECIDED))
+            raise SettingsError(f"{where}: field `finetune.{name}`: {kind}; expected one of {expected}")
+    adapters = row.method in ("lora", "qlora")
+    frozen = {"freeze_vision_model": "legacy" if row.legacy_freezing else "vision"} if row.method == "frozen" else {}
+    own = {
+        "model_name_or_path": row.model, "output_dir": row.row, row.dtype: True, "use_lora": adapters,
+        "use_qlora": row.method == "qlora", "batch_size_per_gpu": row.micro_batch_size, **frozen,
+    }  # fmt: skip
+    validate(FinetuneSettings, own | row.finetune, where)
 
 
 def precision_flags(row: Training) -> list[str]:

@@ -60,6 +60,8 @@ def _type(schema: dict[str, object]) -> str:
         return str(schema["$ref"]).rsplit("/", 1)[-1]
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])  # type: ignore[attr-defined]
+    if "const" in schema:
+        return f"`{schema['const']}`"
     if "anyOf" in schema:
         return " or ".join(_type(option) for option in schema["anyOf"] if option.get("type") != "null")  # type: ignore[attr-defined]
     if "prefixItems" in schema:

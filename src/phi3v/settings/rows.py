@@ -23,7 +23,15 @@ def _table_list(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+def _count_or_auto(value: Any) -> Any:
+    count = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if count == "auto" or (isinstance(count, int) and not isinstance(count, bool) and count >= 1):
+        return count
+    raise ValueError("expected an integer >= 1, or auto")
+
+
 YesNo = Annotated[bool, BeforeValidator(_table_bool)]
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
 # numpy, which the Trainer seeds as well, takes 32 bits.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -46,8 +54,8 @@ class Training(Strict):
     """Flash attention in both towers."""
     batch_size: int = Field(64, ge=1)
     """Examples of one optimizer step over all processes."""
-    micro_batch_size: int = Field(1, ge=1)
-    """Examples of one forward pass of one process."""
+    micro_batch_size: CountOrAuto = 1
+    """Examples of one forward pass of one process; auto: the most that fit, found before training."""
     learning_rate: float = Field(4e-5, gt=0, lt=1)
     """Peak learning rate."""
     epochs: float = Field(1, gt=0)
@@ -66,10 +74,17 @@ class Training(Strict):
     """Steps of linear warm-up before the linear decay."""
     gradient_checkpointing: YesNo = True
     """Recompute activations in the backward pass."""
+    finetune: dict[str, Any] = {}
+    """In overrides: further settings of scripts/finetune.py by their names, as {eval_steps: 100, keep_best: true}."""
     published_doubted: YesNo = False
     """The published figure is very likely not what its row says; the note tells why, and no verdict is given."""
     legacy_freezing: YesNo = False
     """Frozen rows only: freeze the text embedding as well, as the recipe's scripts did."""
+
+    @property
+    def known_micro_batch(self) -> int:
+        """micro_batch_size, or 1 where it is still to be found."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @model_validator(mode="after")
     def _method_and_adapter_agree(self) -> Training:

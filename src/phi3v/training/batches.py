@@ -29,7 +29,11 @@ class PickedExamples(Dataset):
         return len(self.dataset) if self.kept is None else len(self.kept)
 
     def __getitem__(self, pick: Pick) -> tuple[dict[str, Any], Pick]:
-        return self.dataset[pick.index if self.kept is None else self.kept[pick.index]], pick
+        return self.example(pick.index), pick
+
+    def example(self, index: int) -> dict[str, Any]:
+        """An example by its number among those that are kept."""
+        return self.dataset[index if self.kept is None else self.kept[index]]
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on: one turn of a record may be drawn by it."""

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from phi3v.training.observe import size_of
+
 # Groups that only pictures reach.
 PICTURE_GROUPS = ("clip", "projector", "separators")
 
@@ -43,8 +45,8 @@ class Census:
         self._seen: list[torch.Tensor | None] = []
         self._handles: list[Any] = []
         for name, parameter in model.named_parameters():
-            # A 4-bit weight stores two values a byte; ZeRO-3 leaves an empty tensor and the size beside it.
-            size = getattr(parameter, "ds_numel", parameter.numel())
+            # A 4-bit weight stores two values a byte.
+            size = size_of(parameter)
             size *= 2 if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8 else 1
             group = census_group(name, parameter_group)
             entry = self.groups.setdefault(

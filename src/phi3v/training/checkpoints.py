@@ -24,7 +24,7 @@ WRITING = ".writing"
 # Settings that decide neither the data, nor the updates, nor their order.
 INDIFFERENT = {
     "tqdm", "save_steps", "save_minutes", "keep_checkpoints", "num_workers", "output_dir", "row", "report_to",
-    "lock_wait_minutes", "nan_patience", "data_dir", "model_name_or_path", "full_train",
+    "lock_wait_minutes", "nan_patience", "memory_limit_gb", "merge", "data_dir", "model_name_or_path", "full_train",
 }  # fmt: skip
 
 
@@ -104,8 +104,18 @@ class Found:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Checkpoints by step, newest first; names that are no step are not ours."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    """Checkpoints by step, newest first; names that are no step are not ours. Raises CheckpointError: unreadable."""
+    try:
+        paths = [folder / name for name in os.listdir(folder)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read ({error.strerror}); expected the folder of this row's checkpoints. Nothing was "
+            "changed: mend the file system, or choose another --output_dir to begin anew"
+        ) from error
+    named = [path for path in paths if path.name.startswith("checkpoint-")]
+    found = [path for path in named if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
 
 

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from phi3v.model.adapters import base_of, merge, save_adapter
+from phi3v.model.card import write_card
 from phi3v.settings import FinetuneSettings
 
 
@@ -18,8 +20,7 @@ def export_final(trainer: Any, processor: Any, settings: FinetuneSettings, folde
         shutil.rmtree(temporary, ignore_errors=True)
         model = trainer.accelerator.unwrap_model(trainer.model)
         if settings.method in ("lora", "qlora"):
-            # lm_head is a target, but its own weights stay the base checkpoint's.
-            model.save_pretrained(temporary, save_embedding_layers=False)
+            save_adapter(model, temporary)
         else:
             model.save_pretrained(temporary, state_dict=state)
         processor.save_pretrained(temporary)
@@ -27,6 +28,21 @@ def export_final(trainer: Any, processor: Any, settings: FinetuneSettings, folde
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     trainer.accelerator.wait_for_everyone()
+
+
+def export_merged(output: Path) -> dict[str, float]:
+    """Fold OUTPUT/final, an adapter, into its base and write OUTPUT/merged; for the first process. Returns merge's report.
+
+    Raises ValueError where the merged model does not compute what base and adapter do.
+    """
+    temporary, folder = output / ".merged.writing", output / "merged"
+    shutil.rmtree(temporary, ignore_errors=True)
+    report = merge(output / "final", temporary)
+    write_card(temporary, base_of(output / "final"), output / "manifest.json", report)
+    sync_folder(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    return report
 
 
 def sync_folder(folder: Path) -> None:

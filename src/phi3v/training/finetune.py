@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import time
@@ -19,22 +20,27 @@ from phi3v.training import checkpoints
 from phi3v.training.census import Census, CensusError, census_label
 from phi3v.training.job import Job, build
 from phi3v.training.lock import FolderLock, LockedError
-from phi3v.training.observe import Observer, device_name, linear4bit, peak_memory_bytes
+from phi3v.training.memory import OutOfMemoryError, explain_memory, peak_memory_bytes
+from phi3v.training.observe import Observer, device_name, linear4bit, size_of
 from phi3v.training.signals import REQUEUE_EXIT_CODE, StopRequest, parents_command, seconds_to_save
 from phi3v.training.steps import NotANumberError, StepCallback
 from phi3v.training.utilisation import utilisation_of
 from phi3v.training.watching import MetricsFile, Progress, say
 
 
-class OutOfMemoryError(RuntimeError):
-    """The device's memory did not suffice."""
+class LostProcessError(RuntimeError):
+    """Another process of the job is gone."""
 
 
+# What gloo, TCPStore and NCCL say of a peer that is gone (PyTorch has no class of its own for it).
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 # Bytes a second that any file system a 4B model is trained on should write; beyond it a save may not end in time.
 SLOW_DISK = 100e6
 STOPPED = "stopped.json"
 """In checkpoints/: there while a job has saved and left because it was told to."""
-EXPECTED_ERRORS = (OutOfMemoryError, LockedError, checkpoints.CheckpointError, CensusError, NotANumberError)
+EXPECTED_ERRORS = (
+    OutOfMemoryError, LockedError, LostProcessError, checkpoints.CheckpointError, CensusError, NotANumberError,
+)  # fmt: skip
 """What a script reports as one line: the message says all there is to say."""
 
 
@@ -47,18 +53,49 @@ def run(settings: FinetuneSettings) -> int:
     output = Path(settings.output_dir)
     lock = FolderLock(output, say) if os.environ.get("RANK", "0") == "0" else None
     if lock is not None:
-        lock.acquire(settings.lock_wait_minutes * 60)
+        try:
+            lock.acquire(settings.lock_wait_minutes * 60)
+        except OSError as error:
+            raise checkpoints.CheckpointError(
+                f"{output}: cannot be written to ({error.strerror}: {error.filename}); expected a folder, or a place "
+                "for a new one: choose another --output_dir"
+            ) from error
     try:
-        with StopRequest() as stop:
+        checkpoints.checkpoint_folders(output / "checkpoints")  # readable, or nothing is begun
+        with StopRequest() as stop, explain_failure(output):
             return _run(settings, output, stop, lock)
     finally:
         if lock is not None:
             lock.release()
 
 
+@contextlib.contextmanager
+def explain_failure(output: Path) -> Iterator[None]:
+    """A full disk and a lost process as one sentence each."""
+    goes_on = "Checkpoints written before are untouched: the same command goes on from the newest"
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(output).free / 1e9
+        raise checkpoints.CheckpointError(
+            f"{error.filename or output}: the disk is full ({error.strerror}; {free:.2f} GB are free). {goes_on}"
+        ) from error
+    except RuntimeError as error:
+        if not any(text in str(error) for text in LOST):
+            raise
+        rank = os.environ.get("RANK", "0")
+        raise LostProcessError(
+            f"process {rank}: another process of this job is gone ({str(error).splitlines()[0][:200]}); what it said "
+            f"or torchrun says of it is the reason. {goes_on}"
+        ) from error
+
+
 def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: FolderLock | None) -> int:
     started = time.perf_counter()
     job = build(settings, output)
+    settings = job.settings
     if job.is_main:
         (output / "manifest.json").unlink(missing_ok=True)
         (output / "checkpoints" / STOPPED).unlink(missing_ok=True)
@@ -67,7 +104,7 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
     resume = prepare_checkpoints(job, output / "checkpoints")
     watch = attach_watchers(job, output, stop, lock)
     train_seconds = -time.perf_counter()
-    with explain_memory(settings, job.device):
+    with explain_memory(job.settings, job.device):
         job.trainer.train(resume_from_checkpoint=resume)
     train_seconds += time.perf_counter()
     if watch.stopped_by_signal:
@@ -80,7 +117,7 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
             "the same command goes on from there"
         )
         return leave(REQUEUE_EXIT_CODE)
-    from phi3v.training.export import export_final
+    from phi3v.training.export import export_final, export_merged
 
     observed = observe(job, watch, train_seconds)
     export_final(job.trainer, job.processor, settings, output / "final")
@@ -92,6 +129,9 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
             inputs={"data": str(job.data_dir), "model": settings.model_name_or_path},
             seed=settings.seed, seconds=time.perf_counter() - started, device=device_name(job.device),
         )  # fmt: skip
+        if settings.merge:
+            differs = export_merged(output)["max_logit_difference"]
+            say(f"{output / 'merged'}: logits differ from base and adapter by {differs:.1e} at most")
         say(f"{output}: done at step {observed['steps']}, {observed['examples']} examples in {train_seconds:.1f} s")
     return leave(0)
 
@@ -105,7 +145,7 @@ def prepare_checkpoints(job: Job, folder: Path) -> str | None:
     chosen: list[Any] = [None, None]
     if job.is_main:
         try:
-            trainer.fingerprint = checkpoints.fingerprint(settings, job.data_dir)
+            trainer.fingerprint = checkpoints.fingerprint(job.asked, job.data_dir)
             found = checkpoints.find(folder, trainer.fingerprint, trainer.args.world_size, trainer.is_deepspeed_enabled)
             for path, reason in found.skipped.items():
                 say(f"{path}: not used: {reason}")
@@ -132,48 +172,10 @@ def prepare_checkpoints(job: Job, folder: Path) -> str | None:
 
 
 def _checkpoint_bytes(job: Job) -> int:
-    parameters = [(p.numel(), p.requires_grad, p.element_size()) for p in job.model.parameters()]
+    parameters = [(size_of(p), p.requires_grad, p.element_size()) for p in job.model.parameters()]
     trainable = sum(count for count, trains, _ in parameters if trains)
     total = sum(count for count, _, _ in parameters)
     return checkpoints.bytes_needed(trainable, total, job.trainer.is_deepspeed_enabled, parameters[0][2])
-
-
-@contextlib.contextmanager
-def explain_memory(settings: FinetuneSettings, device: torch.device) -> Iterator[None]:
-    """Out of memory as one message: the numbers, and the three settings that would help most."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        numbers = str(error).split(". ")[0]
-        if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            numbers = (
-                f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB allocated at the peak, "
-                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free ({numbers})"
-            )
-        advice = [
-            text
-            for text, helps in (
-                (
-                    f"--batch_size_per_gpu 1 (now {settings.batch_size_per_gpu}; the batch stays)",
-                    settings.batch_size_per_gpu > 1,
-                ),
-                ("--gradient_checkpointing (now off)", not settings.gradient_checkpointing),
-                ("--use_flash_attention (now off)", not settings.use_flash_attention),
-                ("--use_lora (now full fine-tuning)", settings.method in ("full", "frozen")),
-                ("--use_qlora (now LoRA on whole weights)", settings.method == "lora"),
-                ("--zero_stage 3 on several GPUs", settings.method in ("full", "frozen") and settings.zero_stage < 3),
-                (
-                    f"--num_crops 4 (now {settings.num_crops or 'the data folder' + chr(39) + 's'})",
-                    settings.num_crops != 4,
-                ),
-                ("--freeze_vision_model", settings.freeze_vision_model == "no"),
-            )
-            if helps
-        ][:3]
-        raise OutOfMemoryError(
-            f"out of memory on {device_name(device)}: {numbers}. What helps most: {'; '.join(advice)}"
-        ) from error
 
 
 def attach_watchers(job: Job, output: Path, stop: StopRequest, lock: FolderLock | None) -> StepCallback:
@@ -198,13 +200,14 @@ def attach_watchers(job: Job, output: Path, stop: StopRequest, lock: FolderLock 
 def headline(job: Job) -> str:
     """One line that says what is about to run."""
     settings, trainer, plan = job.settings, job.trainer, job.trainer.plan
-    trainable = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    trainable = sum(size_of(p) for p in job.model.parameters() if p.requires_grad)
     how = f", ZeRO {settings.zero_stage}" if trainer.is_deepspeed_enabled else ""
+    size = "a pack" if settings.batching == "packed" else f"{settings.batch_size_per_gpu}"
     left_out = f", {job.left_out} longer than {settings.max_length} tokens left out" if job.left_out else ""
     return (
         f"{settings.row or settings.dataset or 'finetune'}: {settings.method} {settings.dtype}{how} on "
         f"{trainer.args.world_size} x {device_name(job.device)}; {plan.examples} examples{left_out}, batch "
-        f"{plan.batch_size} = {plan.processes} processes x {plan.accumulation} micro-steps, "
+        f"{plan.batch_size} = {plan.processes} processes x {plan.accumulation} micro-steps of {size}, "
         f"{trainable:,} trainable parameters"
     )
 
@@ -218,6 +221,7 @@ def observe(job: Job, watch: Any, train_seconds: float) -> dict[str, Any]:
         **watch.observer.result(),
         "linear4bit_layers": layers,
         "linear4bit_bytes": weight_bytes,
+        "batch_size_per_gpu": None if settings.batching == "packed" else settings.batch_size_per_gpu,
         "zero_stage": settings.zero_stage if trainer.is_deepspeed_enabled else 0,
         "world_size": trainer.args.world_size,
         "device": device_name(job.device),

@@ -24,6 +24,9 @@ class Job:
     """A Trainer and what it was built from."""
 
     settings: FinetuneSettings
+    """What runs: a micro-batch of `auto` is a number here."""
+    asked: FinetuneSettings
+    """What was asked for; checkpoints belong to it."""
     trainer: Any
     model: Any
     processor: Any
@@ -86,7 +89,7 @@ def deterministic_kernels() -> None:
 
 def check_geometry(settings: FinetuneSettings, processes: int) -> int:
     """Micro-steps of an optimizer step. Raises SettingsError where the batch does not divide."""
-    together = processes * settings.batch_size_per_gpu
+    together = processes * (1 if settings.batch_size_per_gpu == "auto" else settings.batch_size_per_gpu)
     if settings.batching == "packed":
         if settings.batch_size % processes:
             raise SettingsError(
@@ -95,11 +98,25 @@ def check_geometry(settings: FinetuneSettings, processes: int) -> int:
             )
         return 1
     if settings.batch_size % together:
+        each = "" if settings.batch_size_per_gpu == "auto" else f" x --batch_size_per_gpu {settings.batch_size_per_gpu}"
         raise SettingsError(
             f"command line: field `batch_size`: got {settings.batch_size}: expected a multiple of {together} "
-            f"({processes} processes x --batch_size_per_gpu {settings.batch_size_per_gpu})"
+            f"({processes} processes{each})"
         )
     return settings.batch_size // together
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises SettingsError where --report_to names what the Trainer does not know, or what is not installed."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    here = get_available_reporting_integrations()
+    for name in names:
+        if name not in here:
+            raise SettingsError(
+                f"command line: field `report_to`: got {name!r}: expected a tracker of the Trainer's that is installed "
+                f"here ({', '.join(here)}); wandb, mlflow, trackio and others come with `pip install {name}`"
+            )
 
 
 def load_model(settings: FinetuneSettings, device: torch.device) -> Any:
@@ -163,8 +180,8 @@ def training_arguments(settings: FinetuneSettings, folder: Path, accumulation: i
     first = os.environ.get("RANK", "0") == "0"
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size_per_gpu,
-        per_device_eval_batch_size=settings.batch_size_per_gpu,
+        per_device_train_batch_size=settings.micro_batch_size,
+        per_device_eval_batch_size=settings.micro_batch_size,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=settings.num_train_epochs,
         max_steps=settings.max_steps if settings.max_steps > 0 else -1,
@@ -218,6 +235,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         check_device(settings, torch.device("cuda", torch.cuda.current_device()))
+    check_trackers(settings.report_to)
     settings.data_folder()
     if not (Path(settings.model_name_or_path) / "config.json").is_file():
         raise SettingsError(
@@ -226,6 +244,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
         )
     from phi3v.data.loading import collate
     from phi3v.model import Phi3VProcessor
+    from phi3v.training import micro_batch
     from phi3v.training.batches import Collator, PickedExamples
     from phi3v.training.meter import Meter
     from phi3v.training.trainer import RecipeTrainer
@@ -233,22 +252,39 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     processor = Phi3VProcessor.from_pretrained(settings.model_name_or_path)
     dataset, data_dir, num_crops = read_data(settings, processor, "train")
     kept, lengths = _lengths(settings, dataset)
-    plan = BatchPlan(
-        examples=len(kept) if kept is not None else len(dataset), batch_size=settings.batch_size,
-        micro_batch_size=settings.batch_size_per_gpu, processes=processes, seed=settings.seed,
-        grouping=settings.batching, lengths=lengths, token_budget=settings.tokens_per_pack,
-        shard_starts=dataset.shard_starts(kept),
-    )  # fmt: skip
-    if plan.examples == 0:
+    if not (len(dataset) if kept is None else kept):
         raise SettingsError(f"{data_dir}: split train: no examples to train on; expected at least one")
+    examples, pad = PickedExamples(dataset, kept), processor.tokenizer.pad_token_id
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
+    asked, args, model = settings, None, None
+    if settings.batch_size_per_gpu == "auto":
+        # Processes agree on a size, so they have to meet first; the arguments are made again for the size found.
+        assert lengths is not None
+        single = settings.model_copy(update={"batch_size_per_gpu": 1})
+        args = training_arguments(single, output / "checkpoints", accumulation, trackers)
+        model = load_model(settings, args.device)
+        size = micro_batch.choose(
+            settings,
+            output,
+            model,
+            examples.example,
+            lambda batch: collate(batch, pad),
+            lengths,
+            processes,
+            args.device,
+        )
+        settings = settings.model_copy(update={"batch_size_per_gpu": size})
+    plan = BatchPlan(
+        examples=len(examples), batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
+        processes=processes, seed=settings.seed, grouping=settings.batching, lengths=lengths,
+        token_budget=settings.tokens_per_pack, shard_starts=dataset.shard_starts(kept),
+    )  # fmt: skip
     if settings.batching == "packed":
         plan = BatchPlan(**{**plan.__dict__, "packs": packs_needed(plan, _epochs(settings, plan))})
-    accumulation = plan.accumulation
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
     # The Trainer's arguments come before the model: with ZeRO 3 they make the weights load in shards.
-    args = training_arguments(settings, output / "checkpoints", accumulation, trackers)
-    model = load_model(settings, args.device)
-    pad, geometry = processor.tokenizer.pad_token_id, geometry_from_config(model.config.to_dict())
+    args = training_arguments(settings, output / "checkpoints", plan.accumulation, trackers)
+    model = load_model(settings, args.device) if model is None else model
+    geometry = geometry_from_config(model.config.to_dict())
     validation: dict[str, Any] = {}
     if settings.eval_steps:
         eval_dataset = read_data(settings, processor, "val")[0]
@@ -256,20 +292,20 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
         validation = {
             "eval_dataset": PickedExamples(eval_dataset), "eval_collator": Collator(collate, pad, "fixed", geometry),
             "eval_plan": BatchPlan(
-                examples=count, batch_size=count, micro_batch_size=settings.batch_size_per_gpu,
+                examples=count, batch_size=count, micro_batch_size=settings.micro_batch_size,
                 processes=processes, seed=0,
             ),
         }  # fmt: skip
     trainer = RecipeTrainer(
         plan=plan, meter=Meter(args.device), model=model, args=args,
-        data_collator=Collator(collate, pad, settings.batching, geometry), train_dataset=PickedExamples(dataset, kept),
+        data_collator=Collator(collate, pad, settings.batching, geometry), train_dataset=examples,
         keep_checkpoints=settings.keep_checkpoints, **validation,
     )  # fmt: skip
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
     left_out = len(dataset) - plan.examples
-    return Job(settings, trainer, model, processor, data_dir, num_crops, left_out)
+    return Job(settings, asked, trainer, model, processor, data_dir, num_crops, left_out)
 
 
 def _epochs(settings: FinetuneSettings, plan: BatchPlan) -> int:
@@ -281,7 +317,7 @@ def _epochs(settings: FinetuneSettings, plan: BatchPlan) -> int:
 
 def _lengths(settings: FinetuneSettings, dataset: Any) -> tuple[list[int] | None, list[int] | None]:
     """(examples kept by --max_length or None for all, their lengths in tokens) where they are needed."""
-    if settings.batching == "fixed" and settings.max_length is None:
+    if settings.batching == "fixed" and settings.max_length is None and settings.batch_size_per_gpu != "auto":
         return None, None
     lengths = dataset.lengths()
     if settings.max_length is None:

@@ -5,7 +5,6 @@ A setting says what was asked for; here is looked at what ran, in the first trai
 
 from __future__ import annotations
 
-import resource
 from typing import Any
 
 import torch
@@ -110,17 +109,15 @@ def _first_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def size_of(parameter: nn.Parameter) -> int:
+    """Elements of a weight; ZeRO 3 leaves an empty tensor and the size beside it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def linear4bit(model: nn.Module) -> tuple[int, int]:
     """Number of bitsandbytes 4-bit layers and the bytes of their packed weights."""
     layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
     return len(layers), sum(int(module.get_parameter("weight").nbytes) for module in layers)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory so far: allocated on a CUDA device, resident of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def device_name(device: torch.device) -> str:

@@ -27,10 +27,11 @@ from phi3v.manifest import write_json, write_manifest
 from phi3v.planning.flops import FORMULA, Work
 from phi3v.planning.hardware import hardware_of_device
 from phi3v.settings import Hardware, SettingsError, SpeedSettings, read_entries
-from phi3v.training.finetune import explain_memory, headline, largest, leave, observe
+from phi3v.training.finetune import headline, largest, leave, observe
 from phi3v.training.fingerprint import fingerprint
 from phi3v.training.job import Job, build
-from phi3v.training.observe import Observer, device_name, peak_memory_bytes
+from phi3v.training.memory import explain_memory, peak_memory_bytes
+from phi3v.training.observe import Observer, device_name
 from phi3v.training.profiling import OPERATORS, STEPS, TABLE, TRACE, Profile
 from phi3v.training.signals import StopRequest
 from phi3v.training.steps import StepCallback

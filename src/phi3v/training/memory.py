@@ -1,0 +1,133 @@
+"""Memory of a device: what is free, what was taken at the peak, and running out of it in words."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from phi3v.settings import FinetuneSettings
+from phi3v.training.observe import device_name
+
+GB = 1e9
+# Of what is free: the rest is for fragments, and for what other jobs of the machine take meanwhile.
+SHARE = 0.95
+
+
+class OutOfMemoryError(RuntimeError):
+    """The device's memory did not suffice."""
+
+
+def capacity_bytes(device: torch.device, limit_gb: float | None, processes_here: int) -> float:
+    """Bytes that this process may take altogether, those it holds already included.
+
+    limit_gb: a ceiling of the user's, in 10^9 bytes. processes_here: they share the memory of a CPU machine.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        room = SHARE * (free + torch.cuda.memory_reserved(device))
+    else:
+        room = SHARE * (_free_ram() / processes_here + held_bytes(device))
+    return room if limit_gb is None else min(room, limit_gb * GB)
+
+
+def held_bytes(device: torch.device) -> float:
+    """Bytes that this process holds now: reserved on a CUDA device, resident on a CPU."""
+    give_back(device)
+    return float(torch.cuda.memory_reserved(device)) if device.type == "cuda" else _status("VmRSS")
+
+
+def give_back(device: torch.device) -> None:
+    """Return what an allocator keeps for later, so that it does not count as held."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _free_ram() -> float:
+    """Bytes that the machine, or the control group of this process, has left."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    free = float(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        free = min(free, float(limit) - float(used))  # "max" is no number: no limit
+    return free
+
+
+def _status(name: str) -> float:
+    """A size from /proc/self/status, bytes."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        return next(float(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
+
+
+@contextlib.contextmanager
+def peak(device: torch.device) -> Iterator[list[float]]:
+    """The largest memory that was held inside the block, bytes: one value in the list when it ends.
+
+    Raises OSError where the system does not let a process forget its peak (CPU, not Linux).
+    """
+    result: list[float] = []
+    give_back(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set
+    yield result
+    result.append(float(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else _status("VmHWM"))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated on a CUDA device, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def explain_memory(settings: FinetuneSettings, device: torch.device) -> Iterator[None]:
+    """Out of memory as one message: the numbers, and the three settings that would help most."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        numbers = str(error).split(". ")[0]
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            numbers = (
+                f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB allocated at the peak, "
+                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free ({numbers})"
+            )
+        advice = "; ".join(_what_helps(settings)[:3])
+        raise OutOfMemoryError(
+            f"out of memory on {device_name(device)}: {numbers}. What helps most: {advice}"
+        ) from error
+
+
+def _what_helps(settings: FinetuneSettings) -> list[str]:
+    """Settings that this job could still change, by what they save."""
+    full = settings.method in ("full", "frozen")
+    size, crops = settings.batch_size_per_gpu, settings.num_crops or "the data folder's"
+    ways = [
+        (f"--batch_size_per_gpu 1 (now {size}; the batch stays)", size not in (1, "auto")),
+        ("--gradient_checkpointing (now off)", not settings.gradient_checkpointing),
+        ("--use_flash_attention (now off)", not settings.use_flash_attention),
+        ("--use_lora (now full fine-tuning)", full),
+        ("--use_qlora (now LoRA on whole weights)", settings.method == "lora"),
+        ("--zero_stage 3 on several GPUs", full and settings.zero_stage < 3 and size != "auto"),
+        (f"--num_crops 4 (now {crops})", settings.num_crops != 4),
+        ("--freeze_vision_model", settings.freeze_vision_model == "no"),
+    ]
+    return [text for text, helps in ways if helps]
+
+
+def processes_on_this_machine() -> int:
+    """Processes of the job that share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
