@@ -201,7 +201,7 @@ def test_own_hardware_file_gives_the_peak(root, monkeypatch, tmp_path):
 
 
 def test_facts_of_a_gpu_machine(monkeypatch, tmp_path):
-    """nvidia-smi, InfiniBand ports and the container as a GPU machine shows them."""
+    """nvidia-smi and InfiniBand ports as a GPU machine shows them."""
     (tmp_path / "nvidia-smi").write_text(SMI)
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -217,12 +217,6 @@ def test_facts_of_a_gpu_machine(monkeypatch, tmp_path):
         rate.write_text("200 Gb/sec (4X HDR)\n")
     monkeypatch.setattr(marks, "INFINIBAND", tmp_path)
     assert marks.network() == "8 x 200 Gb/sec (4X HDR)"
-    (tmp_path / "train.sif").write_bytes(b"image")
-    monkeypatch.setenv("APPTAINER_CONTAINER", str(tmp_path / "train.sif"))
-    digest = "6105d6cc76af400325e94d588ce511be5bfdbb73b437dc51eca43917d7a43e3d"  # pragma: allowlist secret
-    assert marks.container() == {"image": "train.sif", "sha256": digest}
-    monkeypatch.setenv("APPTAINER_CONTAINER", "/elsewhere/train.sif")
-    assert marks.container() == {"image": "train.sif", "sha256": None}
 
 
 def test_revision_of_the_data(tmp_path):

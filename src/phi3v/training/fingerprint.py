@@ -6,7 +6,6 @@ Every figure of a speed table is only as good as this list; what cannot be found
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from phi3v.manifest import commit, digest_file, versions
+from phi3v.manifest import commit, container, versions
 from phi3v.training.observe import device_name
 
 # Where the kernel lists InfiniBand ports; a test points it elsewhere.
@@ -95,15 +94,6 @@ def network() -> str | None:
     """InfiniBand ports of this machine and their rates, "8 x 200 Gb/sec (4X HDR)"; None where there are none."""
     rates = [path.read_text(encoding="utf-8").strip() for path in sorted(INFINIBAND.glob("*/ports/*/rate"))]
     return ", ".join(f"{count} x {rate}" for rate, count in sorted(Counter(rates).items())) or None
-
-
-def container() -> dict[str, Any] | None:
-    """{"image", "sha256"} of the Apptainer image this runs in (digest None where the file cannot be read), or None."""
-    image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
-    if not image:
-        return None
-    readable = Path(image).is_file() and os.access(image, os.R_OK)
-    return {"image": Path(image).name, "sha256": digest_file(Path(image)) if readable else None}
 
 
 def dataset_revision(data_dir: Path) -> dict[str, Any] | None:
