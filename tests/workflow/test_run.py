@@ -146,6 +146,27 @@ def test_another_folder_gives_the_same_bytes(root, copy, tmp_path):
     assert different is None, reproduction.explain(copy / "results" / different, again / "results" / different)
 
 
+def test_the_planner_counts_what_the_data_are(copy):
+    """Tokens, tiles and labels of the datasets' `workload` against the converted data."""
+    from phi3v.data.loading import ConversationDataset
+    from phi3v.data.statistics import split_statistics
+    from phi3v.model import Phi3VProcessor
+    from phi3v.planning.workload import mean_and_longest
+    from phi3v.settings import dataset_key, load_run, model_key
+
+    run = load_run(copy / "config/demo.yaml", copy)
+    model = run.models["phi3-vision"]
+    processor = Phi3VProcessor.from_pretrained(copy / "results/models" / model_key("phi3-vision", model))
+    for name in ("docvqa", "digits"):
+        entry = run.datasets[name]
+        folder = copy / "results/data" / dataset_key(name, entry)
+        seen = split_statistics(ConversationDataset(folder, "train", processor))
+        work, _ = mean_and_longest(entry.workload, model.geometry, entry.num_crops)
+        assert work.tiles == seen["tiles"]["mean"], name
+        assert work.tokens == pytest.approx(seen["tokens"]["mean"], rel=0.03), name
+        assert work.labels == pytest.approx(seen["answer_tokens"]["mean"], abs=0.5), name
+
+
 def test_a_second_run_does_nothing(copy):
     code, output, seconds = snakemake(copy)
     assert code == 0
