@@ -280,6 +280,14 @@ def test_more_devices_and_smaller_batches_need_less(published):
     assert here.floor_gb < here.total_gb
 
 
+def test_a_row_without_checkpointing_is_planned_so(run):
+    job = run.job("phi3-docvqa-lora-bf16")
+    without = job.model_copy(update={"row": job.row.model_copy(update={"gradient_checkpointing": False})})
+    here, there = plan_job(run, job), plan_job(run, without)
+    assert there.images_per_second > 1.15 * here.images_per_second
+    assert there.peak_gb > 1.5 * here.peak_gb
+
+
 def test_disk(run, tmp_path):
     plan = plan_run(run, tmp_path)
     assert plan.disk["models"] == pytest.approx(2 * 8.29, abs=0.1)
