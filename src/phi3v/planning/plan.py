@@ -86,6 +86,7 @@ def setup_of(run: ResolvedRun, job: Job, root: Path = Path()) -> tuple[Setup, Wo
     setup = Setup(
         geometry, run.hardware[job.pool.device], row.method, row.dtype, row.flash_attention, mean, longest,
         row.batch_size, job.nodes, job.processes_per_node, row.known_micro_batch, row.lora_rank or 0,
+        checkpointing=row.gradient_checkpointing,
     )  # fmt: skip
     if row.micro_batch_size == "auto":
         setup = replace(setup, micro_batch=largest_micro_batch(setup, Constants()) or 1)
