@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_examples import cauldron_rows, picture_bytes, ucf_archive, write_clip, write_parquet
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from phi3v.data import conversion, converters_video
@@ -22,11 +24,17 @@ from phi3v.data.conversations import Conversation, DataError, read_conversations
 from phi3v.data.conversion import convert_dataset, convert_files, row_slice
 from phi3v.data.converters import FORMATS
 from phi3v.data.converters_files import json_items
+from phi3v.data.samples import Inputs, Rejection, Sample
 from phi3v.data.sources import fetch
 from phi3v.data.video import frame_indices, sample_frames
 from phi3v.settings import Dataset, SettingsError, dataset_key, validate
 
 ROOT = Path(__file__).parents[1]
+FIELDS = (
+    "image", "images", "video", "conversations", "messages", "from", "role", "value", "content", "identifier", "sentence",
+    "label", "img", "id", "questionId", "question", "answers", "data",
+)  # fmt: skip
+"""What the json formats name."""
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -258,6 +266,8 @@ def test_llava(tmp_path: Path, kind: str) -> None:
         ),
         ({"image": "../x.jpg"}, "expected a path inside the images folder"),
         ({"image": 7}, "expected a string"),
+        ({"image": "\ud800.png"}, "expected no lone surrogates"),
+        ({"image": "a" * 300}, "File name too long; expected a file in"),
         ({"video": "broken.avi"}, "does not decode"),
     ],
 )
@@ -269,6 +279,26 @@ def test_llava_items_that_cannot_be_taken(tmp_path: Path, change: dict, expected
     with pytest.raises(DataError, match=r"data\.json: item 0") as error:
         converted(tmp_path / "out", "llava", path)
     assert expected in str(error.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+    | st.sampled_from(["human", "gpt", "<image>", "a.png", "../a.png", "True", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=5),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llava", "nlvr2_official", "hateful_memes_official", "docvqa_official"])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(item=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6))
+def test_whatever_an_item_is_it_is_taken_or_refused(name: str, item: dict, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture_bytes(1, "PNG"))
+    path = tmp_path / "items.json"
+    path.write_text(json.dumps({"data": [item]} if name == "docvqa_official" else [item]))
+    inputs = Inputs([path], tmp_path, "train", "demo", scratch=tmp_path / "scratch")
+    for found in FORMATS[name](inputs):
+        assert isinstance(found, Sample | Rejection)
 
 
 @pytest.mark.parametrize("text", ["[", "[1", "[1,", "[1 2]", '[{"a": ]', "[1,]", '["\xff"]', "[" * 200_000])

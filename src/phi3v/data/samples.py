@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from phi3v.data.conversations import DataError
+from phi3v.data.conversations import DataError, image_path_problem, shown, text_problem
 
 R = TypeVar("R")
 
@@ -96,16 +96,20 @@ def each_row(
 def file_under(root: Path, path: object, where: str, field_name: str) -> tuple[Path, str]:
     """(file, its path under root) of an image path in a table or json. Raises DataError unless it lies inside root and
     is a file."""
-    from phi3v.data.conversations import image_path_problem, shown
-
-    if expected := image_path_problem(path):
+    if expected := image_path_problem(path) or text_problem(path):
         raise DataError(f"{where}: field `{field_name}`: got {shown(path)}; expected {expected}")
     assert isinstance(path, str)
     file = root / path
-    if not file.resolve().is_relative_to(root.resolve()):
+    try:
+        inside, there = file.resolve().is_relative_to(root.resolve()), file.is_file()
+    except OSError as error:  # a name that the file system cannot have
+        raise DataError(
+            f"{where}: field `{field_name}`: got {shown(path)}: {error.strerror}; expected a file in {root}"
+        ) from None
+    if not inside:
         raise DataError(
             f"{where}: field `{field_name}`: got {shown(path)}: a link out of {root}; expected a file inside it"
         )
-    if not file.is_file():
+    if not there:
         raise DataError(f"{where}: field `{field_name}`: got {shown(path)}: no such file in {root}")
     return file, path
