@@ -155,6 +155,16 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     assert tree(folder) == before
 
 
+def test_a_name_that_becomes_too_long_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "pets" / "cat"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_bytes(picture_bytes(1))
+    (folder / f"{'x' * 250}.gif").write_bytes(picture_bytes(2, "GIF"))  # .png comes behind it
+    with pytest.raises(DataError, match=r"picture name 'train/cat/x+\.\.\.; expected at most 255 bytes a part"):
+        converted(tmp_path / "out", "image_folder", tmp_path / "pets")
+    assert len(converted(tmp_path / "out", "image_folder", tmp_path / "pets", on_error="skip")) == 1
+
+
 def test_a_table(tmp_path: Path) -> None:
     folder = picture_folder(tmp_path / "pets")
     table = tmp_path / "my.tsv"

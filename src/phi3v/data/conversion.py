@@ -35,6 +35,9 @@ OnError = Literal["stop", "skip"]
 MAX_IMAGE_BYTES = 256 * 2**20
 """A larger encoded picture is refused before it is read."""
 
+MAX_NAME_BYTES = 255
+"""Of a file or folder on nearly every file system."""
+
 _MARK = ".converted"
 """Says that images/ and the jsonl beside it are this module's to replace."""
 
@@ -119,7 +122,10 @@ class PictureWriter:
         if not name.lower().endswith((".jpg", ".jpeg") if suffix == ".jpg" else (suffix,)):
             name += suffix
         path = f"{self.split}/{name}"
-        if expected := image_path_problem(path):
+        longest = max(len(part.encode()) for part in path.split("/"))
+        if expected := image_path_problem(path) or (
+            longest > MAX_NAME_BYTES and f"at most {MAX_NAME_BYTES} bytes a part"
+        ):
             raise DataError(f"{where}: picture name {shown(path)}; expected {expected}")
         target = self.images / path
         if target.parent not in self._folders:

@@ -108,14 +108,14 @@ def _key(dataset: ConversationDataset) -> str:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Processes of a job come here together: one counts, the others wait and read. Where the folder cannot be written
-    or locked, each counts for itself."""
+    or locked, every process counts."""
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(exist_ok=True)
             lock = stack.enter_context(open(folder / "lock", "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            print(f"{folder}: {error}: lengths are counted without keeping them", file=sys.stderr)
+            print(f"{folder}: {error}: every process counts the lengths for itself", file=sys.stderr)
         yield
 
 
