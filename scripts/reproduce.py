@@ -76,6 +76,12 @@ def digests_of(results: Path) -> dict[str, str]:
     return digests(results.resolve().parent, results.name)
 
 
+def made_by(results: Path) -> str:
+    """Commit that a finished run's manifests name."""
+    named = {json.loads(path.read_text()).get("commit") for path in sorted(results.glob("*/*/manifest.json"))}
+    return ", ".join(sorted(name or "unknown" for name in named))
+
+
 def compare(found: dict[str, str], wanted: dict[str, str], results: Path, other: Path | None) -> int:
     """Exit code of comparing digests; a file that one side lacks is a difference."""
     if not found or not wanted:
@@ -102,6 +108,7 @@ def main() -> int:
     given = arguments()
     kind = machine()
     stored = json.loads(STORED.read_text()) if STORED.is_file() else {}
+    part = bool(given.rows or given.results)
     with tempfile.TemporaryDirectory(prefix="phi3v-") as one, tempfile.TemporaryDirectory(prefix="phi3v-again-") as two:
         results = given.results or run_demo(Path(one), given.rows)
         found = digests_of(results)
@@ -110,7 +117,7 @@ def main() -> int:
             code = compare(found, digests_of(other), results, other)
         elif kind in stored:
             # accuracy.tsv holds the whole run; rows of it are compared by what they and the stored run share.
-            known, part = stored[kind]["files"], bool(given.rows or given.results)
+            known = stored[kind]["files"]
             shared = {name for name in known if name in found and not name.endswith("accuracy.tsv")}
             print(
                 f"{len(found)} files, {len(shared)} of them among the {len(known)} stored at {stored[kind]['commit'][:12]}"
@@ -123,8 +130,13 @@ def main() -> int:
             code = 0 if given.store else 3
             print(f"{STORED.name} has no digests for {kind!r}, only for {', '.join(stored) or 'none'}", file=sys.stderr)
     if code == 0 and given.store:
-        write_json(STORED, {**stored, kind: {"commit": commit(ROOT)["commit"], "files": found}})
-        print(f"{STORED}: {len(found)} digests stored for {kind}")
+        # The table of some rows is not the whole demo's.
+        kept = {name: value for name, value in found.items() if not (part and name.endswith("accuracy.tsv"))}
+        write_json(
+            STORED,
+            {**stored, kind: {"commit": made_by(results) if given.results else commit(ROOT)["commit"], "files": kept}},
+        )
+        print(f"{STORED}: {len(kept)} digests stored for {kind}")
     return code
 
 
