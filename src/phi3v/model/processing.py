@@ -183,11 +183,10 @@ class Phi3VProcessor(ProcessorMixin):
             rows.append(ids[:max_length] if truncation and max_length else ids)
             pictures.extend(own[number - 1] for number in order)
             names.extend(f"prompt {index}, <|image_{number}|>" for number in order)
-        tiled = self.image_processor.tile_all(pictures, names, num_crops, as_uint8)
         data: dict[str, Any] = self._pad(rows, padding, padding_side or self.tokenizer.padding_side, max_length)
-        if tiled:
-            data["pixel_values"] = tiled[0][0] if len(tiled) == 1 else torch.cat([tiles for tiles, _ in tiled])
-            data["image_sizes"] = torch.tensor([size for _, size in tiled], dtype=torch.int64)
+        if pictures:
+            tiles, sizes = self.image_processor.tile_all(pictures, names, num_crops, as_uint8)
+            data["pixel_values"], data["image_sizes"] = tiles, sizes
         if return_tensors is None:
             data["input_ids"], data["attention_mask"] = rows, [[1] * len(row) for row in rows]
         return BatchFeature(data)
