@@ -6,8 +6,10 @@ import json
 import pytest
 from golden.helpers import load_json, official_files
 from transformers import AutoConfig
+from transformers.cache_utils import DynamicCache
 
 from phi3v.model import Phi3VConfig
+from phi3v.model.attention import GrowingLayer, make_room
 
 
 def rope(length: int = 48, **changes) -> dict:
@@ -60,6 +62,10 @@ def test_phi3_vision_128k_config_loads():
     assert config.tokens_per_tile == 144
     assert config.end_token_ids == [2, 32000, 32007]
     assert config.to_dict()["torch_dtype"] == "bfloat16"
+    # Its window is as long as its positions: no layer of the cache needs to forget anything.
+    cache = DynamicCache(config=config)
+    make_room(cache)
+    assert {type(layer) for layer in cache.layers} == {GrowingLayer}
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ from golden.helpers import (
     tiny_processor,
 )
 from golden.helpers import official_files as official
+from transformers.cache_utils import DynamicLayer
 
 from phi3v.model import Phi3VImageProcessor, Phi3VProcessor
+from phi3v.model.attention import GrowingLayer
 
 CASES = {case["key"]: case for case in load_json("generation.json")["cases"]}
 
@@ -129,3 +131,42 @@ def test_saved_folder_stops_at_every_end_token(tmp_path):
 
     saved = json.loads((tiny_folder() / "generation_config.json").read_text())
     assert len(saved["eos_token_id"]) == 3
+
+
+def test_a_cache_with_room_gives_the_same_keys_and_values():
+    """Against transformers' own growing layer, over several buffers, and after a beam search took other rows."""
+    torch.manual_seed(0)
+    plain, ours = DynamicLayer(), GrowingLayer()
+    pieces = [7, 1, 1, *[30] * 5, 1]
+    for index, queries in enumerate(pieces):
+        keys, values = torch.randn(3, 2, queries, 4), torch.randn(3, 2, queries, 4)
+        expected = plain.update(keys, values)
+        for got, want in zip(ours.update(keys, values), expected, strict=True):
+            assert torch.equal(got, want)
+        if index == 4:
+            for layer in (plain, ours):
+                layer.reorder_cache(torch.tensor([2, 0, 0]))
+        if index == 6:
+            for layer in (plain, ours):
+                layer.crop(-9)
+        assert ours.get_seq_length() == plain.get_seq_length()
+
+
+def test_a_token_is_written_in_place():
+    layer = GrowingLayer()
+    layer.update(torch.ones(1, 2, 10, 4), torch.ones(1, 2, 10, 4))
+    where = layer.keys.data_ptr()
+    for _ in range(GrowingLayer.room):
+        layer.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
+    assert layer.keys.data_ptr() == where
+    layer.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
+    assert layer.keys.data_ptr() != where
+
+
+@pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {}])
+def test_generation_with_and_without_room_in_the_cache(arguments, monkeypatch):
+    model = tiny_model(**LONG).eval()
+    inputs = tiny_processor(**LONG)([p for p, _ in PROMPTS], [i for _, i in PROMPTS], padding_side="left")
+    ours = model.generate(**inputs, max_new_tokens=12, do_sample=False, **arguments)
+    monkeypatch.setattr("phi3v.model.modeling.make_room", lambda cache: None)
+    assert torch.equal(ours, model.generate(**inputs, max_new_tokens=12, do_sample=False, **arguments))

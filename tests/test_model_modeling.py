@@ -22,6 +22,7 @@ from golden.helpers import (
 )
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor
@@ -381,3 +382,34 @@ def test_text_only_batch_among_other_processes_touches_the_vision_part():
     with_picture = run(model, [example(0)])[1]
     assert grads.keys() == with_picture.keys()
     assert not any(grad.any() for grad in added.values())
+
+
+def _distributed_step(rank: int, folder: str) -> None:
+    """One data-parallel step: a picture on rank 0, text alone on rank 1. Saves the loss and the reduced gradients."""
+    torch.set_num_threads(1)
+    model, batch = tiny_model(**LONG).train(), example(rank)  # before the group: transformers then saves on rank 0 alone
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    assert ("pixel_values" in batch) == (rank == 0)
+    wrapped = DistributedDataParallel(model)  # held by name: gradients are reduced only while it lives
+    loss = wrapped(**batch).loss
+    loss.backward()
+    torch.save({"loss": loss.item(), "gradients": gradients(model)}, f"{folder}/rank-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_text_only_batch_on_one_rank_does_not_stop_the_others(tmp_path):
+    """Two processes; neither waits for ever, and both hold the mean of the two examples' gradients."""
+    torch.multiprocessing.start_processes(
+        _distributed_step, args=(str(tmp_path),), nprocs=2, start_method="spawn", join=False
+    ).join(timeout=120)
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    model = tiny_model(**LONG).train()
+    model.zero_grad(set_to_none=True)
+    for rank in (0, 1):
+        loss = model(**example(rank)).loss
+        assert loss.item() == pytest.approx(ranks[rank]["loss"], rel=1e-6)
+        (loss / 2).backward()
+    expected = gradients(model)
+    for rank in ranks:
+        assert rank["gradients"].keys() == expected.keys()
+        assert worst_gradient_error(rank["gradients"], expected) < 1e-5

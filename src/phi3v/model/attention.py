@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
@@ -146,6 +146,56 @@ class LongRope:
                 attention_mask = plan.mask[:, 0, -1]
             return attention_mask.sum(-1, keepdim=True) > self.original
         return torch.ones((1, 1), dtype=torch.bool, device=device)
+
+
+class GrowingLayer(DynamicLayer):
+    """transformers' growing cache layer with room to grow: a new token is written in place.
+
+    The original joins all keys and values anew with every token, which for a long prompt costs as much memory traffic
+    as the attention itself. Beam search and the like, which replace the tensors, get a new buffer.
+    """
+
+    room = 64  # tokens; the recipe's evaluation generates as many
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Empty tensors, and nothing behind them yet."""
+        super().lazy_initialization(key_states, value_states)
+        self._buffers: list[torch.Tensor | None] = [None, None]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values so far with the new ones [B, H, Q, D] after them: [B, H, K, D]."""
+        if key_states.requires_grad or value_states.requires_grad:  # writing in place would break their graph
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past = self.get_seq_length()
+        self.keys = self._append(0, self.keys, key_states, past)
+        self.values = self._append(1, self.values, value_states, past)
+        return self.keys, self.values
+
+    def _append(self, which: int, seen: torch.Tensor, new: torch.Tensor, past: int) -> torch.Tensor:
+        batch, heads, queries, width = new.shape
+        buffer, total = self._buffers[which], past + queries
+        is_ours = buffer is not None and seen.data_ptr() == buffer.data_ptr() and len(buffer) == batch
+        if buffer is None or not is_ours or total > buffer.shape[2]:
+            buffer = new.new_empty(batch, heads, total + self.room, width)
+            if past:
+                buffer[:, :, :past] = seen
+            self._buffers[which] = buffer
+        buffer[:, :, past:total] = new
+        return buffer[:, :, :total]
+
+
+def make_room(cache: Cache | None) -> None:
+    """Let an empty plain DynamicCache grow in place; any other cache stays as it is.
+
+    The published windows are longer than all positions, so that layers with a window never forget anything either.
+    """
+    growing = (DynamicLayer, DynamicSlidingWindowLayer)
+    if type(cache) is DynamicCache and not cache.get_seq_length() and not getattr(cache, "offloading", False):
+        cache.layers = [GrowingLayer() if type(layer) in growing else layer for layer in cache.layers]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 
-from phi3v.model.attention import LongRope, Phi3VAttention, plan_attention
+from phi3v.model.attention import LongRope, Phi3VAttention, make_room, plan_attention
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.vision import ImageEmbedding
 
@@ -135,6 +135,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+            make_room(past_key_values)
         batch, queries, _ = inputs_embeds.shape
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         plan = plan_attention(attention_mask, position_ids, batch, queries, past)
@@ -333,6 +334,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         if cached and self._outgrows_short_factors(input_ids, attention_mask):
             past_key_values, next_sequence_length, is_first_iteration = None, None, True
+        make_room(past_key_values)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
