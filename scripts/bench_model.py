@@ -160,6 +160,7 @@ def bench_processor(repeats: int, **_: Any) -> dict[str, Any]:
     processor = Phi3VImageProcessor(num_crops=16)
     pages = [make_image(1700, 2200, seed) for seed in range(4)]
     batch = [pages[i % 4] for i in range(10)]
+
     def fifty(**options: bool) -> None:
         for _ in range(5):
             processor(batch, **options)

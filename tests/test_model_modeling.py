@@ -387,7 +387,8 @@ def test_text_only_batch_among_other_processes_touches_the_vision_part():
 def _distributed_step(rank: int, folder: str) -> None:
     """One data-parallel step: a picture on rank 0, text alone on rank 1. Saves the loss and the reduced gradients."""
     torch.set_num_threads(1)
-    model, batch = tiny_model(**LONG).train(), example(rank)  # before the group: transformers then saves on rank 0 alone
+    # Before the group exists: with one, transformers saves the tiny folder on rank 0 alone.
+    model, batch = tiny_model(**LONG).train(), example(rank)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     assert ("pixel_values" in batch) == (rank == 0)
     wrapped = DistributedDataParallel(model)  # held by name: gradients are reduced only while it lives
