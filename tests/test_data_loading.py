@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -394,6 +395,29 @@ def test_shards_of_the_examples_that_are_kept(tmp_path: Path, processor: Phi3VPr
     assert len(shards) == len(starts) - 1
     assert sorted(shard_order(shards, len(kept), 1, 0)) == list(range(len(kept)))
     assert [kept[start] for start in shards] == [0, starts[2] + 1, *starts[3:]]
+
+
+def test_of_a_picture_in_a_shard_only_its_header_is_read(
+    tmp_path: Path, processor: Phi3VProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = cauldron_rows(8)
+    for number, row in enumerate(rows):
+        row["images"][0]["bytes"] = picture_bytes(number, ("PNG", "JPEG")[number % 2], (400 + number, 300))
+    source = write_parquet(tmp_path / "a.parquet", rows)
+    convert_files("cauldron", source, tmp_path / "data", "train", shard_bytes=10**9)
+    pictures = ConversationDataset(tmp_path / "data", "train", processor).pictures
+    read = 0
+
+    def counting(handle: int, buffers: list, offset: int) -> int:
+        nonlocal read
+        read += sum(map(len, buffers))
+        return preadv(handle, buffers, offset)
+
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", counting)
+    sizes = [pictures.size(f"train/00000/{n:08d}-0.{('png', 'jpg')[n % 2]}", "x") for n in range(8)]
+    assert sizes == [(400 + number, 300) for number in range(8)]
+    assert read < 0.5 * sum(len(row["images"][0]["bytes"]) for row in rows)
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path, processor: Phi3VProcessor) -> None:

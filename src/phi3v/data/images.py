@@ -59,7 +59,7 @@ class ImageInfo:
     mode: str
 
 
-def _open(data: bytes | Path, where: str) -> Image.Image:
+def _open(data: bytes | Path | BinaryIO, where: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=READ)
     except UnidentifiedImageError:
@@ -174,16 +174,26 @@ def open_rgb(data: bytes | Path, where: str) -> Image.Image:
         raise DataError(f"{where}: cannot be decoded: {error}") from None
 
 
-def displayed_size(data: bytes | Path, where: str) -> tuple[int, int]:
-    """(width, height) as open_rgb would give it, from the header alone. Raises DataError."""
+def displayed_size(data: bytes | Path | BinaryIO, where: str) -> tuple[int, int]:
+    """(width, height) as open_rgb would give it, from the header alone; a file is closed. Raises DataError."""
     try:
-        with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
-            plain = _plain_png_size(file)
+        if isinstance(data, Path):
+            file: BinaryIO = open(data, "rb")  # noqa: SIM115  (closed below)
+        else:
+            file = io.BytesIO(data) if isinstance(data, bytes) else data
     except OSError as error:
         raise DataError(f"{where}: cannot be opened as a picture: {error}") from None
-    if plain is not None:
-        return plain
-    with _open(data, where) as image:
+    with file:
+        try:
+            plain = _plain_png_size(file)
+            file.seek(0)
+        except OSError as error:
+            raise DataError(f"{where}: cannot be opened as a picture: {error}") from None
+        return plain or _pillow_size(file, where)
+
+
+def _pillow_size(file: BinaryIO, where: str) -> tuple[int, int]:
+    with _open(file, where) as image:
         # Of a TIFF Pillow gives the size as displayed, and turns the pixels itself.
         turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else image.size

@@ -8,6 +8,7 @@ read at a known place.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
 import tarfile
@@ -70,6 +71,11 @@ class Pictures:
 
     def size(self, path: str, where: str) -> tuple[int, int]:
         """(width, height) as it will be opened, from the header alone. Raises DataError."""
+        if self.shards:
+            shard, offset, size = self._place(path, where)
+            return displayed_size(
+                io.BufferedReader(_Member(self._handle(shard), offset, size)), f"{where}: image {path!r}"
+            )
         return displayed_size(self.locate(path, where), f"{where}: image {path!r}")
 
     def bytes_of(self, path: str, where: str) -> bytes:
@@ -122,6 +128,29 @@ class Pictures:
         if getattr(self, "_pid", 0) == os.getpid():
             for handle in self._handles.values():
                 os.close(handle)
+
+
+class _Member(io.RawIOBase):
+    """A part of an open file, of which only what is asked for is read."""
+
+    def __init__(self, handle: int, start: int, size: int) -> None:
+        self._handle, self._start, self._size, self._position = handle, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence])
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        left = memoryview(buffer)[: max(0, self._size - self._position)]
+        count = os.preadv(self._handle, [left], self._start + self._position) if left else 0
+        self._position += count
+        return count
 
 
 def pictures_of(data_dir: str | Path, entry: dict[str, Any]) -> Pictures:
@@ -179,8 +208,6 @@ def write_shards(jsonl: Path, images: Path, folder: Path, split: str, shard_byte
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> int:
     """Append a member; returns where its bytes start in the file."""
-    import io
-
     member = tarfile.TarInfo(name)
     member.size = len(data)
     archive.addfile(member, io.BytesIO(data))
