@@ -8,13 +8,10 @@ from snakemake.resources import Resource
 
 from phi3v.training.checkpoints import checkpoint_folders
 
-# Rules whose jobs go where their row's machines are.
-ROW_RULES = ("finetune", "evaluate_base", "evaluate", "speed_row")
 
-
-def plain_name(known):
-    """A rule's name in this workflow, though another that uses it as a module may have put something before it."""
-    return next((name for name in ROW_RULES if known.name.endswith(name)), known.name)
+def belongs_to_row(known):
+    """Whether a rule's jobs go where a row's machines are: they say which GPUs they want there, be it none."""
+    return "gres" in known.resources
 
 
 def placed(wildcards):
@@ -28,7 +25,7 @@ def placed(wildcards):
 
 def on_site(known, value):
     """A resources function: `value` of the site's entry for where the rule's job goes; None leaves it to SLURM."""
-    if plain_name(known) not in ROW_RULES:
+    if not belongs_to_row(known):
         return lambda wildcards: value(SITE.of(settings.CPU)) or None
     return lambda wildcards: value(site_entry(placed(wildcards))) or None
 
@@ -76,7 +73,8 @@ def retries_of(job):
     newer checkpoint than the one before is the last. Anything else is tried three times at most.
     """
     allowed = job.rule.restart_times
-    if plain_name(job.rule) != "finetune":
+    # Another workflow that uses this one as a module may have put something before the name.
+    if not job.rule.name.endswith("finetune"):
         return min(allowed, 2)
     row = job.wildcards.row
     saved = checkpoint_folders(Path(f"{RESULTS}/train/{row}/checkpoints"))
@@ -105,7 +103,7 @@ if ON_SLURM:
             "qos": on_site(known, lambda entry: entry.qos or SITE.qos),
             "constraint": on_site(known, lambda entry: entry.constraint),
         }
-        if plain_name(known) in ROW_RULES:
+        if belongs_to_row(known):
             # To the job's steps, not to the shell that started them (see scripts/torchrun_nodes.sh).
             added["slurm_extra"] = f"--signal=USR1@{SITE.leave_seconds}"
         elif "runtime" in known.resources:

@@ -59,7 +59,8 @@ def requests(run: ResolvedRun, site: Site) -> list[Request]:
     """What the run's jobs ask for."""
     found = [CPU_REQUEST]
     for job in (*run.accuracy, *run.speed):
-        for kind in ("train", "evaluate") if isinstance(job.row, AccuracyRow) else ("speed",):
+        official = ["official"] if run.official(job) else []
+        for kind in ("train", "evaluate", *official) if isinstance(job.row, AccuracyRow) else ("speed",):
             wanted = resources(run, job, kind=kind)
             fitted = fit(wanted, site.of(job.pool.device, job.pool.slurm_partition))
             found.append(Request(
