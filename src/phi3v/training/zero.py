@@ -76,7 +76,7 @@ def export_zero_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str =
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does shard by shard
         try:
             state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
-        except (FileNotFoundError, AssertionError, ValueError) as error:
+        except (FileNotFoundError, AssertionError, ValueError, RuntimeError, KeyError, IndexError) as error:
             raise ValueError(f"{checkpoint}: its shards are not complete ({error})") from error
     model = Phi3VForCausalLM.from_pretrained(base)
     missing, unexpected = model.load_state_dict(state, strict=False)
