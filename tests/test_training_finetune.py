@@ -120,6 +120,7 @@ def test_census_says_what_trains(folders, tmp_path, method):
             if not name.startswith("adapters"):
                 assert groups[name]["with_gradient"] == groups[name]["trainable"], name
     assert ("legacy" in read(out / "census.json")["label"]) == (method == "legacy")
+    assert ("DoRA" in read(out / "census.json")["label"]) == (method == "dora")
     assert (out / "final" / ("adapter_config.json" if "adapters (head)" in expected else "config.json")).is_file()
 
 

@@ -118,9 +118,10 @@ class Census:
         return {"label": self.label, "groups": self.groups}
 
 
-def census_label(method: str, freezing: str) -> str:
+def census_label(method: str, freezing: str, use_dora: bool = False) -> str:
     """The method in words; the recipe's old freezing is named wherever it is used."""
     words = {"full": "full", "frozen": "vision frozen", "lora": "LoRA", "qlora": "QLoRA"}[method]
+    words = words.replace("LoRA", "DoRA") if use_dora else words
     if freezing == "legacy":
         return "vision frozen, legacy (text embedding frozen too)"
     return f"{words}, vision frozen" if method in ("lora", "qlora") and freezing != "no" else words

@@ -183,7 +183,9 @@ def attach_watchers(job: Job, output: Path, stop: StopRequest, lock: FolderLock 
     from phi3v.model.freezing import parameter_group
 
     settings, trainer = job.settings, job.trainer
-    census = Census(job.model, parameter_group, census_label(settings.method, settings.freeze_vision_model))
+    census = Census(
+        job.model, parameter_group, census_label(settings.method, settings.freeze_vision_model, settings.use_dora)
+    )
     watch = StepCallback(
         trainer, output, stop, census=census, observer=Observer(job.model), lock=lock, settings=settings,
         utilisation=utilisation_of(
