@@ -123,7 +123,7 @@ def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None
         "traces": traces,
         "layout": {
             # As high as the plot of the scores beside it.
-            "height": max(300, 130 + 34 * sum(line.score("after") is not None for line in lines)),
+            "height": max(240, 130 + 34 * sum(line.score("after") is not None for line in lines)),
             "xaxis": {"title": {"text": "epoch"}},
             "yaxis": {"title": {"text": "loss"}, "rangemode": "tozero"},
         },
