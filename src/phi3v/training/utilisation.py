@@ -80,6 +80,8 @@ def _peak(settings: FinetuneSettings, device_name: str, files: Sequence[str]) ->
 def measured_peak(dtype: str) -> tuple[float, str]:
     """(TFLOP/s of one process, how it was measured): large products on the CPU, every process at once; collective.
 
+    A speed measurement calls it before and after and takes the larger.
+
     dtype: bf16, fp16 or fp32. The fastest of several, so that a neighbour's work does not pass for a low peak; the
     mean over the processes.
     """
@@ -99,6 +101,6 @@ def measured_peak(dtype: str) -> tuple[float, str]:
     threads = torch.get_num_threads()
     how = (
         f"measured: {dtype} products of {PRODUCT_SIZE} x {PRODUCT_SIZE} on this CPU, {threads} "
-        f"thread{'s' if threads > 1 else ''} a process, the fastest of {PRODUCTS}"
+        f"thread{'s' if threads > 1 else ''} a process, the fastest of {PRODUCTS} before and after the timing"
     )
     return float(rate), how
