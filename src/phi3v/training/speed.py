@@ -119,6 +119,13 @@ def _longest(seconds: float, device: torch.device) -> float:
     return float(value.item())
 
 
+def check_timing(settings: SpeedSettings) -> None:
+    """Raises SettingsError for a timing too short to be a figure of a table: under 10 warm-up steps or 3 windows."""
+    for name, least in (("speed_warmup_steps", 10), ("repeats", 3)):
+        if getattr(settings, name) < least:
+            raise SettingsError(f"command line: field `{name}`: got {getattr(settings, name)}: expected >= {least}")
+
+
 def found_devices() -> list[str]:
     """Names of the CUDA devices of this machine that this process may use."""
     if not torch.cuda.is_available():
@@ -164,6 +171,7 @@ def measure(settings: SpeedSettings) -> int:
     Raises SettingsError, OutOfMemoryError.
     """
     started = time.perf_counter()
+    check_timing(settings)
     check_devices(settings, found_devices())
     timed = settings.speed_warmup_steps + settings.repeats * settings.timed_steps
     output = Path(settings.output_dir)
