@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 LEGEND = """\
 n: devices. peak GB: memory of one device, predicted. fits: yes; full: only when the allocator gives back what it can; no.
 micro: largest micro-batch with room. img/s: over all devices. MFU, HFU: share of the dense peak, without and with recomputation.
+A CPU's peak is calibrated on one machine (docs/planner.md), so its figures are rough elsewhere.
 time: training (or timing) and evaluation. device-h: time x devices. kWh: at the boards' full power."""
 
 
