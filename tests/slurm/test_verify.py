@@ -166,6 +166,8 @@ def test_a_thousand_rows(runs, cluster):
     """Dry run, submission and memory of a run of 1,000 training jobs; the machines take none of them."""
     seeds = list(range(250))
     config = runs.configure("thousand", ROWS, epochs=1, overrides={"phi35-docvqa-*": {"seeds": seeds}})
+    code, output = runs.run(config, "data", profile="profiles/demo")
+    assert code == 0, output[-4000:]
     started = time.monotonic()
     code, output = runs.run(config, "-n", "-q")
     planned = time.monotonic() - started
