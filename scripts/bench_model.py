@@ -161,9 +161,9 @@ def bench_processor(repeats: int, **_: Any) -> dict[str, Any]:
     pages = [make_image(1700, 2200, seed) for seed in range(4)]
     batch = [pages[i % 4] for i in range(10)]
 
-    def fifty(**options: bool) -> None:
+    def fifty(as_uint8: bool = False) -> None:
         for _ in range(5):
-            processor(batch, **options)
+            processor(batch, as_uint8=as_uint8)
 
     result = timed(fifty, repeats)
     small = timed(lambda: fifty(as_uint8=True), repeats)

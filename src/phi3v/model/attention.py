@@ -156,6 +156,8 @@ class GrowingLayer(DynamicLayer):
     """
 
     room = 64  # tokens; the recipe's evaluation generates as many
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Empty tensors, and nothing behind them yet."""
