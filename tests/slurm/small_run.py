@@ -118,7 +118,7 @@ class Runs:
         log = self.folder / f"{Path(config).stem}-{time.monotonic_ns()}.out"
         # Few at a time: what the tests prove needs one, and two cores carry no more.
         quick = ["--slurm-init-seconds-before-status-checks", "2", "--jobs", "2"] if profile == "slurm" else []
-        return Snakemake(self.folder, [*arguments, "--profile", profile, *quick, "--configfile", config], log)
+        return Snakemake(self.folder, ["--profile", profile, *quick, *arguments, "--configfile", config], log)
 
     def run(self, config: str, *arguments: str, profile: str = "slurm", seconds: float = 900) -> tuple[int, str]:
         """(exit code, output) of a Snakemake that should end by itself."""
