@@ -11,13 +11,12 @@ SPEED = "phi3-a100-full-eager-8gpu"
 
 
 def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undisturbed):
-    """A row of each method on four machines, each with a fault of its own, and a speed row, in one run."""
+    """A row of each method, each with a fault of its own, and a speed row, in one run."""
     snakemake = runs.start(runs.configure("faults", ROWS, [SPEED], epochs=EPOCHS, save_minutes=0.02), "--jobs", "6")
     for row in ROWS:
         until(f"{row} trains", lambda row=row: runs.steps("faults", row) >= 2 or snakemake.process.poll() is not None)
     jobs = {method: job_of(cluster, ROW[method]) for method in METHODS}
     assert all(job for job, _ in jobs.values()), snakemake.output[-6000:]
-    assert len({node for _, node in jobs.values()}) == 4
     cluster.out("scancel", jobs["full"][0])
     workers(f"faults/train/{ROW['frozen']}")[1].send_signal(signal.SIGKILL)
     cluster.out("scontrol", "requeue", jobs["lora"][0])
@@ -43,7 +42,7 @@ def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undi
 def test_a_job_that_is_out_of_time_goes_on_in_the_next(runs, undisturbed):
     """A partition of two minutes: SIGUSR1 before their end (SLURM sends it up to a minute early), save, leave, go on."""
     runs.site({**SITE, "leave_seconds": 20, "partitions": {"cpu": {"partition": "short", "max_runtime": 2}}})
-    epochs = epochs_of(runs, 90)
+    epochs = epochs_of(runs, 120)
     try:
         config = runs.configure("limited", [ROW["lora"]], epochs=epochs, save_minutes=0)
         code, output = runs.run(config, f"results/limited/train/{ROW['lora']}/manifest.json")
