@@ -77,7 +77,8 @@ def retries_of(job):
     if not job.rule.name.endswith("finetune"):
         return min(allowed, 2)
     row = job.wildcards.row
-    saved = checkpoint_folders(Path(f"{RESULTS}/train/{row}/checkpoints"))
+    folder = Path(f"{RESULTS}/train/{row}/checkpoints")
+    saved = checkpoint_folders(folder) if folder.is_dir() else []
     steps = SAVED.setdefault(row, {0: -1})
     steps[job.attempt] = int(saved[0].name.removeprefix("checkpoint-")) if saved else 0
     if steps[job.attempt] > steps.get(job.attempt - 1, -1):
