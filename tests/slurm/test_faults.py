@@ -8,6 +8,7 @@ import signal
 import pytest
 from small_run import EPOCHS, METHODS, ROW, ROWS, SITE, assert_complete, epochs_of, job_of, submissions, workers
 
+pytestmark = pytest.mark.verify
 SPEED = "phi3-a100-full-eager-8gpu"
 
 
@@ -44,7 +45,6 @@ def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undi
     assert submitted == {"full": 2, "frozen": 2, "lora": 1, "qlora": 1}
 
 
-@pytest.mark.verify
 def test_a_job_that_is_out_of_time_goes_on_in_the_next(runs, undisturbed):
     """A partition of two minutes: SIGUSR1 before their end (SLURM sends it up to a minute early), save, leave, go on."""
     runs.site({**SITE, "leave_seconds": 20, "partitions": {"cpu": {"partition": "short", "max_runtime": 2}}})
@@ -60,7 +60,6 @@ def test_a_job_that_is_out_of_time_goes_on_in_the_next(runs, undisturbed):
     assert submissions(output, ROW["lora"]) > 1
 
 
-@pytest.mark.verify
 def test_snakemake_killed_and_started_again(runs, cluster, until, undisturbed):
     """Its job goes on; a second Snakemake names it, submits nothing beside it, and then has nothing left to train."""
     epochs = epochs_of(runs, 40)
@@ -84,7 +83,6 @@ def test_snakemake_killed_and_started_again(runs, cluster, until, undisturbed):
     assert set(runs.report("killed")) == {ROW["lora"]}
 
 
-@pytest.mark.verify
 def test_a_row_that_does_not_get_on_is_not_tried_for_ever(runs, undisturbed):
     """A training job that always fails at the same place ends after its second attempt, not after thirty."""
     config = runs.configure(
