@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ class LostProcessError(RuntimeError):
     """Another process of the job is gone."""
 
 
+Number = TypeVar("Number", int, float)
 # What gloo, TCPStore and NCCL say of a peer that is gone (PyTorch has no class of its own for it).
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 # Bytes a second that any file system a 4B model is trained on should write; beyond it a save may not end in time.
@@ -234,13 +235,13 @@ def observe(job: Job, watch: Any, train_seconds: float) -> dict[str, Any]:
     }
 
 
-def largest(value: int, device: torch.device) -> int:
-    """The maximum over all processes; a collective call."""
+def largest(value: Number, device: torch.device) -> Number:
+    """The maximum over all processes (whole numbers to 2^53); a collective call."""
     if not dist.is_initialized():
         return value
-    values = torch.tensor([value], dtype=torch.int64, device=device)
+    values = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return int(values.item())
+    return type(value)(values.item())
 
 
 def leave(code: int) -> int:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
 
 from phi3v.manifest import write_json, write_manifest
@@ -104,19 +103,10 @@ class Stopwatch(TrainerCallback):
         if self.windows:
             window = self.windows[-1]
             window.seconds = now - self._started
-            window.loading_seconds = _longest(window.loading_seconds, self.device)
+            window.loading_seconds = largest(window.loading_seconds, self.device)
         if len(self.windows) < self.repeats:
             self.windows.append(Window())
         self._started = time.perf_counter()
-
-
-def _longest(seconds: float, device: torch.device) -> float:
-    """The maximum over all processes; a collective call."""
-    if not dist.is_initialized():
-        return seconds
-    value = torch.tensor([seconds], dtype=torch.float64, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return float(value.item())
 
 
 def check_timing(settings: SpeedSettings) -> None:
