@@ -297,6 +297,38 @@ def test_disk(run, tmp_path):
     assert "still to be written" in plan.table()
 
 
+@pytest.mark.parametrize(
+    ("own", "save_minutes", "count"),
+    [
+        ({}, 30, 3),
+        ({"keep_checkpoints": 4}, 30, 5),
+        ({"keep_best": True, "eval_steps": 10}, 30, 4),
+        ({"save_minutes": 0}, 30, 1),
+        ({"save_steps": 50}, 0, 3),
+        ({}, 0, 1),
+    ],
+)
+def test_as_many_checkpoints_are_counted_as_training_asks_for(root, run, own, save_minutes, count):
+    row = "phi35-nlvr2-full-bf16"
+    values = run.settings.model_dump(exclude={"demo"}) | {"overrides": {row: {"finetune": own}}}
+    values |= {"rows": {"accuracy": [row], "speed": []}, "save_minutes": save_minutes}
+    plan = plan_run(load_run(values, root))
+    one = 2 * 4.147 + 12 * 4.13
+    assert plan.disk["checkpoints of one row"] == pytest.approx(count * one, rel=0.01)
+    (planned,) = [item for item in plan.rows if item.row == row]
+    assert planned.disk_gb == pytest.approx(8.29 + count * one, rel=0.01)
+
+
+def test_a_merged_model_is_counted_beside_its_adapter(root, run):
+    row = "phi35-nlvr2-lora-bf16"
+    values = run.settings.model_dump(exclude={"demo"}) | {"rows": {"accuracy": [row], "speed": []}}
+    plain, merged = (
+        plan_run(load_run({**values, "overrides": {row: {"finetune": {"merge": merge}}}}, root)).disk["final weights"]
+        for merge in (False, True)
+    )
+    assert merged - plain == pytest.approx(8.29, abs=0.01) and plain < 1
+
+
 def test_disk_that_is_written_already_is_not_needed_again(run, tmp_path):
     folder = tmp_path / "results" / "models" / model_key("phi35-vision", run.models["phi35-vision"])
     trained = tmp_path / "results" / "published" / "train"

@@ -185,6 +185,28 @@ def test_checkpoints_come_by_steps_and_by_the_clock(folders, tmp_path, monkeypat
         assert not (out / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("how", [{}, {"freeze_vision_model": "vision"}, {"use_lora": True}, {"use_qlora": True}])
+def test_the_space_asked_for_is_what_a_checkpoint_takes(folders, tmp_path, monkeypatch, how):
+    from phi3v.training import checkpoints
+
+    asked: list[tuple[int, int]] = []
+    written: list[int] = []
+    seal = checkpoints.seal
+
+    def measured(folder, *given):
+        written.append(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+        seal(folder, *given)
+
+    monkeypatch.setattr(checkpoints, "seal", measured)
+    monkeypatch.setattr(checkpoints, "check_space", lambda folder, needed, count: asked.append((needed, count)))
+    best = {"eval_steps": 1, "keep_best": True} if not how else {}
+    train(folders, tmp_path, fp32=True, batch_size_per_gpu=8, save_steps=2, keep_checkpoints=3, **best, **how)
+    ((needed, count),) = asked
+    # Beside weights and optimizer there are a few small files.
+    assert needed < written[0] < needed + 100_000
+    assert count == 3 + 1 + bool(best)
+
+
 def test_a_merged_model_beside_the_adapter(folders, tmp_path, capfd):
     from phi3v.model import Phi3VForCausalLM
 

@@ -10,25 +10,45 @@ from phi3v.planning.geometry import model_geometry, parameters, trainable_parame
 from phi3v.planning.memory import GB
 from phi3v.planning.setup import Setup
 from phi3v.planning.workload import workload
-from phi3v.settings import AccuracyRow, Job, ResolvedRun, SettingsError, dataset_key, model_key
+from phi3v.settings import AccuracyRow, Job, ResolvedRun, SettingsError, Training, dataset_key, model_key
+from phi3v.settings.commands import own_settings
 
-# Newest checkpoints that training keeps, and the one it is writing (phi3v.training.checkpoints).
-CHECKPOINTS_KEPT, CHECKPOINTS_WRITTEN = 2, 1
 DOWNLOADS = ("models", "datasets")
 
 
-def final_gb(setup: Setup) -> float:
-    """What a row leaves behind: whole weights in 2 bytes, or adapters in 4."""
-    if setup.adapters:
-        return 4 * sum(trainable_parameters(setup.geometry, setup.trains_by, setup.rank).values()) / GB
-    return 2 * sum(parameters(setup.geometry).values()) / GB
+def final_gb(setup: Setup, merged: bool = False) -> float:
+    """What a row leaves behind: whole weights in 2 bytes, or adapters in 4; `merged`: both."""
+    whole = 2 * sum(parameters(setup.geometry).values()) / GB
+    if not setup.adapters:
+        return whole
+    adapters = 4 * sum(trainable_parameters(setup.geometry, setup.trains_by, setup.rank).values()) / GB
+    return adapters + (whole if merged else 0.0)
 
 
-def checkpoints_gb(setup: Setup) -> float:
-    """The most that a row's checkpoints take while it trains: weights in 2 bytes, float32 copies and two moments."""
+def most_checkpoints(keep: int, keep_best: bool) -> int:
+    """Checkpoints on the disk while the next is written: the newest `keep`, the best one, and that one."""
+    return keep + keep_best + 1
+
+
+def checkpoints_gb(setup: Setup, count: int) -> float:
+    """`count` checkpoints: weights in 2 bytes, float32 copies and two moments."""
     trained = sum(trainable_parameters(setup.geometry, setup.trains_by, setup.rank).values())
     one = 12 * trained + (0 if setup.adapters else 2 * sum(parameters(setup.geometry).values()))
-    return (CHECKPOINTS_KEPT + CHECKPOINTS_WRITTEN) * one / GB
+    return count * one / GB
+
+
+def row_gb(setup: Setup, row: Training, save_minutes: float) -> tuple[float, float]:
+    """(what an accuracy row leaves behind, the most that its checkpoints take beside it while it trains)
+
+    save_minutes: the run's, where the row says nothing of its own.
+    """
+    own = own_settings(row, f"row `{row.row}`")
+    if not {"save_minutes", "save_steps"} & row.finetune.keys():
+        own = own.model_copy(update={"save_minutes": save_minutes})
+    # Without any of these only a job that is told to leave saves, once.
+    saves = own.save_minutes or own.save_steps or own.keep_best
+    count = most_checkpoints(own.keep_checkpoints, own.keep_best) if saves else 1
+    return final_gb(setup, own.merge), checkpoints_gb(setup, count)
 
 
 def disk(
@@ -54,8 +74,9 @@ def disk(
         seen |= {lock, done}
         trained = results / run.settings.name / "train" / job.row.row / "manifest.json"
         if isinstance(job.row, AccuracyRow) and not (missing_only and trained.is_file()):
-            found["final weights"] += final_gb(setup)
-            found["checkpoints of one row"] = max(found["checkpoints of one row"], checkpoints_gb(setup))
+            final, checkpoints = row_gb(setup, job.row, run.settings.save_minutes)
+            found["final weights"] += final
+            found["checkpoints of one row"] = max(found["checkpoints of one row"], checkpoints)
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from phi3v.planning import text
 from phi3v.planning.calibration import published_setup
-from phi3v.planning.disk import DOWNLOADS, check_disk, checkpoints_gb, disk, final_gb
+from phi3v.planning.disk import DOWNLOADS, check_disk, disk, row_gb
 from phi3v.planning.flops import utilisation
 from phi3v.planning.geometry import model_geometry, parameters, trainable_parameters
 from phi3v.planning.memory import GB, Fit, fits, memory
@@ -163,7 +163,7 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path(), constants: Constan
         hfu=utilisation(time.flops.hardware, time.seconds, peak, devices), steps=steps, hours=hours,
         gpu_hours=hours * devices, price=job.pool.price_per_hour and job.pool.price_per_hour * hours * devices,
         energy_kwh=hardware.power_w and hardware.power_w * hours * devices / 1000,
-        disk_gb=final_gb(setup) + checkpoints_gb(setup) if kind == "accuracy" else None,
+        disk_gb=sum(row_gb(setup, row, run.settings.save_minutes)) if kind == "accuracy" else None,
         jobs={name: asdict(resources(run, job, root, name)) for name in JOB_KINDS[kind]},
     )  # fmt: skip
 

@@ -363,8 +363,11 @@ DECIDED = frozenset({
 })  # fmt: skip
 
 
-def check_finetune(row: Training, where: str) -> None:
-    """Raises SettingsError where a row's `finetune` names what is no setting, or is decided elsewhere, or a wrong value."""
+def own_settings(row: Training, where: str) -> FinetuneSettings:
+    """A row's `finetune` over the defaults.
+
+    Raises SettingsError where it names what is no setting, or is decided elsewhere, or a wrong value.
+    """
     for name in row.finetune:
         if name in DECIDED or name not in FinetuneSettings.model_fields:
             kind = "has a field of the row or run" if name in DECIDED else "unknown"
@@ -376,7 +379,7 @@ def check_finetune(row: Training, where: str) -> None:
         "model_name_or_path": row.model, "output_dir": row.row, row.dtype: True, "use_lora": adapters,
         "use_qlora": row.method == "qlora", "batch_size_per_gpu": row.micro_batch_size, **frozen,
     }  # fmt: skip
-    validate(FinetuneSettings, own | row.finetune, where)
+    return validate(FinetuneSettings, own | row.finetune, where)
 
 
 def precision_flags(row: Training) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from phi3v.settings.commands import check_finetune
+from phi3v.settings.commands import own_settings
 from phi3v.settings.entries import Dataset, Hardware, Model, Strict
 from phi3v.settings.reading import RowT, SettingsError, read_entries, read_tables, read_yaml, validate
 from phi3v.settings.rows import AccuracyRow, Name, Seed, SpeedRow, Training
@@ -216,7 +216,7 @@ def _apply_overrides(
     if fixed:
         raise SettingsError(f"{where}: overrides of row `{row.row}`: field `{fixed.pop()}` cannot be overridden")
     changed = validate(type(row), {**row.model_dump(), **values}, f"{where}: overrides of row `{row.row}`")
-    check_finetune(changed, f"{where}: overrides of row `{row.row}`")
+    own_settings(changed, f"{where}: overrides of row `{row.row}`")
     before, after = row.model_dump(), changed.model_dump()
     return changed, {field: (before[field], after[field]) for field in values if before[field] != after[field]}
 

@@ -181,14 +181,12 @@ def rotate(folder: Path, keep: int, best: Path | None = None) -> None:
             shutil.rmtree(path)
 
 
-def bytes_needed(trainable: int, total: int, sharded: bool, weight_bytes: int) -> int:
-    """Size of a checkpoint: weights, float32 master copy (ZeRO) and Adam's two moments.
+def bytes_needed(weights: int, trained: int, sharded: bool) -> int:
+    """Size of a checkpoint: weights and Adam's two float32 moments, with ZeRO (sharded) a float32 master copy too.
 
-    trainable, total: parameters. Without ZeRO the optimizer keeps two float32 moments beside the trained weights.
+    weights: bytes of those that are saved. trained: parameters.
     """
-    if sharded:
-        return total * weight_bytes + trainable * 12
-    return trainable * 12
+    return weights + trained * (12 if sharded else 8)
 
 
 def check_space(folder: Path, needed: int, count: int) -> None:

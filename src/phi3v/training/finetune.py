@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from phi3v.manifest import write_json, write_manifest
+from phi3v.planning.disk import most_checkpoints
 from phi3v.settings import FinetuneSettings
 from phi3v.training import checkpoints
 from phi3v.training.census import Census, CensusError, census_label
@@ -153,7 +154,8 @@ def prepare_checkpoints(job: Job, folder: Path) -> str | None:
                 checkpoints.set_aside(path)
             needed = _checkpoint_bytes(job)
             if settings.save_steps or settings.save_minutes or settings.keep_best:
-                checkpoints.check_space(folder, needed, settings.keep_checkpoints + 1)
+                count = most_checkpoints(settings.keep_checkpoints, settings.keep_best)
+                checkpoints.check_space(folder, needed, count)
             patience = seconds_to_save(parents_command(), os.environ)
             if patience is not None and needed / patience > SLOW_DISK:
                 say(
@@ -173,10 +175,12 @@ def prepare_checkpoints(job: Job, folder: Path) -> str | None:
 
 
 def _checkpoint_bytes(job: Job) -> int:
-    parameters = [(size_of(p), p.requires_grad, p.element_size()) for p in job.model.parameters()]
-    trainable = sum(count for count, trains, _ in parameters if trains)
-    total = sum(count for count, _, _ in parameters)
-    return checkpoints.bytes_needed(trainable, total, job.trainer.is_deepspeed_enabled, parameters[0][2])
+    """Of adapters alone, or of all weights; beside them what the optimizer keeps."""
+    adapters = job.settings.method in ("lora", "qlora")
+    held = [p for p in job.model.parameters() if p.requires_grad or not adapters]
+    trained = sum(size_of(p) for p in held if p.requires_grad)
+    weights = sum(size_of(p) * p.element_size() for p in held)
+    return checkpoints.bytes_needed(weights, trained, job.trainer.is_deepspeed_enabled)
 
 
 def attach_watchers(job: Job, output: Path, stop: StopRequest, lock: FolderLock | None) -> StepCallback:
