@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -50,18 +51,19 @@ def main(arguments: list[str] | None = None) -> int:
             rows = published_rows()
             compared = compare(rows, Constants())
             text = f"{constants_table(rows)}\n\n{table(compared)}\n"
-            print(text, end="")
             if given.output_dir:
                 _write(Path(given.output_dir), {"planner.txt": text, "planner.svg": plot(compared)})
+            print(text, end="")
         elif given.gpu:
             print(_advice(given))
         else:
             plan = plan_run(load_run(given.config))
-            print(plan.detail(given.row) if given.row else plan.table())
+            shown = plan.detail(given.row) if given.row else plan.table()
             if given.output_dir:
                 values = json.dumps(plan.as_dict(), indent=1) + "\n"
                 files = {"plan.json": values, "plan.txt": plan.table() + "\n", "plan.html": plan_html(plan.as_dict())}
                 _write(Path(given.output_dir), files)
+            print(shown)
             if given.check_disk:
                 check_disk(plan.disk_missing, Path(given.check_disk))
     except SettingsError as error:
@@ -93,4 +95,5 @@ def _advice(given: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` is no error
     sys.exit(main())

@@ -11,6 +11,7 @@ Exit code 1 where something of the chain changed since it was used.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main() -> int:
         if given.crate:
             print(crate.export(given.result if given.result.is_dir() else given.result.parent, given.crate))
             return 0
-    except ResultError as error:
+    except (ResultError, FileExistsError) as error:
         print(error, file=sys.stderr)
         return 2
     for line in lineage.lines(found):
@@ -46,4 +47,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` is no error
     sys.exit(main())

@@ -148,9 +148,9 @@ def test_the_validator_accepts_the_crate(run, offline):
     assert services.validate(services.ValidationSettings(**settings)).has_issues()
 
 
-def test_a_folder_of_somebody_is_not_overwritten(run):
+def test_a_folder_of_somebody_is_not_overwritten(root, run):
     (run / "mine").mkdir()
     (run / "mine/notes.txt").write_text("keep")
-    with pytest.raises(FileExistsError, match="expected a new folder"):
-        crate.export(run / "results/mine/report", run / "mine", run)
+    code, _, said = provenance(root, run, "results/mine/report", "--crate", "mine")
+    assert (code, said) == (2, "mine: is there and is no crate; expected a new folder\n")
     assert (run / "mine/notes.txt").read_text() == "keep"
