@@ -22,18 +22,18 @@ def definition(root, name):
 
 
 def stage(root, name):
-    """A stage of the Dockerfile as definition sections."""
-    text = (root / "containers/Dockerfile").read_text()
-    part = re.split(r"^FROM \$\{base\} AS ", text, flags=re.M)
-    body = next(block for block in part[1:] if block.startswith(name + "\n")).replace(" \\\n", " ")
-    run = re.findall(r"^RUN set -e;(.*)", body, re.M)
-    assert len(run) == 1
+    """A stage of the Dockerfile, with the common one that it starts from, as definition sections."""
+    text = (root / "containers/Dockerfile").read_text().replace(" \\\n", " ")
+    blocks = dict(re.findall(r"^(FROM \S+ AS \w+)\n(.*?)(?=^FROM |\Z)", text, re.M | re.S))
+    body = blocks["FROM ${base} AS common"] + blocks[f"FROM common AS {name}"]
+    runs = re.findall(r"^RUN set -e;(.*)", body, re.M)
+    assert len(runs) == 2
     return {
-        "arguments": {**dict(re.findall(r"^ARG (\w+)=(\S+)", text.split("FROM")[0] + body, re.M))},
+        "arguments": dict(re.findall(r"^ARG (\w+)=(\S+)", text.split("FROM")[0] + body, re.M)),
         "files": re.findall(r"^COPY (\S+ \S+)$", body, re.M),
-        "post": [command.strip() for command in run[0].split(";")],
-        "environment": dict(re.findall(r"(\w+)=(\S+)", re.search(r"^ENV (.*)", body, re.M)[1])),
-        "labels": dict(re.findall(r"([\w.]+)=(\S+)", re.search(r"^LABEL (.*)", body, re.M)[1])),
+        "post": [command.strip() for run in runs for command in run.split(";")],
+        "environment": dict(re.findall(r"^ENV (\w+)=(\S+)", body, re.M)),
+        "labels": dict(re.findall(r"([\w.]+)=(\S+)", " ".join(re.findall(r"^LABEL (.*)", body, re.M)))),
     }
 
 
@@ -42,7 +42,7 @@ def test_a_definition_and_its_docker_stage_are_equal(root, name):
     parts = rootfs.sections(definition(root, name), lock="${lock}", commit="${commit}")
     docker = stage(root, name)
     assert docker["arguments"] == dict(line.split("=", 1) for line in parts["arguments"].split())
-    assert docker["files"] == parts["files"].splitlines()
+    assert sorted(docker["files"]) == sorted(parts["files"].splitlines())
     assert docker["post"] == parts["post"].splitlines()
     assert docker["environment"] == dict(re.findall(r"export (\w+)=(\S+)", parts["environment"]))
     assert docker["labels"] == dict(line.split(" ", 1) for line in parts["labels"].splitlines())
