@@ -36,8 +36,6 @@ OFFICIAL: dict[str, Any] = {
     "generate": {"seconds": 2.42, "goal": 1.5},
     "peak_rss_gib": 3.9,
 }
-PROMPT = "<|user|>\n<|image_1|>\nTranscribe the page.<|end|>\n<|assistant|>\n"
-ANSWER = "The page holds rows of dark blocks on a bright, colourful ground.<|end|>\n<|endoftext|>"
 
 
 def build_model() -> Any:

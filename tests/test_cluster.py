@@ -15,7 +15,7 @@ from phi3v.settings import Hardware, Site, read_entries
 
 GPU = PartitionFacts("gpu", True, False, 1440, nodes=4, cpus=64, memory_mb=500_000, gpus={"a100": 8})
 CPU = PartitionFacts("cpu", True, True, None, nodes=10, cpus=32, memory_mb=100_000)
-FACTS = Facts({"gpu": GPU, "cpu": CPU}, frozenset({"vision"}), None, None, min_job_age=300, kill_wait=30)
+FACTS = Facts({"gpu": GPU, "cpu": CPU}, frozenset({"vision"}), None, min_job_age=300)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_many_rows_with_one_reason_are_one_line():
 
 def test_preemption_by_cancelling_and_a_short_memory_are_worth_knowing():
     spot = PartitionFacts("spot", True, True, None, 1, 64, 500_000, {"a100": 8}, preempt_mode="CANCEL", grace_seconds=5)
-    facts = Facts({"spot": spot}, None, None, None, min_job_age=2, kill_wait=30)
+    facts = Facts({"spot": spot}, None, None, min_job_age=2)
     levels = [(found.level, found.text.split(":")[0]) for found in problems(Site(), facts, [request(partition="spot")])]
     assert levels == [("warning", "partition spot"), ("warning", "MinJobAge is 2 s")]
 

@@ -36,9 +36,6 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
-GREY = Image.linear_gradient("L")  # 256 x 256, black on top
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
 def test_every_kind_opens_as_rgb(kind: str) -> None:
     data = picture_bytes(1, kind)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from phi3v.data.conversations import (
     Turn,
     answer_text,
     format_line,
+    parse_line,
     prompt_text,
     write_conversations,
 )
 from phi3v.data.conversion import convert_files
 from phi3v.data.loading import ConversationDataset, LineIndex, collate, split_file
-from phi3v.data.pictures import read_shard, shard_order
+from phi3v.data.pictures import shard_order
 from phi3v.data.statistics import padding_share, plot, write_statistics
 from phi3v.model.image_processing import Phi3VImageProcessor
 from phi3v.model.processing import Phi3VProcessor
@@ -286,6 +288,21 @@ def test_what_cannot_be_loaded_is_named(data: Path, tmp_path: Path, processor: P
     (data / "val.jsonl").write_bytes(b'{"id": 1}\n')
     with pytest.raises(DataError, match=r"val\.jsonl:1: field `id`"):
         ConversationDataset(data, "val", processor)[0]
+
+
+def read_shard(path: Path) -> list[tuple[Conversation, list[bytes]]]:
+    """(example, its stored pictures) of a shard, in order, as any reader of webdataset tars sees them."""
+    found: list[tuple[Conversation, list[bytes]]] = []
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            content = archive.extractfile(member)
+            assert content is not None, "shards hold files only"
+            data = content.read()
+            if member.name.endswith(".json"):
+                found.append((parse_line(data, f"{path}: {member.name}"), []))
+            else:
+                found[-1][1].append(data)
+    return found
 
 
 def test_shards_hold_the_same_records(data: Path, tmp_path: Path, processor: Phi3VProcessor) -> None:

@@ -197,12 +197,6 @@ def test_it_opens_without_an_error_or_a_request(opened, page):
     assert opened.execute_script("return window.hacked") is None
 
 
-def first_rows(driver) -> list[str]:
-    return driver.execute_script(
-        "return [...document.querySelector('table.sortable').tBodies[0].querySelectorAll('tr[data-row]')].map(r => r.dataset.row)"
-    )
-
-
 def test_sorting_turns_round_and_says_so(opened):
     column = "[...document.querySelectorAll('table.sortable th button')].find(b => b.textContent === 'After')"
     values = "return [...document.querySelector('table.sortable').querySelectorAll('td[data-label=After]')].map(c => +c.dataset.sort)"

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -119,13 +118,6 @@ def await_step(process: subprocess.Popen, folder: Path, step: int, seconds: floa
 def weights(folder: Path) -> dict[str, bytes]:
     """Digest of each safetensors file of a final folder."""
     return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in sorted(folder.glob("*.safetensors"))}
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def slow_disk(folder: Path, seconds: float) -> dict[str, str]:

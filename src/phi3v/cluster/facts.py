@@ -47,12 +47,8 @@ class Facts:
     """The user's accounts; None: the cluster keeps no accounts."""
     qos: frozenset[str] | None
     """Quality-of-service names that the user may ask for; None: the cluster keeps none."""
-    max_submit: int | None
-    """Jobs that the user may have waiting and running; None: no limit."""
     min_job_age: int
     """Seconds that squeue still knows an ended job."""
-    kill_wait: int
-    """Seconds from SIGTERM to SIGKILL."""
 
     @property
     def default(self) -> PartitionFacts | None:
@@ -126,21 +122,16 @@ def look() -> Facts:
             grace_seconds=int(entry.get("GraceTime", "0")),
             accounts=None if allowed == "ALL" else frozenset(allowed.split(",")),
         )
-    accounts, qos, max_submit = _rights(config)
-    return Facts(
-        partitions, accounts, qos, max_submit,
-        min_job_age=int(config.get("MinJobAge", "300").split()[0]), kill_wait=int(config.get("KillWait", "30").split()[0]),
-    )  # fmt: skip
+    accounts, qos = _rights(config)
+    return Facts(partitions, accounts, qos, min_job_age=int(config.get("MinJobAge", "300").split()[0]))
 
 
-def _rights(config: dict[str, str]) -> tuple[frozenset[str] | None, frozenset[str] | None, int | None]:
-    """(accounts, qos, largest number of jobs) of this user; None each where the cluster does not enforce them."""
+def _rights(config: dict[str, str]) -> tuple[frozenset[str] | None, frozenset[str] | None]:
+    """(accounts, qos) of this user; None each where the cluster does not enforce them."""
     enforced = config.get("AccountingStorageEnforce", "none")
     if "associations" not in enforced:
-        return None, None, None
-    fields = "format=account,qos,maxsubmit"
-    lines = _ask("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", fields).splitlines()
+        return None, None
+    lines = _ask("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=account,qos").splitlines()
     rows = [line.split("|") for line in lines if line.strip()]
-    limits = [int(row[2]) for row in rows if row[2].isdecimal()]
     allowed = frozenset(name for row in rows for name in row[1].split(",") if name)
-    return frozenset(row[0] for row in rows), allowed if "qos" in enforced else None, max(limits, default=None)
+    return frozenset(row[0] for row in rows), allowed if "qos" in enforced else None

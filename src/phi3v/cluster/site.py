@@ -29,7 +29,7 @@ def site_text(facts: Facts, hardware: dict[str, Hardware]) -> str:
     if for_cpu:
         preferred = facts.default if facts.default in for_cpu else max(for_cpu, key=_longest)
         lines.append(_line(CPU, preferred, "", [partition for partition in for_cpu if partition != preferred]))
-    written: dict[str, PartitionFacts] = {}
+    written: set[str] = set()
     for partition in sorted((found for found in open_partitions if found.gpus), key=_longest, reverse=True):
         for kind in partition.gpus:
             names = devices_of(kind, hardware)
@@ -39,7 +39,7 @@ def site_text(facts: Facts, hardware: dict[str, Hardware]) -> str:
                 )
             elif names[0] not in written:
                 others = [other for other in open_partitions if kind in other.gpus and other != partition]
-                written[names[0]] = partition
+                written.add(names[0])
                 lines.append(
                     _line(names[0], partition, kind, others)
                     + (f"  # {kind}: or {', '.join(names[1:])}" if names[1:] else "")

@@ -29,8 +29,6 @@ class RunningJob:
     nodes: str
     """Machines, or why it waits."""
     elapsed: str
-    name: str
-    """Of the Snakemake that submitted it."""
 
     def __str__(self) -> str:
         what = f"{self.rule} {self.wildcards}".strip()
@@ -40,17 +38,17 @@ class RunningJob:
 def running_jobs(folder: Path) -> list[RunningJob]:
     """This user's unfinished jobs that were submitted by a Snakemake in `folder`; raises OSError without squeue."""
     done = subprocess.run(
-        ["squeue", "--noheader", "--user", getpass.getuser(), "-o", "%i|%T|%Z|%M|%R|%j|%k"],
+        ["squeue", "--noheader", "--user", getpass.getuser(), "-o", "%i|%T|%Z|%M|%R|%k"],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     if done.returncode:
         raise OSError(f"squeue: {done.stderr.strip()}")
     found = []
     for line in done.stdout.splitlines():
-        job, state, where, elapsed, nodes, name, comment = line.split("|", 6)
+        job, state, where, elapsed, nodes, comment = line.split("|", 5)
         match = COMMENT.match(comment)
         if match and os.path.realpath(where) == os.path.realpath(folder):
-            found.append(RunningJob(job, state, match["rule"], match["wildcards"] or "", nodes, elapsed, name))
+            found.append(RunningJob(job, state, match["rule"], match["wildcards"] or "", nodes, elapsed))
     return found
 
 
@@ -59,9 +57,9 @@ class Progress:
     """Of one training job, from its metrics."""
 
     step: int
-    steps: int | None
-    """All of them; None: cannot be told yet."""
-    seconds_left: float | None
+    steps: int
+    """All of them."""
+    seconds_left: float
 
 
 def progress(folder: Path) -> Progress | None:
@@ -85,8 +83,8 @@ def progress(folder: Path) -> Progress | None:
     if not lines:
         return None
     last = lines[-1]
-    steps = settings["max_steps"] if settings.get("max_steps", -1) > 0 else None
-    if steps is None:
+    steps = settings["max_steps"]
+    if steps < 1:
         steps = max(last["step"], round(settings["num_train_epochs"] * last["step"] / last["epoch"]))
     each = statistics.median(line["seconds"] for line in lines[-50:])
     return Progress(last["step"], steps, each * (steps - last["step"]))
@@ -134,5 +132,5 @@ def _row_state(job: Job, results: Path, mine: list[RunningJob], accuracy: bool) 
         return ("stopped" if stopped else "trained" if (train / "manifest.json").is_file() else "open"), step, ""
     doing = {"finetune": "training", "evaluate": "evaluate", "speed_row": "timing"}.get(mine[0].rule, mine[0].rule)
     running = mine[0].state == "RUNNING"
-    left = duration(at.seconds_left) if at and at.seconds_left is not None and running else ""
+    left = duration(at.seconds_left) if at and running else ""
     return (doing if running else mine[0].state.lower()[:9]), step, left

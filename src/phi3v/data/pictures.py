@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from phi3v.data.conversations import Conversation, DataError, format_line, read_conversations
+from phi3v.data.conversations import DataError, format_line, read_conversations
 from phi3v.data.images import displayed_size, open_rgb
 
 OPEN_SHARDS = 64
@@ -214,23 +214,6 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> int:
     # A member is a header of one block, then its bytes, filled up to whole blocks.
     blocks = -(-len(data) // tarfile.BLOCKSIZE)
     return archive.offset - blocks * tarfile.BLOCKSIZE
-
-
-def read_shard(path: Path) -> list[tuple[Conversation, list[bytes]]]:
-    """(example, its stored pictures) of a shard, in order, as any reader of webdataset tars sees them."""
-    from phi3v.data.conversations import parse_line
-
-    found: list[tuple[Conversation, list[bytes]]] = []
-    with tarfile.open(path, "r:") as archive:
-        for member in archive:
-            content = archive.extractfile(member)
-            assert content is not None, "shards hold files only"
-            data = content.read()
-            if member.name.endswith(".json"):
-                found.append((parse_line(data, f"{path}: {member.name}"), []))
-            else:
-                found[-1][1].append(data)
-    return found
 
 
 def shard_order(starts: Sequence[int], examples: int, seed: int, epoch: int, together: int = 8) -> list[int]:

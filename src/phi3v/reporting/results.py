@@ -22,7 +22,6 @@ from phi3v.evaluation import statistics
 from phi3v.evaluation.predictions import ScoredLine, scored_lines
 from phi3v.manifest import scrub
 
-PASSES = ("before", "after", "control")
 SHOWN_EXAMPLES = 12
 CURVE_POINTS = 300
 LOG_LINES = 15
