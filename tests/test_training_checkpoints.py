@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import await_step, finish, launch, slow_disk, weights, write_data, write_model
+from training_fixtures import await_step, finish, launch, slow_disk, train_here, weights, write_base, write_data
 
 from phi3v.settings import FinetuneSettings, validate
 from phi3v.training import checkpoints
@@ -122,8 +122,7 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
     On the way: a checkpoint becomes safetensors, a second job is refused, and a save that is slower than torchrun waits
     by default survives.
     """
-    write_data(tmp_path / "data", examples=20, text_only_every=7)
-    write_model(tmp_path / "model")
+    write_base(tmp_path, examples=20, text_only_every=7)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     code, output = finish(launch(arguments(tmp_path, straight), processes=2))
     assert code == 0, output
@@ -190,19 +189,9 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
 
 def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(tmp_path):
     """The limit on file size stands in for the disk: the second checkpoint cannot be written."""
-    from accelerate.state import AcceleratorState
-
-    from phi3v.training.finetune import run
-
-    write_data(tmp_path / "data", examples=16)
-    write_model(tmp_path / "model")
-    values = {
-        "model_name_or_path": str(tmp_path / "model"), "data_dir": str(tmp_path / "data"), "batch_size": 8,
-        "output_dir": str(tmp_path / "out"), "max_steps": 5, "save_steps": 2, "zero_stage": 0, "fp32": True,
-        "tqdm": False,
-    }  # fmt: skip
     from phi3v.training.trainer import RecipeTrainer
 
+    base = write_base(tmp_path, examples=16)
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     original = RecipeTrainer._save_checkpoint
 
@@ -214,12 +203,11 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(tmp_path)
     try:
         RecipeTrainer._save_checkpoint = save
         with pytest.raises(CheckpointError, match=r"step 4: .*could not be written.*GB are free.*untouched"):
-            run(validate(FinetuneSettings, values, "test"))
+            train_here(base, tmp_path / "out", batch_size=8, max_steps=5, save_steps=2, zero_stage=0, fp32=True)
     finally:
         RecipeTrainer._save_checkpoint = original
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-        AcceleratorState._reset_state(reset_partial_state=True)
     kept = tmp_path / "out" / "checkpoints"
     assert [path.name for path in checkpoints.checkpoint_folders(kept)] == ["checkpoint-2"]
     sealed = json.loads((kept / "checkpoint-2" / SEAL).read_text())

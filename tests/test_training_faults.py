@@ -11,26 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 from test_training_checkpoints import SETTINGS, write_checkpoint
-from training_fixtures import ROOT, write_data, write_model
+from training_fixtures import ROOT, train_here, write_base
 
-from phi3v.settings import FinetuneSettings, validate
 from phi3v.training.checkpoints import CheckpointError, find
-from phi3v.training.finetune import LostProcessError, explain_failure, run
+from phi3v.training.finetune import LostProcessError, explain_failure
 
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    write_data(folder / "data", examples=16)
-    write_model(folder / "model")
-    return folder
+    return write_base(tmp_path_factory.mktemp("faults"), examples=16)
 
 
-def start(base: Path, out: Path) -> int:
-    values = {"model_name_or_path": str(base / "model"), "data_dir": str(base / "data"), "output_dir": str(out)}
-    return run(validate(FinetuneSettings, values | {"zero_stage": 0, "fp32": True, "max_steps": 1}, "test"))
+def start(base: Path, out: Path) -> None:
+    train_here(base, out, zero_stage=0, fp32=True, max_steps=1)
 
 
 def test_a_file_in_place_of_the_checkpoint_folder(base, tmp_path):

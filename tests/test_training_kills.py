@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_fixtures import await_step, finish, kill, last_step, launch, weights, write_data, write_model
+from training_fixtures import await_step, finish, kill, last_step, launch, weights, write_base
 
 METHODS = {
     "full": ["--bf16"],
@@ -27,10 +27,7 @@ KILLS, STOPS = 5, 3
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("kills")
-    write_data(folder / "data", examples=20, text_only_every=7)
-    write_model(folder / "model")
-    return folder
+    return write_base(tmp_path_factory.mktemp("kills"), examples=20, text_only_every=7)
 
 
 def command(base: Path, out: Path, method: str, steps: int = STEPS) -> list[str]:

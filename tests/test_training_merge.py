@@ -9,38 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_fixtures import write_data, write_model
+from training_fixtures import train_here, write_base, write_model
 
 from phi3v.model.adapters import load_for_inference, load_quantized, merge
-from phi3v.settings import FinetuneSettings, validate
 
 METHODS = {"lora": {"use_lora": True}, "dora": {"use_lora": True, "use_dora": True}, "qlora": {"use_qlora": True}}
+
+TRAINING = {
+    "batch_size": 8, "batch_size_per_gpu": 8, "warmup_steps": 1, "learning_rate": 4e-3, "fp32": True, "lora_rank": 4
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("merge")
-    write_data(folder / "data", examples=16)
-    write_model(folder / "model")
-    return folder
+    return write_base(tmp_path_factory.mktemp("merge"), examples=16)
 
 
 @pytest.fixture(scope="module")
 def adapters(base) -> dict[str, Path]:
     """The final folder of each method, trained in float32."""
-    from accelerate.state import AcceleratorState
-
-    from phi3v.training.finetune import run
-
-    for method, values in METHODS.items():
-        defaults = {
-            "model_name_or_path": str(base / "model"), "data_dir": str(base / "data"), "output_dir": str(base / method),
-            "batch_size": 8, "batch_size_per_gpu": 8, "max_steps": 8, "warmup_steps": 1, "learning_rate": 4e-3,
-            "fp32": True, "tqdm": False, "lora_rank": 4,
-        }  # fmt: skip
-        assert run(validate(FinetuneSettings, defaults | values, "test")) == 0
-        AcceleratorState._reset_state(reset_partial_state=True)
-    return {method: base / method / "final" for method in METHODS}
+    return {
+        method: train_here(base, base / method, max_steps=8, **TRAINING, **values) / "final"
+        for method, values in METHODS.items()
+    }
 
 
 def batch(base: Path) -> dict[str, torch.Tensor]:
@@ -91,20 +82,10 @@ def test_the_merged_checkpoint_computes_what_the_adapter_model_does(base, adapte
 
 def test_validation_changes_nothing_of_qlora(base, tmp_path):
     """Training goes on with the same 4-bit weights, whatever kernels this CPU has for inference."""
-    from accelerate.state import AcceleratorState
-
-    from phi3v.training.finetune import run
-
     curves = []
     for name, more in (("plain", {}), ("validated", {"eval_steps": 1})):
-        values = {
-            "model_name_or_path": str(base / "model"), "data_dir": str(base / "data"), "batch_size": 8, "fp32": True,
-            "output_dir": str(tmp_path / name), "batch_size_per_gpu": 8, "max_steps": 4, "use_qlora": True,
-            "learning_rate": 4e-3, "warmup_steps": 1, "tqdm": False, "lora_rank": 4,
-        }  # fmt: skip
-        assert run(validate(FinetuneSettings, values | more, "test")) == 0
-        AcceleratorState._reset_state(reset_partial_state=True)
-        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        out = train_here(base, tmp_path / name, max_steps=4, **TRAINING, **METHODS["qlora"], **more)
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
         curves.append([line["loss"] for line in lines if "loss" in line])
     assert curves[0] == curves[1]
 

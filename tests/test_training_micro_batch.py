@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_fixtures import write_data, write_model
+from training_fixtures import train_here, write_data, write_model
 
 from phi3v.settings import FinetuneSettings, SettingsError, validate
 from phi3v.training import micro_batch
@@ -67,35 +67,32 @@ def test_the_peak_of_a_block_is_measured():
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> tuple[Path, Path]:
-    base = tmp_path_factory.mktemp("micro")
-    return write_model(base / "model", hidden_size=256, layers=4, heads=4), write_data(base / "data", examples=32)
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("micro")
+    write_model(folder / "model", hidden_size=256, layers=4, heads=4)
+    write_data(folder / "data", examples=32)
+    return folder
 
 
-def train(folders: tuple[Path, Path], out: Path, room_gb: float | None, **values) -> dict:
-    """Train with room for so much more than the process holds now; micro_batch.json."""
-    from accelerate.state import AcceleratorState
-
-    from phi3v.training.finetune import run
-
-    defaults = {
-        "model_name_or_path": str(folders[0]), "data_dir": str(folders[1]), "output_dir": str(out), "batch_size": 32,
-        "batch_size_per_gpu": "auto", "fp32": True, "zero_stage": 0, "max_steps": 2, "tqdm": False,
-        "gradient_checkpointing": False,
-        "memory_limit_gb": None if room_gb is None else held_bytes(CPU) / GB + room_gb,
-    }  # fmt: skip
-    try:
-        assert run(validate(FinetuneSettings, defaults | values, "test")) == 0
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+def train(base: Path, out: Path, limit_gb: float) -> dict:
+    """Train within so much memory; micro_batch.json."""
+    train_here(
+        base, out, batch_size=32, batch_size_per_gpu="auto", fp32=True, zero_stage=0, max_steps=2,
+        gradient_checkpointing=False, memory_limit_gb=limit_gb,
+    )  # fmt: skip
     return json.loads((out / micro_batch.FILE).read_text())
 
 
-def test_auto_uses_the_room_there_is_and_trains_within_it(folders, tmp_path):
+def room_for(more_gb: float) -> float:
+    """So much more than the process holds now, GB."""
+    return held_bytes(CPU) / GB + more_gb
+
+
+def test_auto_uses_the_room_there_is_and_trains_within_it(base, tmp_path):
     """32 examples take about 0.5 GB here: with a lot of room all go at once, with 0.3 GB fewer do."""
     with peak(CPU) as taken:
-        narrow = train(folders, tmp_path / "narrow", 0.3)
-    wide = train(folders, tmp_path / "wide", 8.0)
+        narrow = train(base, tmp_path / "narrow", room_for(0.3))
+    wide = train(base, tmp_path / "wide", room_for(8.0))
     assert wide["batch_size_per_gpu"] == 32
     size = narrow["batch_size_per_gpu"]
     assert 1 < size < 32
@@ -111,19 +108,19 @@ def test_auto_uses_the_room_there_is_and_trains_within_it(folders, tmp_path):
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
-def test_nothing_fits_is_said_with_the_numbers(folders, tmp_path):
+def test_nothing_fits_is_said_with_the_numbers(base, tmp_path):
     with pytest.raises(
         OutOfMemoryError, match=r"not even one example at a time fits: .*1: .*GB; 0\.10 GB to be had.*--"
     ):
-        train(folders, tmp_path / "none", None, memory_limit_gb=0.1)
+        train(base, tmp_path / "none", 0.1)
 
 
-def test_a_probe_leaves_no_trace(folders):
+def test_a_probe_leaves_no_trace(base):
     """Random state, gradients and weights are as before it."""
     from phi3v.training.job import load_model
 
     values = {
-        "model_name_or_path": str(folders[0]),
+        "model_name_or_path": str(base / "model"),
         "output_dir": "o",
         "use_lora": True,
         "lora_dropout": 0.5,

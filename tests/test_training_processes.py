@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import finish, launch, write_data, write_model
+from training_fixtures import finish, launch, train_here, write_base
 
-from phi3v.settings import FinetuneSettings, validate
 from phi3v.training.checkpoints import checkpoint_folders
 
 STEPS = 20
@@ -35,10 +34,7 @@ STOPPED = {"zero_stage": 3, "stop_after": 7}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    write_data(folder / "data", examples=20, text_only_every=7)
-    write_model(folder / "model")
-    return folder
+    return write_base(tmp_path_factory.mktemp("processes"), examples=20, text_only_every=7)
 
 
 def settings(base: Path, name: str, **values) -> dict[str, Any]:
@@ -68,14 +64,7 @@ def two(base) -> list[list]:
 @pytest.fixture(scope="module")
 def one(base) -> Path:
     """One process, all 8 at once."""
-    from accelerate.state import AcceleratorState
-
-    from phi3v.training.finetune import run
-
-    values = settings(base, "1 x 8", zero_stage=0, batch_size_per_gpu=8)
-    assert run(validate(FinetuneSettings, values, "test")) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return base / "1 x 8"
+    return train_here(base, base / "1 x 8", **BASE, zero_stage=0, batch_size_per_gpu=8)
 
 
 def lines(folder: Path) -> list[dict]:

@@ -10,9 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
+from accelerate.state import AcceleratorState
 from PIL import Image
+
+from phi3v.settings import FinetuneSettings, validate
+from phi3v.training.finetune import run
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
@@ -50,6 +55,24 @@ def write_model(folder: Path, **geometry: int) -> Path:
         "vision_heads": 2,
     }
     return build_tiny(folder, words, seed=3, num_crops=2, **(sizes | geometry))
+
+
+def write_base(folder: Path, **data: int) -> Path:
+    """FOLDER/data and FOLDER/model, as `write_data` and `write_model` make them; returns FOLDER."""
+    write_data(folder / "data", **data)
+    write_model(folder / "model")
+    return folder
+
+
+def train_here(base: Path, out: Path, **values: Any) -> Path:
+    """Train FOLDER/model on FOLDER/data in this process, without a progress bar; returns `out`."""
+    folders = {"model_name_or_path": str(base / "model"), "data_dir": str(base / "data"), "output_dir": str(out)}
+    try:
+        assert run(validate(FinetuneSettings, {"tqdm": False} | folders | values, "test")) == 0
+    finally:
+        # It would keep precision and devices for the life of the process; a script has one job, a test has many.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return out
 
 
 # What the workflow's launch line gives torchrun, see workflow/rules/common.smk.

@@ -41,7 +41,8 @@ class Request:
 
 # Seconds that SLURM may signal before it was asked to (sbatch(1), --signal), and as much to start.
 SLURM_EARLY = 90
-# The largest of the rules without a row's machines (workflow/rules/data.smk and others).
+# What rules without a row's machines ask for at most (workflow/rules/data.smk, report.smk), but for a conversion of clips
+# (4 CPUs) and the demo's base model (6 GB).
 CPU_REQUEST = Request("work on CPUs", CPU, "", nodes=1, gpus=0, cpus=1, mem_mb=4000, runtime=240)
 
 
