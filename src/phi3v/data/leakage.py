@@ -23,7 +23,8 @@ def content_digest(data: bytes) -> bytes:
 def in_training(paths: Iterable[str], own: Pictures, train: Iterable[Conversation], theirs: Pictures) -> set[str]:
     """Those of the paths whose bytes are also a picture of the training split.
 
-    Of the training pictures only those are read that are as long as one of the paths'. Raises DataError where one of the paths' is not there.
+    Of the training pictures only those are read that are as long as one of the paths'. Raises DataError where one of
+    the paths' is not there.
     """
     digests = {path: content_digest(own.bytes_of(path, "leakage")) for path in sorted(set(paths))}
     sizes = {own.stored_bytes(path, "leakage") for path in digests}

@@ -7,9 +7,10 @@ For training (MFU, HFU, fitting micro-batches):
     geometry = geometry_from_config(model.config.to_dict())            # or the models entry's geometry
     work = sum over the step of example_work(geometry, tokens, tiles, labels)
     flops = training_flops(geometry, work, "lora", rank=32, flash=True, checkpointing="non_reentrant")
-    device = hardware_of_device(torch.cuda.get_device_name(), entries)  # None: unknown, then show no MFU
-    mfu = utilisation(flops.model, seconds, device.peak_tflops.bf16, devices=world_size)
-    hfu = utilisation(flops.hardware, seconds, device.peak_tflops.bf16, devices=world_size)
+    key = hardware_of_device(torch.cuda.get_device_name(), entries)     # None: unknown, then show no MFU
+    peak = entries[key].peak_tflops.bf16
+    mfu = utilisation(flops.model, seconds, peak, devices=world_size)
+    hfu = utilisation(flops.hardware, seconds, peak, devices=world_size)
 
 `work` is that of all devices together in `seconds`. The method is the tables' (full, frozen, lora, qlora).
 """

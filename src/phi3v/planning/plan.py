@@ -151,7 +151,8 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path(), constants: Constan
     parts = asdict(time)
     parts.pop("flops")
     return Planned(
-        row=row.row, table_row=job.table_row, kind=kind, status="run" if state != "no" else f"{_refused(run, job)} {needs(setup, constants)}",
+        row=row.row, table_row=job.table_row, kind=kind,
+        status="run" if state != "no" else f"{_refused(run, job)} {needs(setup, constants)}",
         device=job.pool.device, nodes=job.nodes, devices=devices, method=row.method, dtype=row.dtype,
         flash_attention=row.flash_attention, parameters=parameters(setup.geometry),
         trainable=trainable_parameters(setup.geometry, setup.trains_by, setup.rank, row.legacy_freezing),

@@ -58,7 +58,8 @@ class RecipeTrainer(Trainer):
         workers = self.args.dataloader_num_workers
         return DataLoader(
             dataset, batch_sampler=sampler, collate_fn=collator, num_workers=workers,
-            pin_memory=self.args.device.type == "cuda", multiprocessing_context="fork" if workers else None, worker_init_fn=ignore_sigterm if workers else None,
+            pin_memory=self.args.device.type == "cuda", multiprocessing_context="fork" if workers else None,
+            worker_init_fn=ignore_sigterm if workers else None,
         )  # fmt: skip
 
     def set_epoch(self, epoch: int) -> None:
