@@ -11,7 +11,7 @@ from phi3v.cluster import Facts, PartitionFacts, Request, problems
 from phi3v.cluster.facts import gpus, minutes
 from phi3v.cluster.site import devices_of, site_text
 from phi3v.cluster.status import COMMENT, duration, progress
-from phi3v.settings import Hardware, Site, read_entries
+from phi3v.settings import Hardware, SettingsError, Site, read_entries, validate
 
 GPU = PartitionFacts("gpu", True, False, 1440, nodes=4, cpus=64, memory_mb=500_000, gpus={"a100": 8})
 CPU = PartitionFacts("cpu", True, True, None, nodes=10, cpus=32, memory_mb=100_000)
@@ -133,6 +133,19 @@ def test_what_is_set_up_in_front_of_a_jobs_command():
         "loaded load cuda/12.4 ", "/scratch/ada/phi3v/huggingface /scratch/ada/phi3v/triton /local 1"
     ]  # fmt: skip
     assert prologue(Site(modules=["cuda/13"]), "echo went on") == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("modules", ["cuda/12.4&reboot"]), ("modules", ["cuda|tee"]), ("modules", ["$(reboot)"]), ("modules", ["a b"]),
+        ("modules", [""]), ("cache", "/scratch/$(reboot)"), ("cache", "/a;b"), ("scratch", "/a b"), ("scratch", '/a"b'),
+    ],
+)  # fmt: skip
+def test_nothing_of_a_site_file_starts_a_command_of_its_own(field, value):
+    with pytest.raises(SettingsError, match=f"field `{field}"):
+        validate(Site, {field: value}, "site.yaml")
+    validate(Site, {"modules": ["gcc/12.2.0+mpi"], "cache": "/scratch/${USER}/x", "scratch": "$TMPDIR"}, "site.yaml")
 
 
 def test_torchrun_in_a_job_is_the_launcher_with_the_same_options(tmp_path):

@@ -15,6 +15,7 @@ CPU = "cpu"
 """Entry of `partitions` for work without GPUs, also where a run trains on CPUs."""
 # These land on command lines of sbatch, and in the shell of each job where $NAME is expanded.
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.@:/&|*,\[\]-]*$")]
+Module = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+:/@-]+$")]
 Folder = Annotated[str, StringConstraints(pattern=r"^([/$][A-Za-z0-9_./${}-]*)?$")]
 
 
@@ -49,7 +50,7 @@ class Site(Strict):
     partitions: dict[str, Partition] = {}
     """Device of the hardware file to the partition of its machines; `cpu`: conversion, validation, report. A device
     that is not named, and whose pool names no slurm_partition either, goes to the cluster's default partition."""
-    modules: list[Word] = []
+    modules: list[Module] = []
     """Environment modules that each job loads."""
     cache: Folder = ""
     """Folder for caches, off the home quota; $USER and other variables of the job are expanded."""
