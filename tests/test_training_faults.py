@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from namespaces import namespace
 from test_training_checkpoints import SETTINGS, write_checkpoint
 from training_fixtures import ROOT, train_here, write_base
 
 from phi3v.training.checkpoints import CheckpointError, find
 from phi3v.training.finetune import LostProcessError, explain_failure
-
-NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +70,11 @@ def test_a_checkpoint_that_is_none_is_passed_over_with_its_reason(tmp_path, kind
 
 def test_a_disk_that_fills_up_costs_the_steps_since_the_last_checkpoint(base, tmp_path):
     """A tmpfs of 16 MB: the second checkpoint finds no room; with room again the same command ends the job."""
-    if subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode:
-        pytest.skip("this system allows no mount namespaces (unshare --user --mount)")
     (tmp_path / "disk").mkdir()
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}"}
     arguments = [str(base / "model"), str(base / "data"), str(tmp_path / "disk")]
     done = subprocess.run(
-        [*NAMESPACE, sys.executable, str(ROOT / "tests/training_full_disk.py"), *arguments],
+        [*namespace(), sys.executable, str(ROOT / "tests/training_full_disk.py"), *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""A training job whose disk fills up, in a mount namespace of its own; needs `unshare --user --map-root-user --mount`.
+"""A training job whose disk fills up, run by test_training_faults.py in a mount namespace of its own.
 
 python tests/training_full_disk.py MODEL DATA MOUNT_POINT     prints one JSON object on its last line
 """
