@@ -3,8 +3,12 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
+import time
 import types
 
+import psutil
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -16,6 +20,7 @@ from phi3v.planning.flops import Work  # noqa: E402
 from phi3v.settings import SettingsError, SpeedSettings  # noqa: E402
 from phi3v.training import fingerprint as marks  # noqa: E402
 from phi3v.training import speed  # noqa: E402
+from phi3v.training.neighbours import Neighbours  # noqa: E402
 from phi3v.training.utilisation import Utilisation, utilisation_of  # noqa: E402
 
 SMI = """#!/bin/sh
@@ -63,6 +68,7 @@ def test_medians_of_windows_after_the_warmup(measured):
     assert result["images_per_second"] == pytest.approx(8 / result["step_seconds"])
     assert result["tokens_per_second_per_device"] == pytest.approx(result["tokens_per_second"] / 2)
     assert 0 < result["loading_share"] < 1
+    assert all(0 <= window["neighbour_cores"] < os.cpu_count() for window in result["repeats"])
     assert (result["world_size"], result["stand_in"], result["row"]) == (2, True, "x-lora")
     assert (folder / "manifest.json").is_file()
     assert not (folder / "checkpoints").exists()
@@ -112,6 +118,37 @@ def test_windows_start_after_the_warmup_and_end_before_the_profile():
         watch.on_step_end(None, types.SimpleNamespace(global_step=step), None)
     assert [(window.steps, window.images, window.work.tokens) for window in watch.windows] == [(5, 20, 500)] * 3
     assert all(window.seconds > 0 for window in watch.windows)
+
+
+COMPUTE = [sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"]
+
+
+def test_another_program_is_a_neighbour():
+    """setsid --fork: its parent ends at once, so it is no child of this process."""
+    neighbours = Neighbours()
+    subprocess.run(["setsid", "--fork", *COMPUTE], check=True)
+    taken, deadline = 0.0, time.monotonic() + 60
+    while taken < 0.4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        taken += neighbours.seconds()
+    assert taken >= 0.4
+
+
+def test_this_process_and_its_children_are_no_neighbours(monkeypatch):
+    others = 7.0
+
+    def machine():
+        return types.SimpleNamespace(user=sum(os.times()[:4]) + others, system=0.0)
+
+    monkeypatch.setattr(psutil, "cpu_times", machine)
+    neighbours = Neighbours()
+    subprocess.run(COMPUTE, check=True)
+    until = time.process_time() + 0.3
+    while time.process_time() < until:
+        pass
+    assert neighbours.seconds() == pytest.approx(0, abs=0.05)
+    others = 7.25
+    assert neighbours.seconds() == pytest.approx(0.25, abs=0.05)
 
 
 def test_fewer_warmups_or_repeats_are_refused():

@@ -30,6 +30,8 @@ GB = 1e9
 PUBLISHED_TOKENS = 2443.23
 """Mean length of an example of the recipe's speed tables, in tokens."""
 
+# Windows of a speed row that differ by more are told: on a machine of one's own they stay below.
+STEADY = 0.05
 METHODS = {"full": "full", "frozen": "vision frozen", "lora": "LoRA", "qlora": "QLoRA"}
 
 
@@ -128,7 +130,7 @@ class SpeedLine:
     @property
     def spread(self) -> dict[str, float] | None:
         """Spread of images/s over the repeats."""
-        repeats = [r["images_per_second"] if isinstance(r, dict) else r for r in self.value("repeats") or []]
+        repeats = [window["images_per_second"] for window in self.value("repeats") or []]
         return statistics.spread(repeats) if repeats else None
 
 
@@ -168,7 +170,7 @@ def build_tables(run: ResolvedRun, results: Path, code: dict[str, Any] | None = 
         speed = read_speed(results, job.row.row)
         status, reason = _work_status("timing", speed.work, speed.problems, bool(speed.speed))
         timed = SpeedLine(job.row, status, reason, job=job, result=speed)
-        timed.notes = _notes(job, {}, speed.work.manifest)
+        timed.notes = [*_notes(job, {}, speed.work.manifest), *_unsteady(speed.speed)]
         timed.older = _is_older(speed.work.manifest, code)
         lines[job.row.row] = timed
     for skipped in run.not_run:
@@ -333,6 +335,14 @@ def _not_comparable(run: ResolvedRun, line: AccuracyLine) -> str:
     if expected is not None and line.n != expected:
         return f"{line.n} examples; the published figure has {expected}"
     return ""
+
+
+def _unsteady(speed: dict[str, Any]) -> list[str]:
+    """A note where the windows of a speed row differ by more than STEADY, with what other programs took meanwhile."""
+    if speed.get("spread", 0.0) <= STEADY:
+        return []
+    taken = max(window.get("neighbour_cores", 0.0) for window in speed["repeats"])
+    return [f"its windows differ by {100 * speed['spread']:.0f} %; other programs took up to {taken:.2f} of a core"]
 
 
 def _notes(job: Job, trained: dict[str, Any], manifest: dict[str, Any] | None) -> list[str]:

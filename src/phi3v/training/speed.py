@@ -1,7 +1,8 @@
 """Measure the speed of one row: what scripts/speed.py runs in every process.
 
 The steps are fine-tuning's own: same batches, loss, optimizer and loop. Start-up, warm-up, evaluation and saving are
-outside the timed windows; waiting for data is inside, and its share is told.
+outside the timed windows; waiting for data is inside, and its share is told. So is what other programs took of the CPUs:
+windows that differ on a machine of one's own say something about the row, on a shared one about the neighbours.
 
 speed.json holds medians over the windows, each window under `repeats`, memory as the
 largest of all processes, and the fingerprint of what it ran on.
@@ -30,6 +31,7 @@ from phi3v.training.finetune import headline, largest, leave, observe
 from phi3v.training.fingerprint import fingerprint
 from phi3v.training.job import Job, build
 from phi3v.training.memory import explain_memory, peak_memory_bytes
+from phi3v.training.neighbours import Neighbours
 from phi3v.training.observe import Observer, device_name
 from phi3v.training.profiling import OPERATORS, STEPS, TABLE, TRACE, Profile
 from phi3v.training.signals import StopRequest
@@ -51,6 +53,8 @@ class Window:
     work: Work = field(default_factory=Work)
     loading_seconds: float = 0.0
     """Spent waiting for data by the process that waited longest."""
+    neighbour_seconds: float = 0.0
+    """CPU seconds that other programs took meanwhile, on the machine where they took most."""
 
     def rates(self, utilisation: Utilisation) -> dict[str, float | None]:
         """What speed.json says of a window: rates over all processes, MFU and HFU of one."""
@@ -59,6 +63,7 @@ class Window:
             "tokens_per_second": self.tokens / self.seconds,
             "step_seconds": self.seconds / self.steps,
             "loading_share": self.loading_seconds / self.seconds,
+            "neighbour_cores": self.neighbour_seconds / self.seconds,
             **utilisation.of(self.work, self.seconds),
         }
 
@@ -74,6 +79,7 @@ class Stopwatch(TrainerCallback):
     repeats: int
     windows: list[Window] = field(default_factory=list)
     _started: float = 0.0
+    _neighbours: Neighbours = field(default_factory=Neighbours)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         timed = state.global_step - self.warmup_steps
@@ -104,8 +110,10 @@ class Stopwatch(TrainerCallback):
             window = self.windows[-1]
             window.seconds = now - self._started
             window.loading_seconds = largest(window.loading_seconds, self.device)
+            window.neighbour_seconds = largest(self._neighbours.seconds(), self.device)
         if len(self.windows) < self.repeats:
             self.windows.append(Window())
+        self._neighbours.seconds()
         self._started = time.perf_counter()
 
 
@@ -259,7 +267,7 @@ def summary(result: dict[str, Any]) -> str:
     lines = [
         f"{result['images_per_second']:.3f} img/s, {result['tokens_per_second_per_device']:.0f} tokens/s a device, "
         f"{result['step_seconds']:.3f} s a step, spread {100 * result['spread']:.1f} %, waiting for data "
-        f"{100 * result['loading_share']:.1f} %",
+        f"{100 * result['loading_share']:.1f} %, other programs took {result['neighbour_cores']:.2f} of a core",
         f"peak {result['peak_memory_bytes'] / 2**30:.2f} GiB"
         + (f" allocated, {result['reserved_memory_bytes'] / 2**30:.2f} reserved" if result["reserved_memory_bytes"] else "")
         + f", {result['resident_memory_bytes'] / 2**30:.2f} GiB of the machine's memory, a process",
