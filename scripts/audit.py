@@ -27,7 +27,8 @@ def audit(lock: Path) -> list[dict]:
     try:
         return json.loads(done.stdout)["dependencies"]
     except (json.JSONDecodeError, KeyError):
-        raise RuntimeError(f"{lock.name}: pip-audit: {done.stderr.strip().splitlines()[-1:]}") from None
+        said = done.stderr.strip().splitlines() or ["no reason given"]
+        raise RuntimeError(f"pip-audit: {said[-1]}") from None
 
 
 def judge(entries: list[dict]) -> tuple[list[str], str]:

@@ -82,6 +82,8 @@ def test_what_changed_since_is_named(root, run):
     assert "results/data/docvqa: dataset.json changed since" in problems
     code, _, _ = provenance(root, run, f"results/mine/evaluate/{OTHER}")
     assert code == 0
+    # Training and two evaluations share the dataset: it is named once.
+    assert len(lineage.problems(lineage.chain(run / "results/mine/report", run))) == 1
 
 
 def test_a_parent_that_is_gone_is_named(run):

@@ -219,6 +219,27 @@ def test_a_merged_model_beside_the_adapter(folders, tmp_path, capfd):
     assert (out / "merged" / "README.md").is_file()
 
 
+def test_a_merge_that_fails_costs_the_steps_since_the_last_checkpoint(folders, tmp_path, monkeypatch, capfd):
+    from phi3v.training import checkpoints, export
+
+    def refuse(*arguments):
+        raise ValueError("the merged model differs.")
+
+    merge = {"fp32": True, "use_lora": True, "batch_size_per_gpu": 8, "save_steps": 2, "merge": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "merge", refuse)
+        with pytest.raises(
+            checkpoints.CheckpointError, match=r"merged: the merged model differs\. The adapter is whole"
+        ):
+            train(folders, tmp_path, **merge)
+    assert not (tmp_path / "manifest.json").exists()
+    assert (tmp_path / "final" / "adapter_config.json").is_file()
+    train(folders, tmp_path, **merge)
+    assert "checkpoint-2: going on from here" in capfd.readouterr().err
+    assert {"manifest.json", "merged"} <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_the_best_weights_are_exported_and_training_stops_early(folders, tmp_path, capfd):
     """At an absurd learning rate the loss soon rises: the exported weights are those of the lowest validation loss."""
     out = train(

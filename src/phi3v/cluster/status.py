@@ -130,7 +130,8 @@ def _row_state(job: Job, results: Path, mine: list[RunningJob], accuracy: bool) 
     if not mine:
         stopped = (train / "checkpoints" / "stopped.json").is_file()
         return ("stopped" if stopped else "trained" if (train / "manifest.json").is_file() else "open"), step, ""
-    doing = {"finetune": "training", "evaluate": "evaluate", "speed_row": "timing"}.get(mine[0].rule, mine[0].rule)
+    words = {"finetune": "training", "speed_row": "timing", "evaluate_official": "official"}
+    doing = words.get(mine[0].rule, mine[0].rule)
     running = mine[0].state == "RUNNING"
     left = duration(at.seconds_left) if at and running else ""
     return (doing if running else mine[0].state.lower()[:9]), step, left

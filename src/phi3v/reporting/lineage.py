@@ -80,9 +80,9 @@ def lines(link: Link, indent: str = "", seen: set[Path] | None = None) -> Iterat
 
 
 def problems(link: Link) -> list[str]:
-    """Every link that is not what its result was made from."""
+    """Every link that is not what its result was made from, once however many results share it."""
     own = [f"{link.path}: {link.problem}"] if link.problem else []
-    return own + [text for other in link.made_from for text in problems(other)]
+    return list(dict.fromkeys(own + [text for other in link.made_from for text in problems(other)]))
 
 
 def _paths(link: Link) -> tuple[str, ...]:

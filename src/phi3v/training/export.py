@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from phi3v.model.adapters import base_of, merge, save_adapter
-from phi3v.model.card import write_card
+from phi3v.model.adapters import merge, save_adapter
 from phi3v.settings import FinetuneSettings
+from phi3v.training.checkpoints import CheckpointError
 
 
 def export_final(trainer: Any, processor: Any, settings: FinetuneSettings, folder: Path) -> None:
@@ -33,12 +33,14 @@ def export_final(trainer: Any, processor: Any, settings: FinetuneSettings, folde
 def export_merged(output: Path) -> dict[str, float]:
     """Fold OUTPUT/final, an adapter, into its base and write OUTPUT/merged; for the first process. Returns merge's report.
 
-    Raises ValueError where the merged model does not compute what base and adapter do.
+    Raises CheckpointError where the merged model does not compute what base and adapter do.
     """
     temporary, folder = output / ".merged.writing", output / "merged"
     shutil.rmtree(temporary, ignore_errors=True)
-    report = merge(output / "final", temporary)
-    write_card(temporary, base_of(output / "final"), output / "manifest.json", report)
+    try:
+        report = merge(output / "final", temporary)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error} The adapter is whole: {output / 'final'}") from error
     sync_folder(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)

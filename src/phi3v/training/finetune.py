@@ -119,20 +119,25 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
             "the same command goes on from there"
         )
         return leave(REQUEUE_EXIT_CODE)
+    from phi3v.model.adapters import base_of
+    from phi3v.model.card import write_card
     from phi3v.training.export import export_final, export_merged
 
     observed = observe(job, watch, train_seconds)
     export_final(job.trainer, job.processor, settings, output / "final")
     if job.is_main:
+        # What can still fail comes before the manifest, and checkpoints stay until it is there.
+        report = export_merged(output) if settings.merge else None
         write_json(output / "observed.json", observed)
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
         write_manifest(
             output, kind="train", settings=settings,
             inputs={"data": str(job.data_dir), "model": settings.model_name_or_path},
             seed=settings.seed, seconds=time.perf_counter() - started, device=device_name(job.device),
         )  # fmt: skip
-        if settings.merge:
-            differs = export_merged(output)["max_logit_difference"]
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        if report is not None:
+            write_card(output / "merged", base_of(output / "final"), output / "manifest.json", report)
+            differs = report["max_logit_difference"]
             say(f"{output / 'merged'}: logits differ from base and adapter by {differs:.1e} at most")
         say(f"{output}: done at step {observed['steps']}, {observed['examples']} examples in {train_seconds:.1f} s")
     return leave(0)
