@@ -1,5 +1,9 @@
 rule speed_row:
-    """Time one row: warm-up excluded, repeats with their spread."""
+    """Time one row: warm-up excluded, repeats with their spread.
+
+    No `benchmark:` here: in its first 15 seconds Snakemake walks the pages of every process twice a second, which made the
+    first window up to a tenth slower. speed.json has time and memory.
+    """
     input:
         model=on_job(lambda job: model_file(job.row.model)),
         data=on_job(lambda job: dataset_file(job.row.dataset)),
@@ -7,8 +11,6 @@ rule speed_row:
         f"{RESULTS}/speed/{{row}}/manifest.json",
     log:
         f"{RESULTS}/logs/speed/{{row}}.log",
-    benchmark:
-        f"{RESULTS}/logs/speed/{{row}}.tsv"
     conda:
         TRAIN_ENV
     container:
