@@ -370,7 +370,8 @@ def test_a_seeds_id_must_not_be_another_rows(tree):
         tree(overrides={"phi35-nlvr2-full-bf16": {"seeds": [43]}})
 
 
-def test_a_row_takes_any_further_setting_of_finetune(tree):
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_row_takes_any_further_setting_of_finetune(tree, empty):
     wanted = {
         "eval_steps": 50,
         "keep_best": True,
@@ -378,6 +379,8 @@ def test_a_row_takes_any_further_setting_of_finetune(tree):
         "max_length": 4096,
         "report_to": ["wandb", "mlflow"],
     }
+    if empty:
+        wanted |= {"max_length": None, "report_to": []}
     job = tree(overrides={"phi35-nlvr2-full-bf16": {"finetune": wanted}}).job("phi35-nlvr2-full-bf16")
     flags = settings.training_flags(job.row, job.num_crops)
     parsed = settings.parse(settings.FinetuneSettings, "", [*flags, "--model_name_or_path", "m", "--output_dir", "o"])

@@ -349,6 +349,8 @@ def training_flags(row: Training, num_crops: int) -> list[str]:
 
 
 def _flag(name: str, value: Any) -> list[str]:
+    if value is None or value == []:  # what a flag that is left out means
+        return []
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
