@@ -14,6 +14,7 @@ from training_fixtures import train_here, write_data, write_model
 
 from phi3v.settings import FinetuneSettings, SettingsError, validate
 from phi3v.training import micro_batch
+from phi3v.training.checkpoints import decisive
 from phi3v.training.memory import GB, OutOfMemoryError, held_bytes, peak
 from phi3v.training.micro_batch import candidates, largest_that_fits
 
@@ -141,14 +142,20 @@ def test_a_probe_leaves_no_trace(base):
 
 
 def test_a_job_that_goes_on_keeps_its_size(tmp_path, monkeypatch):
+    def asked(**values) -> FinetuneSettings:
+        return validate(FinetuneSettings, {"model_name_or_path": "m", "output_dir": "o"} | values, "test")
+
     (tmp_path / "checkpoints" / "checkpoint-5").mkdir(parents=True)
-    values = {"batch_size_per_gpu": 8, "processes": 2, "device": "CPU (x)"}
+    values = {"batch_size_per_gpu": 8, "processes": 2, "device": "CPU (x)", "settings": decisive(asked())}
     (tmp_path / micro_batch.FILE).write_text(json.dumps(values))
     monkeypatch.setattr(micro_batch, "device_name", lambda device: "CPU (x)")
-    assert micro_batch._kept(tmp_path, 2, CPU) == 8
-    assert micro_batch._kept(tmp_path, 4, CPU) is None
+    assert micro_batch._kept(asked(), tmp_path, 2, CPU) == 8
+    assert micro_batch._kept(asked(save_steps=7), tmp_path, 2, CPU) == 8
+    assert micro_batch._kept(asked(), tmp_path, 4, CPU) is None
+    # Of another batch it might not even be a divisor.
+    assert micro_batch._kept(asked(batch_size=4), tmp_path, 2, CPU) is None
     (tmp_path / "checkpoints" / "checkpoint-5").rmdir()
-    assert micro_batch._kept(tmp_path, 2, CPU) is None
+    assert micro_batch._kept(asked(), tmp_path, 2, CPU) is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import yaml
+from small_run import planned
 
 
 @pytest.fixture(scope="session")
@@ -30,16 +31,12 @@ def snakemake(root):
     return run
 
 
-def counts(output):
-    return {name: int(n) for name, n in re.findall(r"^(\S+) +(\d+)$", output, re.M)}
-
-
 @pytest.mark.parametrize("profile", [[], ["--profile", "slurm"]])
 def test_published_run_plans_every_row(snakemake, profile):
     started = time.monotonic()
     code, output = snakemake("-n", *profile)
     assert code == 0, output
-    found = counts(output)
+    found = planned(output)
     assert (found["finetune"], found["evaluate"], found["speed_row"], found["report"]) == (38, 38, 15, 1)
     assert time.monotonic() - started < 30  # goal 10 s on an idle machine; generous against neighbours
 
@@ -47,7 +44,7 @@ def test_published_run_plans_every_row(snakemake, profile):
 def test_one_row_by_name_prints_the_command_that_a_person_types(snakemake):
     code, output = snakemake("-n", "-p", "phi3-docvqa-lora-fp16")
     assert code == 0, output
-    assert counts(output)["finetune"] == 1
+    assert planned(output)["finetune"] == 1
     assert re.search(
         r"OMP_NUM_THREADS=8 torchrun --standalone --nproc_per_node=4 --shutdown-timeout=900 --signals-to-handle=\S+,SIGUSR1 "
         r"scripts/finetune\.py --dataset docvqa .*--use_lora "
@@ -60,7 +57,7 @@ def test_seeds_of_a_row_are_jobs_of_their_own(snakemake):
     row = "phi35-nlvr2-lora-bf16"
     code, output = snakemake(row, "-n", "-p", "--config", f"overrides={{{row}: {{seeds: [42, 43]}}}}")
     assert code == 0, output
-    assert (counts(output)["finetune"], counts(output)["evaluate"], counts(output)["evaluate_base"]) == (2, 2, 1)
+    assert (planned(output)["finetune"], planned(output)["evaluate"], planned(output)["evaluate_base"]) == (2, 2, 1)
     train = [line for line in output.splitlines() if "scripts/finetune.py" in line]
     assert sorted(re.findall(r"--seed (\d+) .*--output_dir results/published/train/(\S+)", "\n".join(train))) == [
         ("42", row), ("43", f"{row}-seed43")
@@ -71,7 +68,7 @@ def test_seeds_of_a_row_are_jobs_of_their_own(snakemake):
 def test_official_splits_are_evaluated_where_their_files_are(snakemake, root, tmp_path):
     row = "phi3-docvqa-lora-bf16"
     code, output = snakemake(row, "-n")
-    assert code == 0 and "evaluate_official" not in counts(output)
+    assert code == 0 and "evaluate_official" not in planned(output)
     (tmp_path / "val_v1.0.json").write_text("{}")
     known = yaml.safe_load((root / "config/datasets.yaml").read_text())
     known["docvqa_official"]["splits"]["val"]["url"] = f"file:{tmp_path}"
@@ -81,7 +78,7 @@ def test_official_splits_are_evaluated_where_their_files_are(snakemake, root, tm
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     code, output = snakemake(row, "-n", "-p", "--configfile", str(tmp_path / "run.yaml"))
     assert code == 0, output
-    assert counts(output)["evaluate_official"] == 1
+    assert planned(output)["evaluate_official"] == 1
     (command,) = [line for line in output.splitlines() if "evaluate/official" in line and "scripts/evaluate.py" in line]
     assert re.search(
         rf"--passes after --row {row} --dataset docvqa_official --metric anls .*--model_name_or_path results/published/train/{row}/final"
@@ -117,8 +114,8 @@ def test_one_h100_runs_the_rows_that_fit(snakemake):
     code, output = snakemake("-n", "--config", "hardware=[{device: h100, per_node: 1}]")
     assert code == 0, output
     # The LoRA and QLoRA rows of the two tables and of our own.
-    assert counts(output)["finetune"] == 18
-    assert "speed_row" not in counts(output)
+    assert planned(output)["finetune"] == 18
+    assert "speed_row" not in planned(output)
     assert not re.search(r"train phi3\S*-(full|frozen)-", output)
 
 

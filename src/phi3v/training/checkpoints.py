@@ -32,10 +32,14 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or cannot be used."""
 
 
+def decisive(settings: FinetuneSettings) -> dict[str, Any]:
+    """The settings that decide the data, the updates or their order."""
+    return {name: value for name, value in settings.model_dump().items() if name not in INDIFFERENT}
+
+
 def fingerprint(settings: FinetuneSettings, data_dir: Path) -> dict[str, Any]:
     """What a checkpoint must have been written with to go on from it: settings, data and base weights."""
-    values = {name: value for name, value in settings.model_dump().items() if name not in INDIFFERENT}
-    return values | {
+    return decisive(settings) | {
         "data": digest_folder(data_dir, "*.json*"),
         "model": digest_folder(Path(settings.model_name_or_path), "*"),
     }

@@ -252,9 +252,9 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     processor = Phi3VProcessor.from_pretrained(settings.model_name_or_path)
     dataset, data_dir, num_crops = read_data(settings, processor, "train")
     kept, lengths = _lengths(settings, dataset)
-    if not (len(dataset) if kept is None else kept):
-        raise SettingsError(f"{data_dir}: split train: no examples to train on; expected at least one")
     examples, pad = PickedExamples(dataset, kept), processor.tokenizer.pad_token_id
+    if not len(examples):
+        raise SettingsError(f"{data_dir}: split train: no examples to train on; expected at least one")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
     asked, args, model = settings, None, None
     if settings.batch_size_per_gpu == "auto":

@@ -124,10 +124,10 @@ def choose(
 ) -> int:
     """The micro-batch of `auto`, written to OUTPUT/micro_batch.json with what was measured; a collective call.
 
-    A job that goes on from a checkpoint keeps the choice it began with. example: by its number in `lengths`, which are its tokens.
-    Raises OutOfMemoryError where not even one example fits.
+    A job that goes on from a checkpoint keeps the choice it began with. example: by its number in `lengths`, which are
+    its tokens. Raises OutOfMemoryError where not even one example fits.
     """
-    kept = _kept(output, processes, device)
+    kept = _kept(settings, output, processes, device)
     if kept is not None:
         say(f"micro-batch {kept}: as this job began with ({output / FILE})")
         return kept
@@ -163,7 +163,7 @@ def choose(
             output / FILE,
             {
                 "batch_size_per_gpu": found.size, "processes": processes, "device": device_name(device),
-                "capacity_bytes": capacity, "later_bytes": later, "longest_tokens": lengths[order[0]],
+                "settings": checkpoints.decisive(settings), "capacity_bytes": capacity, "later_bytes": later, "longest_tokens": lengths[order[0]],
                 "peak_bytes": {
                     str(size): value if math.isfinite(value) else None for size, value in sorted(found.peaks.items())
                 },
@@ -176,13 +176,14 @@ def _gb(value: float) -> str:
     return f"{value / GB:.2f} GB" if math.isfinite(value) else "out of memory"
 
 
-def _kept(output: Path, processes: int, device: torch.device) -> int | None:
-    """The size that the checkpoints of `output` were written with, where they are this machine's."""
+def _kept(settings: FinetuneSettings, output: Path, processes: int, device: torch.device) -> int | None:
+    """The size that the checkpoints of `output` were written with, where they are this machine's and of these settings."""
     if not checkpoints.checkpoint_folders(output / "checkpoints"):
         return None
     try:
         values = json.loads((output / FILE).read_text(encoding="utf-8"))
-        same = (values["processes"], values["device"]) == (processes, device_name(device))
+        here = (processes, device_name(device), checkpoints.decisive(settings))
+        same = (values["processes"], values["device"], values["settings"]) == here
         return int(values["batch_size_per_gpu"]) if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
