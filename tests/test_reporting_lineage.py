@@ -26,11 +26,11 @@ def run(tmp_path, monkeypatch):
         source = {"url": url, "revision": "main", "resolved": REVISION, "folder": ".", "files": files, **more}
         write_json(tmp_path / folder / "sources.lock.json", {"sources": [source]})
 
-    lock("results/models/phi35", "hf:microsoft/Phi-3.5-vision-instruct")
+    lock("results/models/phi35", "hf://microsoft/Phi-3.5-vision-instruct")
     inputs = {"config": "results/mine/config.json"}
     write_json(tmp_path / "results/mine/config.json", {"name": "mine"})
     for row, name in ((ROW, "docvqa"), (OTHER, "nlvr2")):
-        lock(f"results/data/{name}/source", f"hf:example/{name}")
+        lock(f"results/data/{name}/source", f"hf://datasets/example/{name}")
         splits = {"train": {"examples": 5, "sha256": "ef" * 32}}
         write_json(tmp_path / f"results/data/{name}/dataset.json", {"name": name, "converter": "x", "splits": splits})
         given = {"data": f"results/data/{name}", "model": "results/models/phi35"}
@@ -64,12 +64,12 @@ def test_from_a_number_of_the_report_back_to_the_revisions(root, run):
     lines = said.splitlines()
     for expected in (
         "result: results/mine/report  [report]", f"    evaluate/{ROW}: results/mine/evaluate/{ROW}  [evaluate]",
-        "                from: hf:example/docvqa  [source]", "    evaluate/base/docvqa: results/mine/evaluate/base/phi35-docvqa",
+        "                from: hf://datasets/example/docvqa  [source]", "    evaluate/base/docvqa: results/mine/evaluate/base/phi35-docvqa",
         f"        model: results/mine/train/{ROW}/final  [train]",
     ):  # fmt: skip
         assert any(line.startswith(expected) for line in lines), f"{expected}\nin\n{said}"
     assert f"revision {REVISION}" in said
-    assert "hf:microsoft/Phi-3.5-vision-instruct" in said
+    assert "hf://microsoft/Phi-3.5-vision-instruct" in said
     assert OTHER not in said
     assert "nlvr2" not in said
 
@@ -148,6 +148,19 @@ def test_the_validator_accepts_the_crate(run, offline):
     next(entity for entity in values["@graph"] if entity["@id"] == "./").pop("mainEntity")
     path.write_text(json.dumps(values))
     assert services.validate(services.ValidationSettings(**settings)).has_issues()
+
+
+def test_files_of_one_name_from_two_other_folders_are_both_in_the_crate(run, tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("elsewhere") for _ in range(2)]
+    for number, folder in enumerate(folders):
+        write_json(folder / "dataset.json", {"name": f"own {number}", "splits": {}})
+    inputs = {f"data{number}": str(folder) for number, folder in enumerate(folders)}
+    write_manifest(
+        run / "results/mine/report", kind="report", settings={}, inputs=inputs, seed=1, seconds=1, device="x"
+    )
+    crate.export(run / "results/mine/report", run / "crate", run)
+    copies = (run / "crate/outside").rglob("dataset.json")
+    assert {json.loads(path.read_text())["name"] for path in copies} == {"own 0", "own 1"}
 
 
 def test_a_folder_of_somebody_is_not_overwritten(root, run):

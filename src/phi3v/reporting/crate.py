@@ -6,6 +6,7 @@ in the manifests.
 
 from __future__ import annotations
 
+import hashlib
 import mimetypes
 import shutil
 from datetime import datetime, timedelta
@@ -114,8 +115,10 @@ def _inside(path: Path, root: Path) -> Path:
 
 
 def _name(path: Path) -> str:
-    """A file's name in the crate; files from elsewhere stand in outside/."""
-    return f"outside/{path.name}" if path.is_absolute() or ".." in path.parts else path.as_posix()
+    """A file's name in the crate; files from elsewhere stand in outside/, a folder for each that they come from."""
+    if not path.is_absolute() and ".." not in path.parts:
+        return path.as_posix()
+    return f"outside/{hashlib.sha256(str(path.parent).encode()).hexdigest()[:8]}/{path.name}"
 
 
 def _describe(

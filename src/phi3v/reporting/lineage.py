@@ -26,12 +26,14 @@ class Link:
     made_from: list[Link] = field(default_factory=list)
     problem: str = ""
     """Why this is not what the result above was made from; empty where digests agree."""
+    url: str = ""
+    """Of a source, as its download was asked for."""
 
     @property
     def headline(self) -> str:
         """The link in a line."""
         facts = "  ".join(f"{name} {value}" for name, value in self.facts.items() if value not in (None, ""))
-        text = f"{self.name}: {self.path}  [{self.kind}]  {facts}".rstrip()
+        text = f"{self.name}: {self.url or self.path}  [{self.kind}]  {facts}".rstrip()
         return f"{text}\n! {self.problem}" if self.problem else text
 
 
@@ -145,7 +147,7 @@ def _source(entry: dict[str, Any], root: Path) -> Link:
     facts = {"revision": entry.get("resolved") or entry.get("revision"), "files": len(files)}
     if len(files) == 1:
         facts["sha256"] = files[0]["sha256"][:SHORT]
-    link = Link("from", Path(entry["url"]), "source", facts)
+    link = Link("from", Path(entry["url"]), "source", facts, url=entry["url"])
     local = Path(entry["url"].removeprefix("file:").removeprefix("//"))
     if entry["url"].startswith("file:") and (root / local).is_dir() and parent_file(root / local) is not None:
         link.made_from = [_link("made by", local, root, None)]
