@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reporting_examples import manifest, write_pass, write_row, write_run, write_speed
+from scipy.stats import binomtest
 
 from phi3v.reporting.build import build_report
 from phi3v.reporting.tables import ACCURACY_COLUMNS, ACCURACY_TIMES, as_records, build_tables
@@ -67,10 +68,19 @@ def test_a_finished_demo(root, finished, monkeypatch):
     assert "learning_rate 5e-06 -> 0.002" in row["departures"]
     qlora = accuracy["phi3-hateful_memes-qlora-bf16"]
     assert qlora["linear4bit_layers"] == "30" and qlora["linear4bit_bytes"] == "123456"
+    right = []
+    for name in ("after", "control"):
+        lines = (results / f"evaluate/phi3-hateful_memes-qlora-bf16/{name}/predictions.jsonl").read_text().splitlines()
+        right.append({item["id"]: item["score"] for item in map(json.loads, lines)})
+    pairs = [(score, right[1][name]) for name, score in right[0].items() if name in right[1]]
+    tested = binomtest(pairs.count((1, 0)), pairs.count((1, 0)) + pairs.count((0, 1)))
+    assert float(qlora["after_minus_control_p"]) == pytest.approx(tested.pvalue, abs=1e-4)
+    assert row["after_minus_control_p"] == ""  # ANLS is graded
     speed = rows_of(folder / "speed.tsv")
     assert speed["phi3-a100-full-flash-8gpu"]["verdict_reason"] == "2 CPU processes stand for 8 A100"
     assert float(speed["phi3-a100-full-flash-8gpu"]["speedup"]) == pytest.approx(6 / 5)
     page = (folder / "index.html").read_text()
+    assert "McNemar's exact test: p = " in page
     assert page.count("demo: tiny model, synthetic data, not comparable") >= 4
     assert "a published figure" in page and "an inference, not a fact" in page
     data = json.loads((folder / "report.json").read_text())
