@@ -36,7 +36,7 @@ from phi3v.planning.calibration import (
 from phi3v.planning.disk import check_disk
 from phi3v.planning.geometry import geometry_from_config
 from phi3v.planning.page import plan_html
-from phi3v.planning.plan import plan_job
+from phi3v.planning.plan import disk_needed, plan_job
 from phi3v.planning.text import duration
 from phi3v.settings import Geometry, Hardware, SettingsError, load_run, model_key, read_entries
 
@@ -338,6 +338,20 @@ def test_disk_that_is_written_already_is_not_needed_again(run, tmp_path):
     before, after = plan_run(run).disk, plan_run(run, tmp_path).disk_missing
     assert after["models"] == pytest.approx(before["models"] / 2)
     assert before["final weights"] - after["final weights"] == pytest.approx(8.29, abs=0.01)
+
+
+def test_checkpoints_that_are_there_need_no_more_room(run, tmp_path):
+    """A row that goes on from them on a disk that was just large enough is not refused."""
+    row = "phi35-nlvr2-full-bf16"
+    before = disk_needed(run, {row}, tmp_path, missing_only=True)
+    saved = tmp_path / "results/published/train" / row / "checkpoints/checkpoint-5/weights"
+    saved.parent.mkdir(parents=True)
+    with saved.open("wb") as file:
+        file.truncate(int(50e9))  # takes no room
+    after = disk_needed(run, {row}, tmp_path, missing_only=True)
+    assert before.pop("checkpoints of one row") - after.pop("checkpoints of one row") == pytest.approx(50)
+    assert after == before
+    assert disk_needed(run, {row}, tmp_path)["checkpoints of one row"] > 150
 
 
 def test_too_little_disk_is_refused_with_what_is_needed(run, tmp_path):

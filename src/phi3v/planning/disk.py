@@ -72,12 +72,18 @@ def disk(
             # The downloaded source and the pictures taken out of it.
             found["datasets"] += 2 * (load.train + load.evaluation) * load.pictures * load.picture_bytes / GB
         seen |= {lock, done}
-        trained = results / run.settings.name / "train" / job.row.row / "manifest.json"
-        if isinstance(job.row, AccuracyRow) and not (missing_only and trained.is_file()):
+        trained = results / run.settings.name / "train" / job.row.row
+        if isinstance(job.row, AccuracyRow) and not (missing_only and (trained / "manifest.json").is_file()):
             final, checkpoints = row_gb(setup, job.row, run.settings.save_minutes)
             found["final weights"] += final
-            found["checkpoints of one row"] = max(found["checkpoints of one row"], checkpoints)
+            # A row that goes on has some of its checkpoints already; the next ones take their place.
+            held = _size_gb(trained / "checkpoints") if missing_only else 0.0
+            found["checkpoints of one row"] = max(found["checkpoints of one row"], checkpoints - held)
     return found
+
+
+def _size_gb(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / GB
 
 
 def check_disk(needed: dict[str, float], folder: Path) -> None:
