@@ -2,8 +2,8 @@
 """Check a data folder before training on it; every problem is listed as file:line: field, and the exit status is 1 if
 there is any.
 
-python scripts/validate.py results/data/docvqa
-python scripts/validate.py my_data --level paths                 # do not decode the pictures
+    python scripts/validate.py results/data/docvqa
+    python scripts/validate.py my_data --level paths        # do not decode the pictures
     python scripts/validate.py my_data --model MODEL_DIR    # also count tokens and tiles: statistics.json, .svg
 """
 
