@@ -261,6 +261,16 @@ def test_verdicts_of_the_published_run(root, tmp_path):
     assert _published(root, tmp_path / "f", "phi35-docvqa-full-bf16", 200, 0.9).verdict_reason == "no published figure"
 
 
+@pytest.mark.parametrize(
+    ("own", "said"), [({"save_minutes": 5, "keep_checkpoints": 1}, ""), ({"max_grad_norm": 0.5}, "recipe: finetune")]
+)
+def test_a_setting_that_changes_no_result_costs_no_verdict(root, tmp_path, own, said):
+    row = "phi35-nlvr2-full-bf16"
+    line = _published(root, tmp_path, row, 500, 0.86, overrides={row: {"finetune": own}})
+    assert (line.verdict == "not comparable") == bool(said)
+    assert said in line.verdict_reason
+
+
 def test_a_legacy_row_gets_no_verdict(root, tmp_path):
     from dataclasses import replace
 

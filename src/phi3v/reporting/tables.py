@@ -21,6 +21,7 @@ from phi3v.reporting.results import (
     read_speed,
 )
 from phi3v.settings import AccuracyRow, Job, ResolvedRun, SpeedRow
+from phi3v.training.checkpoints import INDIFFERENT
 
 PUBLISHED_EXAMPLES = {"nlvr2": 500, "hateful_memes": 500, "docvqa": 200, "docvqa_mini": 200}
 """Examples behind the recipe's figures (its scripts: the first 500 rows, the 200 of the mini DocVQA set)."""
@@ -328,9 +329,11 @@ def _not_comparable(run: ResolvedRun, line: AccuracyLine) -> str:
         return "legacy freezing: not what a frozen vision part means"
     if line.row.published_doubted:
         return "the published figure very likely trained less than it says (see the note)"
-    changed = sorted(set(line.job.departures) - HARMLESS)
+    changed = set(line.job.departures) - HARMLESS
+    if line.row.finetune.keys() <= INDIFFERENT:
+        changed.discard("finetune")
     if changed:
-        return f"departs from the recipe: {', '.join(changed)}"
+        return f"departs from the recipe: {', '.join(sorted(changed))}"
     expected = PUBLISHED_EXAMPLES.get(line.row.dataset)
     if expected is not None and line.n != expected:
         return f"{line.n} examples; the published figure has {expected}"
