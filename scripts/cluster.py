@@ -19,6 +19,7 @@ from pathlib import Path
 from phi3v import cluster
 from phi3v.cluster.machines import login_problems, probe
 from phi3v.cluster.site import site_text
+from phi3v.planning import runnable
 from phi3v.settings import CPU, SITE_FILE, Hardware, SettingsError, load_run, load_site, read_entries
 
 
@@ -36,7 +37,7 @@ def site(path: str) -> int:
 
 def check(config: str, probing: bool) -> int:
     """Print what is wrong and what is worth knowing."""
-    run, here = load_run(config), load_site()
+    run, here = runnable(load_run(config)), load_site()
     wanted = cluster.requests(run, here)
     found = [*login_problems(Path.cwd()), *cluster.settings_problems(run, here, wanted)]
     found += cluster.problems(here, cluster.look(), wanted)
@@ -53,7 +54,7 @@ def check(config: str, probing: bool) -> int:
 
 def status(config: str) -> int:
     """Print where each row stands."""
-    print("\n".join(cluster.status_lines(load_run(config), Path(), cluster.running_jobs(Path.cwd()))))
+    print("\n".join(cluster.status_lines(runnable(load_run(config)), Path(), cluster.running_jobs(Path.cwd()))))
     return 0
 
 

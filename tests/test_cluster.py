@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 
 import pytest
+import yaml
 
 from phi3v.cluster import Facts, PartitionFacts, Request, problems
 from phi3v.cluster.facts import gpus, minutes
@@ -105,6 +107,26 @@ def test_progress_of_a_training_folder(tmp_path):
     at = progress(tmp_path)
     assert (at.step, at.steps, at.seconds_left) == (30, 100, 140.0)
     assert duration(at.seconds_left) == "0:02:20"
+
+
+def test_status_lists_the_rows_that_the_workflow_runs(root, tmp_path):
+    """On one H100 those of adapters; squeue tells which of them has a job of this folder."""
+    squeue = tmp_path / "squeue"
+    line = f"12|RUNNING|{root}|1:30|node3|rule_finetune_wildcards_phi35-nlvr2-lora-bf16"
+    squeue.write_text(f"#!/bin/sh\necho '{line}'\necho '13|RUNNING|/elsewhere|1:00|node4|rule_finetune_wildcards_x'\n")
+    squeue.chmod(0o755)
+    values = yaml.safe_load((root / "config/config.yaml").read_text())
+    values |= {"name": "nowhere", "hardware": [{"device": "h100", "per_node": 1}]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    done = subprocess.run(
+        [sys.executable, "scripts/cluster.py", "status", "--config", str(tmp_path / "run.yaml")], cwd=root,
+        capture_output=True, text=True, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(root / "src")},
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "17 open, 1 training"
+    assert len(lines) == 1 + 18 + 1
+    (running,) = [line.split() for line in lines if " training " in line and " 12 " in line]
+    assert running == ["phi35-nlvr2-lora-bf16", "training", "12", "node3", "1:30"]
 
 
 def test_the_executors_comment_names_rule_and_row():
