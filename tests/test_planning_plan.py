@@ -319,6 +319,15 @@ def test_as_many_checkpoints_are_counted_as_training_asks_for(root, run, own, sa
     assert planned.disk_gb == pytest.approx(8.29 + count * one, rel=0.01)
 
 
+def test_a_rows_own_number_of_steps_is_planned(root, run):
+    row = "phi35-nlvr2-lora-bf16"
+    values = run.settings.model_dump(exclude={"demo"}) | {"overrides": {row: {"finetune": {"max_steps": 7}}}}
+    limited = load_run(values, root)
+    short, whole = plan_job(limited, limited.job(row)), plan_job(run, run.job(row))
+    assert short.steps == 7
+    assert short.hours < whole.hours
+
+
 def test_a_merged_model_is_counted_beside_its_adapter(root, run):
     row = "phi35-nlvr2-lora-bf16"
     values = run.settings.model_dump(exclude={"demo"}) | {"rows": {"accuracy": [row], "speed": []}}

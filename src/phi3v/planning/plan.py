@@ -23,6 +23,7 @@ from phi3v.planning.roofline import images_per_second, peak_tflops, step_time
 from phi3v.planning.setup import Constants, Setup
 from phi3v.planning.workload import mean_and_longest, workload
 from phi3v.settings import AccuracyRow, Job, NotRun, ResolvedRun, SettingsError, SpeedRow, Workload
+from phi3v.settings.commands import own_settings
 
 # Three passes of an accuracy row: before (shared by rows), after, control.
 EVALUATION_PASSES = 3
@@ -118,11 +119,12 @@ def evaluation_seconds(setup: Setup, load: Workload, constants: Constants, passe
 
 
 def training_steps(row: AccuracyRow | SpeedRow, load: Workload, run: ResolvedRun) -> int:
-    """Optimizer steps of the job: epochs over the data, or the timing's."""
+    """Optimizer steps of the job: the row's own max_steps, epochs over the data, or the timing's."""
     if isinstance(row, SpeedRow):
         timing = run.settings.speed
         return timing.warmup_steps + timing.timed_steps * timing.repeats
-    return math.ceil(load.train / row.batch_size) * math.ceil(row.epochs)
+    limit = own_settings(row, f"row `{row.row}`").max_steps
+    return limit if limit > 0 else math.ceil(load.train / row.batch_size) * math.ceil(row.epochs)
 
 
 def _published_prediction(job: Job, run: ResolvedRun, setup: Setup, constants: Constants) -> float | None:
