@@ -8,7 +8,6 @@ import signal
 import pytest
 from small_run import EPOCHS, METHODS, ROW, ROWS, SITE, assert_complete, epochs_of, job_of, submissions, workers
 
-pytestmark = pytest.mark.verify
 SPEED = "phi3-a100-full-eager-8gpu"
 
 
@@ -42,6 +41,7 @@ def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undi
     assert submitted == {"full": 2, "frozen": 2, "lora": 1, "qlora": 1}
 
 
+@pytest.mark.verify
 def test_a_job_that_is_out_of_time_goes_on_in_the_next(runs, undisturbed):
     """A partition of two minutes: SIGUSR1 before their end (SLURM sends it up to a minute early), save, leave, go on."""
     runs.site({**SITE, "leave_seconds": 20, "partitions": {"cpu": {"partition": "short", "max_runtime": 2}}})
