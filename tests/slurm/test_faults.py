@@ -80,6 +80,7 @@ def test_snakemake_killed_and_started_again(runs, cluster, until, undisturbed):
     assert set(runs.report("killed")) == {ROW["lora"]}
 
 
+@pytest.mark.verify
 def test_a_row_that_does_not_get_on_is_not_tried_for_ever(runs, undisturbed):
     """A training job that always fails at the same place ends after its second attempt, not after thirty."""
     config = runs.configure(

@@ -92,10 +92,12 @@ onsuccess:
 
 
 onerror:
-    print(
-        f"Some jobs failed; what finished stays in {RESULTS}. A report of it, with the reason for each missing row:"
-    )
-    shell(
-        f"python {SCRIPTS}/report.py --config {RESULTS}/config.json --results {RESULTS} --output_dir {RESULTS}/report"
-        f" || echo 'the report could not be built'"
-    )
+    # Before the run's settings are written there is nothing to report.
+    if Path(f"{RESULTS}/config.json").is_file():
+        print(
+            f"Some jobs failed; what finished stays in {RESULTS}. A report of it, with the reason for each missing row:"
+        )
+        shell(
+            f"python {SCRIPTS}/report.py --config {RESULTS}/config.json --results {RESULTS} --output_dir {RESULTS}/report"
+            f" || echo 'the report could not be built'"
+        )
