@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import yaml
 
-from phi3v.cluster import Facts, PartitionFacts, Request, problems
+from phi3v.cluster import Facts, PartitionFacts, Request, check, problems
 from phi3v.cluster.facts import gpus, minutes
 from phi3v.cluster.site import devices_of, site_text
 from phi3v.cluster.status import COMMENT, duration, progress
-from phi3v.settings import Hardware, SettingsError, Site, read_entries, validate
+from phi3v.settings import Hardware, SettingsError, Site, load_run, read_entries, validate
 
 GPU = PartitionFacts("gpu", True, False, 1440, nodes=4, cpus=64, memory_mb=500_000, gpus={"a100": 8})
 CPU = PartitionFacts("cpu", True, True, None, nodes=10, cpus=32, memory_mb=100_000)
@@ -48,6 +49,18 @@ def test_gpus_of_a_gres_string(gres, expected):
 def request(**changes) -> Request:
     values = {"what": "row `r` (train)", "device": "a100-80gb", "partition": "gpu", "nodes": 1, "gpus": 8, "cpus": 64}
     return Request(**{**values, "mem_mb": 400_000, "runtime": 600, **changes})
+
+
+def test_what_is_asked_of_the_cpu_partition_covers_every_rule_without_a_rows_machines(root):
+    run = load_run(root / "config/demo.yaml", root)
+    common, base = [wanted for wanted in check.requests(run, Site()) if not wanted.what.startswith("row")]
+    assert (common.cpus, base.cpus) == (4, 2)
+    for name, wanted in (("data", common), ("report", common), ("plan", common), ("demo", base)):
+        text = (root / f"workflow/rules/{name}.smk").read_text()
+        for field in ("mem_mb", "runtime"):
+            asked = [int(value) for value in re.findall(rf"^ +{field}=(\d+),", text, re.M)]
+            assert asked
+            assert max(asked) <= getattr(wanted, field), (name, field)
 
 
 def test_a_request_that_fits_has_no_problem():

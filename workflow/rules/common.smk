@@ -102,13 +102,6 @@ def model_file(model):
     return f"{model_folder(model)}/sources.lock.json"
 
 
-def has_clips(dataset):
-    """Whether several threads make a conversion faster."""
-    return any(
-        split.format == "ucf101" for split in RUN.datasets[dataset].splits.values()
-    )
-
-
 def local_source(url):
     """The path of a file: URL, which another rule may make; nothing for what comes from the network."""
     path = settings.local_source(url)

@@ -81,7 +81,7 @@ rule convert:
         DATA_ENV
     container:
         TRAIN_IMAGE
-    threads: lambda wildcards: 4 if has_clips(DATASET_KEYS[wildcards.key]) else 1
+    threads: lambda wildcards: RUN.datasets[DATASET_KEYS[wildcards.key]].conversion_threads
     resources:
         mem_mb=4000,
         runtime=240,

@@ -41,9 +41,10 @@ class Request:
 
 # Seconds that SLURM may signal before it was asked to (sbatch(1), --signal), and as much to start.
 SLURM_EARLY = 90
-# What rules without a row's machines ask for at most (workflow/rules/data.smk, report.smk), but for a conversion of clips
-# (4 CPUs) and the demo's base model (6 GB).
-CPU_REQUEST = Request("work on CPUs", CPU, "", nodes=1, gpus=0, cpus=1, mem_mb=4000, runtime=240)
+# What rules without a row's machines ask for at most (workflow/rules/data.smk, report.smk): MB, minutes.
+CPU_MEMORY, CPU_RUNTIME = 4000, 240
+# The demo's base model (workflow/rules/demo.smk), MB.
+DEMO_BASE_MEMORY = 6000
 
 
 def fit(wanted: Resources, entry: Partition) -> Resources:
@@ -58,7 +59,11 @@ def fit(wanted: Resources, entry: Partition) -> Resources:
 
 def requests(run: ResolvedRun, site: Site) -> list[Request]:
     """What the run's jobs ask for."""
-    found = [CPU_REQUEST]
+    used = {job.row.dataset for job in (*run.accuracy, *run.speed)}
+    cpus = max([1, *(run.datasets[name].conversion_threads for name in used)])
+    found = [Request("work on CPUs", CPU, "", 1, 0, cpus, CPU_MEMORY, CPU_RUNTIME)]
+    if run.demo:
+        found.append(Request("the demo's base model", CPU, "", 1, 0, run.demo.base.processes, DEMO_BASE_MEMORY, 30))
     for job in (*run.accuracy, *run.speed):
         official = ["official"] if run.official(job) else []
         for kind in ("train", "evaluate", *official) if isinstance(job.row, AccuracyRow) else ("speed",):
