@@ -30,8 +30,8 @@ def write(path: Path, values) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def make(root: Path, folder: Path, rows=None) -> Path:
-    """Copy what git knows of the repository, tests aside, into `folder` and make its demo small; returns `folder`."""
+def copy(root: Path, folder: Path) -> Path:
+    """Copy what git knows of the repository, tests aside, into `folder`; returns it."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=root,
@@ -40,9 +40,16 @@ def make(root: Path, folder: Path, rows=None) -> Path:
         check=True,
     )
     for name in listed.stdout.splitlines():
-        if not name.startswith("tests/") and (root / name).is_file():
+        # slurm is a link to a folder.
+        if not name.startswith("tests/") and ((root / name).is_file() or (root / name).is_symlink()):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, folder / name)
+            shutil.copy2(root / name, folder / name, follow_symlinks=False)
+    return folder
+
+
+def make(root: Path, folder: Path, rows=None) -> Path:
+    """A copy of the repository in `folder` whose demo is small; returns `folder`."""
+    copy(root, folder)
 
     def smaller(values):
         values["sizes"] = dict(SIZES)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from cluster import Cluster, missing
-from small_run import EPOCHS, ROWS, Runs
+from cluster_run import EPOCHS, ROWS, Runs
 
 
 @pytest.fixture(scope="package")

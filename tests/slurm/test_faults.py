@@ -6,7 +6,7 @@ import re
 import signal
 
 import pytest
-from small_run import EPOCHS, METHODS, ROW, ROWS, SITE, assert_complete, epochs_of, job_of, submissions, workers
+from cluster_run import EPOCHS, METHODS, ROW, ROWS, SITE, assert_complete, epochs_of, job_of, submissions, workers
 
 SPEED = "phi3-a100-full-eager-8gpu"
 

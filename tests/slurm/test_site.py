@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from small_run import SITE
+from cluster_run import SITE
 
 GPU_POOL = [{"device": "a100-80gb", "per_node": 2, "nodes": 2, "stand_in": True}]
 

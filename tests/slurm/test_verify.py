@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 import yaml
-from small_run import EPOCHS, METHODS, ROW, ROWS, SITE, assert_complete, epochs_of, job_of, submissions
+from cluster_run import EPOCHS, METHODS, ROW, ROWS, SITE, assert_complete, epochs_of, job_of, submissions
 
 pytestmark = pytest.mark.verify
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import psutil
 import yaml
 from cluster import end_with_parent
+from small_run import SIZES, copy
 
 METHODS = ("full", "frozen", "lora", "qlora")
 ROWS = [f"phi35-docvqa-{method}-bf16" for method in METHODS]
@@ -72,20 +72,9 @@ class Runs:
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.folder = folder
-        listed = subprocess.run(
-            ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True,
-            check=True,
-        )  # fmt: skip
-        for name in listed.stdout.splitlines():
-            if not name.startswith("tests/") and (root / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(root / name, folder / name, follow_symlinks=False)
-        if not (folder / "slurm").exists():
-            (folder / "slurm").symlink_to("profiles/slurm")
+        copy(root, folder)
         sources = yaml.safe_load((folder / "config/demo/sources.yaml").read_text())
-        sources["sizes"] |= {"docvqa_train": 192, "docvqa_test": 24, "docvqa_mini_train": 8, "mixture_train": 320}
-        sources["sizes"] |= {"hateful_memes": 8, "nlvr2": 8, "mixture_val": 8}
-        sources["sizes"] |= {"ucf101_train": 1, "ucf101_val": 1, "ucf101_test": 1}
+        sources["sizes"] = dict(SIZES)
         sources["texts"], sources["base"]["epochs"] = ["docvqa", "mixture"], 1
         (folder / "config/demo/sources.yaml").write_text(yaml.safe_dump(sources))
         self.site(SITE)
