@@ -4,7 +4,7 @@
     python scripts/bundle.py --output_dir phi3v-offline                            # make offline-bundle
     python scripts/bundle.py --output_dir phi3v-offline --environments workflow report train-cpu
 
-Run it where the internet is, after `snakemake data` (downloads and conversions) and, for --sdm apptainer, `make containers`. The folder's
+Run it where the internet is, after `snakemake -c2 data` (downloads and conversions) and, for --sdm apptainer, `make containers`. The folder's
 README says how to unpack; SHA256SUMS checks the journey.
 """
 

@@ -46,3 +46,24 @@ def test_every_make_target_is_listed_and_phony(root):
     targets = set(re.findall(r"^([a-z][a-z-]*):", text, re.M))
     assert targets == phony
     assert targets == set(re.findall(r"^([a-z][a-z-]*):.*## ", text, re.M))
+
+
+def test_a_documented_target_names_its_cores(root):
+    """Snakemake starts nothing on this machine where neither the command nor a profile says how many cores it has."""
+    rules = "".join(path.read_text() for path in [root / "Snakefile", *(root / "workflow/rules").glob("*.smk")])
+    targets = set(re.findall(r"^rule (\w+):", rules, re.M))
+    files = [
+        root / "README.md",
+        *(root / "docs").glob("*.md"),
+        *(root / "src").rglob("*.py"),
+        *(root / "scripts").glob("*.py"),
+    ]
+    seen = 0
+    for path in files:
+        for command in re.findall(r"(?:`|^ *)snakemake ([^`#\n]+)", path.read_text(), re.M):
+            words = command.split()
+            if not words[0].startswith("-") or targets & set(words):
+                seen += 1
+                enough = any(re.match(r"(-n|-c\d+|--cores|--profile)$", word) for word in words)
+                assert enough, f"{path.relative_to(root)}: snakemake {command}: cores are missing"
+    assert seen > 5

@@ -83,5 +83,7 @@ def login_problems(folder: Path) -> list[Problem]:
         found.append(Problem("error", "snakemake was not found; expected it in this environment: make venv"))
     free = shutil.disk_usage(folder).free / 1e9
     if free < 100:
-        found.append(Problem("warning", f"{folder}: {free:.0f} GB free; the published run wants more (snakemake plan)"))
+        found.append(
+            Problem("warning", f"{folder}: {free:.0f} GB free; the published run wants more (snakemake -c1 plan)")
+        )
     return found

@@ -27,7 +27,7 @@ def workload(name: str, dataset: Dataset, root: Path = Path()) -> Workload:
         if dataset.workload is None:
             raise SettingsError(
                 f"dataset `{name}`: field `workload`: empty, and not converted yet ({file} is missing); expected the "
-                "field in the datasets file, or `snakemake data` first"
+                "field in the datasets file, or `snakemake -c2 data` first"
             )
         return dataset.workload
     splits = json.loads(file.read_text(encoding="utf-8"))["splits"]

@@ -192,7 +192,7 @@ class FinetuneSettings(Precision):
         return "full" if self.freeze_vision_model == "no" else "frozen"
 
     def data_folder(self, root: Path | None = None) -> Path:
-        """data_dir, or the folder that `snakemake data` makes for the dataset; raises SettingsError when missing.
+        """data_dir, or the folder that `snakemake -c2 data` makes for the dataset; raises SettingsError when missing.
 
         root: repository root, where config/ and results/ are; left out: the working directory.
         """
@@ -212,7 +212,7 @@ class FinetuneSettings(Precision):
         folder = root / "results" / "data" / dataset_key(name, entries[name])
         if not folder.is_dir():
             raise SettingsError(
-                f"command line: dataset {name}: folder {folder} is missing; make it with `snakemake data`, or give "
+                f"command line: dataset {name}: folder {folder} is missing; make it with `snakemake -c2 data`, or give "
                 "--data_dir FOLDER"
             )
         return folder
