@@ -40,7 +40,10 @@ def check(config: str, probing: bool) -> int:
     run, here = runnable(load_run(config)), load_site()
     wanted = cluster.requests(run, here)
     found = [*login_problems(Path.cwd()), *cluster.settings_problems(run, here, wanted)]
-    found += cluster.problems(here, cluster.look(), wanted)
+    try:
+        found += cluster.problems(here, cluster.look(), wanted)
+    except cluster.ClusterError as error:
+        found.append(cluster.Problem("error", f"the cluster could not be looked at: {error}"))
     if probing and not any(problem.level == "error" for problem in found):
         used = {CPU: here.of(CPU)} | {each.device: here.of(each.device, each.partition) for each in wanted}
         for entry in {entry.partition: entry for entry in used.values()}.values():
@@ -53,13 +56,20 @@ def check(config: str, probing: bool) -> int:
 
 
 def status(config: str) -> int:
-    """Print where each row stands."""
-    print("\n".join(cluster.status_lines(runnable(load_run(config)), Path(), cluster.running_jobs(Path.cwd()))))
+    """Print where each row stands; without SLURM, what the rows' files say."""
+    run = runnable(load_run(config))
+    try:
+        jobs, silent = cluster.running_jobs(Path.cwd()), ""
+    except cluster.ClusterError as error:
+        jobs, silent = [], f"SLURM could not be asked, jobs that run or wait are not shown: {error}"
+    print("\n".join(cluster.status_lines(run, Path(), jobs)), flush=True)
+    if silent:
+        print(silent, file=sys.stderr)
     return 0
 
 
 def wait(seconds: float) -> int:
-    """Return when no job of this folder is left."""
+    """Return when no job of this folder is left; raises ClusterError."""
     said: list[str] = []
     while running := cluster.running_jobs(Path.cwd()):
         lines = [f"job {job.id}: {job.rule} {job.wildcards}, {job.state.lower()}" for job in running]

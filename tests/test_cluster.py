@@ -12,9 +12,10 @@ import yaml
 
 from phi3v.cluster import Facts, PartitionFacts, Request, check, problems
 from phi3v.cluster.facts import gpus, minutes
+from phi3v.cluster.machines import probe
 from phi3v.cluster.site import devices_of, site_text
 from phi3v.cluster.status import COMMENT, duration, progress
-from phi3v.settings import Hardware, SettingsError, Site, load_run, read_entries, validate
+from phi3v.settings import Hardware, Partition, SettingsError, Site, load_run, read_entries, validate
 
 GPU = PartitionFacts("gpu", True, False, 1440, nodes=4, cpus=64, memory_mb=500_000, gpus={"a100": 8})
 CPU = PartitionFacts("cpu", True, True, None, nodes=10, cpus=32, memory_mb=100_000)
@@ -140,6 +141,51 @@ def test_status_lists_the_rows_that_the_workflow_runs(root, tmp_path):
     assert len(lines) == 1 + 18 + 1
     (running,) = [line.split() for line in lines if " training " in line and " 12 " in line]
     assert running == ["phi35-nlvr2-lora-bf16", "training", "12", "node3", "1:30"]
+
+
+def cluster_command(root, folder, *arguments):
+    """(exit code, stdout, stderr) of scripts/cluster.py with the programs of `folder` alone on PATH."""
+    done = subprocess.run(
+        [sys.executable, "scripts/cluster.py", *arguments], cwd=root, capture_output=True, text=True, check=False,
+        env={"PATH": str(folder), "PYTHONPATH": str(root / "src")},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("controller", ["no SLURM", "away"])
+def test_without_an_answer_of_slurm_the_rest_is_said_all_the_same(root, tmp_path, controller):
+    said = "squeue was not found; expected SLURM's commands on PATH"
+    if controller == "away":
+        said = "Unable to contact slurm controller"
+        for name in ("squeue", "scontrol"):
+            (tmp_path / name).write_text(f"#!/bin/sh\necho 'slurm_load_jobs error: {said}' >&2\nexit 1\n")
+            (tmp_path / name).chmod(0o755)
+    values = yaml.safe_load((root / "config/config.yaml").read_text())
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**values, "name": "nowhere"}))
+    config = ["--config", str(tmp_path / "run.yaml")]
+    code, rows, error = cluster_command(root, tmp_path, "status", *config)
+    assert (code, rows.splitlines()[-1]) == (0, "53 open")
+    assert said in error
+    code, rows, error = cluster_command(root, tmp_path, "wait")
+    assert (code, rows, error.count("\n")) == (2, "", 1)
+    assert error.startswith("error: squeue")
+    assert said in error
+    code, found, _ = cluster_command(root, tmp_path, "check", *config)
+    assert code == 1
+    assert "error: the cluster could not be looked at: scontrol" in found
+    assert "kinds of work looked at: 1 errors" in found
+
+
+def test_a_machine_of_a_partition_without_a_name_is_of_the_default_one(tmp_path, monkeypatch):
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\necho shared yes\necho apptainer none\necho cache yes\necho modules yes\n")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    texts = {
+        name: [problem.text for problem in probe(Site(), Partition(partition=name), tmp_path)] for name in ("", "gpu")
+    }
+    assert any(text.startswith("the default partition: on its machines there is no apptainer") for text in texts[""])
+    assert any(text.startswith("partition gpu: on its machines there is no apptainer") for text in texts["gpu"])
 
 
 def test_the_executors_comment_names_rule_and_row():

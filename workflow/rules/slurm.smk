@@ -51,7 +51,12 @@ def look_at_cluster():
 
 def refuse_second_writers():
     """Name the jobs of this folder that still run or wait, though no Snakemake watches them any more."""
-    running = cluster.running_jobs(Path.cwd())
+    try:
+        running = cluster.running_jobs(Path.cwd())
+    except cluster.ClusterError as error:
+        raise WorkflowError(
+            f"the cluster could not be asked for jobs of an earlier Snakemake, nothing was started\n{error}"
+        )
     if running:
         listed = "\n".join(f"  {job}" for job in running)
         ids = " ".join(job.id for job in running)

@@ -76,7 +76,7 @@ def gpus(gres: str) -> dict[str, int]:
     return found
 
 
-def _ask(*command: str) -> str:
+def ask(*command: str) -> str:
     """Output of a client command; raises ClusterError."""
     if shutil.which(command[0]) is None:
         raise ClusterError(f"{command[0]} was not found; expected SLURM's commands on PATH (are you on a login node?)")
@@ -95,10 +95,10 @@ def _fields(line: str) -> dict[str, str]:
 
 def look() -> Facts:
     """Ask the cluster; raises ClusterError."""
-    config = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", _ask("scontrol", "show", "config"), re.M))
-    described = [_fields(line) for line in _ask("scontrol", "--oneliner", "show", "partition").splitlines() if line]
+    config = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", ask("scontrol", "show", "config"), re.M))
+    described = [_fields(line) for line in ask("scontrol", "--oneliner", "show", "partition").splitlines() if line]
     shapes: dict[str, list[list[str]]] = {}
-    for line in _ask("sinfo", "--noheader", "-o", "%R|%D|%c|%m|%G|%f").splitlines():
+    for line in ask("sinfo", "--noheader", "-o", "%R|%D|%c|%m|%G|%f").splitlines():
         name, *shape = line.strip().split("|")
         shapes.setdefault(name, []).append(shape)
     partitions = {}
@@ -131,7 +131,7 @@ def _rights(config: dict[str, str]) -> tuple[frozenset[str] | None, frozenset[st
     enforced = config.get("AccountingStorageEnforce", "none")
     if "associations" not in enforced:
         return None, None
-    lines = _ask("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=account,qos").splitlines()
+    lines = ask("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=account,qos").splitlines()
     rows = [line.split("|") for line in lines if line.strip()]
     allowed = frozenset(name for row in rows for name in row[1].split(",") if name)
     return frozenset(row[0] for row in rows), allowed if "qos" in enforced else None

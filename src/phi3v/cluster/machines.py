@@ -43,17 +43,21 @@ def probe(site: Site, entry: Partition, folder: Path, wait_seconds: int = 60) ->
             [*command, "bash", "-lc", text], capture_output=True, text=True, timeout=wait_seconds + 120, check=False
         )
     except subprocess.TimeoutExpired:
-        return [Problem("warning", f"partition {entry.partition}: its machine did not answer: not looked at")]
+        return [Problem("warning", f"{_named(entry)}: its machine did not answer: not looked at")]
     finally:
         marker.unlink(missing_ok=True)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        return [Problem("warning", f"partition {entry.partition}: no machine could be looked at: {reason[0]}")]
+        return [Problem("warning", f"{_named(entry)}: no machine could be looked at: {reason[0]}")]
     return _judge(dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line), site, entry, folder)
 
 
+def _named(entry: Partition) -> str:
+    return f"partition {entry.partition}" if entry.partition else "the default partition"
+
+
 def _judge(seen: dict[str, str], site: Site, entry: Partition, folder: Path) -> list[Problem]:
-    where, found = f"partition {entry.partition}: on its machines", []
+    where, found = f"{_named(entry)}: on its machines", []
     if seen.get("shared") != "yes":
         found.append(
             Problem("error", f"{where} {folder} is not this folder; expected a file system that all machines share")

@@ -7,10 +7,10 @@ import json
 import os
 import re
 import statistics
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from phi3v.cluster.facts import ask
 from phi3v.settings import AccuracyRow, Job, ResolvedRun
 
 # The executor's comment on each of its jobs.
@@ -36,15 +36,9 @@ class RunningJob:
 
 
 def running_jobs(folder: Path) -> list[RunningJob]:
-    """This user's unfinished jobs that were submitted by a Snakemake in `folder`; raises OSError without squeue."""
-    done = subprocess.run(
-        ["squeue", "--noheader", "--user", getpass.getuser(), "-o", "%i|%T|%Z|%M|%R|%k"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise OSError(f"squeue: {done.stderr.strip()}")
+    """This user's unfinished jobs that were submitted by a Snakemake in `folder`; raises ClusterError."""
     found = []
-    for line in done.stdout.splitlines():
+    for line in ask("squeue", "--noheader", "--user", getpass.getuser(), "-o", "%i|%T|%Z|%M|%R|%k").splitlines():
         job, state, where, elapsed, nodes, comment = line.split("|", 5)
         match = COMMENT.match(comment)
         if match and os.path.realpath(where) == os.path.realpath(folder):
