@@ -209,6 +209,57 @@ def test_one_h100_gets_the_rows_that_fit(root):
     assert reasons["phi3-docvqa-full-bf16"] == missing.removeprefix("not run: ")
 
 
+def test_a_row_that_fits_on_more_of_the_pools_devices_names_the_override(root):
+    """The advice for 8 V100 is full fine-tuning; the rows ask for 4, and what they print plans them on 8."""
+    values = yaml.safe_load((root / "config/config.yaml").read_text())
+    values["hardware"] = [{"device": "v100-32gb", "per_node": 8}]
+    row = "phi3-docvqa-full-fp16"
+    missing = {item.row: item.status for item in plan_run(load_run(values, root)).rows}[row]
+    written = re.search(r"8 devices, which this run has: `(.+)` \(fills the device, 2\d GB at least\)", missing).group(
+        1
+    )
+    wider = load_run(values | yaml.safe_load(written), root)
+    planned = plan_job(wider, wider.job(row))
+    assert (planned.status, planned.nodes, planned.devices, planned.fits) == ("run", 1, 8, "full")
+    assert wider.job(row).departures == {"gpus": (4, 8)}
+    # Without four more of them there is nothing to write.
+    values["hardware"] = [{"device": "v100-32gb", "per_node": 4}]
+    missing = {item.row: item.status for item in plan_run(load_run(values, root)).rows}[row]
+    assert "8 devices (fills the device, " in missing and "overrides" not in missing
+
+
+def test_what_would_fit_is_computed(root):
+    """Cheaper methods that only just fit are named as that, and the number of tiles is the largest that fits."""
+    values = yaml.safe_load((root / "config/config.yaml").read_text())
+    row = "phi3-docvqa-lora-fp16"
+    values |= {"hardware": [{"device": "t4", "per_node": 4}], "rows": {"accuracy": [row], "speed": []}}
+    run = load_run(values, root)
+    said = plan_job(run, run.job(row)).status
+    assert re.search(r"qlora \(fills the device, 1\d GB at least\)", said)
+    assert re.search(r"a device with 4\d GB, or filled, 1\d GB$", said)
+    crops = int(re.search(r"num_crops (\d+) in place of 16", said).group(1))
+    for number, state in ((crops, True), (crops + 1, False)):
+        changed = load_run(values | {"overrides": {row: {"num_crops": number}}}, root)
+        assert (plan_job(changed, changed.job(row)).fits != "no") == state
+
+
+def test_rows_that_cannot_be_planned_are_not_in_the_sums_and_say_so(root):
+    values = yaml.safe_load((root / "config/config.yaml").read_text())
+    values |= {
+        "hardware": [{"device": "rtx4090", "per_node": 2, "nodes": 2}],
+        "rows": {"accuracy": ["phi3-docvqa-lora-*"]},
+    }
+    plan = plan_run(load_run(values, root))
+    unplanned = [row for row in plan.rows if row.status.startswith("not planned")]
+    assert unplanned and "field `network_gb_s`: empty; 2 machines need it" in unplanned[0].status
+    assert "`files.hardware`" in unplanned[0].status
+    assert f"could not be planned and are in no sum: {len(unplanned)}" in plan.table()
+    assert (
+        "in no sum"
+        not in plan_run(load_run(values | {"hardware": [{"device": "rtx4090", "per_node": 2}]}, root)).table()
+    )
+
+
 def test_a_row_asked_for_by_name_is_tried(root):
     values = yaml.safe_load((root / "config/config.yaml").read_text())
     values["hardware"] = [{"device": "h100", "per_node": 1}]
@@ -245,8 +296,10 @@ def test_everything_about_one_row(run):
     assert "of these trained, millions" in said
     assert "qlora" in plan.detail("phi3-docvqa-qlora-bf16")
     assert said.splitlines()[1] in plan_html(plan.as_dict())
-    with pytest.raises(SettingsError, match="row 'phi9': not in the plan of published"):
-        plan.detail("phi9")
+    with pytest.raises(
+        SettingsError, match=r"row 'phi35-nlvr2-ful': not in the plan of published; .*phi35-nlvr2-full-bf16"
+    ):
+        plan.detail("phi35-nlvr2-ful")
 
 
 def test_resources(run):

@@ -7,6 +7,7 @@ resources(run, job)                 # what a cluster job should ask for
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,7 @@ from phi3v.planning.setup import Constants, Setup
 from phi3v.planning.workload import mean_and_longest, workload
 from phi3v.settings import AccuracyRow, Job, NotRun, ResolvedRun, SettingsError, SpeedRow, Workload
 from phi3v.settings.commands import own_settings
+from phi3v.settings.run import place_accuracy
 
 # Three passes of an accuracy row: before (shared by rows), after, control.
 EVALUATION_PASSES = 3
@@ -154,7 +156,7 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path(), constants: Constan
     parts.pop("flops")
     return Planned(
         row=row.row, table_row=job.table_row, kind=kind,
-        status="run" if state != "no" else f"{_refused(run, job)} {needs(setup, constants)}",
+        status="run" if state != "no" else f"{_refused(run, job)} {needs(setup, load, job, constants)}",
         device=job.pool.device, nodes=job.nodes, devices=devices, method=row.method, dtype=row.dtype,
         flash_attention=row.flash_attention, parameters=parameters(setup.geometry),
         trainable=trainable_parameters(setup.geometry, setup.trains_by, setup.rank, row.legacy_freezing),
@@ -190,8 +192,8 @@ def misfit(run: ResolvedRun, job: Job, constants: Constants | None = None) -> st
     if run.models[job.row.model].geometry is None or run.datasets[job.row.dataset].workload is None:
         return None
     constants = constants or Constants()
-    setup, _ = setup_of(run, job)
-    return needs(setup, constants) if fits(setup, constants) == "no" else None
+    setup, load = setup_of(run, job)
+    return needs(setup, load, job, constants) if fits(setup, constants) == "no" else None
 
 
 def runnable(run: ResolvedRun) -> ResolvedRun:
@@ -218,6 +220,14 @@ def runnable(run: ResolvedRun) -> ResolvedRun:
     return ResolvedRun.model_construct(**{**dict(run), **kept})
 
 
+def room(setup: Setup, constants: Constants) -> str:
+    """How a setup that fits does so: its peak where there is room, else the floor of a device that it fills."""
+    need = memory(setup, constants)
+    if fits(setup, constants) == "yes":
+        return f"{need.total_gb:.0f} GB"
+    return f"fills the device, {need.floor_gb:.0f} GB at least"
+
+
 def alternatives(setup: Setup, constants: Constants, rank: int = 64) -> list[Setup]:
     """Cheaper ways on the same devices, in the recipe's order; only those that the hardware can do and that fit."""
     found = []
@@ -228,28 +238,65 @@ def alternatives(setup: Setup, constants: Constants, rank: int = 64) -> list[Set
             setup, method=method, rank=(setup.rank or rank) if "lora" in method else 0, micro_batch=1,
             flash=setup.hardware.flash_attention,
         )  # fmt: skip
-        if fits(other, constants) == "yes" and (other.method, other.flash) != (setup.method, setup.flash):
+        if fits(other, constants) != "no" and (other.method, other.flash) != (setup.method, setup.flash):
             found.append(other)
     return found
 
 
-def needs(setup: Setup, constants: Constants) -> str:
+def fewer_crops(setup: Setup, load: Workload, num_crops: int, constants: Constants) -> tuple[int, Setup] | None:
+    """The largest num_crops below `num_crops` with which the setup fits, and that setup; None where none does."""
+    for crops in range(num_crops - 1, 0, -1):
+        mean, longest = mean_and_longest(load, setup.geometry, crops)
+        smaller = replace(setup, work=mean, longest=longest)
+        if fits(smaller, constants) != "no":
+            return crops, smaller
+    return None
+
+
+def own_devices(setup: Setup, job: Job, constants: Constants) -> str | None:
+    """The override with which an accuracy row fits on more devices of its pool, the fewest; None where none helps."""
+    if not isinstance(job.row, AccuracyRow):
+        return None
+    for gpus in range(setup.devices + 1, setup.batch_size // setup.micro_batch + 1):
+        nodes, per_node = place_accuracy(gpus, job.pool)
+        if nodes * per_node != gpus or setup.batch_size % (gpus * setup.micro_batch):
+            continue
+        wider = replace(setup, nodes=nodes, per_node=per_node)
+        if fits(wider, constants) != "no":
+            return (
+                f"{gpus} devices, which this run has: `overrides: {{{job.table_row}: {{gpus: {gpus}}}}}` "
+                f"({room(wider, constants)})"
+            )
+    return None
+
+
+def other_devices(setup: Setup, constants: Constants) -> str | None:
+    """How many devices the setup would fit on; None where more do not help."""
+    for nodes in (2, 4, 8, 16):
+        wider = replace(setup, nodes=setup.nodes * nodes, batch_size=max(setup.batch_size, setup.devices * nodes))
+        if fits(wider, constants) != "no":
+            return f"{wider.devices} devices ({room(wider, constants)})"
+    return None
+
+
+def needs(setup: Setup, load: Workload, job: Job, constants: Constants) -> str:
     """ "needs …": by how much a setup misses its device, and what would do."""
     need, capacity = memory(setup, constants), float(setup.hardware.memory_gb or 0)
     ways = []
     if setup.micro_batch > 1 and fits(replace(setup, micro_batch=1), constants) != "no":
         ways.append("micro_batch_size 1")
+    own = None if setup.adapters else own_devices(setup, job, constants)
+    if own:
+        ways.append(own)
     ways += [
-        f"{other.method}{' with flash attention' if other.flash and not setup.flash else ''} "
-        f"({memory(other, constants).total_gb:.0f} GB)"
+        f"{other.method}{' with flash attention' if other.flash and not setup.flash else ''} ({room(other, constants)})"
         for other in alternatives(setup, constants)
     ]
-    for nodes in (2, 4, 8, 16):
-        wider = replace(setup, nodes=setup.nodes * nodes, batch_size=max(setup.batch_size, setup.devices * nodes))
-        if not setup.adapters and fits(wider, constants) != "no":
-            ways.append(f"{wider.devices} devices ({memory(wider, constants).floor_gb:.0f} GB each)")
-            break
-    ways.append(f"a device with {math.ceil(need.total_gb)} GB")
+    if smaller := fewer_crops(setup, load, job.num_crops, constants):
+        ways.append(f"num_crops {smaller[0]} in place of {job.num_crops} ({room(smaller[1], constants)})")
+    if not setup.adapters and not own and (other_count := other_devices(setup, constants)):
+        ways.append(other_count)
+    ways.append(f"a device with {math.ceil(need.total_gb)} GB, or filled, {math.ceil(need.floor_gb)} GB")
     return (
         f"needs {need.floor_gb:.0f} GB a device, {setup.hardware.title} has {capacity:.0f} GB: "
         f"{need.floor_gb - capacity:.0f} GB too little; would fit: {', '.join(ways)}"
@@ -339,7 +386,10 @@ class Plan:
         """Everything the plan knows of one row; raises SettingsError for a row that is not in it."""
         found = [item for item in self.rows if row in (item.row, item.table_row)]
         if not found:
-            raise SettingsError(f"row {row!r}: not in the plan of {self.name}; expected one of its rows")
+            close = difflib.get_close_matches(row, [item.row for item in self.rows], cutoff=0)
+            raise SettingsError(
+                f"row {row!r}: not in the plan of {self.name}; expected one of its rows, the closest: {', '.join(close)}"
+            )
         return "\n\n".join(text.detail(item) for item in found)
 
 

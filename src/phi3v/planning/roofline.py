@@ -87,12 +87,17 @@ def peak_tflops(setup: Setup) -> float:
     """Dense peak of the setup's dtype; raises SettingsError where the entry has none: a peak is never guessed."""
     peak = getattr(setup.hardware.peak_tflops, setup.dtype)
     if peak is None or setup.hardware.bandwidth_gb_s is None:
-        missing = f"peak_tflops.{setup.dtype}" if peak is None else "bandwidth_gb_s"
-        raise SettingsError(
-            f"hardware `{setup.hardware.title}`: field `{missing}`: empty; expected the datasheet's figure "
-            "(config/hardware.yaml, dense, one device)"
-        )
+        field = f"peak_tflops.{setup.dtype}" if peak is None else "bandwidth_gb_s"
+        raise _empty(setup, field, "expected the datasheet's figure (dense, one device)")
     return peak
+
+
+def _empty(setup: Setup, field: str, expected: str) -> SettingsError:
+    return SettingsError(
+        f"hardware `{setup.hardware.title}`: field `{field}`: empty; {expected}: copy the entry with the field to your "
+        "own hardware file, under a name of its own (fields: config/README.md, Hardware), and name the file in "
+        "`files.hardware` and the entry in `hardware` of your run"
+    )
 
 
 def passes(setup: Setup) -> tuple[float, float, float]:
@@ -179,11 +184,11 @@ def _collective_seconds(setup: Setup, size: float, constants: Constants) -> floa
     seconds = 0.0
     if per_node > 1:
         if hardware.link_gb_s is None:
-            raise SettingsError(f"hardware `{hardware.title}`: field `link_gb_s`: empty; {per_node} devices need it")
+            raise _empty(setup, "link_gb_s", f"{per_node} devices of a machine need it, GB/s in one direction")
         seconds = size * (per_node - 1) / per_node / (hardware.link_gb_s * 1e9)
     if nodes > 1:
         if hardware.network_gb_s is None:
-            raise SettingsError(f"hardware `{hardware.title}`: field `network_gb_s`: empty; {nodes} nodes need it")
+            raise _empty(setup, "network_gb_s", f"{nodes} machines need it, GB/s in one direction")
         seconds = max(seconds, size * (nodes - 1) / nodes / (hardware.network_gb_s * 1e9))
     return seconds / constants.link_efficiency
 

@@ -44,8 +44,12 @@ def notes(plan: Plan) -> list[str]:
     """Sums, price and disk as sentences, for the table and the page."""
     totals = plan.totals()
     device_hours, energy, price = totals["gpu_hours"], totals["energy_kwh"], totals["price"]
-    used = f"all rows that run: {device_hours or 0:.1f} device-hours"
+    running = sum(row.hours is not None and not row.status.startswith("not run") for row in plan.rows)
+    unplanned = sum(row.status.startswith("not planned") for row in plan.rows)
+    used = f"rows that run: {running}, together {device_hours or 0:.1f} device-hours"
     used += f", {energy:.0f} kWh" if energy is not None else ", energy: not known (no board power in the hardware file)"
+    if unplanned:
+        used += f"; rows that could not be planned and are in no sum: {unplanned}"
     unset = "price: not set (`price_per_hour` of each entry under `hardware` in your configuration)"
     sizes = ", ".join(f"{name} {size:.2f} GB" for name, size in plan.disk.items())
     total, missing = sum(plan.disk.values()), sum(plan.disk_missing.values())

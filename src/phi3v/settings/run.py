@@ -234,12 +234,12 @@ def _cannot(row: Training, device: Hardware) -> str | None:
     return None
 
 
-def _place_accuracy(row: AccuracyRow, pool: Pool) -> tuple[int, int]:
-    """(nodes, processes a node) of an accuracy row: the published count where the pool has it, else what is there.
+def place_accuracy(gpus: int, pool: Pool) -> tuple[int, int]:
+    """(nodes, processes a node) of an accuracy row that asks for `gpus`: as many where the pool has them, else all.
 
     Several machines only where one has too few devices, and each gives all of its own.
     """
-    return max(1, min(pool.nodes, row.gpus // pool.per_node)), min(row.gpus, pool.per_node)
+    return max(1, min(pool.nodes, gpus // pool.per_node)), min(gpus, pool.per_node)
 
 
 def _check_batch(row: Training, processes: int) -> None:
@@ -266,7 +266,7 @@ def _place(run: Run, row: AccuracyRow | SpeedRow, hardware: dict[str, Hardware])
     for pool in run.hardware:
         reason = _cannot(row, hardware[pool.device])
         if reason is None:
-            placed = _place_accuracy(row, pool) if isinstance(row, AccuracyRow) else _place_speed(row, pool)
+            placed = place_accuracy(row.gpus, pool) if isinstance(row, AccuracyRow) else _place_speed(row, pool)
             if not isinstance(placed, str):
                 try:
                     _check_batch(row, placed[0] * placed[1])
