@@ -23,9 +23,10 @@ def main() -> int:
     """Parse the command line and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, help="folder of a result, or a file in it")
-    parser.add_argument("--row", help="of a report: this row's results only")
-    parser.add_argument(
-        "--crate", type=Path, metavar="FOLDER", help="of a report: write the run as a Workflow Run RO-Crate"
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--row", help="of a report: this row's results only")
+    either.add_argument(
+        "--crate", type=Path, metavar="FOLDER", help="of a report: write the whole run as a Workflow Run RO-Crate"
     )
     given = parser.parse_args()
     try:

@@ -75,6 +75,25 @@ def test_the_commit_and_what_differs_from_it(tmp_path):
     assert len(digests - {None}) == 2
 
 
+def test_a_new_module_is_a_change_before_git_knows_it(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=test", "-c", "user.email=test@invalid"]
+    package = tmp_path / "src/package"
+    package.mkdir(parents=True)
+    (package / "old.py").write_text("")
+    (tmp_path / ".gitignore").write_text("*.pyc\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    for name in ("results/row/manifest.json", "my.yaml", "src/package/old.pyc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert manifest.commit(package)["dirty"] is None
+    digests = set()
+    for name, text in (("package/new.py", "a = 1"), ("package/new.py", "a = 2"), ("package/more ü.py", "a = 1")):
+        (tmp_path / "src" / name).write_text(text)
+        digests.add(manifest.commit(package)["dirty"])
+    assert len(digests - {None}) == 3
+
+
 def test_no_token_reaches_a_manifest(tmp_path, monkeypatch):
     secrets = ["hf_" + "NotARealToken1", "s3cretValue!", "plain-password-1"]
     monkeypatch.setenv("HF_TOKEN", secrets[1])

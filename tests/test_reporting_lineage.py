@@ -96,6 +96,12 @@ def test_errors_say_what_was_expected(root, run, tmp_path):
     code, _, said = provenance(root, run, "results/mine/report", "--row", "phi9")
     assert code == 2
     assert f"row 'phi9': no result behind this report; expected one of {ROW}, {OTHER}" in said
+    said = "nope: no such file or folder; expected the folder of a result, or a file in it\n"
+    assert provenance(root, run, "nope") == (2, "", said)
+    code, _, said = provenance(root, run, "results/mine/report", "--row", ROW, "--crate", "crate")
+    assert code == 2
+    assert "argument --crate: not allowed with argument --row" in said
+    assert not (run / "crate").exists()
     (tmp_path / "empty/inner").mkdir(parents=True)
     with pytest.raises(ResultError, match=r"no manifest\.json"):
         lineage.chain(tmp_path / "empty/inner")

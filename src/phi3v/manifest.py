@@ -6,6 +6,7 @@ digests, the results it was made from, and wall time. The report shows only what
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hashlib
 import json
@@ -28,6 +29,8 @@ PACKAGES = (
     "safetensors", "pillow", "av", "numpy", "snakemake",
 )  # fmt: skip
 PARENT_FILES = ("manifest.json", "dataset.json", "sources.lock.json")
+# Folders of a checkout that hold what a result is made by.
+CODE = ("src", "scripts", "workflow")
 LOCKS = ("requirements.txt", "envs/*.txt")
 _SECRET = re.compile(r"(hf_[A-Za-z0-9]{8,}|(?<=token=)\S+|(?<=://)[^/@\s]+:[^/@\s]+(?=@))")
 _SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL")
@@ -85,7 +88,10 @@ def scrub(text: str) -> str:
 
 
 def commit(folder: Path | None = None) -> dict[str, Any]:
-    """{"commit", "dirty"} of the source tree, `dirty` the digest of what differs from it; None outside a checkout."""
+    """{"commit", "dirty"} of the source tree, `dirty` the digest of what differs from it; None outside a checkout.
+
+    Files that git does not know count where code is. A configuration of one's own does not: the manifest states its settings.
+    """
     here = folder or Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -95,8 +101,12 @@ def commit(folder: Path | None = None) -> dict[str, Any]:
     try:
         head = git("rev-parse", "HEAD").strip()
         changed = git("diff", "HEAD", "--no-ext-diff")
+        unknown = git("ls-files", "-z", "--others", "--exclude-standard", "--", *(f":/{name}" for name in CODE))
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
+    for name in filter(None, unknown.split("\0")):
+        with contextlib.suppress(OSError):  # an editor's file that is gone again
+            changed += f"{name} {digest_file(here / name)}\n"
     return {"commit": head, "dirty": hashlib.sha256(changed.encode()).hexdigest()[:16] if changed else None}
 
 

@@ -42,6 +42,8 @@ def chain(path: Path, root: Path = Path()) -> Link:
 
     Raises ResultError where there is no manifest, dataset.json or download lock to start from.
     """
+    if not (root / path).exists():
+        raise ResultError(f"{path}: no such file or folder; expected the folder of a result, or a file in it")
     folder = path if path.is_dir() else path.parent
     if parent_file(folder) is None:
         raise ResultError(
