@@ -22,24 +22,30 @@ import sys
 import tempfile
 from pathlib import Path
 
+import yaml
+
 from phi3v.manifest import commit, write_json
 from phi3v.reporting.reproduction import digests, explain, first_difference, machine
+from phi3v.settings import SettingsError, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "config/demo/digests.json"
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--rows", nargs="+", default=[], metavar="ROW", help="accuracy rows (default: all rows of the demo)"
     )
-    parser.add_argument(
-        "--twice", action="store_true", help="a second run in another folder in place of the stored digests"
-    )
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--twice", action="store_true",
+        help="a second run in another folder in place of the stored digests; with --results the finished run against a fresh one",
+    )  # fmt: skip
     parser.add_argument("--store", action="store_true", help="store the digests for this kind of machine")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="a finished run's folder: nothing is run")
-    parser.add_argument(
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="a finished run's folder in place of a run")
+    other.add_argument(
         "--against", type=Path, metavar="FOLDER", help="another finished run's folder, in place of the stored digests"
     )
     return parser.parse_args()
@@ -72,8 +78,18 @@ def run_demo(folder: Path, rows: list[str]) -> Path:
 
 
 def digests_of(results: Path) -> dict[str, str]:
-    """Of a run's folder results/NAME."""
-    return digests(results.resolve().parent, results.name)
+    """Of a run's folder results/NAME; raises SettingsError where nothing of a run is in it."""
+    results = results.resolve()
+    found = digests(results.parent, results.name)
+    if not any(name.startswith(f"{results.name}/") for name in found):
+        raise SettingsError(f"{results}: no file that must repeat; expected a finished run's folder, results/NAME")
+    return found
+
+
+def check_rows(rows: list[str]) -> None:
+    """Raises SettingsError for a row that the demo cannot run."""
+    demo = yaml.safe_load((ROOT / "config/demo.yaml").read_text())
+    load_run({**demo, "rows": {"accuracy": rows, "speed": []}}, ROOT)
 
 
 def made_by(results: Path) -> str:
@@ -84,9 +100,10 @@ def made_by(results: Path) -> str:
 
 def compare(found: dict[str, str], wanted: dict[str, str], results: Path, other: Path | None) -> int:
     """Exit code of comparing digests; a file that one side lacks is a difference."""
-    if not found or not wanted:
-        empty = "nothing to compare with" if found else f"{results}: no file that must repeat"
-        print(f"{empty}; expected a finished run's folder", file=sys.stderr)
+    if not found:
+        print(
+            f"{results}: none of its files is among the stored ones; expected rows of the stored run", file=sys.stderr
+        )
         return 2
     different = first_difference(found, wanted)
     if different is None:
@@ -109,12 +126,19 @@ def main() -> int:
     kind = machine()
     stored = json.loads(STORED.read_text()) if STORED.is_file() else {}
     part = bool(given.rows or given.results)
+    try:
+        check_rows(given.rows)
+        wanted = digests_of(given.against) if given.against else None
+        before = digests_of(given.results) if given.results else None
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(prefix="phi3v-") as one, tempfile.TemporaryDirectory(prefix="phi3v-again-") as two:
         results = given.results or run_demo(Path(one), given.rows)
-        found = digests_of(results)
+        found = before or digests_of(results)
         other = given.against or (run_demo(Path(two), given.rows) if given.twice else None)
         if other is not None:
-            code = compare(found, digests_of(other), results, other)
+            code = compare(found, wanted or digests_of(other), results, other)
         elif kind in stored:
             # accuracy.tsv holds the whole run; rows of it are compared by what they and the stored run share.
             known = stored[kind]["files"]

@@ -40,13 +40,13 @@ def run(tmp_path):
     return make
 
 
-def command(root, *arguments):
+def command(root, *arguments, path="/usr/bin:/bin"):
     done = subprocess.run(
         [sys.executable, root / "scripts/reproduce.py", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        env={"PYTHONPATH": str(root / "src"), "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": str(root / "src"), "PATH": path},
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -87,6 +87,20 @@ def test_a_missing_file_is_a_difference(root, run):
 def test_an_empty_folder_proves_nothing(root, tmp_path):
     (tmp_path / "demo").mkdir()
     assert command(root, "--results", tmp_path / "demo", "--against", tmp_path / "demo")[0] == 2
+
+
+def test_what_was_asked_for_is_looked_at_before_anything_runs(root, run, tmp_path):
+    """Without git on PATH a run would end before it starts."""
+    for against in (tmp_path / "none", run("one").parent):
+        code, said = command(root, "--against", against, path="")
+        assert (code, said.count("\n")) == (2, 1)
+        assert said.startswith(f"error: {against}: no file that must repeat; expected a finished run's folder")
+    code, said = command(root, "--rows", "phi35-digits-full-bf16", "zzz", path="")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "field `rows.accuracy`: got 'zzz': matches no row; expected a row id or a pattern of" in said
+    code, said = command(root, "--twice", "--against", run("two"), path="")
+    assert code == 2
+    assert "not allowed with argument --twice" in said
 
 
 def test_the_machine_is_its_maker_its_widest_instructions_and_torchs_build(tmp_path):
