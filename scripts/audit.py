@@ -8,6 +8,7 @@ Exit code 1 where a package has a known vulnerability. Packages that could not b
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -44,6 +45,9 @@ def judge(entries: list[dict]) -> tuple[list[str], str]:
 
 
 def main() -> int:
+    """Look up every lock; the exit code says whether a vulnerability is known."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     code = 0
     for lock in LOCKS:
         try:

@@ -142,6 +142,7 @@ def first_step(loaded: Any, questions: list[Any], data: Path, batches: list[list
 
 
 def main() -> None:
+    """Parse the command line, measure both ways and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--examples", type=int, default=64)

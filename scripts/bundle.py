@@ -51,6 +51,7 @@ def complete(folder: Path, name: str) -> list[Path]:
 
 
 def main() -> int:
+    """Parse the command line and pack."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder to pack into")
     parser.add_argument(

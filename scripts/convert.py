@@ -25,6 +25,7 @@ from phi3v.settings import Dataset, SettingsError, read_entries
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="the data folder")
     parser.add_argument(
@@ -76,6 +77,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Parse the command line and convert."""
     given = arguments()
     shard_bytes = None if given.shards is None else int(given.shards * 10**6)
     try:

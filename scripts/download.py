@@ -21,6 +21,7 @@ from phi3v.settings import Dataset, Model, SettingsError, read_entries
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--datasets", nargs="+", default=["config/datasets.yaml"], metavar="FILE", help="datasets files"
@@ -35,6 +36,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Parse the command line and download."""
     given = arguments()
     try:
         name = given.dataset or given.model

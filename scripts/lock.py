@@ -85,6 +85,7 @@ def lock(current: dict[str, str], options: list[str]) -> dict[str, str]:
 
 
 def main() -> int:
+    """Parse the command line and write, or with --check compare, the lock files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file would change")
     parser.add_argument(

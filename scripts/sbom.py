@@ -63,6 +63,7 @@ def bill(environment: str) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Parse the command line and write the bill."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environment", choices=sorted(path.stem for path in (ROOT / "envs").glob("*.txt")))
     parser.add_argument("output", type=Path)

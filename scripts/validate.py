@@ -19,6 +19,7 @@ from phi3v.data.validation import validate_folder
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path, metavar="DIR", help="folder with images/ and a jsonl for each split")
     parser.add_argument(
@@ -39,6 +40,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Parse the command line and print what is wrong."""
     given = arguments()
     try:
         checks, problems, shared = validate_folder(given.data_dir, given.level, given.workers)

@@ -1,4 +1,4 @@
-"""What every script that prints a table does."""
+"""What scripts do that every one of them should."""
 
 import subprocess
 import sys
@@ -16,3 +16,14 @@ def test_a_reader_that_has_seen_enough_is_no_error(root, name):
     assert process.stdout is not None
     process.stdout.close()
     assert process.communicate()[1] == b""
+
+
+@pytest.mark.parametrize("name", ["audit", "bundle", "lock", "reproduce", "sbom"])
+def test_help_is_the_scripts_first_page_and_does_no_work(root, name):
+    done = subprocess.run(
+        [sys.executable, str(root / f"scripts/{name}.py"), "--help"], capture_output=True, text=True, timeout=60, check=False,
+        env={"PYTHONPATH": str(root / "src"), "PATH": "", "COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {name}.py")
+    assert f"python scripts/{name}.py" in done.stdout
