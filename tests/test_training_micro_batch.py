@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from training_fixtures import train_here, write_data, write_model
 
@@ -32,6 +32,7 @@ def test_sizes_divide_a_processs_share_of_the_batch():
     share=st.sampled_from([1, 6, 16, 64, 96]), fixed=st.floats(0, 50), each=st.floats(0.01, 20),
     capacity=st.floats(1, 300), wrong=st.floats(0.1, 10), runs_out=st.booleans(), fatal=st.booleans(),
 )  # fmt: skip
+@example(share=96, fixed=4.0, each=1.0, capacity=7.0, wrong=0.25, runs_out=True, fatal=False)
 def test_the_largest_is_found_whatever_the_estimate_says(share, fixed, each, capacity, wrong, runs_out, fatal):
     """Memory that grows in a straight line, with a constant part that nobody knows of beside the 2 that are known."""
     sizes, tried = candidates(share, 1), []

@@ -91,6 +91,8 @@ def largest_that_fits(
             size = sizes[0]
         elif not between:
             return Found(best or None, peaks)
+        elif peaks and not finite:
+            size = between[len(between) // 2]  # the estimate was too low, and nothing else is known
         elif hopeful:
             size = max(hopeful)
         elif not best:
