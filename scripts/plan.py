@@ -5,6 +5,7 @@ python scripts/plan.py                                                    # the 
 python scripts/plan.py --config config/demo.yaml --output_dir results/demo/plan
 python scripts/plan.py --row phi35-nlvr2-full-bf16                        # everything about one row
 python scripts/plan.py --gpu V100-32GB --count 8 --dataset hateful_memes  # what to run on 8 V100
+python scripts/plan.py --gpu A100-80GB --count 8 --nodes 4                # and on four machines of 8 A100
 python scripts/plan.py --published                                        # predictions beside the published tables
 """
 
@@ -16,7 +17,7 @@ import signal
 import sys
 from pathlib import Path
 
-from phi3v.planning.advice import advise
+from phi3v.planning.advice import Advice, advise
 from phi3v.planning.calibration import compare, constants_table, plot, published_rows, table
 from phi3v.planning.disk import check_disk
 from phi3v.planning.geometry import model_geometry
@@ -25,27 +26,32 @@ from phi3v.planning.plan import plan_run
 from phi3v.planning.setup import Constants
 from phi3v.settings import Dataset, Hardware, Model, SettingsError, load_run, read_entries
 
+# Flags that only advice takes.
+ADVICE = ("count", "nodes", "dataset", "model", "hardware", "datasets")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, plan, print; exit 2 with the reason where a setting is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="config/config.yaml", help="run configuration to plan")
-    parser.add_argument("--row", help="show one row of the run part by part: parameters, memory, time, cluster jobs")
-    parser.add_argument("--output_dir", help="also write plan.json, plan.txt and plan.html there")
     parser.add_argument(
-        "--check_disk", metavar="FOLDER", help="fail where FOLDER has less free than the run still writes"
+        "--output_dir", help="also write there: plan.json, plan.txt and plan.html (advice.*, planner.*)"
     )
-    parser.add_argument("--gpu", help="device to advise on, instead of planning a run")
-    parser.add_argument("--count", type=int, default=1, help="devices of one machine")
-    parser.add_argument("--nodes", type=int, default=1, help="machines")
-    parser.add_argument("--dataset", default="docvqa", help="entry of the datasets files")
-    parser.add_argument("--model", default="phi35-vision", help="entry of config/models.yaml")
-    parser.add_argument("--hardware", action="append", default=[], help="further hardware file with your own entries")
-    parser.add_argument("--datasets", action="append", default=[], help="further datasets file with your own entries")
-    parser.add_argument("--published", action="store_true", help="predictions beside the published tables")
+    run = parser.add_argument_group("the plan of a run")
+    run.add_argument("--config", help="run configuration to plan; default config/config.yaml")
+    run.add_argument("--row", help="show one row of the run part by part: parameters, memory, time, cluster jobs")
+    run.add_argument("--check_disk", metavar="FOLDER", help="fail where FOLDER has less free than the run still writes")
+    gpus = parser.add_argument_group("what to run on some GPUs, instead")
+    gpus.add_argument("--gpu", help="device to advise on")
+    gpus.add_argument("--count", type=int, help="devices of one machine; default 1")
+    gpus.add_argument("--nodes", type=int, help="machines; default 1")
+    gpus.add_argument("--dataset", help="entry of the datasets files; default docvqa")
+    gpus.add_argument("--model", help="entry of config/models.yaml; default phi35-vision")
+    gpus.add_argument("--hardware", action="append", help="further hardware file with your own entries")
+    gpus.add_argument("--datasets", action="append", help="further datasets file with your own entries")
+    published = parser.add_argument_group("the published tables, instead")
+    published.add_argument("--published", action="store_true", default=None, help="predictions beside them")
     given = parser.parse_args(arguments)
-    if given.count < 1 or given.nodes < 1:
-        parser.error(f"--count {given.count} --nodes {given.nodes}: expected both >= 1")
+    _check(parser, given)
     try:
         if given.published:
             rows = published_rows()
@@ -54,22 +60,44 @@ def main(arguments: list[str] | None = None) -> int:
             if given.output_dir:
                 _write(Path(given.output_dir), {"planner.txt": text, "planner.svg": plot(compared)})
             print(text, end="")
-        elif given.gpu:
-            print(_advice(given))
+        elif given.gpu is not None:
+            advice = _advice(given)
+            if given.output_dir:
+                values = json.dumps(advice.as_dict(), indent=1) + "\n"
+                _write(Path(given.output_dir), {"advice.json": values, "advice.txt": advice.text() + "\n"})
+            print(advice.text())
         else:
-            plan = plan_run(load_run(given.config))
-            shown = plan.detail(given.row) if given.row else plan.table()
+            plan = plan_run(load_run(given.config or "config/config.yaml"))
+            shown = plan.table() if given.row is None else plan.detail(given.row)
             if given.output_dir:
                 values = json.dumps(plan.as_dict(), indent=1) + "\n"
                 files = {"plan.json": values, "plan.txt": plan.table() + "\n", "plan.html": plan_html(plan.as_dict())}
                 _write(Path(given.output_dir), files)
             print(shown)
-            if given.check_disk:
+            if given.check_disk is not None:
                 check_disk(plan.disk_missing, Path(given.check_disk))
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """End with the parser's error where a flag would have no effect."""
+    what = "--gpu" if given.gpu is not None else "--published" if given.published else "the plan of a run"
+    taken = {
+        "--gpu": {"gpu", *ADVICE},
+        "--published": {"published"},
+        "the plan of a run": {"config", "row", "check_disk"},
+    }[what]
+    unused = [flag for flag, value in vars(given).items() if value is not None and flag not in {*taken, "output_dir"}]
+    if unused:
+        needed = " without --gpu" if what != "--gpu" and set(unused) <= set(ADVICE) else f" beside {what}"
+        parser.error(f"{', '.join('--' + flag for flag in unused)}: without effect{needed}")
+    for flag in ("count", "nodes"):
+        value = getattr(given, flag)
+        if value is not None and value < 1:
+            parser.error(f"--{flag} {value}: expected >= 1")
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
@@ -78,20 +106,19 @@ def _write(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(content, encoding="utf-8")
 
 
-def _advice(given: argparse.Namespace) -> str:
+def _advice(given: argparse.Namespace) -> Advice:
     root = Path()
-    entries = read_entries(["config/hardware.yaml", *given.hardware], Hardware, root)
+    dataset, model = given.dataset or "docvqa", given.model or "phi35-vision"
+    entries = read_entries(["config/hardware.yaml", *(given.hardware or [])], Hardware, root)
     models = read_entries(["config/models.yaml"], Model, root)
-    datasets = read_entries(["config/datasets.yaml", *given.datasets], Dataset, root)
-    for what, name, known in (("dataset", given.dataset, datasets), ("model", given.model, models)):
+    datasets = read_entries(["config/datasets.yaml", *(given.datasets or [])], Dataset, root)
+    for what, name, known in (("dataset", dataset, datasets), ("model", model, models)):
         if name not in known:
             raise SettingsError(
                 f"command line: field `{what}`: got {name!r}: expected one of {', '.join(sorted(known))}"
             )
-    geometry = model_geometry(given.model, models[given.model], root)
-    return advise(
-        given.gpu, given.count, given.dataset, entries, geometry, datasets[given.dataset], given.nodes, root
-    ).text()
+    geometry = model_geometry(model, models[model], root)
+    return advise(given.gpu, given.count or 1, dataset, entries, geometry, datasets[dataset], given.nodes or 1, root)
 
 
 if __name__ == "__main__":

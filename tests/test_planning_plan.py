@@ -1,5 +1,6 @@
 """The planner: calibrated on the published tables, quick, torch-free, and clear about what cannot run."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ from phi3v.planning.geometry import geometry_from_config
 from phi3v.planning.page import plan_html
 from phi3v.planning.plan import disk_needed, plan_job
 from phi3v.planning.text import duration
+from phi3v.planning.workload import mean_and_longest
 from phi3v.settings import Geometry, Hardware, SettingsError, load_run, model_key, read_entries
 
 
@@ -443,6 +445,8 @@ def test_times_that_people_read():
         ("h200", "h200"),
         ("A100 80GB", "a100-80gb"),
         ("mi300", "mi300x"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("Tesla V100-SXM2-32GB", "v100-32gb"),
     ],
 )
 def test_gpu_names_of_people(entries, name, key):
@@ -523,15 +527,118 @@ def test_advice_is_the_recipes(run, entries, gpu, count, method, dtype, flash):
     assert "recommended: " + method in advice.text()
 
 
-def test_advice_command_line(root):
+@pytest.fixture(scope="module")
+def advice(run, entries):
+    """Advice for docvqa and the published model."""
+
+    def asked(gpu, count=1, nodes=1, hardware=entries):
+        return advise(
+            gpu, count, "docvqa", hardware, run.models["phi35-vision"].geometry, run.datasets["docvqa"], nodes
+        )
+
+    return asked
+
+
+def test_advice_for_several_machines_starts_torchrun_on_each(advice):
+    command = advice("A100-80GB", 8, nodes=4).command()
+    assert command.startswith(
+        "torchrun --nnodes=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --nproc_per_node=8 scripts/finetune.py "
+    )
+    said = advice("A100-80GB", 8, nodes=4).text()
+    assert said.startswith("32 x NVIDIA A100 80 GB (4 machines of 8), docvqa:")
+    assert "scripts/torchrun_nodes.sh 4 8 scripts/finetune.py" in said
+    assert advice("A100-80GB", 8).command().startswith("torchrun --standalone --nproc_per_node=8 ")
+    assert "torchrun_nodes" not in advice("A100-80GB", 8).text()
+
+
+def test_more_devices_than_a_machine_has_are_refused(advice):
+    with pytest.raises(SettingsError, match=r"field `count`: got 200: .* 16 at most; .* --count 8 --nodes 25"):
+        advice("H100", 200)
+    assert advice("H100", 16).chosen.method == "full"
+
+
+def test_a_number_of_devices_that_would_do_does(advice):
+    lacking = advice("RTX5090", 2)
+    devices = int(re.search(r"(\d+) devices in all would do", lacking.options[0].remark).group(1))
+    entry = lacking.hardware.model_copy(update={"network_gb_s": 12.5})
+    assert advice("mine", 2, nodes=devices // 2, hardware={"mine": entry}).options[0].fits != "no"
+    assert advice("mine", 2, nodes=devices // 4, hardware={"mine": entry}).options[0].fits == "no"
+
+
+def test_a_cpu_is_for_the_demo(advice):
+    asked = advice("cpu")
+    said = asked.text()
+    assert asked.chosen is None
+    assert "recommended: none\n- a CPU is for the demo (`make demo`" in said
+    assert "flash" not in said and " 0.00 " not in said
+
+
+def test_where_nothing_fits_the_number_of_tiles_that_does_is_computed(advice, run):
+    asked = advice("V100-16GB", 8)
+    crops = int(re.search(r"lora with --num_crops (\d+) in place of 16", asked.text()).group(1))
+    lora = next(item.setup for item in asked.options if item.method == "lora")
+    load = run.datasets["docvqa"].workload
+    for number, state in ((crops, "full"), (crops + 1, "no")):
+        mean, longest = mean_and_longest(load, lora.geometry, number)
+        assert fits(replace(lora, work=mean, longest=longest), Constants()) == state
+
+
+def test_what_advice_says_of_flash_attention_is_the_published_table(advice, published):
+    rate = {item.row.row: item.row.published_images_per_second for item in published}
+    ratio = {
+        method: rate[f"phi3-a100-{method}-eager-8gpu"] / rate[f"phi3-a100-{method}-flash-8gpu"]
+        for method in ("full", "lora", "qlora")
+    }
+    assert {method: round(value, 2) for method, value in ratio.items()} == {"full": 0.58, "lora": 0.46, "qlora": 0.46}
+    assert "0.58 of the throughput for full fine-tuning and 0.46 for LoRA and QLoRA" in advice("T4").text()
+    assert "1.7 times the throughput for full fine-tuning and 2.2 times for LoRA and QLoRA" in advice("H100").text()
+
+
+def test_advice_says_what_else_is_not_as_published(advice):
+    assert "batch 70: the recipe's 64 is no multiple of 7 devices" in advice("H100", 7).text()
+    assert "no multiple" not in advice("H100", 8).text()
+    for gpu, old in (("V100-32GB", True), ("T4", False)):
+        assert ("the locked environment does not run on Volta" in advice(gpu, 8).text()) == old
+
+
+def test_advice_command_line(root, tmp_path):
     command = [sys.executable, "scripts/plan.py", "--gpu", "V100-32GB", "--count", "8", "--dataset", "hateful_memes"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, env={"PYTHONPATH": "src"})
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path)],
+        capture_output=True, text=True, check=True, cwd=root, env={"PYTHONPATH": "src"},
+    )  # fmt: skip
     assert "Volta has no bf16" in done.stdout
+    assert (tmp_path / "advice.txt").read_text() == done.stdout
+    written = json.loads((tmp_path / "advice.json").read_text())
+    assert (written["recommended"], written["count"], written["dtype"]) == ("full", 8, "fp16")
+    assert [option["fits"] for option in written["options"]] == ["full", "yes", "never"]
+    assert written["command"] in done.stdout
     done = subprocess.run(
         [*command[:3], "GTX1080"], capture_output=True, text=True, cwd=root, env={"PYTHONPATH": "src"}
     )
     assert done.returncode == 2
     assert done.stderr.startswith("GPU 'GTX1080': unknown")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--gpu", "t4", "--row", "x", "--check_disk", "."], "--row, --check_disk: without effect beside --gpu"),
+        (["--gpu", "t4", "--published"], "--published: without effect beside --gpu"),
+        (["--published", "--row", "x"], "--row: without effect beside --published"),
+        (["--count", "8", "--nodes", "2"], "--count, --nodes: without effect without --gpu"),
+        (["--row", "x", "--dataset", "docvqa"], "--dataset: without effect without --gpu"),
+        (["--gpu", "t4", "--count", "0"], "--count 0: expected >= 1"),
+        (["--gpu", ""], "GPU '': unknown"),
+    ],
+)
+def test_a_flag_without_effect_is_an_error(root, flags, said):
+    done = subprocess.run(
+        [sys.executable, "scripts/plan.py", *flags], capture_output=True, text=True, cwd=root,
+        env={"PYTHONPATH": "src"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
 
 
 def test_missing_peak_is_never_guessed(run):

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from phi3v.planning.flops import Method
 from phi3v.planning.hardware import find_hardware
 from phi3v.planning.memory import Fit, fits, memory
-from phi3v.planning.plan import largest_micro_batch
+from phi3v.planning.plan import fewer_crops, largest_micro_batch, room
 from phi3v.planning.roofline import step_time
 from phi3v.planning.setup import Constants, Setup
 from phi3v.planning.workload import mean_and_longest, workload
-from phi3v.settings import Dataset, Geometry, Hardware, Workload
+from phi3v.settings import Dataset, Geometry, Hardware, SettingsError, Workload
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 # The recipe's scripts' defaults.
-LORA_RANK, EPOCHS = 64, 1
+LORA_RANK, EPOCHS, BATCH = 64, 1, 64
+# Images a second without flash attention over those with it, 8 A100, in the recipe's speed table: full fine-tuning;
+# LoRA and QLoRA alike.
+EAGER_FULL, EAGER_ADAPTERS = 0.58, 0.46
+# No machine of config/hardware.yaml's makers has more.
+DEVICES_OF_A_MACHINE = 16
+# Before Turing: PyTorch's builds for CUDA 13 have no kernels for them (pytorch/pytorch issue 172352).
+WITHOUT_CUDA_13 = ("Maxwell", "Pascal", "Volta")
 
 
 @dataclass(frozen=True)
@@ -53,18 +61,23 @@ class Advice:
 
     def text(self) -> str:
         """The answer to a person."""
-        count = self.options[0].setup.devices
-        lines = [f"{count} x {self.hardware.title}, {self.dataset}:"]
-        if self.chosen is None:
-            lines.append("none of the methods fits")
+        asked, chosen = self.options[0].setup, self.chosen
+        machines = f" ({asked.nodes} machines of {asked.per_node})" if asked.nodes > 1 else ""
+        lines = [f"{asked.devices} x {self.hardware.title}{machines}, {self.dataset}:"]
+        if chosen is None:
+            lines.append("recommended: none")
         else:
-            chosen = self.chosen
-            size = chosen.micro_batch or 1
             lines.append(
-                f"recommended: {chosen.method}, {chosen.setup.dtype}, flash attention "
-                f"{'yes' if chosen.setup.flash else 'no'}, micro-batch {size} (batch {chosen.setup.batch_size})"
+                f"recommended: {chosen.method}, {asked.dtype}, flash attention {'yes' if asked.flash else 'no'}, "
+                f"micro-batch {chosen.micro_batch or 1} (batch {asked.batch_size})"
             )
             lines.append(f"  {self.command()}")
+            if asked.nodes > 1:
+                lines.append(
+                    f"  on each of the {asked.nodes} machines, HOST being the name of one of them; or once in a SLURM job "
+                    f"that has them: scripts/torchrun_nodes.sh {asked.nodes} {asked.per_node} scripts/finetune.py "
+                    "and the same flags"
+                )
         lines += [f"- {reason}" for reason in self.reasons]
         lines.append(
             f"{'method':8} {'fits':5} {'peak GB':>8} {'at least':>8} {'micro':>6} {'img/s':>7} {'h/epoch':>8}  remark"
@@ -72,7 +85,7 @@ class Advice:
         for item in self.options:
             lines.append(
                 f"{item.method:8} {item.fits or 'never':5} {item.peak_gb:8.1f} {item.floor_gb:8.1f}"
-                f" {item.micro_batch or '-':>6} {item.images_per_second:7.2f} {item.hours:8.2f}  {item.remark}".rstrip()
+                f" {item.micro_batch or '-':>6} {item.images_per_second:7.3g} {item.hours:8.2f}  {item.remark}".rstrip()
             )
         return "\n".join(lines)
 
@@ -80,8 +93,13 @@ class Advice:
         """The training command of the choice, in the recipe's flags."""
         assert self.chosen is not None
         setup = self.chosen.setup
+        where = (
+            "--standalone"
+            if setup.nodes == 1
+            else f"--nnodes={setup.nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+        )
         words = [
-            f"torchrun --nproc_per_node={setup.per_node} scripts/finetune.py --dataset {self.dataset}",
+            f"torchrun {where} --nproc_per_node={setup.per_node} scripts/finetune.py --dataset {self.dataset}",
             f"--{setup.dtype}", f"--batch_size {setup.batch_size} --batch_size_per_gpu {self.chosen.micro_batch or 1}",
         ]  # fmt: skip
         if setup.flash:
@@ -90,23 +108,47 @@ class Advice:
             words.append("--use_lora" + (" --use_qlora" if setup.method == "qlora" else ""))
         return " ".join([*words, "--model_name_or_path MODEL --output_dir FOLDER"])
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values: what was asked about, the recommendation (None: none), why, and every option."""
+        asked = self.options[0].setup
+        options = [
+            {
+                "method": item.method, "fits": item.fits or "never", "peak_gb": item.peak_gb, "floor_gb": item.floor_gb,
+                "micro_batch": item.micro_batch, "images_per_second": item.images_per_second,
+                "hours_per_epoch": item.hours, "remark": item.remark,
+            }
+            for item in self.options
+        ]  # fmt: skip
+        return {
+            "device": self.device, "count": asked.per_node, "nodes": asked.nodes, "dataset": self.dataset,
+            "dtype": asked.dtype, "flash_attention": asked.flash, "batch_size": asked.batch_size,
+            "recommended": self.chosen and self.chosen.method, "command": self.command() if self.chosen else None,
+            "reasons": self.reasons, "options": options,
+        }  # fmt: skip
+
 
 def _batch(devices: int) -> int:
     """The recipe's 64, or the next multiple of the devices."""
-    return -(-64 // devices) * devices
+    return -(-BATCH // devices) * devices
 
 
 def advise(
     gpu: str, count: int, dataset: str, entries: dict[str, Hardware], geometry: Geometry, data: Dataset,
     nodes: int = 1, root: Path = Path(), constants: Constants | None = None,
 ) -> Advice:  # fmt: skip
-    """Recommend a method for `count` devices of each of `nodes` machines; raises SettingsError for an unknown GPU.
+    """Recommend a method for `count` devices of each of `nodes` machines.
 
-    gpu: as a person says it. geometry: the model's. data: the datasets entry named `dataset`.
+    gpu: as a person or a driver says it. geometry: the model's. data: the datasets entry named `dataset`. Raises
+    SettingsError for an unknown GPU, and for more devices than a machine has.
     """
     constants = constants or Constants()
     key = find_hardware(gpu, entries)
     hardware = entries[key]
+    if count > DEVICES_OF_A_MACHINE and hardware.kind != "cpu":
+        raise SettingsError(
+            f"command line: field `count`: got {count}: expected the devices of one machine, {DEVICES_OF_A_MACHINE} at "
+            f"most; for several machines --nodes, as --count 8 --nodes {-(-count // 8)}"
+        )
     load = workload(dataset, data, root)
     mean, longest = mean_and_longest(load, geometry, data.num_crops)
     dtype = "bf16" if hardware.bf16 else "fp16"
@@ -117,11 +159,21 @@ def advise(
         _option(replace(base, method=name, rank=LORA_RANK if "lora" in name else 0), load, constants)
         for name in METHODS
     ]
+    if hardware.kind == "cpu":
+        fastest = min(options, key=lambda item: item.hours)
+        reason = (
+            "a CPU is for the demo (`make demo`: a tiny model, the same workflow); with this model an epoch would take "
+            f"{fastest.hours:.0f} hours with the fastest method, {fastest.method}"
+        )
+        return Advice(key, hardware, dataset, options, None, [reason])
     with_room = next((item for item in options if item.fits == "yes"), None)
     filling = next((item for item in options if item.fits == "full"), None)
     # Full fine-tuning on a full device is what the published V100 rows did; adapters with room are better than without.
     chosen = filling if filling and (with_room is None or filling.method == "full") else with_room
-    return Advice(key, hardware, dataset, options, chosen, _reasons(hardware, options, chosen))
+    reasons = _reasons(hardware, options, chosen)
+    if chosen is None:
+        reasons.append(_what_would_fit(options, load, data.num_crops, constants))
+    return Advice(key, hardware, dataset, options, chosen, reasons)
 
 
 def _option(setup: Setup, load: Workload, constants: Constants) -> Option:
@@ -130,13 +182,13 @@ def _option(setup: Setup, load: Workload, constants: Constants) -> Option:
     remark = ""
     capacity = setup.hardware.memory_gb
     if setup.method == "qlora" and not setup.hardware.quantisation:
-        state, remark = None, "no 4-bit kernels here (Turing or newer)"
+        state, remark = None, "the recipe asks for Turing or newer for 4 bits (`quantisation` of the hardware's entry)"
     elif state == "no" and capacity is not None:
         remark = f"{need.floor_gb - capacity:.0f} GB too much"
-        for nodes in (2, 4, 8, 16, 32):
-            wider = replace(setup, per_node=setup.per_node * nodes, batch_size=_batch(setup.devices * nodes))
+        for times in (2, 4, 8, 16, 32):
+            wider = replace(setup, nodes=setup.nodes * times, batch_size=_batch(setup.devices * times))
             if not setup.adapters and fits(wider, constants) != "no":
-                remark += f"; {wider.devices} devices would do"
+                remark += f"; {wider.devices} devices in all would do"
                 break
     elif state == "full":
         remark = "the device runs full, as the published V100 rows did"
@@ -147,24 +199,47 @@ def _option(setup: Setup, load: Workload, constants: Constants) -> Option:
     )
 
 
+def _what_would_fit(options: list[Option], load: Workload, num_crops: int, constants: Constants) -> str:
+    """For a device on which nothing fits: the method that needs the least, and with how many tiles one would fit."""
+    possible = [item for item in options if item.fits]
+    smallest = min(possible, key=lambda item: item.floor_gb)
+    said = (
+        f"nothing fits: {smallest.method} needs the least, {smallest.floor_gb:.0f} GB a device, here are "
+        f"{smallest.setup.hardware.memory_gb or 0:.0f}; what would do: "
+    )
+    fewer = [(found, item) for item in possible if (found := fewer_crops(item.setup, load, num_crops, constants))]
+    if fewer:
+        (crops, setup), item = max(fewer, key=lambda pair: pair[0][0])
+        said += f"{item.method} with --num_crops {crops} in place of {num_crops} ({room(setup, constants)}), "
+    return said + "a larger device"
+
+
 def _reasons(hardware: Hardware, options: list[Option], chosen: Option | None) -> list[str]:
     """Why, in the recipe's terms."""
     said = [
         "bf16: the device computes it, and it needs no loss scaling"
         if hardware.bf16
         else f"fp16: {hardware.generation or hardware.title} has no bf16 (Ampere and newer)",
-        "flash attention: 1.7 times the throughput for full fine-tuning and 2.2 times for LoRA in the recipe's table"
+        f"flash attention: in the recipe's table {1 / EAGER_FULL:.1f} times the throughput for full fine-tuning and "
+        f"{1 / EAGER_ADAPTERS:.1f} times for LoRA and QLoRA"
         if hardware.flash_attention
-        else "no flash attention: its kernels need Ampere or newer; expect a third to a half of the throughput",
+        else "no flash attention: its kernels need Ampere or newer; in the recipe's table a run without it has "
+        f"{EAGER_FULL} of the throughput for full fine-tuning and {EAGER_ADAPTERS} for LoRA and QLoRA",
     ]
-    full = options[0]
-    if chosen is None:
-        smallest = min((item for item in options if item.fits), key=lambda item: item.floor_gb, default=full)
+    if hardware.generation in WITHOUT_CUDA_13:
         said.append(
-            f"nothing fits: {smallest.method} needs the least, {smallest.floor_gb:.0f} GB a device, here are "
-            f"{hardware.memory_gb or 0:.0f}; fewer tiles (--num_crops 4) or a larger device"
+            f"the locked environment does not run on {hardware.generation}: its PyTorch is built for CUDA 13, which "
+            "begins with Turing; PyTorch's build of the same version for CUDA 12.6 does (docs/planner.md)"
         )
-    elif chosen.method == "full":
+    full = options[0]
+    if full.setup.batch_size != BATCH:
+        said.append(
+            f"batch {full.setup.batch_size}: the recipe's {BATCH} is no multiple of {full.setup.devices} devices, this is "
+            "the next one"
+        )
+    if chosen is None:
+        return said
+    if chosen.method == "full":
         said.append("full fine-tuning: the recipe's advice whenever it fits")
         if chosen.fits == "full":
             said.append(

@@ -11,9 +11,9 @@ that a flash kernel computes again in its backward pass. Frozen weights have no 
 input gradient; adapters count as what they are. A multiplication and an addition are two operations; only matrix
 products count, as in PyTorch's FlopCounterMode (Chowdhery et al. 2022, PaLM, appendix B, for MFU and HFU).
 
-    work = example_work(geometry, tokens=2443, grids=[(4, 3)], labels=12) + …     # additive over examples
+    work = example_work(geometry, tokens=2443, tiles=13, labels=12) + …            # additive over examples
     flops = training_flops(geometry, work, "lora", rank=32)
-    mfu(flops.model, seconds=0.66, peak_tflops=312)
+    utilisation(flops.model, seconds=0.66, peak_tflops=312)                        # MFU
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def find_hardware(name: str, entries: dict[str, Hardware]) -> str:
     """Key of the entry that a person means by `name` ("V100-32GB", "rtx 4090"); raises SettingsError otherwise.
 
     Spelling is free as to case, spaces and makers' names. A beginning that fits one entry alone is enough; one that
-    fits several is refused with their names.
+    fits several is refused with their names. A driver's name is taken too ("NVIDIA A100-SXM4-80GB", from nvidia-smi).
     """
     wanted = _plain(name)
     exact = [key for key in entries if _plain(key) == wanted]
@@ -36,6 +36,8 @@ def find_hardware(name: str, entries: dict[str, Hardware]) -> str:
         return starting[0]
     if starting:
         raise SettingsError(f"GPU {name!r}: fits {', '.join(starting)}; expected one of them")
+    if device := hardware_of_device(name, entries):
+        return device
     close = [key for key in entries if wanted and wanted in _plain(key)]
     meant = f"; did you mean {' or '.join(close)}?" if close else ""
     raise SettingsError(f"GPU {name!r}: unknown{meant}; expected one of {', '.join(sorted(entries))}; or {HOW_TO_ADD}")
