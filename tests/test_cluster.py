@@ -195,25 +195,28 @@ def test_the_executors_comment_names_rule_and_row():
     assert (found["rule"], found["wildcards"]) == ("demo_base", None)
 
 
-def prologue(site: Site, then: str) -> tuple[int, str]:
+def prologue(site: Site, then: str, **environment: str) -> tuple[int, str]:
     """(exit code, output) of a job's shell that goes on with `then`; `module` knows cuda alone."""
     text = f"""set -euo pipefail
 module() {{ [ "$2" = cuda/12.4 ] && echo loaded "$@" "$UNSET"; }}
 {site.prologue("scripts")} {then}"""
     done = subprocess.run(
-        ["bash", "-c", text], capture_output=True, text=True, env={"PATH": "/bin", "USER": "ada"}, check=False
+        ["bash", "-c", text], capture_output=True, text=True, env={"PATH": "/bin:/usr/bin", **environment}, check=False
     )
     return done.returncode, done.stdout
 
 
 def test_what_is_set_up_in_front_of_a_jobs_command():
     site = Site(modules=["cuda/12.4"], cache="/scratch/$USER/phi3v", scratch="/local", offline=True)
-    code, output = prologue(site, 'echo "$HF_HOME $TRITON_CACHE_DIR $PHI3V_SCRATCH $HF_HUB_OFFLINE"')
+    code, output = prologue(site, 'echo "$HF_HOME $TRITON_CACHE_DIR $PHI3V_SCRATCH $HF_HUB_OFFLINE"', USER="ada")
     assert code == 0
     assert output.splitlines() == [
         "loaded load cuda/12.4 ", "/scratch/ada/phi3v/huggingface /scratch/ada/phi3v/triton /local 1"
     ]  # fmt: skip
     assert prologue(Site(modules=["cuda/13"]), "echo went on") == (1, "")
+    # A job without USER in its environment.
+    who = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+    assert prologue(Site(scratch="/local/$USER"), 'echo "$PHI3V_SCRATCH"') == (0, f"/local/{who}\n")
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def probe(site: Site, entry: Partition, folder: Path, wait_seconds: int = 60) ->
     ):  # fmt: skip
         command += [f"{flag}={value}"] if value else []
     # In double quotes, the shell of the job expands $USER and the like.
-    text = f'set -- "{marker}" "{sys.executable}" "{site.scratch}" "{site.cache}" "{" ".join(site.modules)}"\n{PROBE}'
+    text = f'USER="${{USER:-$(id -un)}}"; set -- "{marker}" "{sys.executable}" "{site.scratch}" "{site.cache}" "{" ".join(site.modules)}"\n{PROBE}'
     try:
         done = subprocess.run(
             [*command, "bash", "-lc", text], capture_output=True, text=True, timeout=wait_seconds + 120, check=False

@@ -77,6 +77,9 @@ class Site(Strict):
         """
         # Module commands use variables that may not be set.
         lines = [f"set +u; module load {' '.join(self.modules)} || exit 1; set -u"] if self.modules else []
+        # Not every system sets it for a job, and an unset variable is an error.
+        if "USER" in self.cache + self.scratch:
+            lines.append('export USER="${USER:-$(id -un)}"')
         if self.cache:
             folders = {
                 "XDG_CACHE_HOME": "", "HF_HOME": "/huggingface", "TORCH_HOME": "/torch", "TRITON_CACHE_DIR": "/triton",
