@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import statistics
@@ -10,8 +11,8 @@ import time
 
 import psutil
 import pytest
-import yaml
-from cluster_run import EPOCHS, METHODS, ROW, ROWS, SITE, assert_complete, epochs_of, job_of, submissions
+from cluster_run import EPOCHS, METHODS, ROW, ROWS, SITE, Runs, assert_complete, epochs_of, job_of, submissions
+from small_run import edit, read
 
 pytestmark = pytest.mark.verify
 
@@ -131,19 +132,47 @@ def test_scratch_and_a_full_one(runs, tmp_path, undisturbed):
         runs.site(SITE)
 
 
-def test_demo_on_four_machines_is_the_local_demo(runs):
-    """All rows of `make demo`: every number of the report is the same."""
-    rows = yaml.safe_load((runs.folder / "config/demo.yaml").read_text())["rows"]["accuracy"]
-    rows = [row for row in rows if "docvqa-" in row or "digits" in row]
+@pytest.fixture
+def every_dataset(cluster, root, tmp_path) -> Runs:
+    """A copy of its own, with some examples of every dataset of the demo and a tokenizer that knows their words."""
+    runs = Runs(root, tmp_path / "repository")
+    demo = runs.folder / "config/demo"
+    few = {"docvqa_mini_train": 64, "hateful_memes": 88, "nlvr2": 88, "ucf101_train": 7, "ucf101_val": 2}
+    texts = read(root / "config/demo/sources.yaml")["texts"]
+    edit(demo / "sources.yaml", lambda values: values.update(sizes=values["sizes"] | few, texts=texts))
+
+    def split(values):
+        for name in ("hateful_memes", "nlvr2"):
+            values[name]["splits"]["train"]["rows"], values[name]["splits"]["val"]["rows"] = "24:", "0:24"
+
+    edit(demo / "datasets.yaml", split)
+    return runs
+
+
+def test_demo_on_four_machines_is_the_local_demo(every_dataset):
+    """All rows of `make demo`, on few examples: every number of the accuracy table is the same, and every speed row is timed."""
+    runs = every_dataset
+    rows = read(runs.folder / "config/demo.yaml")["rows"]
+    assert {row.split("-")[1] for row in rows["accuracy"]} == set(
+        read(runs.folder / "config/demo/sources.yaml")["texts"]
+    ) - {"mixture"}
+    overrides = {"*-ucf101-*": {"num_crops": 1}, "*-flash-*": {"flash_attention": True}}
+    config = runs.configure("demo4", rows["accuracy"], rows["speed"], overrides=overrides)
     started = time.monotonic()
-    code, output = runs.run(runs.configure("demo4", rows))
+    code, output = runs.run(config, seconds=2700)
     assert code == 0, output[-8000:]
-    print(f"\n{len(rows)} rows of the demo through SLURM: {time.monotonic() - started:.0f} s")
-    code, output = runs.run(runs.configure("demo1", rows), profile="profiles/demo")
+    print(f"\n{sum(map(len, rows.values()))} rows of the demo through SLURM: {time.monotonic() - started:.0f} s")
+    config = runs.configure("demo1", rows["accuracy"], overrides=overrides)
+    code, output = runs.run(config, profile="profiles/demo", seconds=2700)
     assert code == 0, output[-8000:]
+    assert set(runs.report("demo4")) == set(rows["accuracy"])
     assert runs.report("demo4") == runs.report("demo1")
-    for row in rows:
+    for row in rows["accuracy"]:
         assert runs.result("demo4", row) == runs.result("demo1", row)
+    for row in rows["speed"]:
+        timed = json.loads((runs.folder / f"results/demo4/speed/{row}/speed.json").read_text())
+        assert timed["images_per_second"] > 0
+        assert (runs.folder / f"results/demo4/speed/{row}/manifest.json").is_file()
 
 
 def test_what_a_job_costs_besides_its_work(runs, cluster, undisturbed):
