@@ -13,7 +13,7 @@ where it was when started again. On a CPU, with the demo's data:
 
 import sys
 
-from phi3v.settings import EvaluateSettings, parse
+from phi3v.settings import EvaluateSettings, SettingsError, parse
 
 if __name__ == "__main__":
     settings = parse(EvaluateSettings, __doc__ or "")
@@ -23,5 +23,5 @@ if __name__ == "__main__":
 
     try:
         evaluate(settings)
-    except (DataError, FileNotFoundError) as error:
+    except (DataError, SettingsError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -10,7 +10,7 @@ Several pictures are numbered in the order given. The answer goes to standard ou
 
 import sys
 
-from phi3v.settings import PredictSettings, parse
+from phi3v.settings import PredictSettings, SettingsError, parse
 
 if __name__ == "__main__":
     settings = parse(PredictSettings, __doc__ or "")
@@ -20,5 +20,5 @@ if __name__ == "__main__":
 
     try:
         print(predict(settings))
-    except (DataError, FileNotFoundError) as error:
+    except (DataError, SettingsError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -11,11 +11,16 @@ from phi3v.data.images import open_rgb
 from phi3v.evaluation.generate import end_token_ids, generate
 from phi3v.evaluation.run import load_model
 from phi3v.evaluation.weights import folder_of
+from phi3v.model.device import check_architecture
 from phi3v.settings import PredictSettings
 
 
 def predict(settings: PredictSettings) -> str:
-    """The answer of a checkpoint or adapter. Raises DataError: no such picture, not a picture, control tokens in the question."""
+    """The answer of a checkpoint or adapter.
+
+    Raises DataError: no such picture, not a picture, control tokens in the question; SettingsError: PyTorch has no kernels
+    for the GPU.
+    """
     if problem := text_problem(settings.question):
         raise DataError(f"--question: got {settings.question!r}; expected {problem}")
     pictures = []
@@ -24,6 +29,7 @@ def predict(settings: PredictSettings) -> str:
             raise DataError(f"--image {name}: no such file; expected a picture")
         pictures.append(open_rgb(Path(name), name))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_architecture(device)
     model, processor = load_model(folder_of(settings.model_name_or_path), settings, device)
     # The marks of the pictures stand in front of the question, as in training.
     turn = Turn(tuple(settings.image), settings.question, "")

@@ -8,6 +8,8 @@ from datetime import timedelta
 
 import torch
 
+from phi3v.model.device import check_architecture
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -38,7 +40,10 @@ class Processes:
 
 
 def join() -> Processes:
-    """Join the processes that torchrun started; alone where it did not."""
+    """Join the processes that torchrun started; alone where it did not.
+
+    Raises SettingsError where PyTorch has no kernels for this process's device.
+    """
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         # Some libraries count the machine's cores for themselves once they are imported.
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -47,6 +52,7 @@ def join() -> Processes:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        check_architecture(device)
     if world > 1:
         # Only files and barriers are shared, so gloo serves every device. A process may wait long for the one with the longest answers.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=2))

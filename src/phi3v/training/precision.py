@@ -6,6 +6,7 @@ import importlib.util
 
 import torch
 
+from phi3v.model.device import check_architecture
 from phi3v.settings import FinetuneSettings, SettingsError
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -25,9 +26,10 @@ def attention_implementation(settings: FinetuneSettings, device: torch.device) -
 
 
 def check_device(settings: FinetuneSettings, device: torch.device) -> None:
-    """Raises SettingsError where the device lacks the compute type or kernel that is asked for."""
+    """Raises SettingsError where PyTorch has no kernels for the device, or it lacks the type or kernel asked for."""
     if device.type != "cuda":
         return
+    check_architecture(device)
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     at = f"{name} (compute capability {capability[0]}.{capability[1]})"
     # bfloat16 tensor cores and flash kernels came with Ampere, 8.0 (NVIDIA, CUDA C++ Programming Guide, table of
