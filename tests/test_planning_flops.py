@@ -92,16 +92,19 @@ def test_frozen_forward_only_is_the_head_alone(build):
     assert expected.hardware == pytest.approx(counted(model, batch), rel=0.01)
 
 
-def test_qlora(build, tmp_path):
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
+def test_qlora(build, tmp_path, checkpointing):
     from phi3v.model.adapters import add_lora, load_quantized
 
     pytest.importorskip("bitsandbytes")
     build().save_pretrained(tmp_path)
     model = load_quantized(tmp_path, torch.float32, "eager", "cpu")
+    if checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     geometry = geometry_from_config(model.config.to_dict())
     batch, work = batch_of(model)
     model = add_lora(model, 8, 16, seed=0).train()
-    expected = training_flops(geometry, work, "qlora", 8, flash=False, checkpointing="none")
+    expected = training_flops(geometry, work, "qlora", 8, flash=False, checkpointing=checkpointing)
 
     def gemm_4bit(rows, packed, weight, *rest, **named):
         """[…, K] times a 4-bit [N, K] weight: PyTorch's counter does not know bitsandbytes' operator."""

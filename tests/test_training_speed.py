@@ -200,11 +200,15 @@ def test_the_script_refuses_before_it_loads_anything(folders):
     assert not (folder / "refused").exists()
 
 
-@pytest.mark.parametrize("method", ["full", "frozen", "lora"])
+@pytest.mark.parametrize("method", ["full", "frozen", "lora", "qlora"])
 def test_mfu_counts_what_the_method_trains(root, monkeypatch, method):
     """Frozen weights, adapters and recomputation by the planner's count, which is held to PyTorch's own."""
     monkeypatch.chdir(root)
-    flags = {"frozen": {"freeze_vision_model": "vision"}, "lora": {"use_lora": True, "lora_rank": 8}}.get(method, {})
+    adapters = {"use_lora": True, "lora_rank": 8}
+    flags = {
+        "full": {}, "frozen": {"freeze_vision_model": "vision"}, "lora": adapters,
+        "qlora": {**adapters, "use_qlora": True},
+    }[method]  # fmt: skip
     config = {
         "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4,
