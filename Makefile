@@ -27,7 +27,7 @@ demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then 
 demo-all: $(VENV)/installed  ## every row of both tables on a CPU, then the report (about 35 minutes)
 	snakemake --profile profiles/demo --config 'rows={accuracy: ["*"], speed: ["*"]}'
 
-digits: $(VENV)/installed  ## the worked example of one's own data: real handwritten digits (about 3 minutes)
+digits: $(VENV)/installed  ## the worked example of one's own data: real handwritten digits
 	snakemake --profile profiles/demo --configfile config/digits.yaml
 
 reproduce: $(VENV)/installed  ## the demo from scratch in another folder, to the byte what is stored for this kind of processor (about 10 minutes)
@@ -37,13 +37,13 @@ test: $(VENV)/installed  ## unit tests and one small workflow run for real
 	pytest -n 2 --dist loadfile --ignore tests/slurm
 	pytest tests/slurm
 
-verify-training: $(VENV)/installed  ## runs killed at random moments end with the same weights (about 10 minutes)
+verify-training: $(VENV)/installed  ## runs killed at random moments end with the same weights (about 7 minutes)
 	pytest -m verify tests/test_training_kills.py
 
-verify-evaluation: $(VENV)/installed  ## batches are three times as fast as one by one, with the same answers (about 3 minutes)
+verify-evaluation: $(VENV)/installed  ## batches are three times as fast as one by one, with the same answers
 	pytest -m verify -s tests/test_evaluation_speed.py
 
-verify-report: $(VENV)/installed  ## 200 rows and 1,000,000 predictions in one report (about 2 minutes)
+verify-report: $(VENV)/installed  ## 200 rows and 1,000,000 predictions in one report
 	pytest -m verify -s tests/test_reporting_size.py
 
 verify-slurm: $(VENV)/installed  ## every fault of a cluster, and 1,000 rows, on a real SLURM started here (needs root; long)
@@ -56,7 +56,7 @@ slurm-status: $(VENV)/installed  ## rows, SLURM jobs, steps and time left of a r
 verify-conda: $(VENV)/installed  ## every rule in its own environment and nothing else, made by a stand-in for conda (about 7 minutes)
 	pytest -m verify -s tests/environments/test_deployment.py
 
-verify-containers: $(VENV)/installed  ## each definition built in fresh Debian, a small run inside; needs root and debootstrap (about 15 minutes)
+verify-containers: $(VENV)/installed  ## each definition built in fresh Debian, a small run inside; needs root and debootstrap (about 7 minutes)
 	pytest -m verify -s tests/environments/test_containers.py
 
 verify-pristine: $(VENV)/installed  ## clone, demo and tests on a machine with python3, make and git; needs root and debootstrap (long)

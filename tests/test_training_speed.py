@@ -261,6 +261,20 @@ def test_facts_of_a_gpu_machine(monkeypatch, tmp_path):
     assert marks.network() == "8 x 200 Gb/sec (4X HDR)"
 
 
+def test_what_rocm_does_not_say_is_null(monkeypatch, tmp_path):
+    """A ROCm build, beside an nvidia-smi of other devices: its GPUs have no such uuid, and RCCL need not be built in."""
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace())
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    mark = marks.fingerprint(torch.device("cuda"), tmp_path)
+    assert (mark["devices"], mark["rocm"]) == ({"AMD Instinct MI300X": 1}, "6.4.43482")
+    assert [mark[name] for name in ("power_limit_w", "driver", "interconnect", "nccl")] == [None] * 4
+
+
 def test_revision_of_the_data(tmp_path):
     assert marks.dataset_revision(tmp_path) is None
     source = {"train": {"format": "cauldron", "url": "hf://x", "revision": "abc", "sha256": "12", "files": 1}}

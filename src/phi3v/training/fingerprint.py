@@ -36,12 +36,14 @@ def fingerprint(device: torch.device, data_dir: Path) -> dict[str, Any]:
         "machines": len({item["host"] for item in everyone}),
         "power_limit_w": _one_or_all(item["power_limit_w"] for item in everyone),
         "driver": _one_or_all(item["driver"] for item in everyone),
-        "interconnect": interconnect() if device.type == "cuda" else None,
+        "interconnect": interconnect() if device.type == "cuda" and not torch.version.hip else None,
         "network": network(),
         "backend": dist.get_backend() if dist.is_initialized() else None,
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version()))
+        if device.type == "cuda" and dist.is_nccl_available()
+        else None,
         "cpu": device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -60,14 +62,18 @@ def _one_or_all(values: Any) -> Any:
 def _nvidia_smi(*arguments: str) -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
-    done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    try:
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout if done.returncode == 0 else None
 
 
 def gpu_facts(device: torch.device) -> dict[str, Any]:
-    """{"power_limit_w", "driver"} of this process's GPU as nvidia-smi says; None on a CPU or without nvidia-smi."""
+    """{"power_limit_w", "driver"} of this process's GPU as nvidia-smi says; None on CPUs, AMD's GPUs, without nvidia-smi."""
     facts: dict[str, Any] = {"power_limit_w": None, "driver": None}
-    if device.type != "cuda":
+    # ROCm's devices are `cuda` to PyTorch, and nvidia-smi, where it is there, speaks of others.
+    if device.type != "cuda" or torch.version.hip:
         return facts
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     uuid = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
