@@ -1,6 +1,7 @@
 """The planner: calibrated on the published tables, quick, torch-free, and clear about what cannot run."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import yaml
 
 from phi3v.planning import (
     Constants,
+    Setup,
     check_room,
     find_hardware,
     fits,
@@ -20,6 +22,7 @@ from phi3v.planning import (
     memory,
     plan_run,
     resources,
+    roofline,
     runnable,
 )
 from phi3v.planning.advice import advise
@@ -28,11 +31,14 @@ from phi3v.planning.calibration import (
     SPEED_CONSTANTS,
     calibrate,
     compare,
+    fit,
+    memory_residual,
     memory_rows,
     plot,
     published_rows,
     speed_rows,
     table,
+    throughput_residual,
 )
 from phi3v.planning.disk import check_disk
 from phi3v.planning.geometry import geometry_from_config
@@ -102,6 +108,40 @@ def test_v100_cards_are_full_and_the_prediction_says_why(published, compared):
     assert "no" not in states.values()
     for item in notes.values():
         assert abs(item.error) <= 0.15, item
+
+
+def inferred_for_fp16_alone(setup):
+    """Setup.float32_weights without what was inferred of adapter runs in bf16 without flash attention."""
+    return setup.dtype == "fp32" or (setup.as_published and setup.adapters and setup.dtype == "fp16")
+
+
+@pytest.mark.parametrize("choice", ["all three", "no float32 weights", "no pile-up", "no float32 expansion"])
+def test_table_of_what_was_chosen_because_the_tables_fit(root, published, monkeypatch, choice):
+    """docs/planner.md: each row's error, and left out, with the constants fitted anew without one of the choices."""
+    start, memory_constants = Constants(), MEMORY_CONSTANTS
+    if choice == "no float32 weights":
+        monkeypatch.setattr(Setup, "float32_weights", property(inferred_for_fp16_alone))
+    elif choice == "no pile-up":
+        start, memory_constants = replace(start, cached_scores=0), ("runtime_gb", "optimizer_bytes")
+    elif choice == "no float32 expansion":
+        # Half a byte and the scale read, half precision written.
+        monkeypatch.setattr(roofline, "DEQUANTISATION_BYTES", 2.6)
+    found = {}
+    for what, rows, names, residual in (
+        ("img/s", speed_rows(published), SPEED_CONSTANTS, throughput_residual),
+        ("GB", memory_rows(published), memory_constants, memory_residual),
+    ):
+        whole = fit(rows, names, residual, start)
+        for item in rows:
+            rest = fit([other for other in rows if other is not item], names, residual, start)
+            found[item.row.row, what] = [100 * (math.exp(residual(item, constants)) - 1) for constants in (whole, rest)]
+    text = (root / "docs/planner.md").read_text(encoding="utf-8")
+    columns = re.search(r"^\| row \| (.+) \|$", text[text.index("### What was chosen") :], re.M).group(1).split(" | ")
+    lines = re.findall(r"^\| (phi3-\S+), (img/s|GB) \| (.+) \|$", text, re.M)
+    written = {(row, what): cells.split(" | ")[columns.index(choice)] for row, what, cells in lines}
+    assert set(written) == set(found)
+    for row, cell in written.items():
+        assert [float(number) for number in re.findall(r"[-+][\d.]+", cell)] == pytest.approx(found[row], abs=0.1), row
 
 
 def test_frozen_rows_as_published_legacy_and_as_correct(compared):
