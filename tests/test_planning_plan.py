@@ -484,7 +484,8 @@ def test_times_that_people_read():
         ("NVIDIA RTX 4090", "rtx4090"),
         ("h200", "h200"),
         ("A100 80GB", "a100-80gb"),
-        ("mi300", "mi300x"),
+        ("MI300X", "mi300x"),
+        ("A100-80", "a100-80gb"),
         ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
         ("Tesla V100-SXM2-32GB", "v100-32gb"),
     ],
@@ -533,6 +534,9 @@ def test_unknown_gpu_is_refused_and_told_how_to_add(entries):
         find_hardware("GTX1080", entries)
     with pytest.raises(SettingsError, match=r"GPU '4090': unknown; did you mean rtx4090\?; expected one of"):
         find_hardware("4090", entries)
+    for name, meant in (("L40", "l40s"), ("NVIDIA H20", "h200"), ("mi300", "mi300x")):
+        with pytest.raises(SettingsError, match=f"unknown; did you mean {meant}\\?"):
+            find_hardware(name, entries)
     with pytest.raises(SettingsError, match="fits a100-80gb, a100-40gb; expected one of them"):
         find_hardware("A100", entries)
 

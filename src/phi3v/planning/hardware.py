@@ -18,20 +18,22 @@ OTHER_BOARDS = {"pcie", "nvl", "ti", "super", "d", "laptop", "mobile", "max", "m
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower().replace("nvidia", "").replace("geforce", "").replace("quadro", ""))
+    name = re.sub(r"nvidia|geforce|quadro|gb$", "", name.lower().strip())
+    return re.sub(r"[^a-z0-9]", "", name)
 
 
 def find_hardware(name: str, entries: dict[str, Hardware]) -> str:
     """Key of the entry that a person means by `name` ("V100-32GB", "rtx 4090"); raises SettingsError otherwise.
 
-    Spelling is free as to case, spaces and makers' names. A beginning that fits one entry alone is enough; one that
-    fits several is refused with their names. A driver's name is taken too ("NVIDIA A100-SXM4-80GB", from nvidia-smi).
+    Spelling is free as to case, spaces and makers' names. The part before the memory is enough ("T4", "V100") where it
+    fits one entry alone; one that fits several is refused with their names. A beginning of a word is another board's
+    name (L40 and L40S, H20 and H200, MI300A and MI300X): refused with what may be meant. A driver's name is taken too ("NVIDIA A100-SXM4-80GB", from nvidia-smi).
     """
     wanted = _plain(name)
     exact = [key for key in entries if _plain(key) == wanted]
     if exact:
         return exact[0]
-    starting = [key for key in entries if wanted and _plain(key).startswith(wanted)]
+    starting = [key for key in entries if wanted and _plain(key.split("-")[0]) == wanted]
     if len(starting) == 1:
         return starting[0]
     if starting:
