@@ -43,6 +43,7 @@ def machine(monkeypatch):
         ((8, 0), ["sm_86"], False),
         ((10, 0), ["sm_90a"], False),
         ((9, 0), ["sm_90a"], True),
+        ((10, 3), ["sm_100f"], True),  # f: the family
         ((7, 0), [], True),  # nothing known
     ],
 )

@@ -13,8 +13,8 @@ def check_architecture(device: torch.device) -> None:
     """Raises SettingsError where PyTorch was built for none of the architectures that run on a CUDA device.
 
     A build for sm_XY runs on the devices of generation X whose minor number is Y or more, compute_XY (PTX, compiled by
-    the driver) on X.Y and all later ones, a name with a letter (sm_90a) on that very architecture alone (NVIDIA, CUDA
-    C++ Programming Guide, section on compute capabilities and binary compatibility). Other builds and devices (CPU,
+    the driver) on X.Y and all later ones, a name with an a (sm_90a) on that very architecture alone (NVIDIA, CUDA C++
+    Programming Guide, binary and PTX compatibility). Other builds and devices (CPU,
     ROCm) are not looked at.
     """
     if device.type != "cuda" or torch.version.hip:
@@ -44,7 +44,7 @@ def _number(name: str) -> tuple[int, int]:
 
 def _runs(name: str, capability: tuple[int, int]) -> bool:
     major, minor = _number(name)
-    if name[-1].isalpha():
+    if name.endswith("a"):
         return (major, minor) == capability
     if name.startswith("compute_"):
         return (major, minor) <= capability
