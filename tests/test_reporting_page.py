@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -265,6 +266,14 @@ def test_dark_mode_changes_page_and_plots(opened):
     dark = opened.execute_script(colours)
     assert dark[0] != light[0] and button.get_attribute("textContent") == "Light mode"
     opened.execute_script("arguments[0].click()", button)
+
+
+def test_a_link_lands_on_its_section_though_plots_above_are_drawn_later(opened):
+    opened.set_window_size(1440, 900)
+    opened.execute_script("document.querySelector('a[href=\"#speed\"]').click()")
+    until(opened, "document.querySelectorAll('.plots .main-svg').length > 1")
+    time.sleep(1)
+    assert 0 <= opened.execute_script("return document.querySelector('#speed').getBoundingClientRect().top") < 150
 
 
 def test_a_phone_needs_no_sideways_scrolling(opened):

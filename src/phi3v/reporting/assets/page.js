@@ -32,6 +32,8 @@
   const drawn = new Set();
   const escapeHtml = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
   const safeTraces = (traces) => traces.map((trace) => ({ ...trace, name: escapeHtml(trace.name) }));
+  // Row ids that are broken in two need more.
+  const heightOf = (layout, narrow) => (layout.height || 300) * (narrow && layout.yaxis && layout.yaxis.type === "category" ? 1.25 : 1);
   function draw(canvas, width) {
     const plot = data.plots[canvas.dataset.plot];
     const narrow = (width || canvas.clientWidth) < 560;
@@ -48,10 +50,9 @@
         return escapeHtml(name.slice(0, cut)) + "<br>" + escapeHtml(name.slice(cut));
       };
       layout.yaxis = { ...layout.yaxis, tickmode: "array", tickvals: names, ticktext: names.map(broken), tickfont: { size: 10 } };
-      layout.height = (layout.height || 300) * 1.25;
     }
     Object.assign(layout, {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 12, r: 16, t: 12, b: 44, pad: 4 },
+      height: heightOf(plot.layout, narrow), paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 12, r: 16, t: 12, b: 44, pad: 4 },
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("--text") },
       hoverlabel: { bgcolor: colour("--raised"), bordercolor: colour("--line"), font: { color: colour("--text") }, namelength: -1 },
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, ...(layout.legend || {}) },
@@ -65,7 +66,11 @@
   const watcher = new IntersectionObserver((entries) => {
     for (const entry of entries) if (entry.isIntersecting && entry.target.clientWidth) { watcher.unobserve(entry.target); draw(entry.target); }
   }, { rootMargin: "400px" });
-  for (const canvas of document.querySelectorAll("[data-plot]")) watcher.observe(canvas);
+  for (const canvas of document.querySelectorAll("[data-plot]")) {
+    // Its room is taken before it is drawn: a link to what stands below lands there.
+    canvas.style.minHeight = heightOf(data.plots[canvas.dataset.plot].layout, canvas.clientWidth && canvas.clientWidth < 560) + "px";
+    watcher.observe(canvas);
+  }
   // Paper is white: plots are drawn in light colours, all of them, and put back afterwards.
   let screenTheme;
   window.addEventListener("beforeprint", () => {
