@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-install-db", "sbatch")
 # Commands inside a job lose SLURM_CONF (the executor's job step keeps only the job's identity), so the file stands where
 # SLURM looks for it by itself.
@@ -245,6 +247,12 @@ class Cluster:
             for child in (*_descendants(pid), pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
+        # What a job left behind: without control groups SLURM loses sight of a process whose parent has gone.
+        job = f"phi3v:127.0.0.1:{self.values['port']}:"
+        for process in psutil.process_iter(["environ"]):
+            if (process.info["environ"] or {}).get("SLURM_WORKING_CLUSTER", "").startswith(job):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         for name in reversed(list(self.processes)):
             process = self.processes.pop(name)
             process.terminate()
