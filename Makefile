@@ -46,7 +46,7 @@ verify-evaluation: $(VENV)/installed  ## batches are three times as fast as one 
 verify-report: $(VENV)/installed  ## 200 rows and 1,000,000 predictions in one report
 	pytest -m verify -s tests/test_reporting_size.py
 
-verify-slurm: $(VENV)/installed  ## every fault of a cluster, and 1,000 rows, on a real SLURM started here (needs root; long)
+verify-slurm: $(VENV)/installed  ## every fault of a cluster, and 1,000 rows, on a real SLURM started here (needs root; about 75 minutes)
 	pytest -m 'verify or not verify' -s tests/slurm
 
 CONFIG ?= config/config.yaml
