@@ -59,7 +59,7 @@ verify-conda: $(VENV)/installed  ## every rule in its own environment and nothin
 verify-containers: $(VENV)/installed  ## each definition built in fresh Debian, a small run inside; needs root and debootstrap (about 7 minutes)
 	pytest -m verify -s tests/environments/test_containers.py
 
-verify-pristine: $(VENV)/installed  ## clone, demo and tests on a machine with python3, make and git; needs root and debootstrap (long)
+verify-pristine: $(VENV)/installed  ## clone, demo and tests on a machine with python3, make and git; needs root and debootstrap (about 25 minutes)
 	pytest -m verify -s tests/environments/test_pristine.py
 
 check: $(VENV)/installed  ## formatting, lint, types, workflow lint
