@@ -148,7 +148,7 @@ def test_a_disk_that_is_too_small_stops_the_run_before_any_job(snakemake, root, 
 def test_without_slurms_commands_a_start_is_refused_and_a_dry_run_is_not(root, tmp_path):
     for name in ("bash", "git", "which"):
         (tmp_path / name).symlink_to(shutil.which(name))
-    options = ["--profile", "slurm", "--configfile", "config/demo.yaml", "--nolock", "plan"]
+    options = ["--profile", "slurm", "--configfile", "config/demo.yaml", "--nolock", "--force", "plan"]
 
     def run(*arguments):
         done = subprocess.run(
