@@ -23,7 +23,6 @@ from phi3v.planning.disk import check_disk
 from phi3v.planning.geometry import model_geometry
 from phi3v.planning.page import plan_html
 from phi3v.planning.plan import plan_run
-from phi3v.planning.setup import Constants
 from phi3v.settings import Dataset, Hardware, Model, SettingsError, load_run, read_entries
 
 # Flags that only advice takes.
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.published:
             rows = published_rows()
-            compared = compare(rows, Constants())
+            compared = compare(rows)
             text = f"{constants_table(rows)}\n\n{table(compared)}\n"
             if given.output_dir:
                 _write(Path(given.output_dir), {"planner.txt": text, "planner.svg": plot(compared)})

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from phi3v.planning import Constants, parameters, step_time
+from phi3v.planning.choice import setup_of
 from phi3v.planning.geometry import geometry_from_config, quantised_parameters
-from phi3v.planning.plan import setup_of
 from phi3v.settings import load_run
 
 

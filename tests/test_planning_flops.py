@@ -57,16 +57,16 @@ def counted(model, batch, custom=None):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
+@pytest.mark.parametrize("recompute", [0.0, 1.0])
 @pytest.mark.parametrize("method", ["full", "frozen", "frozen legacy", "lora", "lora frozen"])
-def test_hardware_flops_are_what_pytorch_counts(build, method, checkpointing):
+def test_hardware_flops_are_what_pytorch_counts(build, method, recompute):
     from phi3v.model.adapters import add_lora
     from phi3v.model.freezing import freeze_vision
 
     model = build()
     geometry = geometry_from_config(model.config.to_dict())
     batch, work = batch_of(model)
-    if checkpointing != "none":
+    if recompute:
         model.gradient_checkpointing_enable()
     rank = None
     if method.startswith("frozen"):
@@ -76,7 +76,7 @@ def test_hardware_flops_are_what_pytorch_counts(build, method, checkpointing):
         model = add_lora(model, rank, 16, freeze_vision=method == "lora frozen", seed=0).train()
     name = method.split()[0]
     expected = training_flops(
-        geometry, work, name, rank, flash=False, checkpointing=checkpointing, vision_adapters=method != "lora frozen"
+        geometry, work, name, rank, flash=False, recompute=recompute, vision_adapters=method != "lora frozen"
     )
     assert expected.hardware == pytest.approx(counted(model, batch), rel=0.01)
 
@@ -88,23 +88,23 @@ def test_frozen_forward_only_is_the_head_alone(build):
     model.requires_grad_(False)
     model.lm_head.requires_grad_(True)
     model.model.norm.requires_grad_(True)
-    expected = training_flops(geometry, work, "frozen_forward_only", flash=False, checkpointing="none")
+    expected = training_flops(geometry, work, "frozen_forward_only", flash=False, recompute=0.0)
     assert expected.hardware == pytest.approx(counted(model, batch), rel=0.01)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
-def test_qlora(build, tmp_path, checkpointing):
+@pytest.mark.parametrize("recompute", [0.0, 1.0])
+def test_qlora(build, tmp_path, recompute):
     from phi3v.model.adapters import add_lora, load_quantized
 
     pytest.importorskip("bitsandbytes")
     build().save_pretrained(tmp_path)
     model = load_quantized(tmp_path, torch.float32, "eager", "cpu")
-    if checkpointing != "none":
+    if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     geometry = geometry_from_config(model.config.to_dict())
     batch, work = batch_of(model)
     model = add_lora(model, 8, 16, seed=0).train()
-    expected = training_flops(geometry, work, "qlora", 8, flash=False, checkpointing=checkpointing)
+    expected = training_flops(geometry, work, "qlora", 8, flash=False, recompute=recompute)
 
     def gemm_4bit(rows, packed, weight, *rest, **named):
         """[…, K] times a 4-bit [N, K] weight: PyTorch's counter does not know bitsandbytes' operator."""
@@ -120,21 +120,21 @@ def test_grouped_heads_and_several_examples_add_up(build):
     geometry = geometry_from_config(model.config.to_dict())
     batch, work = batch_of(model)
     twice = {name: torch.cat((value, value)) for name, value in batch.items()}
-    expected = training_flops(geometry, work + work, "full", flash=False, checkpointing="none")
+    expected = training_flops(geometry, work + work, "full", flash=False, recompute=0.0)
     assert expected.hardware == pytest.approx(counted(model, twice), rel=0.01)
 
 
 def test_model_flops_leave_out_what_the_method_does_not_need(build):
     geometry = geometry_from_config(build().config.to_dict())
     _, work = batch_of(build())
-    full = training_flops(geometry, work, "full", flash=True, checkpointing="non_reentrant")
-    frozen = training_flops(geometry, work, "frozen", flash=True, checkpointing="non_reentrant")
-    lora = training_flops(geometry, work, "lora", 8, flash=True, checkpointing="non_reentrant")
+    full = training_flops(geometry, work, "full", flash=True, recompute=1.0)
+    frozen = training_flops(geometry, work, "frozen", flash=True, recompute=1.0)
+    lora = training_flops(geometry, work, "lora", 8, flash=True, recompute=1.0)
     for flops in (full, frozen, lora):
         assert flops.model < flops.hardware
     assert frozen.model < full.model
     assert lora.model < full.model
-    again = training_flops(geometry, work, "full", flash=True, checkpointing="none")
+    again = training_flops(geometry, work, "full", flash=True, recompute=0.0)
     assert again.model == full.model
     with pytest.raises(ValueError, match="rank: None; method lora expects an integer"):
         training_flops(geometry, work, "lora")
@@ -145,7 +145,7 @@ def test_published_model(root):
     geometry = load_run(root / "config/config.yaml", root).models["phi35-vision"].geometry
     assert sum(parameters(geometry).values()) == 4_146_621_440
     work = example_work(geometry, 2443.23, 17, 2443.23)
-    flops = training_flops(geometry, work, "full", checkpointing="reentrant")
+    flops = training_flops(geometry, work, "full", recompute=1.0, reentrant=True)
     assert flops.parts["vision"].forward / 1e12 == pytest.approx(5.7, abs=0.05)
     language = (flops.parts["decoder"].forward + flops.parts["head"].forward) / 1e12
     assert language == pytest.approx(18.2, abs=0.1)
@@ -153,7 +153,7 @@ def test_published_model(root):
     assert utilisation(flops.model * 8.657, 1.0, 312, 8) == pytest.approx(0.27, abs=0.005)
     assert utilisation(flops.hardware * 8.657, 1.0, 312, 8) == pytest.approx(0.36, abs=0.01)
     # The published frozen row is impossible if the decoder was trained, plausible if it ran forward only.
-    correct = training_flops(geometry, work, "frozen", checkpointing="reentrant")
+    correct = training_flops(geometry, work, "frozen", recompute=1.0, reentrant=True)
     legacy = training_flops(geometry, work, "frozen_forward_only")
     assert utilisation(correct.hardware * 31.736, 1.0, 312, 8) > 1.0
     assert utilisation(legacy.hardware * 31.736, 1.0, 312, 8) < 0.36

@@ -525,7 +525,7 @@ def test_the_plan_stands_beside_what_happened(root, changed, monkeypatch):
     monkeypatch.chdir(root)
     run, results = changed
     (results / "plan").mkdir()
-    rows = [{"row": ROW, "status": "run", "hours": 2.5, "images_per_second": 80.0, "peak_gb": 1.2}]
+    rows = [{"row": ROW, "status": "run", "hours": 2.5, "images_per_second": 80.0, "allocated_gb": 1.2}]
     (results / "plan/plan.json").write_text(json.dumps({"rows": rows}))
     from phi3v.reporting import provenance
 

@@ -218,7 +218,7 @@ def test_mfu_counts_what_the_method_trains(root, monkeypatch, method):
     counting = utilisation_of(chosen, config, "NVIDIA A100-SXM4-80GB", devices=8)
     assert counting.peak_tflops == 312
     assert counting.peak_source.startswith("a100-80gb: NVIDIA A100")
-    expected = training_flops(geometry_from_config(config), work, method, 8, flash=True, checkpointing="non_reentrant")
+    expected = training_flops(geometry_from_config(config), work, method, 8, flash=True, recompute=1.0)
     seen = counting.of(work, 0.5)
     assert seen["mfu"] == pytest.approx(expected.model / (0.5 * 8 * 312e12))
     assert seen["hfu"] == pytest.approx(expected.hardware / (0.5 * 8 * 312e12))

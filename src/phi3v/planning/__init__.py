@@ -6,7 +6,7 @@ For training (MFU, HFU, fitting micro-batches):
 
     geometry = geometry_from_config(model.config.to_dict())            # or the models entry's geometry
     work = sum over the step of example_work(geometry, tokens, tiles, labels)
-    flops = training_flops(geometry, work, "lora", rank=32, flash=True, checkpointing="non_reentrant")
+    flops = training_flops(geometry, work, "lora", rank=32, flash=True, recompute=1.0)
     key = hardware_of_device(torch.cuda.get_device_name(), entries)     # None: unknown, then show no MFU
     peak = entries[key].peak_tflops.bf16
     mfu = utilisation(flops.model, seconds, peak, devices=world_size)
@@ -15,6 +15,7 @@ For training (MFU, HFU, fitting micro-batches):
 `work` is that of all devices together in `seconds`. The method is the tables' (full, frozen, lora, qlora).
 """
 
+from phi3v.planning.choice import Choice, best_micro_batch, largest_micro_batch
 from phi3v.planning.flops import (
     FORMULA,
     Flops,
@@ -28,12 +29,14 @@ from phi3v.planning.flops import (
 from phi3v.planning.geometry import geometry_from_config, model_geometry, parameters, trainable_parameters
 from phi3v.planning.hardware import find_hardware, hardware_of_device
 from phi3v.planning.memory import Memory, fits, memory
-from phi3v.planning.plan import Resources, check_room, plan_run, resources, runnable
+from phi3v.planning.misfit import runnable
+from phi3v.planning.plan import Resources, check_room, plan_run, resources
 from phi3v.planning.roofline import StepTime, images_per_second, step_time
 from phi3v.planning.setup import Constants, Setup
 
 __all__ = [
     "FORMULA",
+    "Choice",
     "Constants",
     "Flops",
     "Memory",
@@ -42,6 +45,7 @@ __all__ = [
     "StepTime",
     "TrainingFlops",
     "Work",
+    "best_micro_batch",
     "check_room",
     "example_work",
     "find_hardware",
@@ -50,6 +54,7 @@ __all__ = [
     "geometry_from_config",
     "hardware_of_device",
     "images_per_second",
+    "largest_micro_batch",
     "memory",
     "model_geometry",
     "parameters",

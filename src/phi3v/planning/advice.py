@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from phi3v.planning.choice import largest_micro_batch
 from phi3v.planning.flops import Method
 from phi3v.planning.hardware import find_hardware
 from phi3v.planning.memory import Fit, fits, memory
-from phi3v.planning.plan import fewer_crops, largest_micro_batch, room
+from phi3v.planning.misfit import device_need, fewer_crops
 from phi3v.planning.roofline import step_time
 from phi3v.planning.setup import Constants, Setup
 from phi3v.planning.workload import mean_and_longest, workload
@@ -39,13 +40,19 @@ class Option:
     setup: Setup
     fits: Fit | None
     """None: the hardware cannot do the method."""
-    peak_gb: float
-    floor_gb: float
+    allocated_gb: float
+    reserved_gb: float
+    context_gb: float
     micro_batch: int | None
     images_per_second: float
     hours: float
     """One epoch over the dataset."""
     remark: str
+
+    @property
+    def least_gb(self) -> float:
+        """What the job cannot do without, GB per device."""
+        return self.allocated_gb + self.context_gb
 
 
 @dataclass(frozen=True)
@@ -80,12 +87,13 @@ class Advice:
                 )
         lines += [f"- {reason}" for reason in self.reasons]
         lines.append(
-            f"{'method':8} {'fits':5} {'peak GB':>8} {'at least':>8} {'micro':>6} {'img/s':>7} {'h/epoch':>8}  remark"
+            f"{'method':8} {'fits':5} {'alloc GB':>8} {'+ cached':>8} {'+ context':>9} {'micro':>5} {'img/s':>7}"
+            f" {'h/epoch':>8}  remark"
         )
         for item in self.options:
             lines.append(
-                f"{item.method:8} {item.fits or 'never':5} {item.peak_gb:8.1f} {item.floor_gb:8.1f}"
-                f" {item.micro_batch or '-':>6} {item.images_per_second:7.3g} {item.hours:8.2f}  {item.remark}".rstrip()
+                f"{item.method:8} {item.fits or 'never':5} {item.allocated_gb:8.1f} {item.reserved_gb:8.1f}"
+                f" {item.reserved_gb + item.context_gb:9.1f} {item.micro_batch or '-':>5} {item.images_per_second:7.3g} {item.hours:8.2f}  {item.remark}".rstrip()
             )
         return "\n".join(lines)
 
@@ -113,7 +121,8 @@ class Advice:
         asked = self.options[0].setup
         options = [
             {
-                "method": item.method, "fits": item.fits or "never", "peak_gb": item.peak_gb, "floor_gb": item.floor_gb,
+                "method": item.method, "fits": item.fits or "never", 
+                "allocated_gb": item.allocated_gb, "reserved_gb": item.reserved_gb, "context_gb": item.context_gb,
                 "micro_batch": item.micro_batch, "images_per_second": item.images_per_second,
                 "hours_per_epoch": item.hours, "remark": item.remark,
             }
@@ -166,51 +175,52 @@ def advise(
             f"{fastest.hours:.0f} hours with the fastest method, {fastest.method}"
         )
         return Advice(key, hardware, dataset, options, None, [reason])
-    with_room = next((item for item in options if item.fits == "yes"), None)
-    filling = next((item for item in options if item.fits == "full"), None)
-    # Full fine-tuning on a full device is what the published V100 rows did; adapters with room are better than without.
-    chosen = filling if filling and (with_room is None or filling.method == "full") else with_room
+    comfortable = next((item for item in options if item.fits == "yes"), None)
+    tight = next((item for item in options if item.fits == "tight"), None)
+    # The published V100 rows did full fine-tuning on full devices; for adapters a comfortable method is better.
+    chosen = tight if tight and (comfortable is None or tight.method == "full") else comfortable
     reasons = _reasons(hardware, options, chosen)
     if chosen is None:
-        reasons.append(_what_would_fit(options, load, data.num_crops, constants))
+        reasons.append(_what_would_fit(options, load, data.num_crops))
     return Advice(key, hardware, dataset, options, chosen, reasons)
 
 
 def _option(setup: Setup, load: Workload, constants: Constants) -> Option:
-    need, time = memory(setup, constants), step_time(setup, constants)
-    state: Fit | None = fits(setup, constants)
+    need, time = memory(setup), step_time(setup, constants)
+    state: Fit | None = fits(setup)
     remark = ""
     capacity = setup.hardware.memory_gb
     if setup.method == "qlora" and not setup.hardware.quantisation:
         state, remark = None, "the recipe asks for Turing or newer for 4 bits (`quantisation` of the hardware's entry)"
     elif state == "no" and capacity is not None:
-        remark = f"{need.floor_gb - capacity:.0f} GB too much"
+        remark = f"{need.least_gb - capacity:.0f} GB too much"
         for times in (2, 4, 8, 16, 32):
             wider = replace(setup, nodes=setup.nodes * times, batch_size=_batch(setup.devices * times))
-            if not setup.adapters and fits(wider, constants) != "no":
+            if not setup.adapters and fits(wider) != "no":
                 remark += f"; {wider.devices} devices in all would do"
                 break
-    elif state == "full":
-        remark = "the device runs full, as the published V100 rows did"
-    micro = largest_micro_batch(setup, constants) if state else None
+    elif state == "tight":
+        remark = "works only if PyTorch frees cached memory; slower"
+    micro = largest_micro_batch(setup) if state else None
     rate = setup.batch_size / time.seconds
     return Option(
-        setup.method, setup, state, need.total_gb, need.floor_gb, micro, rate, EPOCHS * load.train / rate / 3600, remark
-    )
+        setup.method, setup, state, need.allocated_gb, need.reserved_gb, need.context_gb, micro, rate,
+        EPOCHS * load.train / rate / 3600, remark,
+    )  # fmt: skip
 
 
-def _what_would_fit(options: list[Option], load: Workload, num_crops: int, constants: Constants) -> str:
+def _what_would_fit(options: list[Option], load: Workload, num_crops: int) -> str:
     """For a device on which nothing fits: the method that needs the least, and with how many tiles one would fit."""
     possible = [item for item in options if item.fits]
-    smallest = min(possible, key=lambda item: item.floor_gb)
+    smallest = min(possible, key=lambda item: item.least_gb)
     said = (
-        f"nothing fits: {smallest.method} needs the least, {smallest.floor_gb:.0f} GB a device, here are "
-        f"{smallest.setup.hardware.memory_gb or 0:.0f}; what would do: "
+        f"nothing fits: {smallest.method} needs the least, {smallest.least_gb:.0f} GB per device, and "
+        f"this one has {smallest.setup.hardware.memory_gb or 0:.0f} GB; what would fit: "
     )
-    fewer = [(found, item) for item in possible if (found := fewer_crops(item.setup, load, num_crops, constants))]
+    fewer = [(found, item) for item in possible if (found := fewer_crops(item.setup, load, num_crops))]
     if fewer:
         (crops, setup), item = max(fewer, key=lambda pair: pair[0][0])
-        said += f"{item.method} with --num_crops {crops} in place of {num_crops} ({room(setup, constants)}), "
+        said += f"{item.method} with --num_crops {crops} instead of {num_crops} ({device_need(setup)}), "
     return said + "a larger device"
 
 
@@ -241,16 +251,16 @@ def _reasons(hardware: Hardware, options: list[Option], chosen: Option | None) -
         return said
     if chosen.method == "full":
         said.append("full fine-tuning: the recipe's advice whenever it fits")
-        if chosen.fits == "full":
+        if chosen.fits == "tight":
             said.append(
-                f"memory: takes {full.peak_gb:.0f} GB where there is room and at least {full.floor_gb:.0f} GB: it fills"
-                f" the {hardware.memory_gb or 0:.0f} GB; LoRA is the way back if it fails"
+                f"memory: tight. Tensors and context take {full.least_gb:.0f} of {hardware.memory_gb or 0:.0f} GB, so it"
+                " works only if PyTorch frees cached memory. If it runs out of memory, use LoRA"
             )
     else:
         said.append(
-            f"{chosen.method}: full fine-tuning needs at least {full.floor_gb:.0f} GB a device, here are "
-            f"{hardware.memory_gb or 0:.0f} ({full.remark or 'see the table'})"
+            f"{chosen.method}: full fine-tuning needs at least {full.least_gb:.0f} GB per device, this one "
+            f"has {hardware.memory_gb or 0:.0f} GB ({full.remark or 'see the table'})"
         )
         if chosen.method == "qlora":
-            said.append("QLoRA: LoRA does not fit with room; 4-bit kernels run on Turing and newer")
+            said.append("QLoRA: LoRA does not fit comfortably; 4-bit kernels run on Turing and newer")
     return said

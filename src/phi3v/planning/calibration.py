@@ -15,16 +15,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
-from phi3v.planning.flops import Method, Work
-from phi3v.planning.geometry import picture_tokens
-from phi3v.planning.memory import fits, memory, predicted_peak_gb
+from phi3v.planning.published import (
+    MemoryConstants,
+    device_reading_gb,
+    device_state,
+    published_memory,
+    published_setup,
+)
 from phi3v.planning.roofline import images_per_second
 from phi3v.planning.setup import Constants, Setup
-from phi3v.settings import Geometry, Hardware, Model, SpeedRow, read_entries, read_table
+from phi3v.settings import Hardware, Model, SpeedRow, read_entries, read_table
 
-# RECIPE: mean length of DocVQA at num_crops 16; the scripts pad every picture to 17 tiles, and run the tower on all.
-MEAN_TOKENS, PADDED_TILES = 2443.23, 17
 SPEED_CONSTANTS = ("matmul_efficiency", "bandwidth_efficiency", "layer_seconds", "link_efficiency")
 MEMORY_CONSTANTS = ("runtime_gb", "optimizer_bytes", "cached_scores")
 
@@ -35,24 +38,6 @@ class Published:
 
     row: SpeedRow
     setup: Setup
-
-
-def published_work(geometry: Geometry) -> Work:
-    """A mean example as the recipe's scripts run it: padded tiles, and the head at every position."""
-    image_tokens = min(MEAN_TOKENS, float(picture_tokens(geometry, 4, 4)))
-    return Work(1, MEAN_TOKENS, MEAN_TOKENS**2, PADDED_TILES, image_tokens, MEAN_TOKENS)
-
-
-def published_setup(row: SpeedRow, geometry: Geometry, hardware: Hardware, correct_frozen: bool = False) -> Setup:
-    """What the scripts ran for a speed row; frozen rows as the legacy, or with `correct_frozen` as they should be."""
-    method: Method = row.method
-    if row.method == "frozen" and not correct_frozen:
-        method = "frozen_forward_only"
-    work = published_work(geometry)
-    return Setup(
-        geometry, hardware, method, row.dtype, row.flash_attention, work, work, row.batch_size, row.nodes,
-        row.gpus_per_node, row.known_micro_batch, row.lora_rank or 0, as_published=True,
-    )  # fmt: skip
 
 
 def published_rows(root: Path = Path()) -> list[Published]:
@@ -72,15 +57,17 @@ def throughput_residual(item: Published, constants: Constants) -> float:
     return math.log(images_per_second(item.setup, constants) / float(item.row.published_images_per_second or 0))
 
 
-def memory_residual(item: Published, constants: Constants) -> float:
+def memory_residual(item: Published, constants: MemoryConstants) -> float:
     """Logarithm of predicted over published peak memory."""
-    return math.log(memory(item.setup, constants).total_gb / float(item.row.published_memory_gb or 0))
+    return math.log(published_memory(item.setup, constants).total_gb / float(item.row.published_memory_gb or 0))
 
 
-Residual = Callable[[Published, Constants], float]
+Fitted = TypeVar("Fitted", Constants, MemoryConstants)
 
 
-def fit(rows: Sequence[Published], names: Sequence[str], residual: Residual, start: Constants) -> Constants:
+def fit(
+    rows: Sequence[Published], names: Sequence[str], residual: Callable[[Published, Fitted], float], start: Fitted
+) -> Fitted:
     """Constants `names` with the least sum of squared residuals: Gauss-Newton on their logarithms, step halving."""
     values = [math.log(getattr(start, name)) for name in names]
 
@@ -149,50 +136,61 @@ def memory_rows(rows: Sequence[Published]) -> list[Published]:
     return [item for item in rows if item.row.hardware == "a100-80gb"]
 
 
-def calibrate(rows: Sequence[Published], start: Constants | None = None) -> Constants:
-    """All fitted constants; this project's are the defaults of Constants, and a test holds them to this fit."""
-    constants = fit(speed_rows(rows), SPEED_CONSTANTS, throughput_residual, start or Constants())
-    return fit(memory_rows(rows), MEMORY_CONSTANTS, memory_residual, constants)
+def calibrate(rows: Sequence[Published]) -> tuple[Constants, MemoryConstants]:
+    """All fitted constants; the defaults of the two classes are these, and a test holds them to this fit."""
+    return (
+        fit(speed_rows(rows), SPEED_CONSTANTS, throughput_residual, Constants()),
+        fit(memory_rows(rows), MEMORY_CONSTANTS, memory_residual, MemoryConstants()),
+    )
 
 
-def compare(rows: Sequence[Published], constants: Constants, leave_out: bool = True) -> list[Compared]:
+def compare(
+    rows: Sequence[Published], constants: Constants | None = None, memory: MemoryConstants | None = None
+) -> list[Compared]:
     """Every published figure beside its prediction: 15 throughputs, 3 frozen rows as correct, 15 memory peaks."""
-    listed = []
-    fitted: list[tuple[str, list[Published], tuple[str, ...], Residual]] = [
-        ("img/s", speed_rows(rows), SPEED_CONSTANTS, throughput_residual),
-        ("GB", memory_rows(rows), MEMORY_CONSTANTS, memory_residual),
-    ]
-    for what, members, names, residual in fitted:
-        for item in rows:
-            published = float(
-                (item.row.published_images_per_second if what == "img/s" else item.row.published_memory_gb) or 0
-            )
-            without, note = None, ""
-            predicted = (
-                images_per_second(item.setup, constants)
-                if what == "img/s"
-                else predicted_peak_gb(item.setup, constants)
-            )
-            if item in members:
-                if leave_out:
-                    rest = fit([other for other in members if other is not item], names, residual, constants)
-                    without = math.exp(residual(item, rest)) - 1
-            elif what == "img/s":
-                note = "not fitted: as the published legacy, forward only but for the head"
-            else:
-                note = v100_note(item.setup, constants)
-            listed.append(Compared(item.row.row, what, published, predicted, without, note))
-            if what == "img/s" and item.row.method == "frozen":
-                correct = images_per_second(replace(item.setup, method="frozen"), constants)
-                listed.append(Compared(item.row.row, what, published, correct, None, "as correct: the decoder trains"))
+    return [*_throughputs(rows, constants or Constants()), *_peaks(rows, memory or MemoryConstants())]
+
+
+def _without(
+    item: Published, members: Sequence[Published], names: Sequence[str],
+    residual: Callable[[Published, Fitted], float], constants: Fitted,
+) -> float | None:  # fmt: skip
+    """Relative error of a row with constants fitted to the others; None for a row that is not fitted."""
+    if item not in members:
+        return None
+    rest = fit([other for other in members if other is not item], names, residual, constants)
+    return math.exp(residual(item, rest)) - 1
+
+
+def _throughputs(rows: Sequence[Published], constants: Constants) -> list[Compared]:
+    members, listed = speed_rows(rows), []
+    for item in rows:
+        published = float(item.row.published_images_per_second or 0)
+        without = _without(item, members, SPEED_CONSTANTS, throughput_residual, constants)
+        note = "" if item in members else "not fitted: as the published legacy, forward only but for the head"
+        predicted = images_per_second(item.setup, constants)
+        listed.append(Compared(item.row.row, "img/s", published, predicted, without, note))
+        if item.row.method == "frozen":
+            correct = images_per_second(replace(item.setup, method="frozen"), constants)
+            listed.append(Compared(item.row.row, "img/s", published, correct, None, "as correct: the decoder trains"))
     return listed
 
 
-def v100_note(setup: Setup, constants: Constants) -> str:
+def _peaks(rows: Sequence[Published], constants: MemoryConstants) -> list[Compared]:
+    members, listed = memory_rows(rows), []
+    for item in rows:
+        without = _without(item, members, MEMORY_CONSTANTS, memory_residual, constants)
+        note = "" if item in members else v100_note(item.setup, constants)
+        predicted = device_reading_gb(item.setup, constants)
+        listed.append(Compared(item.row.row, "GB", float(item.row.published_memory_gb or 0), predicted, without, note))
+    return listed
+
+
+def v100_note(setup: Setup, constants: MemoryConstants) -> str:
     """Why a card's published peak is what it is."""
-    need, state = memory(setup, constants), fits(setup, constants)
-    why = f"takes {need.total_gb:.0f} GB where there is room, cannot do with less than {need.floor_gb:.0f} GB"
-    return f"{why}: {'fits' if state == 'yes' else 'the card is full' if state == 'full' else 'does not fit'}"
+    need = published_memory(setup, constants)
+    why = f"takes {need.total_gb:.0f} GB if there is room, cannot do with less than {need.floor_gb:.0f} GB"
+    return f"{why}: {device_state(setup, constants)}"
 
 
 def table(compared: Sequence[Compared]) -> str:
@@ -243,9 +241,13 @@ def plot(compared: Sequence[Compared]) -> str:
 
 def constants_table(rows: Sequence[Published]) -> str:
     """The constants in use beside a fresh fit."""
-    found, used = calibrate(rows), Constants()
-    lines = []
-    for item in fields(Constants):
+    speed, memory = calibrate(rows)
+    return "\n".join((*_lines(Constants(), speed), *_lines(MemoryConstants(), memory)))
+
+
+def _lines(used: Fitted, found: Fitted) -> list[str]:
+    listed = []
+    for item in fields(used):
         fresh = f"{getattr(found, item.name):.4g}" if item.metadata.get("fitted", True) else "chosen"
-        lines.append(f"{item.name:22} {getattr(used, item.name):<8.4g} fit {fresh:8} {item.metadata['unit']}")
-    return "\n".join(lines)
+        listed.append(f"{item.name:22} {getattr(used, item.name):<8.4g} fit {fresh:8} {item.metadata['unit']}")
+    return listed

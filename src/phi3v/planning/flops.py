@@ -31,7 +31,6 @@ from phi3v.planning.geometry import (
 from phi3v.settings import Geometry
 
 Method = Literal["full", "frozen", "frozen_forward_only", "lora", "qlora"]
-Checkpointing = Literal["none", "non_reentrant", "reentrant"]
 
 FORMULA = (
     "MFU = model FLOP / (s x devices x dense peak), HFU = hardware FLOP / the same. Model FLOP: matrix products of the "
@@ -113,8 +112,8 @@ class Linear:
     rank: int = 0
     """Rank of the adapter beside it, 0 = none."""
 
-    def flops(self, recompute: bool | Literal["stops_here"] = False) -> Flops:
-        """recompute: run again in the backward pass; "stops_here": as the last product of its checkpointed layer,
+    def flops(self, recompute: float = 0.0, stops_here: bool = False) -> Flops:
+        """recompute: share of the layers that run again in the backward pass. stops_here: the last product of its layer,
         which non-reentrant checkpointing leaves out once everything that is saved has been recomputed."""
         base = 2.0 * self.rows * self.inputs * self.outputs
         down, up = 2.0 * self.rows * self.inputs * self.rank, 2.0 * self.rows * self.rank * self.outputs
@@ -122,9 +121,9 @@ class Linear:
         # dB and the gradient of the inner activation, dA, and the input's gradient.
         backward += 2 * up + down + down * self.input_gradient if self.rank else 0
         again = base + down + up
-        if recompute == "stops_here":
+        if stops_here:
             again = base + down if self.rank else 0.0
-        return Flops(self.count * (base + down + up), self.count * backward, self.count * again if recompute else 0.0)
+        return Flops(self.count * (base + down + up), self.count * backward, self.count * again * recompute)
 
 
 def _sum(parts: Iterable[Flops]) -> Flops:
@@ -138,33 +137,28 @@ def _sum(parts: Iterable[Flops]) -> Flops:
 
 def _tower(
     linears: dict[str, tuple[int, int]], readers: int, rows: float, layers: int, rank: int, weights: bool,
-    checkpointing: Checkpointing, first_has_input_gradient: bool,
+    recompute: float, reentrant: bool, first_has_input_gradient: bool,
 ) -> Flops:  # fmt: skip
     """Linear layers of `layers` like layers; the first `readers` of each read the layer's own input."""
     parts = []
     for index, (inputs, outputs) in enumerate(linears.values()):
-        last = index == len(linears) - 1
-        again: bool | Literal["stops_here"] = checkpointing != "none"
-        if checkpointing == "non_reentrant" and last:
-            again = "stops_here"
+        stops_here = not reentrant and index == len(linears) - 1
         first_differs = index < readers and not first_has_input_gradient
         for count, needs in ((layers - first_differs, True), (int(first_differs), False)):
-            parts.append(Linear(inputs, outputs, rows, count, weights, needs, rank).flops(again))
+            parts.append(Linear(inputs, outputs, rows, count, weights, needs, rank).flops(recompute, stops_here))
     return _sum(parts)
 
 
-def _attention(width: int, pairs: float, layers: int, kernel: str, checkpointing: Checkpointing) -> Flops:
+def _attention(width: int, pairs: float, layers: int, flash: bool, recompute: float) -> Flops:
     """Scores and weighted values: two products of `pairs` x width a layer, four in the backward pass."""
     product = 2.0 * width * pairs * layers
     # A flash kernel computes the scores again in its backward pass (Dao 2023, FlashAttention-2, section 3.1.2).
-    return Flops(
-        2 * product, (5 if kernel == "flash" else 4) * product, 2 * product if checkpointing != "none" else 0.0
-    )
+    return Flops(2 * product, (5 if flash else 4) * product, 2 * product * recompute)
 
 
 def _count(
     geometry: Geometry, work: Work, method: Method, rank: int, flash: bool, causal: bool,
-    checkpointing: Checkpointing, vision_adapters: bool,
+    recompute: float, reentrant: bool, vision_adapters: bool,
 ) -> dict[str, Flops]:  # fmt: skip
     vision, adapters = geometry.vision, method in ("lora", "qlora")
     trains_vision = method == "full" or (adapters and vision_adapters)
@@ -175,7 +169,6 @@ def _count(
     layers = vision.num_hidden_layers - 1
     patches = patches_per_tile(vision)
     rows = work.tiles * (patches + 1)
-    kernel = "flash" if flash else "eager"
 
     patch = Flops(2.0 * work.tiles * patches * 3 * vision.patch_size**2 * vision.hidden_size, 0.0)
     if method == "full":
@@ -187,10 +180,11 @@ def _count(
         layers,
         vision_rank,
         weights,
-        checkpointing,
+        recompute,
+        reentrant,
         first_has_input_gradient=weights,
     )
-    tower_attention = _attention(vision.hidden_size, work.tiles * (patches + 1) ** 2, layers, kernel, checkpointing)
+    tower_attention = _attention(vision.hidden_size, work.tiles * (patches + 1) ** 2, layers, flash, recompute)
     projector = _sum(
         Linear(i, o, work.projected, 1, weights, trains_vision, vision_rank).flops()
         for i, o in projector_linears(geometry)
@@ -204,10 +198,10 @@ def _count(
     # unless PEFT makes the embeddings require gradients, which it does for checkpointing.
     decoder = _tower(
         decoder_layer_linears(geometry), 1, work.tokens, geometry.num_hidden_layers, decoder_rank, weights,
-        checkpointing, first_has_input_gradient=weights or trains_vision or checkpointing != "none",
+        recompute, reentrant, first_has_input_gradient=weights or trains_vision or recompute > 0,
     )  # fmt: skip
     pairs = (work.tokens_squared + work.tokens) / 2 if causal else work.tokens_squared
-    attention = _attention(geometry.hidden_size, pairs, geometry.num_hidden_layers, kernel, checkpointing)
+    attention = _attention(geometry.hidden_size, pairs, geometry.num_hidden_layers, flash, recompute)
     if not trains_decoder:
         decoder, attention = Flops(decoder.forward, 0.0), Flops(attention.forward, 0.0)
     head = Linear(geometry.hidden_size, geometry.vocab_size, work.labels, 1, weights, True, decoder_rank).flops()
@@ -226,28 +220,30 @@ def training_flops(
     method: Method,
     rank: int | None = None,
     flash: bool = True,
-    checkpointing: Checkpointing = "non_reentrant",
+    recompute: float = 1.0,
+    reentrant: bool = False,
     vision_adapters: bool = True,
 ) -> TrainingFlops:
     """FLOP of training on `work` with a method of the tables.
 
     method: full, frozen (vision part frozen), lora, qlora (counts like lora: weights are expanded, then multiplied),
     or frozen_forward_only: what the published frozen rows very likely ran, where only the final norm and the head have
-    gradients. rank: of the adapters. flash: causal kernels that skip the masked half. checkpointing: "none",
-    "non_reentrant" (this project's; it leaves out each layer's last product) or "reentrant" (repeats whole layers).
+    gradients. rank: of the adapters. flash: causal kernels that skip the masked half. recompute: share of the layers
+    whose activations are recomputed in the backward pass (activation checkpointing), 0-1. reentrant: recomputation
+    repeats whole layers, as in the published code; this project's leaves out each layer's last product.
     vision_adapters: whether LoRA sits on the vision part too. Raises ValueError for adapters without a rank.
     """
     if method in ("lora", "qlora") and not rank:
         raise ValueError(f"rank: {rank!r}; method {method} expects an integer >= 1")
     r = rank or 0
-    needed = _count(geometry, work, method, r, False, True, "none", vision_adapters)
-    run = _count(geometry, work, method, r, flash, flash, checkpointing, vision_adapters)
+    needed = _count(geometry, work, method, r, False, True, 0.0, False, vision_adapters)
+    run = _count(geometry, work, method, r, flash, flash, recompute, reentrant, vision_adapters)
     return TrainingFlops(sum(part.total for part in needed.values()), sum(part.total for part in run.values()), run)
 
 
 def forward_flops(geometry: Geometry, work: Work, causal: bool = True) -> dict[str, float]:
     """FLOP of a forward pass by part, for evaluation and for checking the recipe's figures."""
-    parts = _count(geometry, work, "full", 0, False, causal, "none", False)
+    parts = _count(geometry, work, "full", 0, False, causal, 0.0, False, False)
     return {name: part.forward for name, part in parts.items()}
 
 

@@ -1,17 +1,21 @@
-"""Memory of one device at its peak, part by part, from counts and three constants. No torch.
+"""Memory of one device while this project's code trains, counted from the lifetimes of its tensors. No torch.
 
-    parts = memory(setup, constants)
-    parts.total_gb, parts.floor_gb, fits(setup, constants)
+    need = memory(setup)
+    need.allocated_gb, need.reserved_gb, need.context_gb, need.parts(), fits(setup)
 
-`total` is what the process takes where there is room: all parts at once, as the allocator keeps them. `floor` is the
-larger of two moments when it gives back what it can: the backward pass, with gradients leaving as soon as their bucket
-is reduced, and the optimizer step, without activations. A job between the two runs, with the device full and some time
-lost to the allocator, as the published V100 rows show.
+Three numbers that GPU tools report separately:
+
+- allocated: live tensors at the peak (torch.cuda.max_memory_allocated). Counted here, and held to traced runs.
+- reserved: what PyTorch's allocator holds, its cached free blocks included (torch.cuda.max_memory_reserved).
+- context: what the process takes beside the allocator: CUDA context, kernels, NCCL. nvidia-smi shows reserved + context.
+
+A step has several moments at which memory peaks. Each holds what rests on the device (weights, optimizer states) and
+what lives at that moment; the largest decides. What the published code took is in phi3v.planning.published.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from phi3v.planning.flops import Work
@@ -22,153 +26,213 @@ from phi3v.planning.geometry import (
     quantised_parameters,
     trainable_parameters,
 )
-from phi3v.planning.setup import Constants, Setup
+from phi3v.planning.setup import Setup
 
 GB = 1e9
 # nf4: half a byte, and a float32 scale for each block of 64 weights (bitsandbytes, double quantisation off).
 NF4_BYTES = 0.5 + 4 / 64
-# ZeRO's shard while it rests: float32 weight, two moments, float32 gradient.
-SHARD_BYTES = 16
-# Adapters are float32 with float32 gradients and moments, whole on each device.
+# ZeRO's shard while it rests, per trained parameter: float32 weight and AdamW's two moments (deepspeed
+# runtime/zero/stage_1_and_2.py, single_partition_of_fp32_groups).
+STATE_BYTES = 12
+# Gradient of a shard: accumulated in float32.
+GRADIENT_BYTES = 4
+# Adapters: float32 weight, gradient and two moments, whole on every device.
 ADAPTER_BYTES = 16
-# Reduction and gather buckets in 2 bytes, one of them doubled to overlap: their elements (phi3v.training.zero).
-BUCKET_BYTES, BUCKET, CPU_BUCKET = 3 * 2, 200_000_000, 5_000_000
+# DistributedDataParallel keeps gradients in buckets, and gradients are views of them (gradient_as_bucket_view is off by
+# default, so both exist): float32.
+DDP_BYTES = 4
+# DeepSpeed's reduction bucket, in elements (phi3v.training.zero): two of them with overlap_comm, and the reduced copy.
+BUCKETS, BUCKET, CPU_BUCKET = 3, 200_000_000, 5_000_000
+# Saved for the backward pass by a decoder layer that is not recomputed, bytes per token: width x (input, first norm 4,
+# queries to values 6, rotated queries and keys 4, attention 2, residual and second norm 4), feed-forward width x
+# (gate and up 4, product 2).
+DECODER_SAVED = (20, 6)
+# The same of the tower: width x (input, norm 4, queries to values 6, attention 2, residual and norm 4), feed-forward
+# width x (before and after the activation 4).
+CLIP_SAVED = (16, 4)
+# Temporaries while the layer runs backward, on top of what it saved: gradients of gate, up and product 6; of the
+# residual stream and of queries to values.
+DECODER_WORKING = (12, 8)
+CLIP_WORKING = (12, 8)
+# Eager attention, bytes per score. Saved: float32 and half probabilities. Working: their gradients.
+DECODER_SCORES_SAVED, DECODER_SCORES_WORKING = 6, 10
+CLIP_SCORES_SAVED, CLIP_SCORES_WORKING = 4, 4
+# Logits: half precision 2, float32 4, log-softmax 4, gradients 6.
+LOGIT_BYTES = 16
+# Per process beside the allocator: CUDA context and kernels about 0.5 GB, NCCL's buffers and workspaces the rest. An
+# estimate: no GPU has measured it.
+CONTEXT = 1.0e9
+# What fragmentation adds to tensors that come and go, with expandable segments. An estimate, as above.
+FRAGMENTATION = 0.15
 # What a CPU process holds once PyTorch, transformers and the Trainer are imported, bytes: 0.50 GB measured.
 CPU_RUNTIME = 0.5e9
-# Largest tensors alive while one decoder layer runs backward, per token: width x (layer input and two norms in both
-# precisions 18, queries to output 14), feed-forward width x (gate, up, product 8 and their gradients 6).
-DECODER_LAYER_BYTES = (32, 14)
-# The same of the tower: width x 16, feed-forward width x 14.
-CLIP_LAYER_BYTES = (16, 14)
-# Eager scores alive in one layer's backward pass. Decoder: float32 and half probabilities 6, gradients 10; CLIP: 8.
-DECODER_SCORE_LIVE_BYTES, CLIP_SCORE_LIVE_BYTES = 16, 8
-# Logits: half precision 2, float32 4, its shifted copy 4, log-softmax 4, gradient 4.
-LOGIT_LIVE_BYTES = 18
+
+Fit = Literal["yes", "tight", "no"]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device by part."""
+    """Bytes on one device."""
 
-    weights: float
-    gradients: float
-    optimizer: float
-    checkpoints: float
-    """Layer inputs kept for recomputation (or everything, without it)."""
-    activations: float
-    """Largest layer while it runs."""
-    scores: float
-    """Eager attention's scores: one layer's, and those that pile up without ZeRO."""
-    logits: float
-    buckets: float
-    quantisation: float
-    """The largest 4-bit weight while it is expanded."""
-    runtime: float
-    floor: float
-    """What a full device cannot do without; not a part of its own."""
-
-    def parts(self) -> dict[str, float]:
-        """Part to GB; they add up to total_gb."""
-        return {field.name: getattr(self, field.name) / GB for field in fields(self) if field.name != "floor"}
+    resting: dict[str, float]
+    """Held throughout training, by part."""
+    moments: dict[str, dict[str, float]]
+    """What lives on top at each moment of a step that can be the peak, by part."""
+    fragmentation: float
+    """Share of the peak's passing tensors that the allocator holds in addition."""
+    context: float
 
     @property
-    def total_gb(self) -> float:
-        """Peak where there is room, GB."""
+    def peak_moment(self) -> str:
+        """The moment at which most is alive."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    def parts(self) -> dict[str, float]:
+        """Part to GB at the peak; they add up to allocated_gb."""
+        parts = dict(self.resting)
+        for name, size in self.moments[self.peak_moment].items():
+            parts[name] = parts.get(name, 0.0) + size
+        return {name: size / GB for name, size in parts.items()}
+
+    @property
+    def allocated_gb(self) -> float:
+        """Live tensors at the peak, GB."""
         return sum(self.parts().values())
 
     @property
-    def floor_gb(self) -> float:
-        """Peak when everything that can be given back is, GB."""
-        return self.floor / GB
+    def reserved_gb(self) -> float:
+        """What the allocator holds at the peak, GB."""
+        return self.allocated_gb + self.fragmentation * sum(self.moments[self.peak_moment].values()) / GB
+
+    @property
+    def context_gb(self) -> float:
+        """What the process takes beside the allocator, GB."""
+        return self.context / GB
+
+    @property
+    def device_gb(self) -> float:
+        """What a reading of the device shows, GB: reserved and context."""
+        return self.reserved_gb + self.context_gb
+
+    @property
+    def least_gb(self) -> float:
+        """What the job cannot do without, GB: allocated and context."""
+        return self.allocated_gb + self.context_gb
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch in one of the two towers."""
+
+    kept: float
+    """From the forward pass to the backward pass of the last layer."""
+    layer: float
+    """While the heaviest layer runs backward, on top of what is kept."""
+
+
+def _towers(setup: Setup, work: Work) -> tuple[Activations, Activations]:
+    """Activations of the vision tower and of the decoder."""
+    geometry, vision = setup.geometry, setup.geometry.vision
+    positions = patches_per_tile(vision) + 1
+    eager = float(not setup.flash)
+    tower_scores = eager * vision.num_attention_heads * work.tiles * positions**2
+    decoder_scores = eager * geometry.num_attention_heads * work.tokens_squared
+    tower = _activations(
+        setup, work.tiles * positions, (vision.hidden_size, vision.intermediate_size), vision.num_hidden_layers - 1,
+        (CLIP_SAVED, CLIP_WORKING), (CLIP_SCORES_SAVED * tower_scores, CLIP_SCORES_WORKING * tower_scores),
+    )  # fmt: skip
+    decoder = _activations(
+        setup, work.tokens, (geometry.hidden_size, geometry.intermediate_size), geometry.num_hidden_layers,
+        (DECODER_SAVED, DECODER_WORKING),
+        (DECODER_SCORES_SAVED * decoder_scores, DECODER_SCORES_WORKING * decoder_scores),
+    )  # fmt: skip
+    trains_vision = setup.method in ("full", "lora", "qlora")
+    if not trains_vision:
+        tower = Activations(0.0, 0.0)
+    if setup.method == "frozen_forward_only":
+        decoder = Activations(0.0, 0.0)
+    return tower, decoder
+
+
+def _activations(
+    setup: Setup, rows: float, widths: tuple[int, int], layers: int, each: tuple[tuple[int, int], tuple[int, int]],
+    scores: tuple[float, float],
+) -> Activations:  # fmt: skip
+    """each: saved and working bytes per row, by width and feed-forward width. scores: the same of eager attention."""
+    double = 2 if setup.dtype == "fp32" else 1
+    saved, working = (
+        rows * double * (outer * widths[0] + inner * widths[1]) + double * score
+        for (outer, inner), score in zip(each, scores, strict=True)
+    )
+    inputs = rows * double * 2 * widths[0]
+    recomputed = layers * setup.recompute
+    return Activations(
+        kept=recomputed * inputs + (layers - recomputed) * saved, layer=working + (saved if setup.recompute else 0.0)
+    )
 
 
 def _weights(setup: Setup) -> float:
     held = sum(parameters(setup.geometry).values())
     width = 4 if setup.dtype == "fp32" else 2
-    if setup.float32_weights:
-        width = 4
     if setup.method != "qlora":
-        return held * width
+        return float(held * width)
     quantised = quantised_parameters(setup.geometry)
     return quantised * NF4_BYTES + (held - quantised) * width
 
 
-def _activations(setup: Setup, work: Work) -> tuple[float, float, float]:
-    """(kept for the backward pass, largest layer alive, largest layer's eager scores) of one micro-batch."""
-    geometry, vision = setup.geometry, setup.geometry.vision
-    width = 2 if setup.dtype == "fp32" else 1
-    rows = work.tiles * (patches_per_tile(vision) + 1)
-    trains_vision = setup.method in ("full", "lora", "qlora")
-    trains_decoder = setup.method != "frozen_forward_only"
-    decoder_layer = DECODER_LAYER_BYTES[0] * geometry.hidden_size + DECODER_LAYER_BYTES[1] * geometry.intermediate_size
-    clip_layer = CLIP_LAYER_BYTES[0] * vision.hidden_size + CLIP_LAYER_BYTES[1] * vision.intermediate_size
-    decoder_kept = 2 * geometry.hidden_size if setup.checkpointing else decoder_layer
-    clip_kept = 2 * vision.hidden_size if setup.checkpointing else clip_layer
-    kept = work.tokens * geometry.num_hidden_layers * decoder_kept * trains_decoder
-    kept += rows * (vision.num_hidden_layers - 1) * clip_kept * trains_vision
-    alive = max(work.tokens * decoder_layer, rows * clip_layer)
-    scores = 0.0
-    if not setup.flash:
-        decoder_scores = geometry.num_attention_heads * work.tokens_squared * DECODER_SCORE_LIVE_BYTES
-        clip_scores = (
-            vision.num_attention_heads * work.tiles * (patches_per_tile(vision) + 1) ** 2 * CLIP_SCORE_LIVE_BYTES
-        )
-        scores = max(decoder_scores, clip_scores)
-        if not setup.checkpointing:
-            # Float32 and half probabilities of every layer stay.
-            scores += geometry.num_attention_heads * work.tokens_squared * 6 * geometry.num_hidden_layers
-    return kept * width, alive * width, scores * width
-
-
-def memory(setup: Setup, constants: Constants) -> Memory:
+def memory(setup: Setup) -> Memory:
     """Bytes of the setup on one device, for its longest example times the micro-batch."""
     geometry, work = setup.geometry, setup.longest.scaled(setup.micro_batch)
     trained = sum(trainable_parameters(geometry, setup.trains_by, setup.rank).values())
-    with_gradient = parameters(geometry)["head"] if setup.method == "frozen_forward_only" else trained
-    width = 4 if setup.dtype == "fp32" else 2
-    kept, alive, scores = _activations(setup, work)
-    largest = max(i * o for i, o in decoder_layer_linears(geometry).values())
-    if setup.adapters:
-        gradients, optimizer, resting = 0.0, float(ADAPTER_BYTES * trained), float(ADAPTER_BYTES * trained)
-    else:
-        gradients = float(width * with_gradient)
-        optimizer = constants.optimizer_bytes * trained / setup.devices
-        resting = SHARD_BYTES * trained / setup.devices
-    piled = 0.0
-    if setup.adapters and not setup.flash:
-        piled = (
-            constants.cached_scores * geometry.num_attention_heads * work.tokens_squared * geometry.num_hidden_layers
-        )
     cpu = setup.hardware.kind == "cpu"
-    buckets = 0.0 if setup.adapters or setup.devices == 1 else float(BUCKET_BYTES * (CPU_BUCKET if cpu else BUCKET))
-    weights = _weights(setup)
-    logits = work.labels * geometry.vocab_size * LOGIT_LIVE_BYTES
-    expanded = largest * 6.0 if setup.method == "qlora" else 0.0
-    runtime = CPU_RUNTIME if cpu else constants.runtime_gb * GB
-    # One layer's gradients stay: they are reduced together.
-    one_layer = gradients / (geometry.num_hidden_layers + 1)
-    backward = weights + one_layer + resting + kept + alive + scores + logits + buckets + expanded + runtime
-    stepping = weights + optimizer + buckets + runtime
-    return Memory(
-        weights=weights, gradients=gradients, optimizer=optimizer, checkpoints=kept, activations=alive,
-        scores=scores + piled, logits=logits, buckets=buckets, quantisation=expanded, runtime=runtime,
-        floor=max(backward, stepping),
-    )  # fmt: skip
+    tower, decoder = _towers(setup, work)
+    resting, gradients, bucket = {"weights": _weights(setup)}, 0.0, 0.0
+    width = 4 if setup.dtype == "fp32" else 2
+    if setup.adapters:
+        resting["optimizer"] = float(ADAPTER_BYTES - GRADIENT_BYTES) * trained
+        gradients = (GRADIENT_BYTES + (DDP_BYTES if setup.devices > 1 else 0)) * trained
+    else:
+        resting["optimizer"] = STATE_BYTES * trained / setup.devices
+        gradients = GRADIENT_BYTES * trained / setup.devices
+        if setup.devices > 1:
+            bucket = float(BUCKETS * width * min(CPU_BUCKET if cpu else BUCKET, trained))
+    if cpu:
+        resting["runtime"] = CPU_RUNTIME
+    logits = work.labels * geometry.vocab_size * LOGIT_BYTES
+    largest = max(i * o for i, o in decoder_layer_linears(geometry).values())
+    expanded = 2.0 * largest if setup.method == "qlora" else 0.0
+    both = tower.kept + decoder.kept
+    held = {"gradients": gradients, "buckets": bucket}
+    moments = {
+        "head": {**held, "layer inputs": both, "logits": logits},
+        "decoder backward": {**held, "layer inputs": both, "activations": decoder.layer, "4-bit expansion": expanded},
+        "tower backward": {**held, "layer inputs": tower.kept, "activations": tower.layer, "4-bit expansion": expanded},
+        "optimizer step": {**held, "gradients": gradients + (0 if setup.adapters else gradients)},
+    }
+    return Memory(resting, moments, 0.0 if cpu else FRAGMENTATION, 0.0 if cpu else CONTEXT)
 
 
-Fit = Literal["yes", "full", "no"]
+def probe_bytes(setup: Setup) -> float:
+    """Allocated bytes at the peak of a forward and backward pass alone, without optimizer, whole gradients staying."""
+    need = memory(setup)
+    trained = sum(trainable_parameters(setup.geometry, setup.trains_by, setup.rank).values())
+    resting = sum(need.resting.values()) - need.resting["optimizer"]
+    width = 4 if setup.dtype == "fp32" or setup.adapters else 2
+    passing = {
+        name: sum(size for part, size in parts.items() if part not in ("gradients", "buckets"))
+        for name, parts in need.moments.items()
+    }
+    passing["tower backward"] += width * trained
+    passing["optimizer step"] += width * trained
+    return resting + max(passing.values()) + (4.0 * trained if setup.adapters else 0.0)
 
 
-def fits(setup: Setup, constants: Constants) -> Fit:
-    """yes: the peak fits; full: only the floor does, the device runs full; no: not even that. A CPU always fits."""
-    capacity = setup.hardware.memory_gb
-    need = memory(setup, constants)
-    if capacity is None or need.total_gb <= capacity:
+def fits(setup: Setup) -> Fit:
+    """yes: reserved and context fit the device; tight: only if PyTorch frees cached memory, which is slower; no.
+
+    A CPU always fits.
+    """
+    capacity, need = setup.hardware.memory_gb, memory(setup)
+    if capacity is None or need.device_gb <= capacity:
         return "yes"
-    return "full" if need.floor_gb <= capacity else "no"
-
-
-def predicted_peak_gb(setup: Setup, constants: Constants) -> float:
-    """What a memory reading shows at the peak: the total, or the device's capacity where the job fills it."""
-    total = memory(setup, constants).total_gb
-    return total if setup.hardware.memory_gb is None else min(total, setup.hardware.memory_gb)
+    return "tight" if need.least_gb <= capacity else "no"

@@ -9,12 +9,18 @@ COLUMNS = (
     ("row", "row", ""),
     ("device", "device", ""),
     ("devices", "n", "d"),
-    ("peak_gb", "peak GB", ".1f"),
+    ("allocated_gb", "allocated GB", ".1f"),
+    ("reserved_gb", "reserved GB", ".1f"),
+    ("context_gb", "context GB", ".1f"),
     ("fits", "fits", ""),
-    ("micro_batch", "largest micro-batch", "d"),
+    ("published_memory_gb", "published GB (device)", ".0f"),
+    ("as_published_gb", "published code, predicted GB (device)", ".1f"),
+    ("micro_batch", "micro-batch", "d"),
+    ("largest_micro_batch", "largest micro-batch", "d"),
+    ("recompute", "recomputed layers", ".0%"),
     ("images_per_second", "img/s", ".2f"),
-    ("published_images_per_second", "published", ".3f"),
-    ("as_published", "as published", ".2f"),
+    ("published_images_per_second", "published img/s", ".3f"),
+    ("as_published", "published code, predicted img/s", ".2f"),
     ("mfu", "MFU", ".0%"),
     ("hfu", "HFU", ".0%"),
     ("hours", "hours", ".2f"),
@@ -34,8 +40,11 @@ def plan_html(plan: dict[str, Any]) -> str:
         '<section id="plan">',
         "<h2>Plan</h2>",
         "<p>Predicted before anything ran: FLOP and bytes counted from the layer sizes, with constants calibrated on"
-        " the published speed tables. <em>as published</em>: the prediction for what the recipe's scripts ran on the"
-        " published hardware; frozen rows there very likely ran the decoder forward only (an inference).</p>",
+        " the published speed tables. <em>Allocated</em>: live tensors at the peak. <em>Reserved</em>: what PyTorch's"
+        " allocator holds, cached blocks included. <em>Context</em>: what the process takes beside it. A reading of the"
+        " device (nvidia-smi) shows reserved and context together; the published memory is very likely such a reading"
+        " (an inference). <em>Published code</em>: the prediction for what the recipe's scripts ran on the published"
+        " hardware; frozen rows there very likely ran the decoder forward only (an inference).</p>",
         f"<table><thead><tr>{head}</tr></thead><tbody>",
     ]
     for row in planned:

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.planning import text
-from phi3v.planning.calibration import published_setup
+from phi3v.planning.choice import largest_micro_batch, setup_of
 from phi3v.planning.disk import DOWNLOADS, check_disk, disk, row_gb
 from phi3v.planning.flops import utilisation
-from phi3v.planning.geometry import model_geometry, parameters, trainable_parameters
+from phi3v.planning.geometry import parameters, trainable_parameters
 from phi3v.planning.memory import GB, Fit, fits, memory
+from phi3v.planning.misfit import needs, refused
+from phi3v.planning.published import MemoryConstants, published_memory, published_setup
 from phi3v.planning.roofline import images_per_second, peak_tflops, step_time
 from phi3v.planning.setup import Constants, Setup
-from phi3v.planning.workload import mean_and_longest, workload
-from phi3v.settings import AccuracyRow, Job, NotRun, ResolvedRun, SettingsError, SpeedRow, Workload
+from phi3v.planning.workload import workload
+from phi3v.settings import AccuracyRow, Job, ResolvedRun, SettingsError, SpeedRow, Workload
 from phi3v.settings.commands import own_settings
-from phi3v.settings.run import place_accuracy
 
 # Three passes of an accuracy row: before (shared by rows), after, control.
 EVALUATION_PASSES = 3
@@ -54,15 +55,29 @@ class Planned:
     parameters: dict[str, int] | None = None
     trainable: dict[str, int] | None = None
     memory_gb: dict[str, float] | None = None
-    peak_gb: float | None = None
-    floor_gb: float | None = None
+    """Allocated memory of one device at the peak by part; adds up to allocated_gb (phi3v.planning.memory)."""
+    peak_moment: str | None = None
+    """The part of a step at which the peak occurs."""
+    allocated_gb: float | None = None
+    """Live tensors at the peak, as torch.cuda.max_memory_allocated reports them."""
+    reserved_gb: float | None = None
+    """Memory that PyTorch's allocator holds, cached blocks included. An estimate on top of allocated_gb."""
+    context_gb: float | None = None
+    """What the process takes beside the allocator: CUDA context, NCCL. An estimate."""
     fits: Fit | None = None
     micro_batch: int | None = None
+    """What the row runs with."""
+    recompute: float | None = None
+    """Share of the layers whose activations are recomputed."""
+    largest_micro_batch: int | None = None
     """Largest that fits, and divides the batch."""
     images_per_second: float | None = None
     published_images_per_second: float | None = None
     as_published: float | None = None
-    """images_per_second of what the recipe's scripts ran, on the published hardware."""
+    """images_per_second predicted for the published code on the published hardware."""
+    as_published_gb: float | None = None
+    """Memory predicted for the published code: a reading of the whole device, as published_memory_gb is."""
+    published_memory_gb: float | None = None
     step_seconds: dict[str, float] | None = None
     mfu: float | None = None
     hfu: float | None = None
@@ -80,39 +95,9 @@ class Planned:
     """What the rules ask a cluster for (Resources), by kind of job; a site's limits may cut it."""
 
 
-def setup_of(run: ResolvedRun, job: Job, root: Path = Path()) -> tuple[Setup, Workload]:
-    """The setup and workload of a placed row, as this project runs it; raises SettingsError where data are missing."""
-    row = job.row
-    geometry = model_geometry(row.model, run.models[row.model], root)
-    load = workload(row.dataset, run.datasets[row.dataset], root)
-    mean, longest = mean_and_longest(load, geometry, job.num_crops)
-    setup = Setup(
-        geometry, run.hardware[job.pool.device], row.method, row.dtype, row.flash_attention, mean, longest,
-        row.batch_size, job.nodes, job.processes_per_node, row.known_micro_batch, row.lora_rank or 0,
-        checkpointing=row.gradient_checkpointing,
-    )  # fmt: skip
-    if row.micro_batch_size == "auto":
-        setup = replace(setup, micro_batch=largest_micro_batch(setup, Constants()) or 1)
-    return setup, load
-
-
-def largest_micro_batch(setup: Setup, constants: Constants) -> int | None:
-    """The largest micro-batch that fits with room and divides the batch; None where not even one does, and on a CPU."""
-    best = None
-    if setup.hardware.memory_gb is None:
-        return None
-    for size in range(1, setup.batch_size // setup.devices + 1):
-        if setup.batch_size % (setup.devices * size):
-            continue
-        if fits(replace(setup, micro_batch=size), constants) != "yes":
-            break
-        best = size
-    return best
-
-
 def evaluation_seconds(setup: Setup, load: Workload, constants: Constants, passes: int = EVALUATION_PASSES) -> float:
     """Seconds of the passes: prompts as forward passes, then each answer token reads the weights once."""
-    forward = replace(setup, method="frozen_forward_only", checkpointing=False, batch_size=setup.devices, micro_batch=1)
+    forward = replace(setup, method="frozen_forward_only", recompute=0.0, batch_size=setup.devices, micro_batch=1)
     flops = step_time(forward, constants)
     prompt = flops.matmul + flops.attention + flops.elementwise
     weights = 2 * sum(parameters(setup.geometry).values())
@@ -129,11 +114,21 @@ def training_steps(row: AccuracyRow | SpeedRow, load: Workload, run: ResolvedRun
     return limit if limit > 0 else math.ceil(load.train / row.batch_size) * math.ceil(row.epochs)
 
 
-def _published_prediction(job: Job, run: ResolvedRun, setup: Setup, constants: Constants) -> float | None:
+def _published_code(job: Job, run: ResolvedRun, setup: Setup, constants: Constants) -> dict[str, float | None]:
+    """Published figures of a speed row, and the predictions for the published code; empty for other rows."""
     row = job.row
-    if not isinstance(row, SpeedRow) or job.pool.stand_in or row.published_images_per_second is None:
-        return None
-    return images_per_second(published_setup(row, setup.geometry, run.hardware[row.hardware]), constants)
+    if not isinstance(row, SpeedRow):
+        return {}
+    published = {
+        "published_images_per_second": row.published_images_per_second, "published_memory_gb": row.published_memory_gb,
+    }  # fmt: skip
+    if job.pool.stand_in or row.published_images_per_second is None:
+        return published
+    theirs = published_setup(row, setup.geometry, run.hardware[row.hardware])
+    return published | {
+        "as_published": images_per_second(theirs, constants),
+        "as_published_gb": published_memory(theirs, MemoryConstants()).total_gb,
+    }
 
 
 def plan_job(run: ResolvedRun, job: Job, root: Path = Path(), constants: Constants | None = None) -> Planned:
@@ -145,7 +140,7 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path(), constants: Constan
         time, peak = step_time(setup, constants), peak_tflops(setup)
     except SettingsError as error:
         return Planned(row.row, job.table_row, kind, f"not planned: {error}", job.pool.device)
-    need, state = memory(setup, constants), fits(setup, constants)
+    need, state = memory(setup), fits(setup)
     steps = training_steps(row, load, run)
     seconds = steps * time.seconds
     if kind == "accuracy":
@@ -156,151 +151,22 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path(), constants: Constan
     parts.pop("flops")
     return Planned(
         row=row.row, table_row=job.table_row, kind=kind,
-        status="run" if state != "no" else f"{_refused(run, job)} {needs(setup, load, job, constants)}",
+        status="run" if state != "no" else f"{refused(run, job)} {needs(setup, load, job)}",
         device=job.pool.device, nodes=job.nodes, devices=devices, method=row.method, dtype=row.dtype,
         flash_attention=row.flash_attention, parameters=parameters(setup.geometry),
         trainable=trainable_parameters(setup.geometry, setup.trains_by, setup.rank, row.legacy_freezing),
-        memory_gb=need.parts(), peak_gb=need.total_gb, floor_gb=need.floor_gb, fits=state,
-        micro_batch=largest_micro_batch(setup, constants), images_per_second=setup.batch_size / time.seconds,
-        published_images_per_second=getattr(row, "published_images_per_second", None),
-        as_published=_published_prediction(job, run, setup, constants), step_seconds=parts,
+        memory_gb=need.parts(), peak_moment=need.peak_moment, allocated_gb=need.allocated_gb,
+        reserved_gb=need.reserved_gb, context_gb=need.context_gb, fits=state, micro_batch=setup.micro_batch,
+        recompute=setup.recompute, largest_micro_batch=largest_micro_batch(setup),
+        images_per_second=setup.batch_size / time.seconds, step_seconds=parts,
         mfu=utilisation(time.flops.model, time.seconds, peak, devices),
         hfu=utilisation(time.flops.hardware, time.seconds, peak, devices), steps=steps, hours=hours,
         gpu_hours=hours * devices, price=job.pool.price_per_hour and job.pool.price_per_hour * hours * devices,
         energy_kwh=hardware.power_w and hardware.power_w * hours * devices / 1000,
         disk_gb=sum(row_gb(setup, row, run.settings.save_minutes)) if kind == "accuracy" else None,
         jobs={name: asdict(resources(run, job, root, name)) for name in JOB_KINDS[kind]},
+        **_published_code(job, run, setup, constants),
     )  # fmt: skip
-
-
-def _named(run: ResolvedRun, job: Job) -> bool:
-    """Whether the run asks for the job's row by its exact name."""
-    return job.table_row in (*run.settings.rows.accuracy, *run.settings.rows.speed)
-
-
-def _refused(run: ResolvedRun, job: Job) -> str:
-    """How a row that does not fit is announced: one that was asked for by its exact name is tried all the same."""
-    return "asked for by name, so it is tried, but it" if _named(run, job) else "not run:"
-
-
-def misfit(run: ResolvedRun, job: Job, constants: Constants | None = None) -> str | None:
-    """What a placed row needs that its device does not have, or None where it fits or nothing is known.
-
-    Nothing is known of a model without `geometry` or a dataset without `workload`: their sizes come with the download,
-    and which rows run must not change in the middle of a run.
-    """
-    if run.models[job.row.model].geometry is None or run.datasets[job.row.dataset].workload is None:
-        return None
-    constants = constants or Constants()
-    setup, load = setup_of(run, job)
-    return needs(setup, load, job, constants) if fits(setup, constants) == "no" else None
-
-
-def runnable(run: ResolvedRun) -> ResolvedRun:
-    """The run without the rows that cannot fit their device: they join `not_run`, with what they need.
-
-    A row that is asked for by its exact name stays: the prediction may be wrong, and training says what would help.
-    """
-    missing = {
-        job.row.row: reason
-        for job in (*run.accuracy, *run.speed)
-        if not _named(run, job) and (reason := misfit(run, job)) is not None
-    }
-    left_out = [
-        NotRun(row=job.row, reason=missing[job.row.row])
-        for job in (*run.accuracy, *run.speed)
-        if job.row.row in missing
-    ]
-    kept = {
-        "accuracy": [job for job in run.accuracy if job.row.row not in missing],
-        "speed": [job for job in run.speed if job.row.row not in missing],
-        "not_run": [*run.not_run, *left_out],
-    }
-    # A new object, not a copy: a copy would keep the index of jobs of the old one.
-    return ResolvedRun.model_construct(**{**dict(run), **kept})
-
-
-def room(setup: Setup, constants: Constants) -> str:
-    """How a setup that fits does so: its peak where there is room, else the floor of a device that it fills."""
-    need = memory(setup, constants)
-    if fits(setup, constants) == "yes":
-        return f"{need.total_gb:.0f} GB"
-    return f"fills the device, {need.floor_gb:.0f} GB at least"
-
-
-def alternatives(setup: Setup, constants: Constants, rank: int = 64) -> list[Setup]:
-    """Cheaper ways on the same devices, in the recipe's order; only those that the hardware can do and that fit."""
-    found = []
-    for method in ("full", "frozen", "lora", "qlora"):
-        if method == "qlora" and not setup.hardware.quantisation:
-            continue
-        other = replace(
-            setup, method=method, rank=(setup.rank or rank) if "lora" in method else 0, micro_batch=1,
-            flash=setup.hardware.flash_attention,
-        )  # fmt: skip
-        if fits(other, constants) != "no" and (other.method, other.flash) != (setup.method, setup.flash):
-            found.append(other)
-    return found
-
-
-def fewer_crops(setup: Setup, load: Workload, num_crops: int, constants: Constants) -> tuple[int, Setup] | None:
-    """The largest num_crops below `num_crops` with which the setup fits, and that setup; None where none does."""
-    for crops in range(num_crops - 1, 0, -1):
-        mean, longest = mean_and_longest(load, setup.geometry, crops)
-        smaller = replace(setup, work=mean, longest=longest)
-        if fits(smaller, constants) != "no":
-            return crops, smaller
-    return None
-
-
-def own_devices(setup: Setup, job: Job, constants: Constants) -> str | None:
-    """The override with which an accuracy row fits on more devices of its pool, the fewest; None where none helps."""
-    if not isinstance(job.row, AccuracyRow):
-        return None
-    for gpus in range(setup.devices + 1, setup.batch_size // setup.micro_batch + 1):
-        nodes, per_node = place_accuracy(gpus, job.pool)
-        if nodes * per_node != gpus or setup.batch_size % (gpus * setup.micro_batch):
-            continue
-        wider = replace(setup, nodes=nodes, per_node=per_node)
-        if fits(wider, constants) != "no":
-            return (
-                f"{gpus} devices, which this run has: `overrides: {{{job.table_row}: {{gpus: {gpus}}}}}` "
-                f"({room(wider, constants)})"
-            )
-    return None
-
-
-def other_devices(setup: Setup, constants: Constants) -> str | None:
-    """How many devices the setup would fit on; None where more do not help."""
-    for nodes in (2, 4, 8, 16):
-        wider = replace(setup, nodes=setup.nodes * nodes, batch_size=max(setup.batch_size, setup.devices * nodes))
-        if fits(wider, constants) != "no":
-            return f"{wider.devices} devices ({room(wider, constants)})"
-    return None
-
-
-def needs(setup: Setup, load: Workload, job: Job, constants: Constants) -> str:
-    """ "needs …": by how much a setup misses its device, and what would do."""
-    need, capacity = memory(setup, constants), float(setup.hardware.memory_gb or 0)
-    ways = []
-    if setup.micro_batch > 1 and fits(replace(setup, micro_batch=1), constants) != "no":
-        ways.append("micro_batch_size 1")
-    own = None if setup.adapters else own_devices(setup, job, constants)
-    if own:
-        ways.append(own)
-    ways += [
-        f"{other.method}{' with flash attention' if other.flash and not setup.flash else ''} ({room(other, constants)})"
-        for other in alternatives(setup, constants)
-    ]
-    if smaller := fewer_crops(setup, load, job.num_crops, constants):
-        ways.append(f"num_crops {smaller[0]} in place of {job.num_crops} ({room(smaller[1], constants)})")
-    if not setup.adapters and not own and (other_count := other_devices(setup, constants)):
-        ways.append(other_count)
-    ways.append(f"a device with {math.ceil(need.total_gb)} GB, or filled, {math.ceil(need.floor_gb)} GB")
-    return (
-        f"needs {need.floor_gb:.0f} GB a device, {setup.hardware.title} has {capacity:.0f} GB: "
-        f"{need.floor_gb - capacity:.0f} GB too little; would fit: {', '.join(ways)}"
-    )
 
 
 @dataclass(frozen=True)
@@ -340,7 +206,7 @@ def resources(run: ResolvedRun, job: Job, root: Path = Path(), kind: str = "trai
         minutes = seconds / 60 * (CPU_MARGIN if cpu else MARGIN) + START_MINUTES
         # A process holds its libraries, the weights it reads and those it gathers to save; a CPU one all its tensors.
         weights = 2 * sum(parameters(setup.geometry).values()) / 1e6
-        tensors = memory(setup, constants).total_gb * 1000 if cpu else 2 * weights
+        tensors = memory(setup).allocated_gb * 1000 if cpu else 2 * weights
         mem_mb = processes * (3_000 + tensors if cpu else 12_000 + tensors)
     except SettingsError:
         minutes, mem_mb = 24 * 60.0, processes * (3_000.0 if cpu else 48_000.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phi3v.planning.flops import Checkpointing, TrainingFlops, training_flops
+from phi3v.planning.flops import TrainingFlops, training_flops
 from phi3v.planning.geometry import (
     clip_layer_linears,
     decoder_layer_linears,
@@ -103,7 +103,7 @@ def _empty(setup: Setup, field: str, expected: str) -> SettingsError:
 def passes(setup: Setup) -> tuple[float, float, float]:
     """(forward runs of the tower, forward runs of the decoder, backward runs of the decoder) in a micro-step."""
     decoder_trains = setup.method != "frozen_forward_only"
-    again = float(setup.checkpointing)
+    again = setup.recompute
     return 1 + again * trains_vision(setup), 1 + again * decoder_trains, float(decoder_trains)
 
 
@@ -199,9 +199,8 @@ def step_time(setup: Setup, constants: Constants) -> StepTime:
     peak = peak_tflops(setup) * 1e12 * constants.matmul_efficiency
     memory = float(setup.hardware.bandwidth_gb_s or 0) * 1e9
     bandwidth, streaming = memory * constants.bandwidth_efficiency, memory * constants.elementwise_efficiency
-    repeats: Checkpointing = "reentrant" if setup.as_published else "non_reentrant"
     flops = training_flops(
-        geometry, setup.work, setup.method, setup.rank or None, setup.flash, repeats if setup.checkpointing else "none"
+        geometry, setup.work, setup.method, setup.rank or None, setup.flash, setup.recompute, setup.as_published
     )
     width = 4 if setup.dtype == "fp32" else 2
     held = sum(parameters(geometry).values())

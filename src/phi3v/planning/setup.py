@@ -1,4 +1,4 @@
-"""What is planned: a method on devices with a batch, and the constants that turn counts into time and bytes."""
+"""What is planned: a method on devices with a batch, and the constants that turn counts into seconds."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from phi3v.settings import Geometry, Hardware
 
 @dataclass(frozen=True)
 class Constants:
-    """Eight numbers: seven fitted to the published tables (scripts/plan.py --published prints the fit), one chosen.
+    """What turns FLOP and bytes into seconds: four numbers fitted to the published tables, one chosen.
 
-    Efficiencies are shares of a datasheet's peak, the same for every device: what differs between devices is in
-    config/hardware.yaml.
+    `scripts/plan.py --published` prints the fit. Efficiencies are shares of a datasheet's peak, the same for every
+    device: what differs between devices is in config/hardware.yaml.
     """
 
     matmul_efficiency: float = field(default=0.613, metadata={"unit": "share of dense peak"})
@@ -27,12 +27,6 @@ class Constants:
     """Time of a layer's pass that grows with neither FLOP nor bytes: launches, tails of kernels, the host."""
     link_efficiency: float = field(default=0.247, metadata={"unit": "share of peak link bandwidth"})
     """What a collective reaches of the link that bounds it, within or between machines."""
-    runtime_gb: float = field(default=3.02, metadata={"unit": "GB a device"})
-    """CUDA context, communication buffers, workspaces and the allocator's slack: what is held beside the tensors."""
-    optimizer_bytes: float = field(default=24.5, metadata={"unit": "bytes per trained parameter, divided by devices"})
-    """ZeRO's shard at its peak, in the optimizer step: float32 weight, moments and gradient (16), and temporaries."""
-    cached_scores: float = field(default=3.28, metadata={"unit": "bytes per attention score and decoder layer"})
-    """Eager attention without ZeRO (adapters): score blocks that the allocator keeps while the device has room."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +49,8 @@ class Setup:
     rank: int = 0
     as_published: bool = False
     """Count what the recipe's scripts ran: whole layers recomputed, logits at every position (work says the tiles)."""
-    checkpointing: bool = True
-    """Recompute activations in the backward pass."""
+    recompute: float = 1.0
+    """Share of the layers whose activations are recomputed in the backward pass: 1 all, 0 none, every n-th layer 1/n."""
 
     @property
     def devices(self) -> int:

@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from phi3v.planning.plan import Plan, Planned
 
 LEGEND = """\
-n: devices. peak GB: memory of one device, predicted. fits: yes; full: only when the allocator gives back what it can; no.
-micro: largest micro-batch with room. img/s: over all devices. MFU, HFU: share of the dense peak, without and with recomputation.
+n: devices. Memory of one device, GB, predicted for this project's code: alloc: live tensors at the peak; resvd: what
+PyTorch's allocator holds; ctx: CUDA context and NCCL. A reading of the device (nvidia-smi) shows resvd + ctx.
+fits: yes; tight (works only if PyTorch frees cached memory; slower); no. micro: largest micro-batch that fits. img/s: over all devices. MFU, HFU: share of the dense peak, without and with recomputation.
 A CPU's peak is calibrated on one machine (docs/planner.md), so its figures are rough elsewhere.
 time: training (or timing) and evaluation. device-h: time x devices. kWh: at the boards' full power."""
 
@@ -23,15 +24,17 @@ def duration(hours: float) -> str:
 
 def table(plan: Plan) -> str:
     """A line a row, then the sums, the disk, and the rows that cannot run."""
-    head = f"{'row':32} {'device':11} {'n':>3} {'peak GB':>8} {'fits':5} {'micro':>5} {'img/s':>8}"
+    head = (
+        f"{'row':32} {'device':11} {'n':>3} {'alloc':>6} {'resvd':>6} {'ctx':>4} {'fits':5} {'micro':>5} {'img/s':>8}"
+    )
     lines = [f"{head} {'MFU':>5} {'HFU':>5} {'time':>8} {'device-h':>8} {'kWh':>6} {'price':>8}".rstrip()]
     for row in plan.rows:
         if row.hours is None:
             continue
         energy, price = ("" if value is None else f"{value:.1f}" for value in (row.energy_kwh, row.price))
         lines.append(
-            f"{row.row:32} {row.device:11} {row.devices:3} {row.peak_gb:8.1f} {row.fits:5}"
-            f" {row.micro_batch or '-':>5} {row.images_per_second:8.2f} {100 * (row.mfu or 0):4.0f}%"
+            f"{row.row:32} {row.device:11} {row.devices:3} {row.allocated_gb:6.1f} {row.reserved_gb:6.1f}"
+            f" {row.context_gb:4.1f} {row.fits:5} {row.largest_micro_batch or '-':>5} {row.images_per_second:8.2f} {100 * (row.mfu or 0):4.0f}%"
             f" {100 * (row.hfu or 0):4.0f}% {duration(row.hours):>8} {row.gpu_hours:8.2f} {energy:>6}"
             f" {price:>8}".rstrip()
         )
@@ -76,7 +79,17 @@ def detail(row: Planned) -> str:
     trained = {name: count / 1e6 for name, count in (row.trainable or {}).items()}
     parts("parameters, millions", millions, f"{sum(millions.values()):.4g}")
     parts("of these trained, millions", trained, f"{sum(trained.values()):.4g}")
-    parts("memory of one device, GB", row.memory_gb, f"{row.peak_gb:.4g}")
+    parts("allocated per device, GB", row.memory_gb, f"{row.allocated_gb:.4g}")
+    lines.append(
+        f"  peak in: {row.peak_moment}; reserved {row.reserved_gb:.4g} GB, context {row.context_gb:.4g} GB; micro-batch"
+        f" {row.micro_batch}, {100 * (row.recompute or 0):.0f} % of the layers recomputed"
+    )
+    if row.as_published_gb is not None:
+        published = "" if row.published_memory_gb is None else f", published {row.published_memory_gb:.4g} GB"
+        lines.append(
+            f"  published code: {row.as_published_gb:.4g} GB predicted for the whole device{published};"
+            f" {row.as_published:.4g} images/s predicted, published {row.published_images_per_second:.4g}"
+        )
     parts("an optimizer step, s", row.step_seconds, f"{sum((row.step_seconds or {}).values()):.4g}")
     lines.append(f"  {row.steps} steps, {duration(row.hours)} with evaluation, {row.gpu_hours:.2f} device-hours")
     for name, job in (row.jobs or {}).items():

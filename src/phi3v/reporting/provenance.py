@@ -147,8 +147,8 @@ PLAN_COLUMNS = (
     "hours taken",
     "images/s planned",
     "images/s seen",
-    "peak GB planned",
-    "peak GB seen",
+    "allocated GB planned",
+    "allocated GB seen",
 )
 
 
@@ -184,6 +184,6 @@ def plan(tables: Tables, results: Path) -> list[list[Any]]:
             peak = line.result.observed.get("peak_memory_bytes")
         found.append(
             [line.row.row, entry.get("status"), entry.get("hours"), taken / 3600 if taken else None, entry.get("images_per_second"), rate,
-             entry.get("peak_gb"), peak / GB if peak else None]
+             entry.get("allocated_gb"), peak / GB if peak else None]
         )  # fmt: skip
     return found

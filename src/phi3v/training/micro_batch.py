@@ -25,8 +25,8 @@ import torch.distributed as dist
 from phi3v.manifest import write_json
 from phi3v.planning.flops import example_work
 from phi3v.planning.geometry import geometry_from_config
-from phi3v.planning.memory import ADAPTER_BYTES, BUCKET_BYTES, SHARD_BYTES, memory
-from phi3v.planning.setup import Constants, Setup
+from phi3v.planning.memory import memory, probe_bytes
+from phi3v.planning.setup import Setup
 from phi3v.settings import FinetuneSettings, Hardware
 from phi3v.training import checkpoints
 from phi3v.training.memory import (
@@ -138,20 +138,22 @@ def choose(
     examples = [example(index) for index in order[: sizes[-1]]]
     examples = [examples[at % len(examples)] for at in range(sizes[-1])]
     setup = _setup(settings, model, examples[0], processes)
-    later = _later_bytes(settings, model, processes)
     held = held_bytes(device)
     capacity = _agreed(capacity_bytes(device, settings.memory_limit_gb, processes_on_this_machine()), "MIN", device)
 
     def estimate(size: int) -> float:
-        return memory(replace(setup, micro_batch=size), Constants()).total_gb * GB
+        return memory(replace(setup, micro_batch=size)).reserved_gb * GB
+
+    def later(size: int) -> float:
+        """What training's peak adds to a probe's: states, shards and buckets, less the gradients that ZeRO frees."""
+        sized = replace(setup, micro_batch=size)
+        return memory(sized).allocated_gb * GB - probe_bytes(sized)
 
     def probe(size: int) -> float:
-        return _agreed(_probe(settings, model, collate(examples[:size]), device) + later, "MAX", device)
+        return _agreed(_probe(settings, model, collate(examples[:size]), device) + later(size), "MAX", device)
 
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    found = largest_that_fits(
-        sizes, estimate, probe, held + later + gradients, capacity, fatal=device.type != "cuda"
-    )  # fmt: skip
+    resting = max(held, sum(memory(setup).resting.values()))
+    found = largest_that_fits(sizes, estimate, probe, resting, capacity, fatal=device.type != "cuda")
     tried = ", ".join(f"{size}: {_gb(found.peaks[size])}" for size in sorted(found.peaks))
     numbers = f"longest examples of {lengths[order[0]]} tokens, {tried}; {_gb(capacity)} to be had"
     if found.size is None:
@@ -165,7 +167,7 @@ def choose(
             output / FILE,
             {
                 "batch_size_per_gpu": found.size, "processes": processes, "device": device_name(device),
-                "settings": checkpoints.decisive(settings), "capacity_bytes": capacity, "later_bytes": later, "longest_tokens": lengths[order[0]],
+                "settings": checkpoints.decisive(settings), "capacity_bytes": capacity, "later_bytes": later(found.size), "longest_tokens": lengths[order[0]],
                 "peak_bytes": {
                     str(size): value if math.isfinite(value) else None for size, value in sorted(found.peaks.items())
                 },
@@ -210,18 +212,8 @@ def _setup(settings: FinetuneSettings, model: Any, longest: dict[str, Any], proc
     return Setup(
         geometry, nowhere, settings.method, "fp32" if weight_dtype(settings) == torch.float32 else settings.dtype,
         settings.use_flash_attention, work, work, settings.batch_size, 1, processes,
-        rank=settings.lora_rank if settings.use_lora else 0, checkpointing=settings.gradient_checkpointing,
+        rank=settings.lora_rank if settings.use_lora else 0, recompute=float(settings.gradient_checkpointing),
     )  # fmt: skip
-
-
-def _later_bytes(settings: FinetuneSettings, model: Any, processes: int) -> float:
-    """What a probe does not hold yet: optimizer states, master weights, and buffers of the reductions."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if uses_zero(settings):
-        cuda = next(model.parameters()).is_cuda
-        return SHARD_BYTES * trained / processes + (BUCKET_BYTES if processes > 1 and cuda else 0)
-    # Of ADAPTER_BYTES the probe holds weight and gradient; DDP keeps gradients in buckets of its own.
-    return trained * (ADAPTER_BYTES - 8 + (4 if processes > 1 else 0))
 
 
 def _probe(settings: FinetuneSettings, model: Any, batch: dict[str, Any], device: torch.device) -> float:

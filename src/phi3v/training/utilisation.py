@@ -60,7 +60,7 @@ def utilisation_of(
     def count(work: Work) -> TrainingFlops:
         return training_flops(
             geometry, work, settings.method, rank=settings.lora_rank, flash=settings.use_flash_attention,
-            checkpointing="non_reentrant" if settings.gradient_checkpointing else "none",
+            recompute=float(settings.gradient_checkpointing),
             vision_adapters=vision_adapters,
         )  # fmt: skip
 
