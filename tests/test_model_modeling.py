@@ -1,6 +1,7 @@
 """The model against golden data of the published code; batching, packing and loss against obvious versions."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -382,6 +383,25 @@ def test_text_only_batch_among_other_processes_touches_the_vision_part():
     with_picture = run(model, [example(0)])[1]
     assert grads.keys() == with_picture.keys()
     assert not any(grad.any() for grad in added.values())
+
+
+@pytest.mark.parametrize("lacking", ["pictures", "labels"])
+def test_what_a_float16_batch_lacks_adds_zero_to_the_loss(lacking):
+    """Also if the features or hidden states that stand for it exceed float16's largest number in sum."""
+    model = tiny_model(dtype=torch.float16, **LONG).train()
+    vision = model.model.vision_embed_tokens
+    vision.run_without_images = True
+    batch = example(1)
+    if lacking == "pictures":
+        torch.nn.init.constant_(vision.img_projection[2].bias, 60000.0)
+    else:
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+        model.model.norm.register_forward_hook(lambda module, inputs, output: output * 0 + 60000.0)
+    loss, grads = run(model, [batch])
+    assert math.isfinite(loss)
+    assert all(bool(torch.isfinite(grad).all()) for grad in grads.values())
+    assert not any(grad.any() for name, grad in grads.items() if "vision_embed_tokens" in name)
+    assert grads.keys() == run(model, [example(0)])[1].keys()
 
 
 def _distributed_step(rank: int, folder: str) -> None:

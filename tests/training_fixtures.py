@@ -80,17 +80,21 @@ PATIENT = ("--shutdown-timeout=900", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,
 
 
 def launch(
-    arguments: list[str], processes: int = 1, script: str = "scripts/finetune.py", more: dict[str, str] | None = None
+    arguments: list[str],
+    processes: int = 1,
+    script: str = "scripts/finetune.py",
+    more: dict[str, str] | None = None,
+    torchrun: bool = False,
 ) -> subprocess.Popen:
-    """Start a script, with several processes under torchrun; stdout and stderr together on a pipe.
+    """Start a script; stdout and stderr together on a pipe.
 
-    more: further environment variables.
+    Several processes run under torchrun, one does with `torchrun`. more: further environment variables.
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"} | (more or {})
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     command = [sys.executable]
-    if processes > 1:
+    if processes > 1 or torchrun:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *PATIENT]
     return subprocess.Popen(
         [*command, script, *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,

@@ -99,8 +99,9 @@ class Phi3VModel(Phi3VPreTrainedModel):
             found = int(is_image.sum())
             if found:
                 raise ValueError(f"input_ids: {found} image positions but no pixel_values; expected both or neither.")
-            if self.training and torch.is_grad_enabled() and self.vision_embed_tokens.must_run_without_images():
-                embeds = embeds + 0.0 * self.vision_embed_tokens().sum().to(embeds.dtype)
+            if self.vision_embed_tokens.must_run_without_images(self.training and torch.is_grad_enabled()):
+                # Zeros before the sum: float16 cannot hold the features' own sum, and infinity times zero is NaN.
+                embeds = embeds + (0.0 * self.vision_embed_tokens()).sum().to(embeds.dtype)
             return embeds
         if image_sizes is None:
             raise ValueError("pixel_values without image_sizes; expected [n_images, 2] (height, width of each canvas).")
@@ -303,7 +304,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             wanted = wanted & (position_ids.expand_as(labels)[:, 1:] != 0)
         predicting = hidden[:, :-1][wanted]  # [number of labels, D]
         if not len(predicting):
-            return hidden.sum().float() * 0.0
+            # Through the head too, whose weights DDP waits for; zeros first, since float16 may not hold the sum.
+            return self.lm_head(0.0 * hidden[:1, :1]).sum().float()
         targets = labels[:, 1:][wanted]
         logits = self.lm_head(predicting).float()
         if weights is None:

@@ -62,7 +62,7 @@ class ImageEmbedding(nn.Module):
         self.img_projection = nn.Sequential(
             nn.Linear(merged, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
         )
-        # None: blank tiles run for text-only batches only where several processes train together. True and False force.
+        # None: a blank tile runs for text-only batches if a distributed job needs it. True and False force.
         self.run_without_images: bool | None = None
 
     def forward(
@@ -111,18 +111,20 @@ class ImageEmbedding(nn.Module):
         # Each separator stands in many places: projecting the distinct rows and gathering afterwards does it once.
         return self.img_projection(torch.cat((merged, separators.to(merged.dtype))))
 
-    def must_run_without_images(self) -> bool:
-        """Whether a batch without pictures must still touch the vision weights.
+    def must_run_without_images(self, training: bool) -> bool:
+        """Whether a batch without pictures must still pass through the vision weights; `training`: backward follows.
 
-        Data-parallel reductions go by the order in which gradients appear; a process that skips the vision part while
-        another does not would wait forever or mix up buckets.
+        DDP expects a gradient of every weight in every step, also as one process, and its reductions go by the order in
+        which gradients appear. ZeRO 3 gathers weights at each call of a module, frozen or not, in training and
+        validation, and every process must take part. A process that skips the vision part would wait forever.
         """
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            return False
         if self.run_without_images is not None:
-            return self.run_without_images
-        distributed = torch.distributed
-        return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+            return self.run_without_images and training
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        weights = list(self.parameters())
+        in_shards = any(hasattr(weight, "ds_id") for weight in weights)
+        return in_shards or (training and any(weight.requires_grad for weight in weights))
 
     def _blank(self) -> torch.Tensor:
         """Features of one blank tile, through `forward` alone: ZeRO 3 gathers and reduces by a module's own calls."""
