@@ -240,6 +240,36 @@ def test_a_merge_that_fails_costs_the_steps_since_the_last_checkpoint(folders, t
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_no_adapter_is_read_through_the_first_gpu(folders, tmp_path, monkeypatch, capfd):
+    """Resume, best checkpoint, merge and evaluation read it on the CPU, on a machine where PEFT would choose CUDA."""
+    from peft import peft_model
+    from peft.utils import save_and_load
+
+    from phi3v.model.adapters import load_for_inference
+    from phi3v.training import export
+
+    devices: list[str] = []
+
+    def recorded(file: str, device: str = "cpu") -> dict[str, torch.Tensor]:
+        devices.append(device)
+        return load_file(file)
+
+    monkeypatch.setattr(save_and_load, "safe_load_file", recorded)
+    for module in (save_and_load, peft_model):
+        monkeypatch.setattr(module, "infer_device", lambda: "cuda")
+    values = {"fp32": True, "use_lora": True, "batch_size_per_gpu": 8, "save_steps": 2, "eval_steps": 2, "merge": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "merge", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(folders, tmp_path, keep_best=True, **values)
+    assert devices == ["cpu"]  # the best checkpoint
+    train(folders, tmp_path, keep_best=True, **values)
+    assert "checkpoint-4: going on from here" in capfd.readouterr().err
+    load_for_inference(tmp_path / "final", torch.float32)
+    assert devices == ["cpu"] * len(devices)
+    assert len(devices) >= 4  # resume, best checkpoint, merge, evaluation
+
+
 def test_the_best_weights_are_exported_and_training_stops_early(folders, tmp_path, capfd):
     """At an absurd learning rate the loss soon rises: the exported weights are those of the lowest validation loss."""
     out = train(
@@ -359,3 +389,17 @@ def test_longer_examples_are_left_out_and_counted(folders, tmp_path, capfd):
 def test_wrong_settings_are_refused_before_training(folders, tmp_path, values, message):
     with pytest.raises(SettingsError, match=message):
         train(folders, tmp_path, fp32=True, **values)
+
+
+def test_the_kernel_of_packed_batches_on_cuda_is_named():
+    """Torch's own operator for them, in the form in which a forward pass shows it."""
+    from torch.nn.attention import varlen
+
+    from phi3v.training.observe import _Operators, attention_kernel
+
+    heads, ends = torch.zeros(4, 1, 8, dtype=torch.bfloat16), torch.tensor([0, 4], dtype=torch.int32)
+    with _Operators() as seen, pytest.raises((RuntimeError, NotImplementedError)):  # no CPU kernel
+        varlen.varlen_attn(heads, heads, heads, ends, ends, 4, 4)
+    assert attention_kernel(seen.names, "sdpa") == "sdpa flash (varlen)"
+    assert attention_kernel({"_new_attention_kernel", "mm"}, "sdpa") == "_new_attention_kernel"
+    assert attention_kernel({"_softmax", "bmm"}, "eager") == "eager"

@@ -12,11 +12,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-# Operator names of PyTorch (native_functions.yaml) and flash-attn, and what a reader calls them.
+# Operator names of PyTorch (native_functions.yaml; torch.nn.attention.varlen) and flash-attn, and what a reader calls them.
 KERNELS = {
     "_scaled_dot_product_flash_attention_for_cpu": "sdpa flash (CPU)",
     "_scaled_dot_product_flash_attention": "sdpa flash",
     "_flash_attention_forward": "sdpa flash (varlen)",
+    "_varlen_attn": "sdpa flash (varlen)",
     "_scaled_dot_product_efficient_attention": "sdpa memory-efficient",
     "_scaled_dot_product_cudnn_attention": "sdpa cuDNN",
     "_scaled_dot_product_fused_attention_overrideable": "sdpa fused",
@@ -40,10 +41,15 @@ class _Operators(TorchDispatchMode):
 
 
 def attention_kernel(operators: set[str], implementation: str) -> str:
-    """The attention kernel among the operators of a layer; `implementation` tells eager from SDPA's composite."""
+    """The attention kernel among the operators of a layer; `implementation` tells eager from SDPA's composite.
+
+    An attention operator that has no title here is called by its own name.
+    """
     for name, title in KERNELS.items():
         if name in operators:
             return title
+    if unnamed := sorted(name for name in operators if "attention" in name or "attn" in name):
+        return unnamed[0]
     if "_softmax" in operators or "_safe_softmax" in operators:
         return "eager" if implementation == "eager" else "sdpa math"
     return "none seen"
