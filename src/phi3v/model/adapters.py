@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -74,7 +75,11 @@ def add_lora(
     with torch.random.fork_rng(devices=devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        adapted: Any = get_peft_model(model, config)
+    # The Trainer reloads adapters when it resumes and for the best checkpoint. PEFT would read the file onto the first
+    # GPU in every process, whichever GPU the process computes on.
+    adapted.load_adapter = functools.partial(adapted.load_adapter, torch_device="cpu")
+    return adapted
 
 
 def load_quantized(
@@ -193,7 +198,8 @@ def _with_adapter(folder: str | Path, dtype: torch.dtype, attn: str, quantised_a
     if quantised_as is not None:
         _round_to_nf4(base, base_of(folder), quantised_as)
     try:
-        return PeftModel.from_pretrained(base, str(folder))
+        # PEFT's default is the first GPU, in every process; merging and exporting touch no GPU at all.
+        return PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
     except RuntimeError as error:  # PyTorch lists the sizes that differ
         raise ValueError(
             f"{folder}: this adapter does not fit its base {base_of(folder)}: {' '.join(str(error).split())[:300]}"
