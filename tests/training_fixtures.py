@@ -64,11 +64,11 @@ def write_base(folder: Path, **data: int) -> Path:
     return folder
 
 
-def train_here(base: Path, out: Path, **values: Any) -> Path:
+def train_here(base: Path, out: Path, exit_code: int = 0, **values: Any) -> Path:
     """Train FOLDER/model on FOLDER/data in this process, without a progress bar; returns `out`."""
     folders = {"model_name_or_path": str(base / "model"), "data_dir": str(base / "data"), "output_dir": str(out)}
     try:
-        assert run(validate(FinetuneSettings, {"tqdm": False} | folders | values, "test")) == 0
+        assert run(validate(FinetuneSettings, {"tqdm": False} | folders | values, "test")) == exit_code
     finally:
         # It would keep precision and devices for the life of the process; a script has one job, a test has many.
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -20,6 +20,7 @@ import torch
 from phi3v.data.conversations import DataError
 from phi3v.data.folder import describe, split_file
 from phi3v.data.images import open_rgb
+from phi3v.data.processes import loader_workers
 from phi3v.evaluation import examples, predictions
 from phi3v.evaluation.examples import Question
 from phi3v.evaluation.generate import Answer, Choice, answer, choice_of, end_token_ids, prepare
@@ -208,9 +209,10 @@ def _run_pass(
     mine = open_batches[processes.rank :: processes.world]
     started = time.perf_counter()
     observer = _Observer(loaded.model)
+    workers = loader_workers(settings.num_workers, processes.device.type == "cuda")
     title = f"{settings.row or settings.dataset or 'evaluate'} {name}"
     with Progress(title, sum(len(batch) for batch in mine), settings.tqdm, silent=processes.rank != 0) as progress:
-        for batch, inputs in _prefetched(mine, questions, data_dir, loaded, settings.num_workers):
+        for batch, inputs in _prefetched(mine, questions, data_dir, loaded, workers):
             answers = _answer_within_memory(batch, inputs, questions, data_dir, loaded, settings.max_new_tokens)
             part.append(_records(questions, batch, answers))
             progress.advance(len(batch))

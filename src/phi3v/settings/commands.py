@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from phi3v.settings.entries import Dataset, Metric, Strict, dataset_key
 from phi3v.settings.reading import SettingsError, read_entries, validate
-from phi3v.settings.rows import CountOrAuto, Dtype, Seed, Training
+from phi3v.settings.rows import CountOrAuto, Dtype, Seed, Training, WorkersOrAuto
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -102,12 +102,13 @@ class FinetuneSettings(Precision):
     """Steps of linear warm-up before the linear decay."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass (non-reentrant)."""
-    zero_stage: Annotated[Literal[0, 2, 3], BeforeValidator(_number_word)] = 2
-    """DeepSpeed ZeRO stage of full fine-tuning; LoRA and QLoRA use none. 0: plain data parallel (ours)."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_number_word)] = 2
+    """DeepSpeed ZeRO stage of full fine-tuning; LoRA and QLoRA use none. 0: plain data parallel; 1: whole gradients on
+    each GPU, reduced once per step instead of after every micro-batch (both ours)."""
     seed: Seed = 42
     """Data order and initial adapters."""
-    num_workers: int = Field(0, ge=0)
-    """Data loading processes of each training process."""
+    num_workers: WorkersOrAuto = "auto"
+    """Data loading processes of each training process; auto: one less than its CPUs on a GPU, at most 8, none on a CPU."""
     batching: Literal["fixed", "length", "packed"] = "fixed"
     """Micro-batches in order, of like lengths, or packed to tokens_per_pack; the gradient is the same (ours)."""
     tokens_per_pack: int = Field(4096, ge=1)
@@ -268,8 +269,8 @@ class EvaluateSettings(Precision):
     """Longest answer."""
     seed: Seed = 42
     """Order of the control's swap."""
-    num_workers: int = Field(0, ge=0)
-    """Threads of each evaluating process that decode the next pictures."""
+    num_workers: WorkersOrAuto = "auto"
+    """Threads of each evaluating process that decode the next pictures; auto: as in training."""
     tqdm: bool = True
     """Progress bar; --no-tqdm for sparse lines."""
 

@@ -23,15 +23,19 @@ def _table_list(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
-def _count_or_auto(value: Any) -> Any:
-    count = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if count == "auto" or (isinstance(count, int) and not isinstance(count, bool) and count >= 1):
-        return count
-    raise ValueError("expected an integer >= 1, or auto")
+def _count_or_auto(least: int) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        count = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if count == "auto" or (isinstance(count, int) and not isinstance(count, bool) and count >= least):
+            return count
+        raise ValueError(f"expected an integer >= {least}, or auto")
+
+    return BeforeValidator(check)
 
 
 YesNo = Annotated[bool, BeforeValidator(_table_bool)]
-CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
+CountOrAuto = Annotated[int | Literal["auto"], _count_or_auto(1)]
+WorkersOrAuto = Annotated[int | Literal["auto"], _count_or_auto(0)]
 # numpy, which the Trainer seeds as well, takes 32 bits.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from phi3v.settings.commands import own_settings
 from phi3v.settings.entries import Dataset, Hardware, Model, Strict
 from phi3v.settings.reading import RowT, SettingsError, read_entries, read_tables, read_yaml, validate
-from phi3v.settings.rows import AccuracyRow, Name, Seed, SpeedRow, Training
+from phi3v.settings.rows import AccuracyRow, Name, Seed, SpeedRow, Training, WorkersOrAuto
 
 
 class Pool(Strict):
@@ -125,8 +125,8 @@ class Run(Strict):
     """Row pattern to fields: every departure of this run from the tables, shown in the report."""
     evaluation: Evaluation = Evaluation()
     speed: SpeedMeasurement = SpeedMeasurement()
-    num_workers: int = Field(2, ge=0)
-    """Data loading processes of each training process."""
+    num_workers: WorkersOrAuto = "auto"
+    """Data loading processes of each training process; auto: one less than its CPUs on a GPU, at most 8, none on a CPU."""
     save_minutes: float = Field(30, ge=0)
     """Checkpoint of each training job after so many minutes: what a machine that fails may cost; 0: none."""
     demo: str | None = None

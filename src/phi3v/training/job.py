@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from phi3v.data.processes import loader_workers
 from phi3v.planning.geometry import geometry_from_config
 from phi3v.settings import FinetuneSettings, SettingsError
 from phi3v.training.batching import BatchPlan, packs_needed
@@ -211,7 +212,7 @@ def training_arguments(settings: FinetuneSettings, folder: Path, accumulation: i
         report_to=["tensorboard", *settings.report_to] if first and trackers else [],
         disable_tqdm=True,
         log_level="error",
-        dataloader_num_workers=settings.num_workers,
+        dataloader_num_workers=loader_workers(settings.num_workers, cuda),
         dataloader_pin_memory=cuda,
         remove_unused_columns=False,
         average_tokens_across_devices=False,

@@ -65,10 +65,11 @@ class Meter:
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """Time the wait for data."""
+        """Time the wait for data; on CUDA only if the device has finished its work when the data arrives."""
         start = time.perf_counter()
         yield
-        self.loading_seconds += time.perf_counter() - start
+        if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():
+            self.loading_seconds += time.perf_counter() - start
 
     def restart_clock(self) -> None:
         """Leave out what happened since the last step: evaluation, saving, start-up."""

@@ -17,8 +17,8 @@ from phi3v.training import checkpoints
 from phi3v.training.batches import TRAINER_KEYS
 from phi3v.training.batching import BatchPlan, PlannedBatches
 from phi3v.training.checkpoints import CheckpointError
+from phi3v.training.loading import StepBatches, batch_loader
 from phi3v.training.meter import Meter
-from phi3v.training.signals import ignore_sigterm
 
 
 class RecipeTrainer(Trainer):
@@ -52,15 +52,12 @@ class RecipeTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """The planned micro-batches of this process."""
         self.sampler = PlannedBatches(self.plan, self.args.process_index)
-        return self._loader(self.train_dataset, self.sampler, self.data_collator)
+        return self._loader(self.train_dataset, self.sampler, self.data_collator, persistent=True)
 
-    def _loader(self, dataset: Any, sampler: PlannedBatches, collator: Any) -> DataLoader:
-        workers = self.args.dataloader_num_workers
-        return DataLoader(
-            dataset, batch_sampler=sampler, collate_fn=collator, num_workers=workers,
-            pin_memory=self.args.device.type == "cuda", multiprocessing_context="fork" if workers else None,
-            worker_init_fn=ignore_sigterm if workers else None,
-        )  # fmt: skip
+    def _loader(self, dataset: Any, sampler: PlannedBatches, collator: Any, persistent: bool = False) -> DataLoader:
+        return batch_loader(
+            dataset, sampler, collator, self.args.dataloader_num_workers, self.args.device.type == "cuda", persistent
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order and turns."""
@@ -70,14 +67,9 @@ class RecipeTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor | int | None]:
+    ) -> tuple[StepBatches, None]:  # type: ignore[override]  # the Trainer needs its length and one pass over it
         """The micro-batches of a step; the number of examples they are divided by comes with each of them."""
-        with self.meter.loading():
-            samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return samples, None
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
-        return None
+        return StepBatches(epoch_iterator, num_batches, self.meter), None
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # With DeepSpeed the Trainer casts every floating tensor to the compute type; 1/3 in bfloat16 is off by 0.1 %.
