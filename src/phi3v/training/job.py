@@ -16,6 +16,7 @@ from phi3v.data.processes import loader_workers
 from phi3v.planning.geometry import geometry_from_config
 from phi3v.settings import FinetuneSettings, SettingsError
 from phi3v.training.batching import BatchPlan, packs_needed
+from phi3v.training.memory import growing_segments
 from phi3v.training.precision import attention_implementation, check_device, uses_zero, weight_dtype
 from phi3v.training.zero import prepare_deepspeed, zero_config
 
@@ -173,6 +174,16 @@ def read_data(settings: FinetuneSettings, processor: Any, split: str) -> tuple[A
     return dataset, folder, dataset.num_crops
 
 
+def adamw_implementation(settings: FinetuneSettings, cuda: bool) -> str:
+    """The Trainer's name of the AdamW to use: fused on CUDA, where it needs no temporary copies; torch's default on a CPU.
+
+    float16 adapters keep the default: the fused kernel itself leaves out a step that overflowed, so accelerate cannot
+    see it and would advance the learning rate anyway. ZeRO scales the loss itself.
+    """
+    scaler = settings.dtype == "fp16" and not uses_zero(settings)
+    return "adamw_torch_fused" if cuda and not scaler else "adamw_torch"
+
+
 def training_arguments(settings: FinetuneSettings, folder: Path, accumulation: int, trackers: bool) -> Any:
     """The Trainer's arguments; making them joins the process group."""
     from transformers import TrainingArguments
@@ -194,7 +205,7 @@ def training_arguments(settings: FinetuneSettings, folder: Path, accumulation: i
         max_grad_norm=settings.max_grad_norm,
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type="linear",
-        optim="adamw_torch",
+        optim=adamw_implementation(settings, cuda),
         bf16=settings.dtype == "bf16",
         fp16=settings.dtype == "fp16",
         seed=settings.seed,
@@ -231,6 +242,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     prepare_process(settings)
     if settings.deterministic:
         deterministic_kernels()
+    growing_segments()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = check_geometry(settings, processes)
     if torch.cuda.is_available():

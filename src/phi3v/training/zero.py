@@ -29,20 +29,28 @@ def prepare_deepspeed(cuda: bool) -> None:
 def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> dict[str, Any]:
     """DeepSpeed's configuration; the optimizer and schedule are the Trainer's (torch AdamW, linear).
 
-    accumulation: micro-steps of an optimizer step. ZeRO 2 shards optimizer states and gradients, 3 weights as well.
+    accumulation: micro-steps of an optimizer step. ZeRO 1 shards optimizer states, 2 gradients too, 3 weights as well.
     """
-    # On a CPU a bucket is copied whole however little is in it; the published models fill 2e8 on a GPU.
-    bucket = 200_000_000 if cuda else 5_000_000
+    # Elements. On a GPU two buckets are held: 200 MB each keeps the links busy, and the largest weight (the embedding,
+    # 98.5 million) fits in one. On a CPU a bucket is copied whole, no matter how little is in it.
+    bucket = 100_000_000 if cuda else 5_000_000
     zero: dict[str, Any] = {
         "stage": settings.zero_stage,
         "overlap_comm": cuda,
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
+        # False: each share of a bucket is reduced to the process that owns it, which moves half the bytes of DeepSpeed's
+        # default, an all-reduce whose other shares are thrown away. That default is for small models on many GPUs.
+        "use_multi_rank_bucket_allreduce": not cuda,
     }
     if settings.zero_stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_prefetch_bucket_size": bucket}
+    # bfloat16 keeps 8 bits: a sum over many micro-steps would lose the small gradients. On a CPU DeepSpeed's default
+    # (the compute type) stays.
+    accumulate: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}} if cuda else {}
     return {
+        **accumulate,
         "train_micro_batch_size_per_gpu": settings.batch_size_per_gpu,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": settings.max_grad_norm,
