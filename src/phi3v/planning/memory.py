@@ -42,7 +42,7 @@ ADAPTER_BYTES = 16
 # default, so both exist): float32.
 DDP_BYTES = 4
 # DeepSpeed's reduction bucket, in elements (phi3v.training.zero): two of them with overlap_comm, and the reduced copy.
-BUCKETS, BUCKET, CPU_BUCKET = 3, 200_000_000, 5_000_000
+BUCKETS, BUCKET, CPU_BUCKET = 3, 100_000_000, 5_000_000
 # Saved for the backward pass by a decoder layer that is not recomputed, bytes per token: width x (input, first norm 4,
 # queries to values 6, rotated queries and keys 4, attention 2, residual and second norm 4), feed-forward width x
 # (gate and up 4, product 2).
