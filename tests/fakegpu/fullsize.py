@@ -67,7 +67,7 @@ def without_weights() -> Iterator[None]:
 
     with (
         mock.patch.object(Phi3VForCausalLM, "from_pretrained", classmethod(_on_device)),
-        mock.patch.object(adapters, "load_quantized", _quantised),
+        mock.patch.object(adapters, "load_quantized", quantised),
     ):
         yield
 
@@ -85,7 +85,7 @@ def _on_device(
     return model
 
 
-def _quantised(
+def quantised(
     folder: str | Path, dtype: torch.dtype = torch.bfloat16, attn: str = "sdpa", device: object = None
 ) -> Any:
     """adapters.load_quantized by hand: bitsandbytes' Params4bit cannot hold a fake tensor."""
@@ -96,7 +96,7 @@ def _quantised(
 
     from phi3v.model import Phi3VForCausalLM
 
-    model = Phi3VForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn)
+    model = Phi3VForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn).to("cuda")
     for name, linear in list(model.named_modules()):
         if not isinstance(linear, nn.Linear) or name == "lm_head":
             continue
