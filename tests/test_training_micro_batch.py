@@ -16,7 +16,7 @@ from phi3v.settings import FinetuneSettings, SettingsError, validate
 from phi3v.training import micro_batch
 from phi3v.training.checkpoints import decisive
 from phi3v.training.memory import GB, OutOfMemoryError, held_bytes, peak
-from phi3v.training.micro_batch import candidates, largest_that_fits
+from phi3v.training.micro_batch import Way, candidates, fastest_that_fits, largest_that_fits
 
 CPU = torch.device("cpu")
 
@@ -59,6 +59,61 @@ def test_the_largest_is_found_whatever_the_estimate_says(share, fixed, each, cap
         assert found.size in (truth, max((size for size in sizes if need(size) <= capacity), default=None))
 
 
+WAYS = [Way(size, interval) for interval in (0, 8, 4, 2, 1) for size in (8, 4, 2, 1)]
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    each=st.floats(0.5, 20), kept=st.floats(0.05, 1), capacity=st.floats(1, 300), wrong=st.floats(0.5, 2),
+    runs_out=st.booleans(), fatal=st.booleans(), order=st.permutations(WAYS),
+)  # fmt: skip
+def test_the_fastest_way_is_found(each, kept, capacity, wrong, runs_out, fatal, order):
+    """An example takes `each` GB, of which a recomputed layer keeps the share `kept`; 2 GB rest on the device."""
+    tried: list[Way] = []
+
+    def passing(way: Way) -> float:
+        return each * way.size * (1 - (1 - kept) * way.share)
+
+    def probe(way: Way) -> float:
+        tried.append(way)
+        return math.inf if runs_out and 2 + passing(way) > capacity else 2 + passing(way)
+
+    best, peaks = fastest_that_fits(order, lambda way: 2 + wrong * passing(way), probe, 2.0, capacity, fatal)
+    fitting = [way for way in order if 2 + passing(way) <= capacity * (1 - 1e-9)]
+    assert peaks.keys() == set(tried)
+    assert len(tried) == len(set(tried))
+    if fatal:
+        assert all(2 + passing(way) <= capacity * (1 + 1e-9) for way in tried[1:])
+    if not fitting:
+        assert best is None or 2 + passing(best) <= capacity * (1 + 1e-9)
+    else:
+        assert best is not None
+        # The estimate is wrong by one factor, so one measurement corrects it.
+        assert order.index(best) <= order.index(fitting[0]) or len(tried) >= 8
+
+
+def test_with_auto_only_as_much_is_recomputed_as_the_memory_asks_for(base, tmp_path):
+    """On a CPU: with much memory no layer is recomputed, with a little less than that takes some are; equal losses."""
+
+    def train_within(name: str, limit_gb: float) -> tuple[dict, list[float]]:
+        out = train_here(
+            base, tmp_path / name, batch_size=32, batch_size_per_gpu=32, fp32=True, zero_stage=0, max_steps=2,
+            gradient_checkpointing="auto", memory_limit_gb=limit_gb,
+        )  # fmt: skip
+        observed = json.loads((out / "observed.json").read_text())
+        chosen = json.loads((out / micro_batch.FILE).read_text())
+        assert observed["batch_size_per_gpu"] == 32
+        assert observed["recompute_every"] == chosen["recompute_every"]
+        return chosen, [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    wide, losses = train_within("wide", room_for(8.0))
+    assert wide["recompute_every"] == 0
+    (peak_without,) = [probe["peak_bytes"] for probe in wide["probes"] if probe["recompute_every"] == 0]
+    narrow, same = train_within("narrow", peak_without / GB - 0.04)
+    assert narrow["recompute_every"] > 0
+    assert same == losses
+
+
 def test_the_peak_of_a_block_is_measured():
     with peak(CPU) as first:
         torch.ones(50_000_000)  # 200 MB, given back at once
@@ -98,7 +153,8 @@ def test_auto_uses_the_room_there_is_and_trains_within_it(base, tmp_path):
     assert wide["batch_size_per_gpu"] == 32
     size = narrow["batch_size_per_gpu"]
     assert 1 < size < 32
-    assert narrow["peak_bytes"][str(size)] <= narrow["capacity_bytes"]
+    (chosen,) = [probe for probe in narrow["probes"] if probe["batch_size_per_gpu"] == size]
+    assert chosen["peak_bytes"] <= narrow["capacity_bytes"]
     assert taken[0] <= 1.1 * narrow["capacity_bytes"]
     observed = json.loads((tmp_path / "narrow" / "observed.json").read_text())
     assert observed["batch_size_per_gpu"] == size
@@ -112,7 +168,8 @@ def test_auto_uses_the_room_there_is_and_trains_within_it(base, tmp_path):
 
 def test_nothing_fits_is_said_with_the_numbers(base, tmp_path):
     with pytest.raises(
-        OutOfMemoryError, match=r"not even one example at a time fits: .*1: .*GB; 0\.10 GB to be had.*--"
+        OutOfMemoryError,
+        match=r"not even one example at a time fits: .*micro-batch 1, no layer recomputed: .*GB; 0\.10 GB are available.*--",
     ):
         train(base, tmp_path / "none", 0.1)
 
@@ -147,11 +204,17 @@ def test_a_job_that_goes_on_keeps_its_size(tmp_path, monkeypatch):
         return validate(FinetuneSettings, {"model_name_or_path": "m", "output_dir": "o"} | values, "test")
 
     (tmp_path / "checkpoints" / "checkpoint-5").mkdir(parents=True)
-    values = {"batch_size_per_gpu": 8, "processes": 2, "device": "CPU (x)", "settings": decisive(asked())}
+    values = {
+        "batch_size_per_gpu": 8,
+        "recompute_every": 4,
+        "processes": 2,
+        "device": "CPU (x)",
+        "settings": decisive(asked()),
+    }
     (tmp_path / micro_batch.FILE).write_text(json.dumps(values))
     monkeypatch.setattr(micro_batch, "device_name", lambda device: "CPU (x)")
-    assert micro_batch._kept(asked(), tmp_path, 2, CPU) == 8
-    assert micro_batch._kept(asked(save_steps=7), tmp_path, 2, CPU) == 8
+    assert micro_batch._kept(asked(), tmp_path, 2, CPU) == Way(8, 4)
+    assert micro_batch._kept(asked(save_steps=7), tmp_path, 2, CPU) == Way(8, 4)
     assert micro_batch._kept(asked(), tmp_path, 4, CPU) is None
     # Of another batch it might not even be a divisor.
     assert micro_batch._kept(asked(batch_size=4), tmp_path, 2, CPU) is None
@@ -164,9 +227,12 @@ def test_a_job_that_goes_on_keeps_its_size(tmp_path, monkeypatch):
     [
         ({"batch_size_per_gpu": "auto", "batching": "packed"}, "with packed batches"),
         ({"batch_size_per_gpu": "auto", "zero_stage": 3}, "with zero_stage 3"),
+        ({"gradient_checkpointing": "auto", "batching": "packed"}, "with packed batches"),
+        ({"gradient_checkpointing": "auto", "zero_stage": 3}, "with zero_stage 3"),
+        ({"gradient_checkpointing": False, "recompute_every": 2}, "gradient_checkpointing is not on"),
         ({"batch_size_per_gpu": "many"}, "`batch_size_per_gpu`: got 'many': expected an integer >= 1, or auto"),
         ({"batch_size_per_gpu": 0}, "expected an integer >= 1, or auto"),
-        ({"memory_limit_gb": 4}, "batch_size_per_gpu is not auto"),
+        ({"memory_limit_gb": 4}, "neither batch_size_per_gpu nor gradient_checkpointing is auto"),
     ],
 )
 def test_what_cannot_be_found_is_refused(values, said):

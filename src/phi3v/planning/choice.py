@@ -40,15 +40,17 @@ def micro_batches(setup: Setup) -> list[int]:
     return [size for size in range(1, share + 1) if setup.batch_size % (setup.devices * size) == 0]
 
 
-def best_micro_batch(setup: Setup, constants: Constants, shares: Sequence[float] = RECOMPUTE_SHARES) -> Choice | None:
+def best_micro_batch(
+    setup: Setup, constants: Constants, shares: Sequence[float] = RECOMPUTE_SHARES, sizes: Sequence[int] | None = None
+) -> Choice | None:
     """The (micro-batch, recomputation) with the shortest predicted step among those that fit without being tight.
 
-    shares: of recomputed layers that may be chosen; only the setup's own if it is set by the row. None if nothing fits,
+    shares (of recomputed layers), sizes: what may be chosen; only the row's own if it sets one. None if nothing fits,
     or if the device's memory is not known (a CPU). Of equal times the smaller micro-batch wins.
     """
     if setup.hardware.memory_gb is None:
         return None
-    choices = [Choice(size, share) for size in micro_batches(setup) for share in shares]
+    choices = [Choice(size, share) for size in sizes or micro_batches(setup) for share in shares]
     possible = [choice for choice in choices if fits(choice.applied(setup)) == "yes"]
     return min(possible, key=lambda choice: step_time(choice.applied(setup), constants).seconds, default=None)
 
@@ -69,8 +71,11 @@ def setup_of(run: ResolvedRun, job: Job, root: Path = Path()) -> tuple[Setup, Wo
     setup = Setup(
         geometry, run.hardware[job.pool.device], row.method, row.dtype, row.flash_attention, mean, longest,
         row.batch_size, job.nodes, job.processes_per_node, row.known_micro_batch, row.lora_rank or 0,
-        recompute=float(row.gradient_checkpointing),
+        recompute=1.0 if row.recompute is None else row.recompute,
     )  # fmt: skip
-    if row.micro_batch_size == "auto" and (choice := best_micro_batch(setup, Constants(), (setup.recompute,))):
-        setup = choice.applied(setup)
+    if "auto" in (row.micro_batch_size, row.gradient_checkpointing):
+        shares = RECOMPUTE_SHARES if row.recompute is None else (row.recompute,)
+        sizes = micro_batches(setup) if row.micro_batch_size == "auto" else [row.micro_batch_size]
+        if choice := best_micro_batch(setup, Constants(), shares, sizes):
+            setup = choice.applied(setup)
     return setup, load

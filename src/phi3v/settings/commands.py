@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from phi3v.settings.entries import Dataset, Metric, Strict, dataset_key
 from phi3v.settings.reading import SettingsError, read_entries, validate
-from phi3v.settings.rows import CountOrAuto, Dtype, Seed, Training, WorkersOrAuto
+from phi3v.settings.rows import CountOrAuto, Dtype, Seed, Training, WorkersOrAuto, YesNoOrAuto, recompute_share
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -100,8 +100,11 @@ class FinetuneSettings(Precision):
     """Gradients are clipped to this norm."""
     warmup_steps: int = Field(50, ge=0)
     """Steps of linear warm-up before the linear decay."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass (non-reentrant)."""
+    gradient_checkpointing: YesNoOrAuto = True
+    """Recompute activations in the backward pass (non-reentrant); also as a bare flag, or --no-gradient_checkpointing.
+    auto: in as few layers as the memory allows, found before training (ours)."""
+    recompute_every: int = Field(1, ge=1)
+    """With gradient_checkpointing: recompute every n-th layer only; 1: all layers (ours)."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_number_word)] = 2
     """DeepSpeed ZeRO stage of full fine-tuning; LoRA and QLoRA use none. 0: plain data parallel; 1: whole gradients on
     each GPU, reduced once per step instead of after every micro-batch (both ours)."""
@@ -164,26 +167,43 @@ class FinetuneSettings(Precision):
             raise ValueError("use_dora: without adapters; expected --use_lora or --use_qlora beside it")
         if self.merge and not (self.use_lora or self.use_qlora):
             raise ValueError("merge: without adapters; full fine-tuning writes a whole checkpoint in any case")
-        if self.batch_size_per_gpu == "auto":
-            if self.batching == "packed":
-                raise ValueError("batch_size_per_gpu: auto, with packed batches; expected --tokens_per_pack to say it")
-            if self.method in ("full", "frozen") and self.zero_stage == 3:
-                raise ValueError(
-                    "batch_size_per_gpu: auto, with zero_stage 3, whose weights are in shards before anything can be "
-                    "probed; expected a number"
-                )
-        elif self.memory_limit_gb is not None:
-            raise ValueError("memory_limit_gb: set, but batch_size_per_gpu is not auto")
+        self._check_auto("batch_size_per_gpu", "a number")
+        self._check_auto("gradient_checkpointing", "--gradient_checkpointing or --no-gradient_checkpointing")
+        if self.recompute_every > 1 and self.gradient_checkpointing is not True:
+            raise ValueError("recompute_every: set, but gradient_checkpointing is not on")
+        if self.memory_limit_gb is not None and not self.is_probed:
+            raise ValueError("memory_limit_gb: set, but neither batch_size_per_gpu nor gradient_checkpointing is auto")
         for name in ("keep_best", "early_stopping_patience"):
             if getattr(self, name) and not self.eval_steps:
                 raise ValueError(f"{name}: set, but eval_steps is 0; expected --eval_steps N")
         return self
+
+    def _check_auto(self, name: str, expected: str) -> None:
+        if getattr(self, name) != "auto":
+            return
+        if self.batching == "packed":
+            raise ValueError(f"{name}: auto, with packed batches, which --tokens_per_pack limits; expected {expected}")
+        if self.method in ("full", "frozen") and self.zero_stage == 3:
+            raise ValueError(
+                f"{name}: auto, with zero_stage 3, whose weights are in shards before anything can be probed; expected "
+                f"{expected}"
+            )
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether something is found before training by running real passes."""
+        return "auto" in (self.batch_size_per_gpu, self.gradient_checkpointing)
 
     @property
     def micro_batch_size(self) -> int:
         """batch_size_per_gpu where it is known; what `auto` found has to be put in its place before."""
         assert self.batch_size_per_gpu != "auto"
         return self.batch_size_per_gpu
+
+    @property
+    def recompute(self) -> float | None:
+        """Share of the layers that are recomputed in the backward pass; None: auto, not chosen yet."""
+        return recompute_share(self.gradient_checkpointing, self.recompute_every)
 
     @property
     def method(self) -> Literal["full", "frozen", "lora", "qlora"]:
@@ -312,6 +332,9 @@ def parse(settings: type[C], description: str, arguments: list[str] | None = Non
         options["help"] = f"{field.description or ''}{default}".replace("%", "%%")
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif name == "gradient_checkpointing":
+            options.update(nargs="?", const="yes", metavar="yes|no|auto")
+            parser.add_argument(f"--no-{name}", dest=name, action="store_const", const="no", default=argparse.SUPPRESS)
         else:
             options["metavar"] = name.upper()
         if get_origin(field.annotation) is list:
@@ -345,7 +368,11 @@ def training_flags(row: Training, num_crops: int) -> list[str]:
     flags += ["--num_crops", str(num_crops), "--num_train_epochs", _number(row.epochs)]
     flags += ["--learning_rate", _number(row.learning_rate), "--wd", _number(row.weight_decay)]
     flags += ["--warmup_steps", str(row.warmup_steps)]
-    flags += [] if row.gradient_checkpointing else ["--no-gradient_checkpointing"]
+    if row.gradient_checkpointing == "auto":
+        flags += ["--gradient_checkpointing", "auto"]
+    else:
+        flags += [] if row.gradient_checkpointing else ["--no-gradient_checkpointing"]
+    flags += ["--recompute_every", str(row.recompute_every)] if row.recompute_every > 1 else []
     return flags + [flag for name, value in row.finetune.items() for flag in _flag(name, value)]
 
 
@@ -362,7 +389,7 @@ DECIDED = frozenset({
     "model_name_or_path", "output_dir", "data_dir", "dataset", "full_train", "row", "use_lora", "use_qlora",
     "lora_rank", "lora_alpha_ratio", "lora_dropout", "freeze_vision_model", "bf16", "fp16", "fp32",
     "use_flash_attention", "batch_size", "batch_size_per_gpu", "num_crops", "num_train_epochs", "learning_rate", "wd",
-    "warmup_steps", "gradient_checkpointing", "seed", "num_workers", "tqdm",
+    "warmup_steps", "gradient_checkpointing", "recompute_every", "seed", "num_workers", "tqdm",
 })  # fmt: skip
 
 
@@ -380,7 +407,8 @@ def own_settings(row: Training, where: str) -> FinetuneSettings:
     frozen = {"freeze_vision_model": "legacy" if row.legacy_freezing else "vision"} if row.method == "frozen" else {}
     own = {
         "model_name_or_path": row.model, "output_dir": row.row, row.dtype: True, "use_lora": adapters,
-        "use_qlora": row.method == "qlora", "batch_size_per_gpu": row.micro_batch_size, **frozen,
+        "use_qlora": row.method == "qlora", "batch_size_per_gpu": row.micro_batch_size,
+        "gradient_checkpointing": row.gradient_checkpointing, "recompute_every": row.recompute_every, **frozen,
     }  # fmt: skip
     return validate(FinetuneSettings, own | row.finetune, where)
 

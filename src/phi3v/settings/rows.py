@@ -34,11 +34,17 @@ def _count_or_auto(least: int) -> BeforeValidator:
 
 
 YesNo = Annotated[bool, BeforeValidator(_table_bool)]
+YesNoOrAuto = Annotated[bool | Literal["auto"], BeforeValidator(_table_bool)]
 CountOrAuto = Annotated[int | Literal["auto"], _count_or_auto(1)]
 WorkersOrAuto = Annotated[int | Literal["auto"], _count_or_auto(0)]
 # numpy, which the Trainer seeds as well, takes 32 bits.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+def recompute_share(checkpointing: bool | Literal["auto"], every: int) -> float | None:
+    """Share of the layers whose activations are recomputed in the backward pass; None: auto."""
+    return None if checkpointing == "auto" else float(checkpointing) / every
 
 
 class Training(Strict):
@@ -76,8 +82,10 @@ class Training(Strict):
     """AdamW's decoupled weight decay."""
     warmup_steps: int = Field(50, ge=0)
     """Steps of linear warm-up before the linear decay."""
-    gradient_checkpointing: YesNo = True
-    """Recompute activations in the backward pass."""
+    gradient_checkpointing: YesNoOrAuto = True
+    """Recompute activations in the backward pass; auto: in as few layers as the memory allows."""
+    recompute_every: int = Field(1, ge=1)
+    """With gradient_checkpointing yes: recompute every n-th layer only; 1: all layers."""
     finetune: dict[str, Any] = {}
     """In overrides: further settings of scripts/finetune.py by their names, as {eval_steps: 100, keep_best: true}."""
     published_doubted: YesNo = False
@@ -89,6 +97,11 @@ class Training(Strict):
     def known_micro_batch(self) -> int:
         """micro_batch_size, or 1 where it is still to be found."""
         return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+
+    @property
+    def recompute(self) -> float | None:
+        """Share of the layers that are recomputed; None if it is still to be chosen."""
+        return recompute_share(self.gradient_checkpointing, self.recompute_every)
 
     @model_validator(mode="after")
     def _method_and_adapter_agree(self) -> Training:

@@ -23,6 +23,7 @@ from phi3v.training.job import Job, build
 from phi3v.training.lock import FolderLock, LockedError
 from phi3v.training.memory import OutOfMemoryError, explain_memory, peak_memory_bytes
 from phi3v.training.observe import Observer, device_name, linear4bit, size_of
+from phi3v.training.recompute import interval_of, recomputation
 from phi3v.training.signals import REQUEUE_EXIT_CODE, StopRequest, parents_command, seconds_to_save
 from phi3v.training.steps import NotANumberError, StepCallback
 from phi3v.training.utilisation import utilisation_of
@@ -220,6 +221,7 @@ def headline(job: Job) -> str:
         f"{settings.row or settings.dataset or 'finetune'}: {settings.method} {settings.dtype}{how} on "
         f"{trainer.args.world_size} x {device_name(job.device)}; {plan.examples} examples{left_out}, batch "
         f"{plan.batch_size} = {plan.processes} processes x {plan.accumulation} micro-steps of {size}, "
+        f"{recomputation(interval_of(settings.recompute or 0.0))}, "
         f"{trainable:,} trainable parameters"
     )
 
@@ -234,6 +236,7 @@ def observe(job: Job, watch: Any, train_seconds: float) -> dict[str, Any]:
         "linear4bit_layers": layers,
         "linear4bit_bytes": weight_bytes,
         "batch_size_per_gpu": None if settings.batching == "packed" else settings.batch_size_per_gpu,
+        "recompute_every": interval_of(settings.recompute or 0.0),
         "zero_stage": settings.zero_stage if trainer.is_deepspeed_enabled else 0,
         "world_size": trainer.args.world_size,
         "device": device_name(job.device),

@@ -18,6 +18,7 @@ from phi3v.settings import FinetuneSettings, SettingsError
 from phi3v.training.batching import BatchPlan, packs_needed
 from phi3v.training.memory import growing_segments
 from phi3v.training.precision import attention_implementation, check_device, uses_zero, weight_dtype
+from phi3v.training.recompute import interval_of, recompute_layers
 from phi3v.training.zero import prepare_deepspeed, zero_config
 
 
@@ -138,8 +139,8 @@ def load_model(settings: FinetuneSettings, device: torch.device) -> Any:
             settings.model_name_or_path, dtype=dtype, attn_implementation=attention
         )
     model.config.use_cache = False
-    if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    if settings.recompute is not None:
+        recompute_layers(model, interval_of(settings.recompute))
     if settings.method in ("lora", "qlora"):
         from phi3v.model.adapters import add_lora
 
@@ -270,13 +271,13 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
         raise SettingsError(f"{data_dir}: split train: no examples to train on; expected at least one")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
     asked, args, model = settings, None, None
-    if settings.batch_size_per_gpu == "auto":
+    if settings.is_probed:
         # Processes agree on a size, so they have to meet first; the arguments are made again for the size found.
         assert lengths is not None
         single = settings.model_copy(update={"batch_size_per_gpu": 1})
         args = training_arguments(single, output / "checkpoints", accumulation, trackers)
         model = load_model(settings, args.device)
-        size = micro_batch.choose(
+        way = micro_batch.choose(
             settings,
             output,
             model,
@@ -286,7 +287,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
             processes,
             args.device,
         )
-        settings = settings.model_copy(update={"batch_size_per_gpu": size})
+        settings = settings.model_copy(update=way.settings())
     plan = BatchPlan(
         examples=len(examples), batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
         processes=processes, seed=settings.seed, grouping=settings.batching, lengths=lengths,
@@ -330,7 +331,7 @@ def _epochs(settings: FinetuneSettings, plan: BatchPlan) -> int:
 
 def _lengths(settings: FinetuneSettings, dataset: Any) -> tuple[list[int] | None, list[int] | None]:
     """(examples kept by --max_length or None for all, their lengths in tokens) where they are needed."""
-    if settings.batching == "fixed" and settings.max_length is None and settings.batch_size_per_gpu != "auto":
+    if settings.batching == "fixed" and settings.max_length is None and not settings.is_probed:
         return None, None
     lengths = dataset.lengths()
     if settings.max_length is None:

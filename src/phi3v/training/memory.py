@@ -129,6 +129,7 @@ def _what_helps(settings: FinetuneSettings) -> list[str]:
     ways = [
         (f"--batch_size_per_gpu 1 (now {size}; the batch stays)", size not in (1, "auto")),
         ("--gradient_checkpointing (now off)", not settings.gradient_checkpointing),
+        (f"--recompute_every 1 (now {settings.recompute_every})", settings.recompute_every > 1),
         ("--use_flash_attention (now off)", not settings.use_flash_attention),
         ("--use_lora (now full fine-tuning)", full),
         ("--use_qlora (now LoRA on whole weights)", settings.method == "lora"),

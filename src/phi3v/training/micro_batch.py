@@ -1,19 +1,21 @@
-"""--batch_size_per_gpu auto: the largest micro-batch that fits, found before training.
+"""--batch_size_per_gpu auto and --gradient_checkpointing auto: how a step runs fastest within the memory.
 
-The planner's estimate says where to begin; then the longest examples of the training split make a real forward and
+The planner's estimates say where to begin; then the longest examples of the training split make a real forward and
 backward pass that is thrown away, and what it took says how far one can go. What comes later is added from the
 planner's counts: the optimizer's states, and ZeRO's and DDP's buffers.
 
 On a CUDA device what counts is the memory reserved of what is free, and a probe that runs out goes down a size. On a
-CPU it is the resident set, and running out would end the process: the first probe is one example, and the next sizes
-are only tried where a straight line through what was measured stays within the limit.
+CPU it is the resident set, and running out would end the process: the first probe is the smallest, and others are only
+tried if they are expected to stay within the limit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +28,9 @@ from phi3v.manifest import write_json
 from phi3v.planning.flops import example_work
 from phi3v.planning.geometry import geometry_from_config
 from phi3v.planning.memory import memory, probe_bytes
-from phi3v.planning.setup import Setup
-from phi3v.settings import FinetuneSettings, Hardware
+from phi3v.planning.roofline import step_time
+from phi3v.planning.setup import Constants, Setup
+from phi3v.settings import FinetuneSettings, Hardware, SettingsError
 from phi3v.training import checkpoints
 from phi3v.training.memory import (
     GB,
@@ -40,9 +43,40 @@ from phi3v.training.memory import (
 )
 from phi3v.training.observe import device_name
 from phi3v.training.precision import TORCH_DTYPE, uses_zero, weight_dtype
+from phi3v.training.recompute import INTERVALS, interval_of, recomputation, recompute_layers
+from phi3v.training.utilisation import HARDWARE_FILES, hardware_entry
 from phi3v.training.watching import say
 
 FILE = "micro_batch.json"
+PROBES = 8
+"""Real passes at most while faster ways are looked for."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step can run."""
+
+    size: int
+    """Examples of one forward pass."""
+    interval: int
+    """Every which layer is recomputed in the backward pass; 0: none."""
+
+    @property
+    def share(self) -> float:
+        """Share of the layers that are recomputed."""
+        return 1 / self.interval if self.interval else 0.0
+
+    def __str__(self) -> str:
+        return f"micro-batch {self.size}, {recomputation(self.interval)}"
+
+    def applied(self, setup: Setup) -> Setup:
+        """The planner's setup run this way."""
+        return replace(setup, micro_batch=self.size, recompute=self.share)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings in place of `auto`."""
+        how = {"gradient_checkpointing": self.interval > 0, "recompute_every": max(1, self.interval)}
+        return {"batch_size_per_gpu": self.size, **how}
 
 
 @dataclass(frozen=True)
@@ -53,6 +87,44 @@ class Found:
     """None: not even the smallest fits."""
     peaks: dict[int, float]
     """Bytes by size that was tried; infinite where the device ran out."""
+
+
+def fastest_that_fits(
+    ways: Sequence[Way],
+    estimate: Callable[[Way], float],
+    probe: Callable[[Way], float],
+    resting: float,
+    capacity: float,
+    fatal: bool,
+) -> tuple[Way | None, dict[Way, float]]:
+    """(the first of `ways`, fastest first, that was found to stay within `capacity`, bytes of all that were tried).
+
+    None: nothing fits. estimate, probe, resting, fatal: as in `largest_that_fits`. Every measurement corrects the
+    estimates of what is not resting; what takes no less than a way that failed is not tried.
+    """
+    peaks: dict[Way, float] = {}
+    correction = 1.0
+    while True:
+        best = next((way for way in ways if peaks.get(way, math.inf) <= capacity), None)
+        failed = min((estimate(way) for way, size in peaks.items() if size > capacity), default=math.inf)
+        faster = ways if best is None else ways[: ways.index(best)]
+        possible = [way for way in faster if way not in peaks and estimate(way) < failed]
+        hopeful = [way for way in possible if resting + correction * (estimate(way) - resting) <= capacity]
+        if fatal and not peaks:
+            way = min(ways, key=estimate)
+        elif hopeful and len(peaks) < PROBES:
+            way = hopeful[0]
+        elif possible and best is None and not fatal:
+            way = min(possible, key=estimate)
+        else:
+            return best, peaks
+        peaks[way] = probe(way)
+        passing = max(estimate(way) - resting, 1e-6)
+        if math.isfinite(peaks[way]):
+            # The first probe of a CPU is a small one; it does not show that a large one takes far less than planned.
+            correction = max((peaks[way] - resting) / passing, 0.5 if fatal else 0.0)
+        else:
+            correction = max(correction, 1.1 * (capacity - resting) / passing)
 
 
 def largest_that_fits(
@@ -114,6 +186,48 @@ def candidates(batch_size: int, processes: int) -> list[int]:
     return [size for size in range(1, share + 1) if share % size == 0]
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What the search asks of the job: the planner's estimate of a way, and a real pass."""
+
+    settings: FinetuneSettings
+    model: Any
+    examples: Sequence[dict[str, Any]]
+    """The longest, as many as the largest micro-batch takes."""
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    setup: Setup
+    device: torch.device
+
+    def estimate(self, way: Way) -> float:
+        """Bytes at the peak of training, before anything was measured."""
+        return memory(way.applied(self.setup)).reserved_gb * GB
+
+    def later(self, way: Way) -> float:
+        """What training's peak adds to a probe's: states, shards and buckets, less the gradients that ZeRO frees."""
+        setup = way.applied(self.setup)
+        return memory(setup).allocated_gb * GB - probe_bytes(setup)
+
+    def measure(self, way: Way) -> float:
+        """Bytes at the peak of training from a real pass, of the process that takes most; a collective call."""
+        recompute_layers(self.model, way.interval)
+        batch = self.collate(list(self.examples[: way.size]))
+        return _agreed(_probe(self.settings, self.model, batch, self.device) + self.later(way), "MAX", self.device)
+
+    def search(self, ways: Sequence[Way], capacity: float) -> tuple[Way | None, dict[Way, float]]:
+        """The fastest of `ways` that fits, and what was measured; of one recomputation the largest micro-batch."""
+        resting = max(held_bytes(self.device), sum(memory(self.setup).resting.values()))
+        fatal = self.device.type != "cuda"
+        if self.settings.gradient_checkpointing == "auto":
+            return fastest_that_fits(ways, self.estimate, self.measure, resting, capacity, fatal)
+        of_size = {way.size: way for way in ways}
+        found = largest_that_fits(
+            sorted(of_size), lambda size: self.estimate(of_size[size]), lambda size: self.measure(of_size[size]),
+            resting, capacity, fatal,
+        )  # fmt: skip
+        best = None if found.size is None else of_size[found.size]
+        return best, {of_size[size]: value for size, value in found.peaks.items()}
+
+
 def choose(
     settings: FinetuneSettings,
     output: Path,
@@ -123,72 +237,99 @@ def choose(
     lengths: Sequence[int],
     processes: int,
     device: torch.device,
-) -> int:
-    """The micro-batch of `auto`, written to OUTPUT/micro_batch.json with what was measured; a collective call.
+) -> Way:
+    """What `auto` stands for, written to OUTPUT/micro_batch.json with what was measured; a collective call.
 
-    A job that goes on from a checkpoint keeps the choice it began with. example: by its number in `lengths`, which are
-    its tokens. Raises OutOfMemoryError where not even one example fits.
+    A job that resumes from a checkpoint keeps the choice it began with. The model is left with its layers recomputed as
+    chosen. example: by its number in `lengths`, which are its tokens. Raises OutOfMemoryError if nothing fits.
     """
-    kept = _kept(settings, output, processes, device)
-    if kept is not None:
-        say(f"micro-batch {kept}: as this job began with ({output / FILE})")
-        return kept
+    way = _kept(settings, output, processes, device)
+    if way is not None:
+        say(f"{way}: as this job began with ({output / FILE})")
+        recompute_layers(model, way.interval)
+        return way
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    sizes = candidates(settings.batch_size, processes)
-    examples = [example(index) for index in order[: sizes[-1]]]
-    examples = [examples[at % len(examples)] for at in range(sizes[-1])]
+    largest = max(_sizes(settings, processes))
+    examples = [example(index) for index in order[:largest]]
+    examples = [examples[at % len(examples)] for at in range(largest)]
     setup = _setup(settings, model, examples[0], processes)
-    held = held_bytes(device)
+    trial = Trial(settings, model, examples, collate, setup, device)
     capacity = _agreed(capacity_bytes(device, settings.memory_limit_gb, processes_on_this_machine()), "MIN", device)
-
-    def estimate(size: int) -> float:
-        return memory(replace(setup, micro_batch=size)).reserved_gb * GB
-
-    def later(size: int) -> float:
-        """What training's peak adds to a probe's: states, shards and buckets, less the gradients that ZeRO frees."""
-        sized = replace(setup, micro_batch=size)
-        return memory(sized).allocated_gb * GB - probe_bytes(sized)
-
-    def probe(size: int) -> float:
-        return _agreed(_probe(settings, model, collate(examples[:size]), device) + later(size), "MAX", device)
-
-    resting = max(held, sum(memory(setup).resting.values()))
-    found = largest_that_fits(sizes, estimate, probe, resting, capacity, fatal=device.type != "cuda")
-    tried = ", ".join(f"{size}: {_gb(found.peaks[size])}" for size in sorted(found.peaks))
-    numbers = f"longest examples of {lengths[order[0]]} tokens, {tried}; {_gb(capacity)} to be had"
-    if found.size is None:
+    way, peaks = trial.search(ways_of(settings, setup, device), capacity)
+    tried = "; ".join(f"{tried}: {_gb(value)}" for tried, value in peaks.items())
+    numbers = f"longest examples of {lengths[order[0]]} tokens; {tried}; {_gb(capacity)} are available"
+    if way is None:
         with explain_memory(settings, device):
-            raise MemoryError(f"not even one example at a time fits: {numbers}")
-    say(f"micro-batch {found.size}: {numbers}")
+            what = (
+                "not even one example at a time"
+                if settings.batch_size_per_gpu == "auto"
+                else f"no recomputation with micro-batch {settings.batch_size_per_gpu}"
+            )
+            raise MemoryError(f"{what} fits: {numbers}")
+    say(f"{way}: {numbers}")
+    recompute_layers(model, way.interval)
     if dist.is_initialized():
         dist.barrier()  # everybody has looked for the file
     if not dist.is_initialized() or dist.get_rank() == 0:
+        probes = [
+            {**_values(tried), "peak_bytes": value if math.isfinite(value) else None} for tried, value in peaks.items()
+        ]
         write_json(
             output / FILE,
             {
-                "batch_size_per_gpu": found.size, "processes": processes, "device": device_name(device),
-                "settings": checkpoints.decisive(settings), "capacity_bytes": capacity, "later_bytes": later(found.size), "longest_tokens": lengths[order[0]],
-                "peak_bytes": {
-                    str(size): value if math.isfinite(value) else None for size, value in sorted(found.peaks.items())
-                },
+                **_values(way), "processes": processes, "device": device_name(device),
+                "settings": checkpoints.decisive(settings), "capacity_bytes": capacity, "later_bytes": trial.later(way),
+                "longest_tokens": lengths[order[0]], "probes": probes,
             },
         )  # fmt: skip
-    return int(found.size)
+    return way
+
+
+def _values(way: Way) -> dict[str, int]:
+    return {"batch_size_per_gpu": way.size, "recompute_every": way.interval}
+
+
+def _sizes(settings: FinetuneSettings, processes: int) -> list[int]:
+    if settings.batch_size_per_gpu == "auto":
+        return candidates(settings.batch_size, processes)
+    return [settings.batch_size_per_gpu]
+
+
+def ways_of(settings: FinetuneSettings, setup: Setup, device: torch.device) -> list[Way]:
+    """The ways that `auto` chooses from, fastest first by the planner's step time; a collective call.
+
+    On a device without figures in the hardware file: fewest recomputed layers first, then largest micro-batch.
+    """
+    intervals = INTERVALS if settings.recompute is None else (interval_of(settings.recompute),)
+    ways = [Way(size, interval) for size in _sizes(settings, setup.devices) for interval in intervals]
+    ways.sort(key=lambda way: (way.share, -way.size))
+    entry = hardware_entry(device_name(device), HARDWARE_FILES)
+    if entry is not None:
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        placed = replace(setup, hardware=entry[1], nodes=nodes, per_node=setup.devices // nodes)
+        with contextlib.suppress(SettingsError):  # a figure is missing
+            ways.sort(key=lambda way: step_time(way.applied(placed), Constants()).seconds)
+    if dist.is_initialized():
+        # Machines may have different devices; every process has to try the same.
+        shared: list[Any] = [ways]
+        dist.broadcast_object_list(shared)
+        ways = shared[0]
+    return ways
 
 
 def _gb(value: float) -> str:
     return f"{value / GB:.2f} GB" if math.isfinite(value) else "out of memory"
 
 
-def _kept(settings: FinetuneSettings, output: Path, processes: int, device: torch.device) -> int | None:
-    """The size that the checkpoints of `output` were written with, where they are this machine's and of these settings."""
+def _kept(settings: FinetuneSettings, output: Path, processes: int, device: torch.device) -> Way | None:
+    """What the checkpoints of `output` were written with, if they are of this machine and of these settings."""
     if not checkpoints.checkpoint_folders(output / "checkpoints"):
         return None
     try:
         values = json.loads((output / FILE).read_text(encoding="utf-8"))
         here = (processes, device_name(device), checkpoints.decisive(settings))
         same = (values["processes"], values["device"], values["settings"]) == here
-        return int(values["batch_size_per_gpu"]) if same else None
+        return Way(int(values["batch_size_per_gpu"]), int(values["recompute_every"])) if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -212,7 +353,8 @@ def _setup(settings: FinetuneSettings, model: Any, longest: dict[str, Any], proc
     return Setup(
         geometry, nowhere, settings.method, "fp32" if weight_dtype(settings) == torch.float32 else settings.dtype,
         settings.use_flash_attention, work, work, settings.batch_size, 1, processes,
-        rank=settings.lora_rank if settings.use_lora else 0, recompute=float(settings.gradient_checkpointing),
+        rank=settings.lora_rank if settings.use_lora else 0,
+        recompute=1.0 if settings.recompute is None else settings.recompute,
     )  # fmt: skip
 
 

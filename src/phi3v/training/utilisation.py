@@ -55,26 +55,36 @@ def utilisation_of(
     files: hardware files, later ones add to earlier ones; one that is not there is passed over.
     """
     geometry = geometry_from_config(config)
+    share = settings.recompute
+    assert share is not None, "what auto chose stands in the settings by now"
     vision_adapters = settings.freeze_vision_model == "no"
 
     def count(work: Work) -> TrainingFlops:
         return training_flops(
             geometry, work, settings.method, rank=settings.lora_rank, flash=settings.use_flash_attention,
-            recompute=float(settings.gradient_checkpointing),
-            vision_adapters=vision_adapters,
+            recompute=share, vision_adapters=vision_adapters,
         )  # fmt: skip
 
     return Utilisation(count, devices, *_peak(settings, device_name, files))
 
 
 def _peak(settings: FinetuneSettings, device_name: str, files: Sequence[str]) -> tuple[float | None, str | None]:
+    found = hardware_entry(device_name, files)
+    if found is None:
+        return None, None
+    key, entry = found
+    peak = getattr(entry.peak_tflops, settings.dtype)
+    return (peak, f"{key}: {entry.source}") if peak else (None, None)
+
+
+def hardware_entry(device_name: str, files: Sequence[str]) -> tuple[str, Hardware] | None:
+    """(key, entry) of a device, by its name; None for a CPU, and if no file knows it."""
     there = [file for file in files if Path(file).is_file()]
     if device_name.startswith("CPU") or not there:
-        return None, None
+        return None
     entries = read_entries(there, Hardware, Path())
     key = hardware_of_device(device_name, entries)
-    peak = getattr(entries[key].peak_tflops, settings.dtype) if key else None
-    return (peak, f"{key}: {entries[key].source}") if key and peak else (None, None)
+    return None if key is None else (key, entries[key])
 
 
 def measured_peak(dtype: str) -> tuple[float, str]:

@@ -46,9 +46,11 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
     }
     if settings.zero_stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_prefetch_bucket_size": bucket}
-    # bfloat16 keeps 8 bits: a sum over many micro-steps would lose the small gradients. On a CPU DeepSpeed's default
-    # (the compute type) stays.
-    accumulate: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}} if cuda else {}
+    # bfloat16 keeps 8 bits: a sum over many micro-steps would lose the small gradients. ZeRO 1 sums whole gradients in
+    # the compute type: in float32 they would take 29 GB more (47.6 instead of 18.7 GB on 8 GPUs), in bfloat16 they take
+    # 6 GB more. On a CPU DeepSpeed's default, the compute type, stays.
+    in_float32 = cuda and settings.zero_stage > 1
+    accumulate: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}} if in_float32 else {}
     return {
         **accumulate,
         "train_micro_batch_size_per_gpu": settings.batch_size_per_gpu,
