@@ -9,6 +9,7 @@ from golden.helpers import tiny_folder, tiny_model, tiny_processor
 from safetensors.torch import load_file, save_file
 
 from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
+from phi3v.model import lora as model_lora
 from phi3v.model.adapters import (
     add_lora,
     base_of,
@@ -104,6 +105,42 @@ def test_training_lowers_the_loss(quantized, dtype):
     model.gradient_checkpointing_enable()
     losses = train(model, steps=4, dtype=dtype)
     assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize(
+    ("quantized", "dtype"), [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)]
+)
+def test_layers_compute_what_pefts_do(quantized, dtype, monkeypatch):
+    """Output and all gradients, before and after steps that change the factors."""
+    losses, gradients = [], []
+    for plain in (False, True):
+        model = load_quantized(tiny_folder(), dtype) if quantized else tiny_model(dtype=dtype)
+        if plain:
+            monkeypatch.setattr(model_lora, "layers", lambda quantised: {})
+        model = add_lora(model, rank=8, alpha=12, seed=0)
+        losses.append(train(model, steps=3, dtype=torch.float32))
+        batch = inputs()
+        model(**batch, labels=batch["input_ids"].clamp(max=300)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        kinds = {type(m).__module__ for m in model.modules() if hasattr(m, "lora_A")}
+        assert all(kind.startswith("peft") for kind in kinds) == plain
+    exact = dtype == torch.float32
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4 if exact else 0.03)
+    for name, expected in gradients[1].items():
+        distance = (gradients[0][name] - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert distance < (1e-3 if exact else 0.2), name
+
+
+def test_half_precision_weights_train_without_autocast():
+    """It would hold norms and the residual stream in float32. PEFT's layers, which mix types, keep it."""
+    seen = {}
+    for dora in (False, True):
+        model = add_lora(tiny_model(dtype=torch.bfloat16), rank=4, alpha=4, seed=0, use_dora=dora).train()
+        norm = model.base_model.model.model.norm
+        norm.register_forward_hook(lambda *_, dora=dora: seen.update({dora: torch.is_autocast_enabled("cpu")}))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(**inputs())
+    assert seen == {False: False, True: True}
 
 
 def test_every_linear_layer_but_the_head_is_in_four_bits():

@@ -1,4 +1,4 @@
-"""LoRA and QLoRA: add, load, merge. The only module that knows PEFT and bitsandbytes."""
+"""LoRA and QLoRA: add, load, merge. With `phi3v.model.lora` the only module that knows PEFT and bitsandbytes."""
 
 from __future__ import annotations
 
@@ -56,9 +56,11 @@ def add_lora(
 
     rank: columns of the factors, may exceed a layer's width; alpha: absolute, the scale is alpha / rank. seed: makes
     the initial factors a function of it, without touching the caller's random state. Adapters are float32 on a
-    quantised or half-precision base, as PEFT's autocast does it.
+    quantised or half-precision base. Plain LoRA without dropout runs in `phi3v.model.lora`'s layers, all else in PEFT's.
     """
     from peft import LoraConfig, get_peft_model
+
+    from phi3v.model import lora
 
     if rank < 1:
         raise ValueError(f"lora_rank: {rank}; expected at least 1.")
@@ -71,6 +73,11 @@ def add_lora(
         init_lora_weights="gaussian",
         target_modules=lora_targets(model, freeze_vision),
     )
+    if use_dora or dropout:
+        model.keeps_autocast = True
+    else:
+        # https://huggingface.co/docs/peft/developer_guides/custom_models: layer types of one's own.
+        config._register_custom_module(lora.layers(bool(getattr(model, "is_loaded_in_4bit", False))))
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices, enabled=seed is not None):
         if seed is not None:

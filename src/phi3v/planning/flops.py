@@ -114,15 +114,16 @@ class Linear:
 
     def flops(self, recompute: float = 0.0, stops_here: bool = False) -> Flops:
         """recompute: share of the layers that run again in the backward pass. stops_here: the last product of its layer,
-        which non-reentrant checkpointing leaves out once everything that is saved has been recomputed."""
+        which non-reentrant checkpointing leaves out once everything that is saved has been recomputed; a layer with
+        an adapter saves what it computes last."""
         base = 2.0 * self.rows * self.inputs * self.outputs
         down, up = 2.0 * self.rows * self.inputs * self.rank, 2.0 * self.rows * self.rank * self.outputs
         backward = base * (self.weight_gradient + self.input_gradient)
         # dB and the gradient of the inner activation, dA, and the input's gradient.
         backward += 2 * up + down + down * self.input_gradient if self.rank else 0
         again = base + down + up
-        if stops_here:
-            again = base + down if self.rank else 0.0
+        if stops_here and not self.rank:
+            again = 0.0
         return Flops(self.count * (base + down + up), self.count * backward, self.count * again * recompute)
 
 
