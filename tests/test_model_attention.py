@@ -14,8 +14,8 @@ from phi3v.model.attention import (
     eager_attention,
     packed_lengths,
     plan_attention,
-    rotate,
 )
+from phi3v.model.fused import rotate
 
 
 class Holder(torch.nn.Module):
@@ -131,12 +131,12 @@ def test_tables_follow_the_formula():
     width = config.head_dim
     for i in range(width // 2):
         angle = 7 / (config.rope_scaling["long_factor"][i] * config.rope_theta ** (2 * i / width))
-        assert cos[0, 0, i].item() == pytest.approx(scaling * math.cos(angle), rel=1e-5)
-        assert sin[0, 0, width // 2 + i].item() == pytest.approx(scaling * math.sin(angle), rel=1e-5, abs=1e-7)
+        assert cos[0, 0, 0, i].item() == pytest.approx(scaling * math.cos(angle), rel=1e-5)
+        assert sin[0, 0, 0, width // 2 + i].item() == pytest.approx(scaling * math.sin(angle), rel=1e-5, abs=1e-7)
     short = table(torch.tensor([[7]]), None, torch.float32)[0]
     assert (short - cos).abs().max() > 1e-2
     x = torch.randn(1, 2, 1, width)
-    turned = rotate(x, cos[:, None] / scaling, sin[:, None] / scaling)
+    turned = rotate(x, cos / scaling, sin / scaling)
     torch.testing.assert_close(turned.norm(), x.norm())  # a rotation
 
 

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor
+from phi3v.model.layout import lay_out
 from phi3v.model.modeling import EMBEDDING, EMBEDDING_ALIAS
 
 CASES = {case["key"]: case for case in load_json("models.json")["cases"]}
@@ -293,7 +294,8 @@ def test_inputs_embeds_equal_ids_and_pixels():
     model = tiny_model().eval()
     batch = {k: v for k, v in example(2).items() if k not in ("labels", "loss_weights")}
     with torch.inference_mode():
-        embeds = model.model.embed(batch["input_ids"], batch["pixel_values"], batch["image_sizes"])
+        layout = lay_out(model.config, batch["input_ids"], image_sizes=batch["image_sizes"])
+        embeds = model.model.embed(batch["input_ids"], batch["pixel_values"], layout)
         by_embeds = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
         torch.testing.assert_close(by_embeds, model(**batch).logits, atol=0, rtol=0)
 

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3v.data.loading import collate
-from phi3v.planning.geometry import CLIP_VIT_L_14_336
-from phi3v.settings import Geometry
-from phi3v.training.batches import Collator
+from phi3v.model import Phi3VConfig
+from phi3v.training.batches import Collator, TensorBundle
 from phi3v.training.batching import BatchPlan, Pick, PlannedBatches, epoch_order, packs_needed
 from phi3v.training.meter import Meter
 
@@ -106,20 +105,31 @@ def test_fillers_weigh_nothing_and_keep_processes_together(processes):
 @pytest.mark.parametrize(("grouping", "slots"), [("fixed", 20), ("length", 20), ("packed", 14)])
 def test_padding_is_what_the_tokens_leave_of_the_slots(grouping, slots):
     """Two examples of 10 and 4 tokens: padded to 2 x 10, or packed to 14."""
-    geometry = Geometry(
-        vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, vision=CLIP_VIT_L_14_336,
-    )  # fmt: skip
+    config = Phi3VConfig(vocab_size=40, image_token_id=39, pad_token_id=0)
 
     def example(tokens):
         ids = torch.arange(1, tokens + 1)
         empty = {"pixel_values": torch.empty(0, 3, 0, 0), "image_sizes": torch.empty(0, 2, dtype=torch.int64)}
         return {"id": str(tokens), "input_ids": ids, "labels": ids, **empty}
 
-    batch = Collator(collate, 0, grouping, geometry)([(example(10), Pick(0, True, 2)), (example(4), Pick(1, True, 2))])
+    batch = Collator(collate, 0, grouping, config)([(example(10), Pick(0, True, 2)), (example(4), Pick(1, True, 2))])
     meter = Meter(torch.device("cpu"))
     meter.saw(batch, torch.tensor(1.0))
     counts = meter.finish_step(stop_asked=False, save_asked=True)
     assert (counts.examples, counts.tokens, counts.slots) == (2, 14, slots)
     assert (counts.stop_asked, counts.save_asked, counts.work.labels) == (False, True, 14)
     assert meter.finish_step(stop_asked=True).slots == 0
+
+
+def test_a_bundle_gives_every_tensor_back():
+    tensors = {
+        "ids": torch.arange(7), "weights": torch.rand(3, 1), "tiles": torch.arange(30, dtype=torch.uint8).view(2, 3, 5),
+        "flags": torch.tensor([True, False]), "none": None, "ends": torch.tensor([0, 4], dtype=torch.int32),
+        "empty": torch.empty(0, dtype=torch.int64),
+    }  # fmt: skip
+    bundle = TensorBundle.of(tensors)
+    found = bundle.on(torch.device("cpu"))
+    assert found.keys() == tensors.keys() - {"none"}
+    for name, tensor in found.items():
+        assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype
+        assert tensor.untyped_storage().data_ptr() == bundle.buffer.untyped_storage().data_ptr()

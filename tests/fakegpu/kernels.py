@@ -25,6 +25,7 @@ def kernels_of(gpu: FakeGpu, capability: tuple[int, int]) -> Iterator[None]:
     with (
         mock.patch.object(F, "scaled_dot_product_attention", functools.partial(_attention, gpu, capability)),
         mock.patch.object(torch, "compile", _compile),
+        mock.patch("phi3v.model.fused.missing_compiler", return_value=None),
     ):
         yield
 

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
+from phi3v.model import fused
 from phi3v.model.configuration import Phi3VConfig
 
 
@@ -25,13 +26,16 @@ class AttentionPlan:
 
     `lengths` (packed batches): the examples' token counts in order, summing to N; causal within each. Otherwise
     `mask` [B, 1, Q, K] bool (True = seen) or, where it is None, plain causal attention over the last Q of K keys.
-    `padding` [B, K] is kept for the flash-attn package, which drops padded tokens itself.
+    `padding` [B, K] is kept beside a mask for the flash-attn package, which drops padded tokens itself.
     """
 
     mask: torch.Tensor | None = None
     padding: torch.Tensor | None = None
     lengths: list[int] | None = None
     cu_seqlens: torch.Tensor | None = None
+    """[examples + 1] int32, where each packed example begins and ends, on the batch's device."""
+    row_lengths: list[int] | None = None
+    """Tokens of each row without padding, if the mask was read on the CPU."""
 
     @property
     def max_length(self) -> int:
@@ -78,7 +82,7 @@ def plan_attention(
         )
     # Padding on the right is never seen by a token under causal attention: no mask, and the fast kernels stay open.
     if bool(seen.all()) or (past == 0 and bool((seen[:, 1:] <= seen[:, :-1]).all())):
-        return AttentionPlan(padding=seen)
+        return AttentionPlan(row_lengths=seen.sum(1).tolist() if seen.device.type == "cpu" else None)
     keys = past + queries
     position = torch.arange(keys, device=seen.device)
     causal = position[None, :] <= position[past:, None]  # [Q, K]
@@ -119,10 +123,10 @@ class LongRope:
     def __call__(
         self, position_ids: torch.Tensor, is_long: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [B or 1, Q, D] at positions [B or 1, Q]; is_long [B, Q] or [B, 1] bool, None = all short."""
+        """cos and sin [B or 1, 1, Q, D] at positions [B or 1, Q]; is_long [B, Q] or [B, 1] bool, None = all short."""
         short, long = self.frequencies(position_ids.device)
         inverse = short if is_long is None else torch.where(is_long[..., None], long, short)
-        angles = position_ids[..., None].float() * inverse
+        angles = (position_ids[..., None].float() * inverse)[:, None]
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
@@ -138,10 +142,15 @@ class LongRope:
         """Which tokens take the long factors, [B, Q], [B, 1] or [1, 1] bool; None where all are short (no transfer)."""
         if past + queries <= self.original:
             return None
-        if plan.lengths is not None and self.config.longrope_scope == "sequence":
-            lengths = torch.tensor(plan.lengths, device=device)
-            return (lengths > self.original).repeat_interleave(lengths).view(batch, queries)
-        if attention_mask is not None and self.config.longrope_scope == "sequence":
+        by_example = self.config.longrope_scope == "sequence"
+        if by_example and (plan.lengths or plan.row_lengths):
+            counts = torch.tensor(plan.lengths or plan.row_lengths)
+            long = counts > self.original
+            if not bool(long.any()):
+                return None
+            is_long = long.repeat_interleave(counts).view(batch, queries) if plan.lengths else long[:, None]
+            return is_long.to(device, non_blocking=True)
+        if attention_mask is not None and by_example:
             if attention_mask.dim() == 4:  # [B, 1, Q, K]: the last query sees its whole example
                 attention_mask = plan.mask[:, 0, -1]
             return attention_mask.sum(-1, keepdim=True) > self.original
@@ -200,13 +209,6 @@ def make_room(cache: Cache | None) -> None:
         cache.layers = [GrowingLayer() if type(layer) in growing else layer for layer in cache.layers]
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of [B, H, Q, D] with cos, sin [B, 1, Q, D] (halves, not interleaved pairs)."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
-
-
 class Phi3VAttention(Phi3Attention):
     """transformers' Phi-3 attention (its weights and names) with packed batches in every kernel."""
 
@@ -221,10 +223,13 @@ class Phi3VAttention(Phi3Attention):
         """hidden_states [B, Q, hidden] to the same shape; `attention_mask` is the forward pass's plan."""
         batch, queries, _ = hidden_states.shape
         n_heads, n_kv = self.config.num_attention_heads, self.config.num_key_value_heads
-        qkv = self.qkv_proj(hidden_states).view(batch, queries, n_heads + 2 * n_kv, self.head_dim).transpose(1, 2)
-        query, key, value = qkv.split((n_heads, n_kv, n_kv), dim=1)  # [B, H, Q, D]
-        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        qkv = self.qkv_proj(hidden_states)
+        cos, sin = position_embeddings  # [B or 1, 1, Q, D]
+        if self.training and fused.available(qkv):
+            query, key, value = fused.split_and_rotate(qkv, cos, sin, n_heads, n_kv)
+        else:
+            query, key, value = fused.split_heads(qkv, n_heads, n_kv)  # [B, H, Q, D]
+            query, key = fused.rotate(query, cos, sin), fused.rotate(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
@@ -345,6 +350,7 @@ def _flash(
         )
         ends, longest = plan.cu_seqlens, plan.max_length
         packed = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    padding = plan.padding if plan.padding is not None and not bool(plan.padding.all()) else None
-    output, _ = kernel(module, query, key, value, padding, dropout=dropout, scaling=scaling, is_causal=True, **packed)
+    output, _ = kernel(
+        module, query, key, value, plan.padding, dropout=dropout, scaling=scaling, is_causal=True, **packed
+    )
     return output.reshape(batch, queries, heads, width)

@@ -65,7 +65,10 @@ def global_views(canvas: torch.Tensor, tile_size: int) -> torch.Tensor:
 
 
 def expand_uint8_tiles(
-    tiles: torch.Tensor, image_sizes: torch.Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+    tiles: torch.Tensor,
+    image_sizes: torch.Tensor,
+    mean: Sequence[float] | torch.Tensor = CLIP_MEAN,
+    std: Sequence[float] | torch.Tensor = CLIP_STD,
 ) -> torch.Tensor:
     """Normalised tiles with their global views from local tiles in bytes, on the tensor's own device.
 
@@ -84,7 +87,12 @@ def expand_uint8_tiles(
 
 
 def normalise_picture(
-    local: torch.Tensor, down: int, across: int, mean: Sequence[float], std: Sequence[float], out: torch.Tensor
+    local: torch.Tensor,
+    down: int,
+    across: int,
+    mean: Sequence[float] | torch.Tensor,
+    std: Sequence[float] | torch.Tensor,
+    out: torch.Tensor,
 ) -> None:
     """One picture's local tiles, uint8 [down*across, 3, S, S], to `out`: its global view, then its tiles, float32."""
     size = local.shape[-1]
@@ -93,11 +101,13 @@ def normalise_picture(
     out[:1] = global_views(canvas, size)
 
 
-def normalise(tiles: torch.Tensor, mean: Sequence[float], std: Sequence[float], out: torch.Tensor) -> None:
+def normalise(
+    tiles: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor, out: torch.Tensor
+) -> None:
     """uint8 [k, 3, S, S] to float32 `out`: / 255, - mean, / std; this order keeps every bit of the original."""
     shape = (3, 1, 1)
-    mean_tensor = torch.tensor(mean, dtype=torch.float32, device=tiles.device).view(shape)
-    std_tensor = torch.tensor(std, dtype=torch.float32, device=tiles.device).view(shape)
+    mean_tensor = torch.as_tensor(mean, dtype=torch.float32, device=tiles.device).view(shape)
+    std_tensor = torch.as_tensor(std, dtype=torch.float32, device=tiles.device).view(shape)
     # On a CPU tile by tile: four passes over one tile stay in its cache, over sixteen they go through main memory.
     pairs = [(tiles, out)] if tiles.device.type != "cpu" else zip(tiles.unbind(0), out.unbind(0), strict=True)
     for source, target in pairs:

@@ -6,6 +6,7 @@ g = tile side in image tokens, C = vision width, I = image tokens of the batch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -18,10 +19,12 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3MLP, Phi3RMSNorm
 
+from phi3v.model import fused
 from phi3v.model.attention import LongRope, Phi3VAttention, make_room, plan_attention
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.layout import BatchLayout, label_rows, picture_rows
 from phi3v.model.vision import ImageEmbedding
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -58,6 +61,33 @@ class Phi3VPreTrainedModel(PreTrainedModel):
             init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
 
 
+class RMSNorm(Phi3RMSNorm):
+    """transformers' norm, in one kernel for each direction if training on CUDA."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., D] to the same shape and type."""
+        if self.training and fused.available(hidden_states):
+            return fused.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states)
+
+
+class GatedMLP(nn.Module):
+    """The linear layers of transformers' Phi-3 feed-forward block with their gate in one kernel, if training on CUDA."""
+
+    def __init__(self, mlp: Phi3MLP) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj, self.activation_fn = mlp.gate_up_proj, mlp.down_proj, mlp.activation_fn
+        self.is_silu = mlp.config.hidden_act == "silu"
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] to the same shape."""
+        gate_up = self.gate_up_proj(hidden_states)
+        if self.is_silu and self.training and fused.available(gate_up):
+            return self.down_proj(fused.swiglu(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down_proj(up * self.activation_fn(gate))
+
+
 class Phi3VModel(Phi3VPreTrainedModel):
     """Embeddings, vision part and decoder, without the head."""
 
@@ -70,8 +100,11 @@ class Phi3VModel(Phi3VPreTrainedModel):
         for index in range(config.num_hidden_layers):
             layer = Phi3DecoderLayer(config, index)
             layer.self_attn = Phi3VAttention(config, index)
+            layer.mlp = GatedMLP(layer.mlp)
+            layer.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            layer.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.layers.append(layer)
-        self.norm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rope = LongRope(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -84,34 +117,18 @@ class Phi3VModel(Phi3VPreTrainedModel):
         """Replace the text embedding."""
         self.embed_tokens = value
 
-    def embed(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Text embeddings with image features at the image positions, [B, T, D]; features go in reading order.
-
-        Raises ValueError where image positions and pictures do not fit together.
-        """
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids: dtype {input_ids.dtype}; expected integers.")
-        is_image = input_ids == self.config.image_token_id
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, layout: BatchLayout) -> torch.Tensor:
+        """Text embeddings with image features at the layout's image positions, [B, T, D]; features in reading order."""
         embeds = self.embed_tokens(input_ids)
         if pixel_values is None:
-            found = int(is_image.sum())
-            if found:
-                raise ValueError(f"input_ids: {found} image positions but no pixel_values; expected both or neither.")
             if self.vision_embed_tokens.must_run_without_images(self.training and torch.is_grad_enabled()):
                 # Zeros before the sum: float16 cannot hold the features' own sum, and infinity times zero is NaN.
                 embeds = embeds + (0.0 * self.vision_embed_tokens()).sum().to(embeds.dtype)
             return embeds
-        if image_sizes is None:
-            raise ValueError("pixel_values without image_sizes; expected [n_images, 2] (height, width of each canvas).")
-        features = self.vision_embed_tokens(pixel_values, image_sizes)  # [I, D]
-        found = int(is_image.sum())
-        if found != len(features):
-            raise ValueError(
-                f"input_ids: {found} image positions; expected {len(features)} for image_sizes {image_sizes.tolist()}."
-            )
-        return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
+        assert layout.image_positions is not None
+        features = self.vision_embed_tokens(pixel_values, layout.image_sizes, layout.feature_rows)  # [I, D]
+        flat = embeds.view(-1, embeds.shape[-1]).index_copy(0, layout.image_positions, features.to(embeds.dtype))
+        return flat.view_as(embeds)
 
     def forward(
         self,
@@ -124,13 +141,15 @@ class Phi3VModel(Phi3VPreTrainedModel):
         image_sizes: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        layout: BatchLayout | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """See `Phi3VForCausalLM.forward`. hidden_states (on request): inputs of every layer, then the normed output."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds: expected exactly one of the two.")
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)  # [B, T, D]
+            pictures = layout or self._pictures(input_ids, pixel_values, image_sizes)
+            inputs_embeds = self.embed(input_ids, pixel_values, pictures)  # [B, T, D]
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False
@@ -139,7 +158,10 @@ class Phi3VModel(Phi3VPreTrainedModel):
             make_room(past_key_values)
         batch, queries, _ = inputs_embeds.shape
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        plan = plan_attention(attention_mask, position_ids, batch, queries, past)
+        if layout is not None:
+            plan, position_ids = layout.plan, layout.position_ids
+        else:
+            plan = plan_attention(attention_mask, position_ids, batch, queries, past)
         if position_ids is None:
             position_ids = torch.arange(past, past + queries, device=inputs_embeds.device)[None]
         is_long = self.rope.is_long(plan, attention_mask, batch, queries, past, inputs_embeds.device)
@@ -159,9 +181,29 @@ class Phi3VModel(Phi3VPreTrainedModel):
             hidden_states=(*states, hidden) if output_hidden_states else None,
         )
 
+    def _pictures(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None
+    ) -> BatchLayout:
+        """A layout of the pictures alone; waits for the device of input_ids."""
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids: dtype {input_ids.dtype}; expected integers.")
+        if pixel_values is not None and image_sizes is None:
+            raise ValueError("pixel_values without image_sizes; expected [n_images, 2] (height, width of each canvas).")
+        image_sizes = None if pixel_values is None or image_sizes is None else image_sizes.cpu()
+        positions, rows = picture_rows(self.config, input_ids.cpu(), image_sizes)
+        device = input_ids.device
+        return BatchLayout(
+            image_sizes=image_sizes,
+            image_positions=None if positions is None else positions.to(device),
+            feature_rows=None if rows is None else rows.to(device),
+        )
+
 
 class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     """The whole model; reads and writes checkpoints in the published layout."""
+
+    keeps_autocast = False
+    """Whether autocast stays on over half-precision weights: for layers that mix types (DoRA, dropout in adapters)."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
@@ -249,6 +291,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         return_dict: bool | None = None,
+        layout: BatchLayout | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Loss and logits.
@@ -257,61 +300,63 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         [n, 3, S, S] float, or uint8 local tiles (normalised here, global views added); image_sizes [n_images, 2].
         A packed batch has no attention_mask, and position_ids [B, T] that start at 0 with every example.
         labels [B, T], -100 = none; loss_weights [B, T], aligned with labels.
+        layout: what training knows of a batch beforehand (`lay_out`); then only input_ids and pixel_values are read
+        beside it, and the forward pass never waits for the device.
 
         loss: without weights the mean cross entropy over all label tokens; with weights the sum of weight times cross
         entropy, not divided any further. Both in float32.
         logits: with labels None (the head runs at label positions alone, which are not kept), unless `logits_to_keep`
         is given; without labels all positions, or the last `logits_to_keep` (0 = all).
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            use_cache=False if use_cache is None and labels is not None else use_cache,
-            output_hidden_states=output_hidden_states,
-        )
-        hidden = outputs.last_hidden_state  # [B, T, D]
-        loss = logits = None
-        if labels is not None:
-            loss = self._loss(hidden, labels, loss_weights, position_ids if attention_mask is None else None)
-        if labels is None or logits_to_keep is not None:
-            keep = logits_to_keep or 0
-            kept = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
-            logits = self.lm_head(kept)
+        with self._own_dtype():
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                pixel_values=pixel_values,
+                image_sizes=image_sizes,
+                use_cache=False if use_cache is None and (labels is not None or layout is not None) else use_cache,
+                output_hidden_states=output_hidden_states,
+                layout=layout,
+            )
+            hidden = outputs.last_hidden_state  # [B, T, D]
+            loss = logits = None
+            if labels is not None:
+                packed = position_ids.expand_as(labels) if position_ids is not None and attention_mask is None else None
+                host = [None if x is None else x.cpu() for x in (labels, loss_weights, packed)]
+                found = label_rows(hidden[..., 0].detach(), *host)
+                loss = self._loss(hidden, *(None if x is None else x.to(hidden.device) for x in found))
+            elif layout is not None and layout.label_positions is not None:
+                loss = self._loss(hidden, layout.label_positions, layout.label_ids, layout.label_weights)
+            if loss is None or logits_to_keep is not None:
+                keep = logits_to_keep or 0
+                kept = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
+                logits = self.lm_head(kept)
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
         return result if return_dict is not False else result.to_tuple()
 
+    def _own_dtype(self) -> contextlib.AbstractContextManager[object]:
+        """No autocast over half-precision weights: it would only widen norms and the residual stream to float32."""
+        weight = self.model.embed_tokens.weight
+        if self.keeps_autocast or weight.dtype not in (torch.float16, torch.bfloat16):
+            return contextlib.nullcontext()
+        return torch.autocast(weight.device.type, enabled=False)
+
     def _loss(
-        self,
-        hidden: torch.Tensor,
-        labels: torch.Tensor,
-        weights: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
+        self, hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
     ) -> torch.Tensor:
-        """Shifted cross entropy with the head at label positions only."""
-        if labels.shape != hidden.shape[:2]:
-            raise ValueError(f"labels: shape {list(labels.shape)}; expected {list(hidden.shape[:2])} like input_ids.")
-        if weights is not None and weights.shape != labels.shape:
-            raise ValueError(f"loss_weights: shape {list(weights.shape)}; expected {list(labels.shape)} like labels.")
-        wanted = labels[:, 1:] != -100
-        if position_ids is not None:  # the first token of a packed example must not be learnt from the example before
-            wanted = wanted & (position_ids.expand_as(labels)[:, 1:] != 0)
-        predicting = hidden[:, :-1][wanted]  # [number of labels, D]
-        if not len(predicting):
+        """Cross entropy of `targets` [L] with the head at `positions` [L] of the flattened hidden [B, T, D] alone."""
+        if not len(positions):
             # Through the head too, whose weights DDP waits for; zeros first, since float16 may not hold the sum.
             return self.lm_head(0.0 * hidden[:1, :1]).sum().float()
-        targets = labels[:, 1:][wanted]
-        logits = self.lm_head(predicting).float()
+        logits = self.lm_head(hidden.flatten(0, 1)[positions]).float()
         if weights is None:
             return F.cross_entropy(logits, targets)
-        entropy = F.cross_entropy(logits, targets, reduction="none")
-        return (entropy * weights[:, 1:][wanted].float()).sum()
+        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
     # Generation -----------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPVisionEmbeddings
 
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.image_processing import expand_uint8_tiles
+from phi3v.model.fused import QuickGELU
+from phi3v.model.image_processing import CLIP_MEAN, CLIP_STD, expand_uint8_tiles
 
 
 class VisionTower(nn.Module):
@@ -25,6 +26,9 @@ class VisionTower(nn.Module):
         self.embeddings = CLIPVisionEmbeddings(vision)
         self.pre_layrnorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)  # the published spelling
         self.encoder = CLIPEncoder(vision)
+        if vision.hidden_act == "quick_gelu":
+            for layer in self.encoder.layers:
+                layer.mlp.activation_fn = QuickGELU()
         self.post_layernorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
         self.freeze_unused()
 
@@ -64,24 +68,24 @@ class ImageEmbedding(nn.Module):
         )
         # None: a blank tile runs for text-only batches if a distributed job needs it. True and False force.
         self.run_without_images: bool | None = None
+        self._scales: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def forward(
-        self, pixel_values: torch.Tensor | None = None, image_sizes: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Features [I, D] of all pictures in order; without any, those of one blank tile, [g*g + 2, D].
 
         pixel_values: float [n, 3, S, S]; or uint8 local tiles; or the published padded form [n_images, k, 3, S, S].
-        Raises ValueError where tiles and image_sizes do not fit together.
+        image_sizes: [n_images, 2], canvases in whole tiles, best on the CPU. rows: `gather_index` of their grids on
+        the tiles' device, if it is known. Raises ValueError if tiles and image_sizes do not fit together.
         """
         if pixel_values is None or image_sizes is None:
             return self._blank()
         size = self.config.tile_size
         sizes = image_sizes.cpu()
-        if sizes.dim() != 2 or sizes.shape[1] != 2 or bool((sizes % size).any()) or bool((sizes < size).any()):
-            raise ValueError(
-                f"image_sizes: {sizes.tolist()}; expected [height, width] of each canvas "
-                f"in whole tiles of {size} pixels."
-            )
         grids = sizes // size  # [n_images, 2]
         tiles = grids.prod(dim=1) + 1
         if pixel_values.dim() == 5:
@@ -94,9 +98,17 @@ class ImageEmbedding(nn.Module):
                 f"{sizes.tolist()}."
             )
         if pixel_values.dtype == torch.uint8:
-            pixel_values = expand_uint8_tiles(pixel_values, sizes)
-        index = gather_index(grids, self.config.tile_grid).to(pixel_values.device)
-        return self._project(pixel_values)[index]
+            pixel_values = expand_uint8_tiles(pixel_values, sizes, *self._scale(pixel_values.device))
+        if rows is None:
+            rows = gather_index(grids, self.config.tile_grid).to(pixel_values.device)
+        return self._project(pixel_values)[rows]
+
+    def _scale(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """CLIP's channel means and deviations on a device, copied there once."""
+        if device not in self._scales:
+            mean, std = (torch.tensor(values, dtype=torch.float32) for values in (CLIP_MEAN, CLIP_STD))
+            self._scales[device] = (mean.to(device), std.to(device))
+        return self._scales[device]
 
     def _project(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Projected tokens of every tile, then those of the row and the picture separator: [n*g*g + 2, D]."""

@@ -5,18 +5,90 @@ Shapes: B = examples of a micro-batch, T = tokens of the longest of them (packed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.layout import DEVICE_FIELDS, BatchLayout, lay_out
 from phi3v.planning.flops import Work, example_work
-from phi3v.settings import Geometry
+from phi3v.planning.geometry import geometry_from_config
 from phi3v.training.batching import Grouping, Pick
 
 # Keys of a batch that are for the trainer, not for the model.
 TRAINER_KEYS = ("examples_in_step", "ids", "token_count", "slot_count", "image_count", "example_count", "work")
+ALIGNMENT = 16
+"""Bytes; a tensor may be viewed in a buffer if its offset is a multiple of its element size."""
+
+
+@dataclass(frozen=True)
+class TensorBundle:
+    """Tensors side by side in one buffer, which reaches a device in one copy."""
+
+    buffer: torch.Tensor
+    """uint8."""
+    places: dict[str, tuple[torch.dtype, torch.Size, int]]
+    """Type, shape and first byte of each tensor."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor | None]) -> TensorBundle:
+        """Copies of `tensors` (None is left out), which are on the CPU."""
+        places, end = {}, 0
+        present = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        for name, tensor in present.items():
+            places[name] = (tensor.dtype, tensor.shape, end)
+            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        buffer = torch.zeros(end, dtype=torch.uint8)
+        for name, tensor in present.items():
+            begin = places[name][2]
+            buffer[begin : begin + tensor.nbytes] = tensor.view(-1).view(torch.uint8)
+        return cls(buffer, places)
+
+    def pin_memory(self) -> TensorBundle:
+        """In page-locked memory, for the loader's pinning thread: the copy to a GPU then runs beside the host."""
+        return replace(self, buffer=self.buffer.pin_memory())
+
+    def on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The tensors on a device, views of one buffer."""
+        buffer = self.buffer.to(device, non_blocking=True)
+        found = {}
+        for name, (dtype, shape, begin) in self.places.items():
+            found[name] = buffer[begin : begin + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        return found
+
+
+def bundled(config: Phi3VConfig, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """A collated batch as {"tensors": TensorBundle, "layout": BatchLayout}; the layout's device fields are bundled."""
+    layout = lay_out(
+        config, batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"), batch.get("image_sizes"),
+        batch["labels"], batch["loss_weights"],
+    )  # fmt: skip
+    fields = {name: getattr(layout, name) for name in DEVICE_FIELDS}
+    tensors = {"input_ids": batch["input_ids"], "pixel_values": batch.get("pixel_values"), **fields}
+    bundle = TensorBundle.of(tensors | {"cu_seqlens": layout.plan.cu_seqlens})
+    host = BatchLayout(plan=layout.plan, image_sizes=layout.image_sizes)
+    return {"tensors": bundle, "layout": host}
+
+
+def model_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The model's arguments from a `bundled` batch: input_ids [B, T], pixel_values and layout, on the device."""
+    tensors, layout = batch["tensors"].on(device), batch["layout"]
+    plan = replace(layout.plan, cu_seqlens=tensors.get("cu_seqlens"))
+    fields = {name: tensors.get(name) for name in DEVICE_FIELDS}
+    return {
+        "input_ids": tensors["input_ids"],
+        "pixel_values": tensors.get("pixel_values"),
+        "layout": BatchLayout(plan=plan, image_sizes=layout.image_sizes, **fields),
+    }
+
+
+def tiles_of(example: Mapping[str, torch.Tensor]) -> int:
+    """Tiles that the vision tower runs on for an example; byte tiles come without their global views."""
+    pixels = example["pixel_values"]
+    return len(pixels) + (len(example["image_sizes"]) if pixels.dtype == torch.uint8 else 0)
 
 
 class PickedExamples(Dataset):
@@ -41,12 +113,13 @@ class PickedExamples(Dataset):
 
 
 class Collator:
-    """A micro-batch for the model, with the counts that the trainer's loss and meter need."""
+    """A bundled micro-batch for the model, with the counts that the trainer's loss and meter need."""
 
     def __init__(
-        self, collate: Callable[..., dict[str, Any]], pad_token_id: int, grouping: Grouping, geometry: Geometry
+        self, collate: Callable[..., dict[str, Any]], pad_token_id: int, grouping: Grouping, config: Phi3VConfig
     ) -> None:
-        self.collate, self.pad_token_id, self.grouping, self.geometry = collate, pad_token_id, grouping, geometry
+        self.collate, self.pad_token_id, self.grouping, self.config = collate, pad_token_id, grouping, config
+        self.geometry = geometry_from_config(config.to_dict())
 
     def __call__(self, picked: list[tuple[dict[str, Any], Pick]]) -> dict[str, Any]:
         examples, picks = [example for example, _ in picked], [pick for _, pick in picked]
@@ -54,8 +127,7 @@ class Collator:
         batch = pack(examples) if self.grouping == "packed" else self.collate(examples, self.pad_token_id)
         if len(counted) < len(examples):  # a filler is a micro-batch of its own, see BatchPlan.epoch
             batch["loss_weights"] = torch.zeros_like(batch["loss_weights"])
-        batch = {key: value for key, value in batch.items() if key not in ("id", "ids")}
-        return batch | {
+        return bundled(self.config, batch) | {
             "examples_in_step": picks[0].in_step,
             "ids": [str(example["id"]) for example in counted],
             "example_count": len(counted),
@@ -70,7 +142,7 @@ class Collator:
     def _work(self, example: dict[str, Any]) -> Work:
         """What the planner counts a step's FLOP from."""
         labels = int((example["labels"] != -100).sum())
-        return example_work(self.geometry, len(example["input_ids"]), len(example["pixel_values"]), labels)
+        return example_work(self.geometry, len(example["input_ids"]), tiles_of(example), labels)
 
 
 def pack(examples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from phi3v.data.processes import loader_workers
-from phi3v.planning.geometry import geometry_from_config
 from phi3v.settings import FinetuneSettings, SettingsError
 from phi3v.training.batching import BatchPlan, packs_needed
 from phi3v.training.memory import growing_segments
@@ -171,7 +170,7 @@ def read_data(settings: FinetuneSettings, processor: Any, split: str) -> tuple[A
     from phi3v.data.loading import ConversationDataset
 
     folder = settings.data_folder()
-    dataset = ConversationDataset(folder, split, processor, settings.num_crops, settings.seed)
+    dataset = ConversationDataset(folder, split, processor, settings.num_crops, settings.seed, as_uint8=True)
     return dataset, folder, dataset.num_crops
 
 
@@ -259,7 +258,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     from phi3v.data.loading import collate
     from phi3v.model import Phi3VProcessor
     from phi3v.training import micro_batch
-    from phi3v.training.batches import Collator, PickedExamples
+    from phi3v.training.batches import Collator, PickedExamples, bundled
     from phi3v.training.meter import Meter
     from phi3v.training.trainer import RecipeTrainer
 
@@ -277,12 +276,13 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
         single = settings.model_copy(update={"batch_size_per_gpu": 1})
         args = training_arguments(single, output / "checkpoints", accumulation, trackers)
         model = load_model(settings, args.device)
+        config = model.config
         way = micro_batch.choose(
             settings,
             output,
             model,
             examples.example,
-            lambda batch: collate(batch, pad),
+            lambda batch: bundled(config, collate(batch, pad)),
             lengths,
             processes,
             args.device,
@@ -298,13 +298,12 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     # The Trainer's arguments come before the model: with ZeRO 3 they make the weights load in shards.
     args = training_arguments(settings, output / "checkpoints", plan.accumulation, trackers)
     model = load_model(settings, args.device) if model is None else model
-    geometry = geometry_from_config(model.config.to_dict())
     validation: dict[str, Any] = {}
     if settings.eval_steps:
         eval_dataset = read_data(settings, processor, "val")[0]
         count = min(settings.eval_examples or len(eval_dataset), len(eval_dataset))
         validation = {
-            "eval_dataset": PickedExamples(eval_dataset), "eval_collator": Collator(collate, pad, "fixed", geometry),
+            "eval_dataset": PickedExamples(eval_dataset), "eval_collator": Collator(collate, pad, "fixed", model.config),
             "eval_plan": BatchPlan(
                 examples=count, batch_size=count, micro_batch_size=settings.micro_batch_size,
                 processes=processes, seed=0,
@@ -312,7 +311,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
         }  # fmt: skip
     trainer = RecipeTrainer(
         plan=plan, meter=Meter(args.device), model=model, args=args,
-        data_collator=Collator(collate, pad, settings.batching, geometry), train_dataset=examples,
+        data_collator=Collator(collate, pad, settings.batching, model.config), train_dataset=examples,
         keep_checkpoints=settings.keep_checkpoints, **validation,
     )  # fmt: skip
     from transformers.trainer_callback import PrinterCallback

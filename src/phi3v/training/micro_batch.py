@@ -32,6 +32,7 @@ from phi3v.planning.roofline import step_time
 from phi3v.planning.setup import Constants, Setup
 from phi3v.settings import FinetuneSettings, Hardware, SettingsError
 from phi3v.training import checkpoints
+from phi3v.training.batches import model_inputs, tiles_of
 from phi3v.training.memory import (
     GB,
     capacity_bytes,
@@ -347,7 +348,7 @@ def _setup(settings: FinetuneSettings, model: Any, longest: dict[str, Any], proc
     """The job as the planner sees it, with its longest example."""
     geometry = geometry_from_config(model.config.to_dict())
     labels = int((longest["labels"] != -100).sum())
-    work = example_work(geometry, len(longest["input_ids"]), len(longest["pixel_values"]), labels)
+    work = example_work(geometry, len(longest["input_ids"]), tiles_of(longest), labels)
     # The formulas ask the hardware for its memory alone, which here is measured.
     nowhere = Hardware(title="", kind="cuda", bf16=True, flash_attention=True, quantisation=True, source="")
     return Setup(
@@ -368,9 +369,7 @@ def _probe(settings: FinetuneSettings, model: Any, batch: dict[str, Any], device
     with torch.random.fork_rng(devices=devices):
         try:
             with peak(device) as peaks:
-                inputs = {name: value.to(device) for name, value in batch.items()}
-                if zero and "pixel_values" in inputs:
-                    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+                inputs = model_inputs(batch, device)
                 with torch.autocast(device.type, dtype, enabled=not zero and dtype != torch.float32):
                     loss = model(**inputs)["loss"]
                 loss.backward()

@@ -1,0 +1,232 @@
+"""Norm, gate, activation and rotation of a layer as one kernel each, forward and backward, on CUDA.
+
+Plain PyTorch runs each of them as four to eight operators, and each operator reads and writes whole activations. Here a
+direction is one pure function that `torch.compile` turns into one kernel. The backward formulas are written out, so
+that nothing but the inputs is kept. Other devices run the plain operators, which are the reference (tests/test_model_fused).
+
+Shapes: B = batch rows, Q = tokens, H = heads, D = head width, W = any width.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import FunctionCtx
+
+
+@functools.cache
+def missing_compiler() -> str | None:
+    """Why kernels cannot be compiled here: the name of what is missing, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton"
+    if not any(shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name):
+        return "a C compiler"
+    return None
+
+
+def available(x: torch.Tensor) -> bool:
+    """Whether the fused kernels run on `x`: a CUDA tensor, Triton and a C compiler."""
+    return x.is_cuda and missing_compiler() is None
+
+
+class _Compiled:
+    """A pure function that is compiled at its first call; importing the compiler takes seconds."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., Any]:
+        """One kernel for tensors of any shape."""
+        return torch.compile(self.function, dynamic=True)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.compiled(*arguments)
+
+
+# RMSNorm ----------------------------------------------------------------------------------------------------------
+
+
+@_Compiled
+def rms_norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = weight * x / rms(x) over the last dimension W, and 1 / rms [..., 1] in float32; Phi-3's order of rounding."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * inverse).to(x.dtype), inverse
+
+
+@_Compiled
+def rms_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of x: (w g - n mean(w g n)) / rms with n = x / rms."""
+    normal, scaled = x.float() * inverse, gradient.float() * weight.float()
+    return ((scaled - normal * (scaled * normal).mean(-1, keepdim=True)) * inverse).to(x.dtype)
+
+
+@_Compiled
+def rms_norm_weight_backward(gradient: torch.Tensor, x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Gradient of the weight [W]: the sum of g n over all rows."""
+    product = gradient.float() * (x.float() * inverse)
+    return product.flatten(0, -2).sum(0).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        y, inverse = rms_norm_forward(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        to_x, to_weight = ctx.needs_input_grad[:2]
+        return (
+            rms_norm_backward(gradient, x, weight, inverse) if to_x else None,
+            rms_norm_weight_backward(gradient, x, inverse) if to_weight else None,
+            None,
+        )
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Phi-3's RMSNorm of x [..., W]."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+# SwiGLU -----------------------------------------------------------------------------------------------------------
+
+
+@_Compiled
+def swiglu_forward(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of [..., 2W] (gate first) as [..., W]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return up * torch.nn.functional.silu(gate)
+
+
+@_Compiled
+def swiglu_backward(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """Gradient of gate and up, [..., 2W]."""
+    gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
+    wide, share = gradient.float(), torch.sigmoid(gate)
+    to_gate = wide * up * share * (1 + gate * (1 - share))
+    return torch.cat((to_gate, wide * gate * share), dim=-1).to(gate_up.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up)
+        return swiglu_forward(gate_up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return swiglu_backward(gradient, *ctx.saved_tensors)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of gate and up side by side: [..., 2W] to [..., W]."""
+    return _SwiGLU.apply(gate_up)
+
+
+# Quick GELU -------------------------------------------------------------------------------------------------------
+
+
+@_Compiled
+def quick_gelu_forward(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(1.702 x) (Hendrycks and Gimpel 2016, section 2)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+@_Compiled
+def quick_gelu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Gradient of x."""
+    wide, share = x.float(), torch.sigmoid(1.702 * x.float())
+    return (gradient.float() * share * (1 + 1.702 * wide * (1 - share))).to(x.dtype)
+
+
+class _QuickGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return quick_gelu_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return quick_gelu_backward(gradient, *ctx.saved_tensors)
+
+
+class QuickGELU(torch.nn.Module):
+    """CLIP's activation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Elementwise on a tensor of any shape."""
+        return _QuickGELU.apply(x) if self.training and available(x) else x * torch.sigmoid(1.702 * x)
+
+
+# Rotary embedding -------------------------------------------------------------------------------------------------
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [B, H, Q, D] with cos, sin [B or 1, 1, Q, D] (halves, not interleaved pairs)."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + turned * sin
+
+
+@_Compiled
+def rotate_forward(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both rotated."""
+    return rotate(query, cos, sin), rotate(key, cos, sin)
+
+
+@_Compiled
+def rotate_backward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Gradients [B, H, Q, D] of rotated queries and keys, and of values, as that of their product [B, Q, 3 H D].
+
+    The second half of a rotary table repeats its first, so the transposed rotation turns by the opposite angle.
+    """
+    back = (rotate(query, cos, -sin), rotate(key, cos, -sin), value)
+    return torch.cat(back, dim=1).transpose(1, 2).flatten(2)
+
+
+class _SplitAndRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query, key, value = split_heads(qkv, heads, kv_heads)
+        ctx.save_for_backward(cos, sin)
+        query, key = rotate_forward(query, key, cos, sin)
+        return query, key, value
+
+    @staticmethod
+    def backward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None, None]:
+        return rotate_backward(query, key, value, *ctx.saved_tensors), None, None, None, None
+
+
+def split_heads(qkv: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
+    """Queries [B, H, Q, D], keys and values [B, H_kv, Q, D], views of their product [B, Q, (H + 2 H_kv) D]."""
+    batch, queries, _ = qkv.shape
+    split = qkv.view(batch, queries, heads + 2 * kv_heads, -1).transpose(1, 2)
+    return split.split((heads, kv_heads, kv_heads), dim=1)
+
+
+def split_and_rotate(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`split_heads` with queries and keys rotated by cos, sin [B or 1, 1, Q, D]; the values stay a view."""
+    return _SplitAndRotate.apply(qkv, cos, sin, heads, kv_heads)
