@@ -12,7 +12,7 @@ import pytest
 import torch
 from namespaces import namespace
 from test_training_checkpoints import SETTINGS, write_checkpoint
-from training_fixtures import ROOT, train_here, write_base
+from training_fixtures import ROOT, finish, launch, train_here, write_base
 
 from phi3v.training.checkpoints import CheckpointError, find
 from phi3v.training.finetune import LostProcessError, explain_failure
@@ -101,3 +101,15 @@ def test_a_full_disk_and_a_lost_process_are_told_apart_from_errors_of_the_progra
             explain_failure(tmp_path),
         ):
             raise error
+
+
+@pytest.mark.parametrize("picture", ["there", "missing"])
+def test_a_job_with_loader_processes_ends(tmp_path: Path, picture: str) -> None:
+    """They ignore SIGTERM, and an interpreter that exits waits for its child processes."""
+    base = write_base(tmp_path)
+    if picture == "missing":
+        (base / "data" / "images" / "red.png").unlink()
+    flags = ["--model_name_or_path", str(base / "model"), "--data_dir", str(base / "data"), "--use_lora", "--bf16"]
+    flags += ["--output_dir", str(tmp_path / "out"), "--lora_rank", "4", "--batch_size", "8", "--max_steps", "1"]
+    code, output = finish(launch([*flags, "--num_workers", "2", "--no-tqdm"]), seconds=120)
+    assert (code == 0) == (picture == "there"), output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,19 @@ class RecipeTrainer(Trainer):
         return batch_loader(
             dataset, sampler, collator, self.args.dataloader_num_workers, self.args.device.type == "cuda", persistent
         )
+
+    def train(self, *arguments: Any, **more: Any) -> Any:
+        """As the Trainer; the loader's processes end with it, also after an error, whose frames hold the loader.
+
+        They ignore SIGTERM, so an interpreter that exits while they are there would wait for them for ever.
+        """
+        try:
+            return super().train(*arguments, **more)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            self.callback_handler.train_dataloader = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order and turns."""
