@@ -107,3 +107,39 @@ def test_compiled_kernels_equal_the_functions(dtype):
     }
     for kernel, arguments in calls.items():
         torch.testing.assert_close(kernel(*arguments), kernel.function(*arguments), atol=0.06, rtol=0.02)
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_checkpointed_training_step_compiles_every_kernel(adapters, monkeypatch):
+    """Compiled for real, on the CPU: after a pass that the observer watched, under recomputation and autograd."""
+    from torch._dynamo.utils import counters
+
+    from phi3v.model.adapters import add_lora
+    from phi3v.training.observe import Observer
+
+    torch._dynamo.reset()
+    kernels = [kernel for kernel in vars(fused).values() if isinstance(kernel, fused._Compiled)]
+    for kernel in kernels:
+        vars(kernel).pop("compiled", None)
+    batch = joined([example(i) for i in range(3)])
+    losses = []
+    for available in (False, True):
+        monkeypatch.setattr(fused, "available", lambda x, answer=available: answer)
+        model = tiny_model(**LONG)
+        model.activation_checkpointing_enable()
+        model = (add_lora(model, 4, 8, seed=0) if adapters else model).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        counters.clear()
+        observer = Observer(model)
+        for _ in range(3):
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            observer.remove()
+        losses.append(loss.item())
+    used = len(kernels) - adapters  # frozen norms have no weight gradient
+    assert used <= counters["frames"]["ok"] == counters["frames"]["total"] <= used + 2  # few are compiled twice
+    assert not counters["graph_break"]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

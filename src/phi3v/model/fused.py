@@ -9,12 +9,13 @@ Shapes: B = batch rows, Q = tokens, H = heads, D = head width, W = any width.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch.autograd.function import FunctionCtx
@@ -38,6 +39,8 @@ def available(x: torch.Tensor) -> bool:
 class _Compiled:
     """A pure function that is compiled at its first call; importing the compiler takes seconds."""
 
+    enabled: ClassVar[bool] = True
+
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
         self.function = function
@@ -48,7 +51,20 @@ class _Compiled:
         return torch.compile(self.function, dynamic=True)
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.compiled(*arguments)
+        return self.compiled(*arguments) if self.enabled else self.function(*arguments)
+
+
+@contextlib.contextmanager
+def not_compiled() -> Iterator[None]:
+    """Run every kernel as the plain function that it is compiled from.
+
+    For passes under a TorchDispatchMode: TorchDynamo does not compile there, and never again what it met there first.
+    """
+    _Compiled.enabled = False
+    try:
+        yield
+    finally:
+        _Compiled.enabled = True
 
 
 # RMSNorm ----------------------------------------------------------------------------------------------------------

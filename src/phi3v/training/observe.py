@@ -5,12 +5,15 @@ A setting says what was asked for; here is looked at what ran, in the first trai
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
+
+from phi3v.model import fused
 
 # Operator names of PyTorch (native_functions.yaml; torch.nn.attention.varlen) and flash-attn, and what a reader calls them.
 KERNELS = {
@@ -74,18 +77,19 @@ class Observer:
             self.activation_dtype = DTYPES.get(output.dtype, str(output.dtype))
 
     def _watch(self, part: str, layer: nn.Module, implementation: str) -> None:
-        modes: list[_Operators] = []
+        entered: list[tuple[_Operators, contextlib.ExitStack]] = []
 
         def enter(module: nn.Module, inputs: Any) -> None:
             if module.training and part not in self.kernels:
-                modes.append(_Operators())
-                modes[-1].__enter__()
+                stack = contextlib.ExitStack()
+                stack.enter_context(fused.not_compiled())
+                entered.append((stack.enter_context(_Operators()), stack))
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            if modes:
-                mode = modes.pop()
-                mode.__exit__(None, None, None)
-                self.kernels[part] = attention_kernel(mode.names, implementation)
+            if entered:
+                operators, stack = entered.pop()
+                stack.close()
+                self.kernels[part] = attention_kernel(operators.names, implementation)
 
         self._handles.append(layer.register_forward_pre_hook(enter))
         self._handles.append(layer.register_forward_hook(leave, always_call=True))
