@@ -235,9 +235,9 @@ def test_a_price_of_ones_own(root):
         load_run(values, root)
 
 
-def test_one_h100_gets_the_rows_that_fit(root):
+def test_one_l40s_gets_the_rows_that_fit(root):
     values = yaml.safe_load((root / "config/config.yaml").read_text())
-    values["hardware"] = [{"device": "h100", "per_node": 1}]
+    values["hardware"] = [{"device": "l40s", "per_node": 1}]
     run = load_run(values, root)
     plan = plan_run(run)
     status = {row.row: row.status for row in plan.rows}
@@ -319,7 +319,7 @@ def test_rows_that_cannot_be_planned_are_not_in_the_sums_and_say_so(root):
 
 def test_a_row_asked_for_by_name_is_tried(root):
     values = yaml.safe_load((root / "config/config.yaml").read_text())
-    values["hardware"] = [{"device": "h100", "per_node": 1}]
+    values["hardware"] = [{"device": "l40s", "per_node": 1}]
     values["rows"] = {"accuracy": ["phi3-docvqa-full-bf16", "*hateful*"], "speed": ["*"]}
     run = load_run(values, root)
     kept = {job.row.row for job in runnable(run).accuracy}
@@ -348,7 +348,7 @@ def test_everything_about_one_row(run):
     plan = plan_run(run)
     said = plan.detail("phi35-nlvr2-full-bf16")
     assert re.search(r"parameters, millions +4147 = clip 303\.5, projector 22.03, .*decoder 3624, head 98\.5", said)
-    assert re.search(r"allocated per device, GB +\d+\.\d+ = weights 8\.293, optimizer 12\.\d+, gradients", said)
+    assert re.search(r"allocated per device, GB +\d+\.\d+ = weights 8\.293, optimizer 12\.\d+, ", said)
     assert re.search(r"train job: runtime \d+, mem_mb \d+, cpus 32, nodes 1, gres gpu:4", said)
     assert "of these trained, millions" in said
     assert "qlora" in plan.detail("phi3-docvqa-qlora-bf16")
@@ -384,10 +384,11 @@ def test_more_devices_and_smaller_batches_need_less(published):
     setup = next(item.setup for item in published if item.row.row == "phi3-a100-full-flash-8gpu")
     here = memory(setup)
     assert memory(replace(setup, nodes=2)).allocated_gb < here.allocated_gb
-    larger = memory(replace(setup, micro_batch=4)).moments["decoder backward"]
-    assert larger["activations"] == pytest.approx(4 * here.moments["decoder backward"]["activations"])
+    larger = memory(replace(setup, micro_batch=4)).moments["backward of the decoder"]
+    assert larger["activations"] == pytest.approx(4 * here.moments["backward of the decoder"]["activations"])
     inputs = [
-        memory(replace(setup, recompute=share)).moments["decoder backward"]["layer inputs"] for share in (1, 0.5, 0)
+        memory(replace(setup, recompute=share)).moments["backward of the decoder"]["layer inputs"]
+        for share in (1, 0.5, 0)
     ]
     assert inputs[2] > 5 * inputs[0]
     assert inputs[1] == pytest.approx((inputs[0] + inputs[2]) / 2)
@@ -590,7 +591,7 @@ def test_every_entry_has_what_the_planner_needs(entries):
         ("H100", 8, "full", "bf16", True),
         ("V100-32GB", 8, "full", "fp16", False),
         ("RTX 4090", 2, "lora", "bf16", True),
-        ("H100", 1, "lora", "bf16", True),
+        ("L40S", 1, "lora", "bf16", True),
         ("T4", 2, "lora", "fp16", False),
     ],
 )

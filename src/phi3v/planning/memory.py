@@ -20,7 +20,6 @@ from typing import Literal
 
 from phi3v.planning.flops import Work
 from phi3v.planning.geometry import (
-    decoder_layer_linears,
     parameters,
     patches_per_tile,
     quantised_parameters,
@@ -32,33 +31,31 @@ GB = 1e9
 # nf4: half a byte, and a float32 scale for each block of 64 weights (bitsandbytes, double quantisation off).
 NF4_BYTES = 0.5 + 4 / 64
 # ZeRO's shard while it rests, per trained parameter: float32 weight and AdamW's two moments (deepspeed
-# runtime/zero/stage_1_and_2.py, single_partition_of_fp32_groups).
+# runtime/zero/stage_1_and_2.py, single_partition_of_fp32_groups). Adapters: the same, whole on every device.
 STATE_BYTES = 12
-# Gradient of a shard: accumulated in float32.
+# Gradients are summed in float32 (grad_accum_dtype of phi3v.training.zero); those of adapters are float32 as well.
 GRADIENT_BYTES = 4
-# Adapters: float32 weight, gradient and two moments, whole on every device.
-ADAPTER_BYTES = 16
-# DistributedDataParallel keeps gradients in buckets, and gradients are views of them (gradient_as_bucket_view is off by
-# default, so both exist): float32.
-DDP_BYTES = 4
-# DeepSpeed's reduction bucket, in elements (phi3v.training.zero): two of them with overlap_comm, and the reduced copy.
+# Adapters: a copy of the factors in the compute type (phi3v.model.lora), and with several devices the float32 buckets
+# of DistributedDataParallel.
+FACTOR_COPY_BYTES, DDP_BYTES = 2, 4
+# DeepSpeed's reduction bucket, elements (phi3v.training.zero). During the backward pass two are held, and the flattened
+# copy that is reduced. A device that owns the whole bucket also widens it to float32.
 BUCKETS, BUCKET, CPU_BUCKET = 3, 100_000_000, 5_000_000
-# Saved for the backward pass by a decoder layer that is not recomputed, bytes per token: width x (input, first norm 4,
-# queries to values 6, rotated queries and keys 4, attention 2, residual and second norm 4), feed-forward width x
-# (gate and up 4, product 2).
-DECODER_SAVED = (20, 6)
-# The same of the tower: width x (input, norm 4, queries to values 6, attention 2, residual and norm 4), feed-forward
-# width x (before and after the activation 4).
-CLIP_SAVED = (16, 4)
-# Temporaries while the layer runs backward, on top of what it saved: gradients of gate, up and product 6; of the
-# residual stream and of queries to values.
-DECODER_WORKING = (12, 8)
-CLIP_WORKING = (12, 8)
-# Eager attention, bytes per score. Saved: float32 and half probabilities. Working: their gradients.
-DECODER_SCORES_SAVED, DECODER_SCORES_WORKING = 6, 10
-CLIP_SCORES_SAVED, CLIP_SCORES_WORKING = 4, 4
+
+# What layers hold, bytes per row in half precision, as (width, feed-forward width). SAVED: for the backward pass of one
+# layer, its input (2 of the width) included. WORKING: on top, when the most is alive, in the feed-forward block:
+# gradients of the output and of both sides of the activation, less the activation's output, which is freed by then.
+# Decoder: input, norm 4, queries to values 6, rotated queries and keys 4, attention 2, residual and norm 4; gate and up
+# 4, product 2.
+DECODER_SAVED, DECODER_WORKING = (20, 6), (2, 4)
+# Tower: input, norm 4, queries to values 6, attention 2, residual and norm 4; before and after the activation 4.
+TOWER_SAVED, TOWER_WORKING = (16, 4), (2, 2)
+# Eager attention, bytes per score: probabilities in float32 and in half precision are saved; in the softmax's backward
+# pass two float32 gradients are alive beside the float32 probabilities, and ATTENTION_WORKING of the width.
+SCORES_SAVED, SCORES_WORKING, ATTENTION_WORKING = 6, 12, 10
 # Logits: half precision 2, float32 4, log-softmax 4, gradients 6.
 LOGIT_BYTES = 16
+
 # Per process beside the allocator: CUDA context and kernels about 0.5 GB, NCCL's buffers and workspaces the rest. An
 # estimate: no GPU has measured it.
 CONTEXT = 1.0e9
@@ -121,110 +118,142 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Bytes of one micro-batch in one of the two towers."""
+class Tower:
+    """A stack of layers that trains: bytes of one micro-batch."""
 
     kept: float
     """From the forward pass to the backward pass of the last layer."""
     layer: float
-    """While the heaviest layer runs backward, on top of what is kept."""
+    """While a layer runs backward, on top of what is kept."""
 
 
-def _towers(setup: Setup, work: Work) -> tuple[Activations, Activations]:
-    """Activations of the vision tower and of the decoder."""
-    geometry, vision = setup.geometry, setup.geometry.vision
-    positions = patches_per_tile(vision) + 1
-    eager = float(not setup.flash)
-    tower_scores = eager * vision.num_attention_heads * work.tiles * positions**2
-    decoder_scores = eager * geometry.num_attention_heads * work.tokens_squared
-    tower = _activations(
-        setup, work.tiles * positions, (vision.hidden_size, vision.intermediate_size), vision.num_hidden_layers - 1,
-        (CLIP_SAVED, CLIP_WORKING), (CLIP_SCORES_SAVED * tower_scores, CLIP_SCORES_WORKING * tower_scores),
-    )  # fmt: skip
-    decoder = _activations(
-        setup, work.tokens, (geometry.hidden_size, geometry.intermediate_size), geometry.num_hidden_layers,
-        (DECODER_SAVED, DECODER_WORKING),
-        (DECODER_SCORES_SAVED * decoder_scores, DECODER_SCORES_WORKING * decoder_scores),
-    )  # fmt: skip
-    trains_vision = setup.method in ("full", "lora", "qlora")
-    if not trains_vision:
-        tower = Activations(0.0, 0.0)
-    if setup.method == "frozen_forward_only":
-        decoder = Activations(0.0, 0.0)
-    return tower, decoder
+NOTHING = Tower(0.0, 0.0)
 
 
-def _activations(
-    setup: Setup, rows: float, widths: tuple[int, int], layers: int, each: tuple[tuple[int, int], tuple[int, int]],
-    scores: tuple[float, float],
-) -> Activations:  # fmt: skip
-    """each: saved and working bytes per row, by width and feed-forward width. scores: the same of eager attention."""
-    double = 2 if setup.dtype == "fp32" else 1
-    saved, working = (
-        rows * double * (outer * widths[0] + inner * widths[1]) + double * score
-        for (outer, inner), score in zip(each, scores, strict=True)
-    )
-    inputs = rows * double * 2 * widths[0]
+def _width(setup: Setup) -> int:
+    """Bytes of an element of the compute type."""
+    return 4 if setup.dtype == "fp32" else 2
+
+
+def _tower(
+    setup: Setup, rows: float, widths: tuple[int, int], layers: int, scores: float, saved: tuple[int, int],
+    working: tuple[int, int],
+) -> Tower:  # fmt: skip
+    """saved, working: bytes per row as (width, feed-forward width). scores: elements of a layer's eager attention."""
+    wider = _width(setup) / 2
+    width, inner = widths
+    eager = 0.0 if setup.flash else wider * scores
+    inputs = rows * wider * 2 * width
+    held = rows * wider * (saved[0] * width + saved[1] * inner) + SCORES_SAVED * eager
+    passing = rows * wider * (working[0] * width + working[1] * inner)
+    attention = rows * wider * ATTENTION_WORKING * width + SCORES_WORKING * eager
     recomputed = layers * setup.recompute
-    return Activations(
-        kept=recomputed * inputs + (layers - recomputed) * saved, layer=working + (saved if setup.recompute else 0.0)
-    )
+    # Layers that are not recomputed free what they saved on the way to the first that is.
+    layer = max(held - inputs + passing, attention) if setup.recompute == 1 else max(passing, attention - held)
+    return Tower(recomputed * inputs + (layers - recomputed) * held, layer)
+
+
+def _towers(setup: Setup, work: Work) -> tuple[Tower, Tower, float]:
+    """Vision tower, decoder, and the bytes that are kept between the two: embeddings, projector, image features."""
+    geometry, vision = setup.geometry, setup.geometry.vision
+    positions, width = patches_per_tile(vision) + 1, _width(setup)
+    tower, decoder, between = NOTHING, NOTHING, float(width * work.tokens * geometry.hidden_size)
+    if setup.method != "frozen_forward_only":
+        decoder = _tower(
+            setup, work.tokens, (geometry.hidden_size, geometry.intermediate_size), geometry.num_hidden_layers,
+            geometry.num_attention_heads * work.tokens_squared, DECODER_SAVED, DECODER_WORKING,
+        )  # fmt: skip
+    if setup.method in ("full", "lora", "qlora"):
+        tower = _tower(
+            setup, work.tiles * positions, (vision.hidden_size, vision.intermediate_size),
+            vision.num_hidden_layers - 1, vision.num_attention_heads * work.tiles * positions**2, TOWER_SAVED,
+            TOWER_WORKING,
+        )  # fmt: skip
+        # The projector's input, its hidden layer before and after the activation, and its output; if the embeddings
+        # train, pixels and embedded patches as well.
+        pixels = 3 * vision.image_size**2 + positions * vision.hidden_size if setup.method == "full" else 0
+        between += width * (work.tiles * pixels + work.projected * (4 * vision.hidden_size + 3 * geometry.hidden_size))
+    return tower, decoder, between
 
 
 def _weights(setup: Setup) -> float:
     held = sum(parameters(setup.geometry).values())
-    width = 4 if setup.dtype == "fp32" else 2
     if setup.method != "qlora":
-        return float(held * width)
+        return float(held * _width(setup))
     quantised = quantised_parameters(setup.geometry)
-    return quantised * NF4_BYTES + (held - quantised) * width
+    return quantised * NF4_BYTES + (held - quantised) * _width(setup)
+
+
+def _trained(setup: Setup) -> int:
+    return sum(trainable_parameters(setup.geometry, setup.trains_by, setup.rank).values())
+
+
+def _resting(setup: Setup) -> dict[str, float]:
+    """Bytes held between optimizer steps."""
+    resting = {"weights": _weights(setup)}
+    if setup.adapters:
+        resting["adapters"] = (STATE_BYTES + FACTOR_COPY_BYTES) * float(_trained(setup))
+        if setup.devices > 1:
+            resting["buckets"] = DDP_BYTES * float(_trained(setup))
+    else:
+        resting["optimizer"] = STATE_BYTES * _trained(setup) / setup.devices
+    if setup.hardware.kind == "cpu":
+        resting["runtime"] = CPU_RUNTIME
+    return resting
+
+
+def _buckets(setup: Setup) -> float:
+    """Bytes of DeepSpeed's reduction during the backward pass."""
+    cpu, alone = setup.hardware.kind == "cpu", setup.devices == 1
+    if setup.adapters or (cpu and alone):
+        return 0.0
+    widened = GRADIENT_BYTES if alone else 0
+    return float((CPU_BUCKET if cpu else BUCKET) * (BUCKETS * _width(setup) + widened))
 
 
 def memory(setup: Setup) -> Memory:
     """Bytes of the setup on one device, for its longest example times the micro-batch."""
     geometry, work = setup.geometry, setup.longest.scaled(setup.micro_batch)
-    trained = sum(trainable_parameters(geometry, setup.trains_by, setup.rank).values())
-    cpu = setup.hardware.kind == "cpu"
-    tower, decoder = _towers(setup, work)
-    resting, gradients, bucket = {"weights": _weights(setup)}, 0.0, 0.0
-    width = 4 if setup.dtype == "fp32" else 2
-    if setup.adapters:
-        resting["optimizer"] = float(ADAPTER_BYTES - GRADIENT_BYTES) * trained
-        gradients = (GRADIENT_BYTES + (DDP_BYTES if setup.devices > 1 else 0)) * trained
-    else:
-        resting["optimizer"] = STATE_BYTES * trained / setup.devices
-        gradients = GRADIENT_BYTES * trained / setup.devices
-        if setup.devices > 1:
-            bucket = float(BUCKETS * width * min(CPU_BUCKET if cpu else BUCKET, trained))
-    if cpu:
-        resting["runtime"] = CPU_RUNTIME
-    logits = work.labels * geometry.vocab_size * LOGIT_BYTES
-    largest = max(i * o for i, o in decoder_layer_linears(geometry).values())
+    tower, decoder, between = _towers(setup, work)
+    gradients = GRADIENT_BYTES * _trained(setup) / (1 if setup.adapters else setup.devices)
+    # Sums of earlier micro-steps are there from the start, those of the only one grow during its backward pass.
+    earlier = gradients if setup.accumulation > 1 else 0.0
+    head, largest = parameters(geometry)["head"], geometry.hidden_size * geometry.intermediate_size
+    fresh = 0.0 if setup.adapters else float(_width(setup))
+    # The weight after the feed-forward block's activation: expanded when the most is alive.
     expanded = 2.0 * largest if setup.method == "qlora" else 0.0
-    both = tower.kept + decoder.kept
-    held = {"gradients": gradients, "buckets": bucket}
+    logits = {"logits": work.labels * geometry.vocab_size * LOGIT_BYTES, "weight gradient": fresh * head}
+    both, passing = tower.kept + decoder.kept, {"buckets": _buckets(setup), "embeddings": between}
+    backward = {**passing, "weight gradient": fresh * largest, "4-bit expansion": expanded}
     moments = {
-        "head": {**held, "layer inputs": both, "logits": logits},
-        "decoder backward": {**held, "layer inputs": both, "activations": decoder.layer, "4-bit expansion": expanded},
-        "tower backward": {**held, "layer inputs": tower.kept, "activations": tower.layer, "4-bit expansion": expanded},
-        "optimizer step": {**held, "gradients": gradients + (0 if setup.adapters else gradients)},
-    }
-    return Memory(resting, moments, 0.0 if cpu else FRAGMENTATION, 0.0 if cpu else CONTEXT)
+        "backward of the head": {**passing, "gradients": earlier, "layer inputs": both, **logits},
+        "backward of the decoder": {
+            **backward, "gradients": earlier, "layer inputs": both, "activations": decoder.layer,
+        },
+        "end of the decoder's backward": {
+            **backward, "gradients": gradients, "layer inputs": tower.kept, "activations": decoder.layer,
+        },
+        "backward of the tower": {
+            **backward, "gradients": gradients, "layer inputs": tower.kept, "activations": tower.layer,
+        },
+        "optimizer step": {"gradients": gradients},
+    }  # fmt: skip
+    cpu = setup.hardware.kind == "cpu"
+    return Memory(_resting(setup), moments, 0.0 if cpu else FRAGMENTATION, 0.0 if cpu else CONTEXT)
 
 
 def probe_bytes(setup: Setup) -> float:
-    """Allocated bytes at the peak of a forward and backward pass alone, without optimizer, whole gradients staying."""
-    need = memory(setup)
-    trained = sum(trainable_parameters(setup.geometry, setup.trains_by, setup.rank).values())
-    resting = sum(need.resting.values()) - need.resting["optimizer"]
-    width = 4 if setup.dtype == "fp32" or setup.adapters else 2
-    passing = {
-        name: sum(size for part, size in parts.items() if part not in ("gradients", "buckets"))
+    """Allocated bytes at the peak of a forward and backward pass alone, without optimizer and with whole gradients."""
+    need, trained = memory(setup), _trained(setup)
+    each = GRADIENT_BYTES if setup.adapters else _width(setup)
+    started = {"backward of the head", "backward of the decoder"}
+    passing = [
+        sum(size for part, size in parts.items() if part not in ("gradients", "buckets"))
+        + (0 if name in started else each * trained)
         for name, parts in need.moments.items()
-    }
-    passing["tower backward"] += width * trained
-    passing["optimizer step"] += width * trained
-    return resting + max(passing.values()) + (4.0 * trained if setup.adapters else 0.0)
+    ]
+    adapters = (4.0 + FACTOR_COPY_BYTES) * trained if setup.adapters else 0.0
+    return _weights(setup) + need.resting.get("runtime", 0.0) + adapters + max(passing)
 
 
 def fits(setup: Setup) -> Fit:

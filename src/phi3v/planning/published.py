@@ -22,7 +22,7 @@ from phi3v.planning.geometry import (
     quantised_parameters,
     trainable_parameters,
 )
-from phi3v.planning.memory import ADAPTER_BYTES, GB, NF4_BYTES
+from phi3v.planning.memory import GB, NF4_BYTES
 from phi3v.planning.setup import Setup
 from phi3v.settings import Geometry, Hardware, SpeedRow
 
@@ -30,6 +30,8 @@ from phi3v.settings import Geometry, Hardware, SpeedRow
 MEAN_TOKENS, PADDED_TILES = 2443.23, 17
 # ZeRO's shard while it rests: float32 weight, two moments, float32 gradient.
 SHARD_BYTES = 16
+# Adapters are float32 with float32 gradients and moments, whole on each device.
+ADAPTER_BYTES = 16
 # Reduction and gather buckets in 2 bytes, one of them doubled to overlap: 2e8 elements, as DeepSpeed's examples.
 BUCKET_BYTES, BUCKET = 3 * 2, 200_000_000
 # Largest tensors alive while one decoder layer runs backward, per token: width x (layer input and two norms in both
