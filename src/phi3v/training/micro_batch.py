@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -253,7 +253,7 @@ def choose(
     largest = max(_sizes(settings, processes))
     examples = [example(index) for index in order[:largest]]
     examples = [examples[at % len(examples)] for at in range(largest)]
-    setup = _setup(settings, model, examples[0], processes)
+    setup = _setup(settings, model, examples[0], processes, device)
     trial = Trial(settings, model, examples, collate, setup, device)
     capacity = _agreed(capacity_bytes(device, settings.memory_limit_gb, processes_on_this_machine()), "MIN", device)
     way, peaks = trial.search(ways_of(settings, setup, device), capacity)
@@ -344,13 +344,16 @@ def _agreed(value: float, how: str, device: torch.device) -> float:
     return float(values.item())
 
 
-def _setup(settings: FinetuneSettings, model: Any, longest: dict[str, Any], processes: int) -> Setup:
+def _setup(
+    settings: FinetuneSettings, model: Any, longest: dict[str, Any], processes: int, device: torch.device
+) -> Setup:
     """The job as the planner sees it, with its longest example."""
     geometry = geometry_from_config(model.config.to_dict())
     labels = int((longest["labels"] != -100).sum())
     work = example_work(geometry, len(longest["input_ids"]), tiles_of(longest), labels)
-    # The formulas ask the hardware for its memory alone, which here is measured.
-    nowhere = Hardware(title="", kind="cuda", bf16=True, flash_attention=True, quantisation=True, source="")
+    # The formulas ask for the kind of device alone; its memory is measured here.
+    kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
+    nowhere = Hardware(title="", kind=kind, bf16=True, flash_attention=True, quantisation=True, source="")
     return Setup(
         geometry, nowhere, settings.method, "fp32" if weight_dtype(settings) == torch.float32 else settings.dtype,
         settings.use_flash_attention, work, work, settings.batch_size, 1, processes,
