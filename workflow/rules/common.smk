@@ -173,11 +173,21 @@ def common_run_flags(seed):
     ]
 
 
+def device_flags(kind):
+    """No job for a GPU may take the CPU, nor one for CPUs a GPU; `kind`: of a hardware entry. PyTorch calls ROCm cuda."""
+    return ["--expect_device", "cpu" if kind == "cpu" else "cuda"]
+
+
+def job_device_flags(job):
+    """The same for the machines of a row."""
+    return device_flags(RUN.hardware[job.pool.device].kind)
+
+
 def training_run_flags(job):
     """The same for training; a row may say itself when it saves."""
     saves = {"save_minutes", "save_steps"} & job.row.finetune.keys()
     every = [] if saves else ["--save_minutes", f"{RUN.settings.save_minutes:g}"]
-    return [*every, *common_run_flags(job.seed)]
+    return [*job_device_flags(job), *every, *common_run_flags(job.seed)]
 
 
 def base_flags():
@@ -195,6 +205,7 @@ def base_flags():
         "--no-gradient_checkpointing",
         "--zero_stage",
         0,
+        *device_flags("cpu"),
     ]
     named = ["--dataset", RUN.demo.mixture, "--row", "base"]
     return [
@@ -232,6 +243,7 @@ def speed_flags(job):
         *flags,
         *expected,
         *(["--stand_in"] if job.pool.stand_in else []),
+        *job_device_flags(job),
         *common_run_flags(RUN.settings.seed),
     ]
 
@@ -255,7 +267,12 @@ def evaluation_flags(job, dataset=None):
         "--max_new_tokens",
         how.max_new_tokens,
     ]
-    return [*inputs, *limits, *common_run_flags(RUN.settings.seed)]
+    return [
+        *inputs,
+        *limits,
+        *job_device_flags(job),
+        *common_run_flags(RUN.settings.seed),
+    ]
 
 
 def tables_digest():

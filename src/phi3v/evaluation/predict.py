@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from phi3v.data.conversations import DataError, Turn, prompt_text, text_problem
 from phi3v.data.images import open_rgb
 from phi3v.evaluation.generate import end_token_ids, generate
 from phi3v.evaluation.run import load_model
 from phi3v.evaluation.weights import folder_of
-from phi3v.model.device import check_architecture
+from phi3v.model.runtime import compute_device
 from phi3v.settings import PredictSettings
 
 
 def predict(settings: PredictSettings) -> str:
     """The answer of a checkpoint or adapter.
 
-    Raises DataError: no such picture, not a picture, control tokens in the question; SettingsError: PyTorch has no kernels
-    for the GPU.
+    Raises DataError: no such picture, not a picture, control tokens in the question; SettingsError: the device
+    cannot do it (phi3v.model.runtime.compute_device).
     """
     if problem := text_problem(settings.question):
         raise DataError(f"--question: got {settings.question!r}; expected {problem}")
@@ -28,8 +26,7 @@ def predict(settings: PredictSettings) -> str:
         if not Path(name).is_file():
             raise DataError(f"--image {name}: no such file; expected a picture")
         pictures.append(open_rgb(Path(name), name))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_architecture(device)
+    device = compute_device(settings)
     model, processor = load_model(folder_of(settings.model_name_or_path), settings, device)
     # The marks of the pictures stand in front of the question, as in training.
     turn = Turn(tuple(settings.image), settings.question, "")

@@ -8,9 +8,8 @@ from datetime import timedelta
 
 import torch
 
-from phi3v.model.device import check_architecture
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from phi3v.model.runtime import compute_device
+from phi3v.settings import Compute
 
 
 @dataclass(frozen=True)
@@ -39,20 +38,16 @@ class Processes:
         return f"{self.world} CPU process(es), {torch.get_num_threads()} thread(s) each"
 
 
-def join() -> Processes:
-    """Join the processes that torchrun started; alone where it did not.
+def join(settings: Compute) -> Processes:
+    """Join the processes that torchrun started; alone without it.
 
-    Raises SettingsError where PyTorch has no kernels for this process's device.
+    Raises SettingsError if this process's device cannot do the job (phi3v.model.runtime.compute_device).
     """
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         # Some libraries count the machine's cores for themselves once they are imported.
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        check_architecture(device)
+    device = compute_device(settings)
     if world > 1:
         # Only files and barriers are shared, so gloo serves every device. A process may wait long for the one with the longest answers.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=2))

@@ -25,10 +25,11 @@ from phi3v.evaluation import examples, predictions
 from phi3v.evaluation.examples import Question
 from phi3v.evaluation.generate import Answer, Choice, answer, choice_of, end_token_ids, prepare
 from phi3v.evaluation.metrics import normalise
-from phi3v.evaluation.processes import DTYPES, Processes, join
+from phi3v.evaluation.processes import Processes, join
 from phi3v.evaluation.progress import Progress
 from phi3v.evaluation.weights import folder_of, is_hub_id
 from phi3v.manifest import commit, digest_file, write_manifest
+from phi3v.model.runtime import TORCH_DTYPE, attention_implementation, attention_note
 from phi3v.settings import EvaluateSettings, PredictSettings
 
 DEFAULT_CROPS = 16
@@ -61,7 +62,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, dict[str, Any]]:
         raise DataError(f"{data_dir}: no dataset.json that names a metric, and no --metric; expected accuracy or anls")
     num_crops = settings.num_crops or index.get("num_crops") or DEFAULT_CROPS
     questions = examples.read_questions(data_dir, settings.split)
-    processes = join()
+    processes = join(settings)
+    if processes.rank == 0 and (note := attention_note(settings, processes.device)):
+        print(note)
     model = _weights(settings.model_name_or_path, processes)
     fingerprint = _fingerprint(settings, model, data_dir, num_crops)
     if processes.rank == 0:
@@ -130,7 +133,9 @@ def _fingerprint(settings: EvaluateSettings, model: Path, data_dir: Path, num_cr
     facts = {
         "model": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
         "split": digest_file(split_file(data_dir, settings.split)),
-        "settings": settings.model_dump(exclude={"output_dir", "passes", "tqdm", "num_workers", "row", "dataset"}),
+        "settings": settings.model_dump(
+            exclude={"output_dir", "passes", "tqdm", "num_workers", "row", "dataset", "expect_device"}
+        ),
         "num_crops": num_crops,
         "code": commit(),
     }
@@ -145,12 +150,11 @@ def load_model(folder: Path, settings: EvaluateSettings | PredictSettings, devic
     from phi3v.model.processing import Phi3VProcessor
 
     disable_progress_bar()
-    attention = _flash_implementation() if settings.use_flash_attention else "eager"
     if device.type == "cpu" and settings.dtype == "fp16":
         from phi3v.model.half import use_float32_sums
 
         use_float32_sums()
-    model = load_for_inference(folder, DTYPES[settings.dtype], attention, device)
+    model = load_for_inference(folder, TORCH_DTYPE[settings.dtype], attention_implementation(settings, device), device)
     return model, Phi3VProcessor.from_pretrained(base_of(folder) if is_adapter(folder) else folder)
 
 
@@ -161,13 +165,6 @@ def _load(
     truths = {normalise(answer) for question in questions for answer in question.answers}
     choice = choice_of(processor.tokenizer) if truths == {"yes", "no"} else None
     return Loaded(model, processor, num_crops, end_token_ids(processor.tokenizer, model.generation_config), choice)
-
-
-def _flash_implementation() -> str:
-    """flash-attn where it is installed and a GPU is there, else PyTorch's own kernels through SDPA."""
-    from importlib.util import find_spec
-
-    return "flash_attention_2" if torch.cuda.is_available() and find_spec("flash_attn") else "sdpa"
 
 
 class _Observer:

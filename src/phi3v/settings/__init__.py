@@ -1,9 +1,9 @@
 """Every setting: names, types, defaults, ranges and the rules between fields. Imports no torch."""
 
 from phi3v.settings.commands import (
+    Compute,
     EvaluateSettings,
     FinetuneSettings,
-    Precision,
     PredictSettings,
     ReportSettings,
     SpeedSettings,
@@ -35,6 +35,7 @@ __all__ = [
     "CPU",
     "SITE_FILE",
     "AccuracyRow",
+    "Compute",
     "Dataset",
     "Demo",
     "EvaluateSettings",
@@ -47,7 +48,6 @@ __all__ = [
     "Partition",
     "Peak",
     "Pool",
-    "Precision",
     "PredictSettings",
     "ReportSettings",
     "ResolvedRun",

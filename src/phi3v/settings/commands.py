@@ -23,8 +23,8 @@ def _number_word(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-class Precision(Strict):
-    """The compute type, as the recipe's flags choose it: --bf16, or float16 mixed precision when it is left out."""
+class Compute(Strict):
+    """Where and in what a job computes. Without --bf16 in float16 mixed precision, as the recipe's flags choose it."""
 
     bf16: bool = False
     """Compute in bfloat16."""
@@ -33,10 +33,14 @@ class Precision(Strict):
     fp32: bool = False
     """Compute in float32 (ours)."""
     use_flash_attention: bool = False
-    """Flash attention in both towers: PyTorch's own kernel, or the flash-attn package where it is installed."""
+    """Flash attention in both towers: the flash-attn package if it is installed, else PyTorch's own kernel. GPUs older
+    than Ampere, and float32, run PyTorch's memory-efficient kernel instead."""
+    expect_device: Literal["cuda", "cpu"] | None = None
+    """cuda: refuse to start without a GPU that PyTorch can use. cpu: compute on the CPU even if the machine has GPUs. Left
+    out: the GPU if there is one (ours)."""
 
     @model_validator(mode="after")
-    def _one_dtype(self) -> Precision:
+    def _one_dtype(self) -> Compute:
         chosen = [name for name in ("bf16", "fp16", "fp32") if getattr(self, name)]
         if len(chosen) > 1:
             raise ValueError(f"{', '.join(chosen)}: expected one of bf16, fp16, fp32")
@@ -47,7 +51,7 @@ class Precision(Strict):
         return "bf16" if self.bf16 else "fp32" if self.fp32 else "fp16"
 
 
-class FinetuneSettings(Precision):
+class FinetuneSettings(Compute):
     """scripts/finetune.py"""
 
     model_name_or_path: str
@@ -260,7 +264,7 @@ class SpeedSettings(FinetuneSettings):
     """Then profile three more steps: a torch profiler trace and the 20 longest operators, in OUTPUT_DIR/profile."""
 
 
-class EvaluateSettings(Precision):
+class EvaluateSettings(Compute):
     """scripts/evaluate.py"""
 
     model_name_or_path: str
@@ -295,7 +299,7 @@ class EvaluateSettings(Precision):
     """Progress bar; --no-tqdm for sparse lines."""
 
 
-class PredictSettings(Precision):
+class PredictSettings(Compute):
     """scripts/predict.py"""
 
     model_name_or_path: str
@@ -388,8 +392,8 @@ def _flag(name: str, value: Any) -> list[str]:
 DECIDED = frozenset({
     "model_name_or_path", "output_dir", "data_dir", "dataset", "full_train", "row", "use_lora", "use_qlora",
     "lora_rank", "lora_alpha_ratio", "lora_dropout", "freeze_vision_model", "bf16", "fp16", "fp32",
-    "use_flash_attention", "batch_size", "batch_size_per_gpu", "num_crops", "num_train_epochs", "learning_rate", "wd",
-    "warmup_steps", "gradient_checkpointing", "recompute_every", "seed", "num_workers", "tqdm",
+    "use_flash_attention", "expect_device", "batch_size", "batch_size_per_gpu", "num_crops", "num_train_epochs",
+    "learning_rate", "wd", "warmup_steps", "gradient_checkpointing", "recompute_every", "seed", "num_workers", "tqdm",
 })  # fmt: skip
 
 

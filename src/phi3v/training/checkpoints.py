@@ -25,6 +25,7 @@ WRITING = ".writing"
 INDIFFERENT = {
     "tqdm", "save_steps", "save_minutes", "keep_checkpoints", "num_workers", "output_dir", "row", "report_to",
     "lock_wait_minutes", "nan_patience", "memory_limit_gb", "merge", "data_dir", "model_name_or_path", "full_train",
+    "expect_device",
 }  # fmt: skip
 
 

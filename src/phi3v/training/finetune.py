@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from phi3v.manifest import write_json, write_manifest
+from phi3v.model.runtime import attention_note
 from phi3v.planning.disk import most_checkpoints
-from phi3v.settings import FinetuneSettings
+from phi3v.settings import FinetuneSettings, SettingsError
 from phi3v.training import checkpoints
 from phi3v.training.census import Census, CensusError, census_label
 from phi3v.training.job import Job, build
@@ -37,6 +38,8 @@ class LostProcessError(RuntimeError):
 Number = TypeVar("Number", int, float)
 # What gloo, TCPStore and NCCL say of a peer that is gone (PyTorch has no class of its own for it).
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+# What PyTorch says of an operator that --deterministic refuses.
+NOT_DETERMINISTIC = "does not have a deterministic implementation"
 # Bytes a second that any file system a 4B model is trained on should write; beyond it a save may not end in time.
 SLOW_DISK = 100e6
 STOPPED = "stopped.json"
@@ -74,7 +77,7 @@ def run(settings: FinetuneSettings) -> int:
 
 @contextlib.contextmanager
 def explain_failure(output: Path) -> Iterator[None]:
-    """A full disk and a lost process as one sentence each."""
+    """A full disk, a lost process and an operator that does not repeat, as one sentence each."""
     goes_on = "Checkpoints written before are untouched: the same command goes on from the newest"
     try:
         yield
@@ -86,6 +89,11 @@ def explain_failure(output: Path) -> Iterator[None]:
             f"{error.filename or output}: the disk is full ({error.strerror}; {free:.2f} GB are free). {goes_on}"
         ) from error
     except RuntimeError as error:
+        if NOT_DETERMINISTIC in str(error):
+            raise SettingsError(
+                f"command line: field `deterministic`: got true: {str(error).splitlines()[0].split(', but you set')[0]} "
+                "on this device; expected --no-deterministic, or another method or attention kernel"
+            ) from error
         if not any(text in str(error) for text in LOST):
             raise
         rank = os.environ.get("RANK", "0")
@@ -104,6 +112,7 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
         (output / "checkpoints" / STOPPED).unlink(missing_ok=True)
         write_json(output / "settings.json", settings.model_dump())
         say(headline(job))
+        say_attention(job)
     resume = prepare_checkpoints(job, output / "checkpoints")
     watch = attach_watchers(job, output, stop, lock)
     train_seconds = -time.perf_counter()
@@ -224,6 +233,12 @@ def headline(job: Job) -> str:
         f"{recomputation(interval_of(settings.recompute or 0.0))}, "
         f"{trainable:,} trainable parameters"
     )
+
+
+def say_attention(job: Job) -> None:
+    """One line if --use_flash_attention runs another kernel on this device."""
+    if note := attention_note(job.settings, job.device):
+        say(note)
 
 
 def observe(job: Job, watch: Any, train_seconds: float) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from phi3v.manifest import commit, container, versions
+from phi3v.model.runtime import nvidia_smi
 from phi3v.training.observe import device_name
 
 # Where the kernel lists InfiniBand ports; a test points it elsewhere.
@@ -59,16 +58,6 @@ def _one_or_all(values: Any) -> Any:
     return seen.pop() if len(seen) == 1 else sorted(seen, key=str)
 
 
-def _nvidia_smi(*arguments: str) -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    try:
-        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
 def gpu_facts(device: torch.device) -> dict[str, Any]:
     """{"power_limit_w", "driver"} of this process's GPU as nvidia-smi says; None on CPUs, AMD's GPUs, without nvidia-smi."""
     facts: dict[str, Any] = {"power_limit_w": None, "driver": None}
@@ -77,7 +66,7 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
         return facts
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     uuid = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
-    said = _nvidia_smi("-i", uuid, "--query-gpu=power.limit,driver_version", "--format=csv,noheader,nounits")
+    said = nvidia_smi("-i", uuid, "--query-gpu=power.limit,driver_version", "--format=csv,noheader,nounits")
     if said:
         power, driver = (word.strip() for word in said.splitlines()[0].split(","))
         facts["driver"] = driver
@@ -88,7 +77,7 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
 
 def interconnect() -> str | None:
     """Links between the GPUs of this machine, as `nvidia-smi topo -m` names them: NV12, PIX, SYS …; None: one GPU."""
-    said = _nvidia_smi("topo", "-m")
+    said = nvidia_smi("topo", "-m")
     # nvidia-smi underlines the heading with terminal codes.
     lines = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", said or "").splitlines()]
     rows = [words[1:] for words in lines if words and re.fullmatch(r"GPU\d+", words[0]) and "X" in words]

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 
 from phi3v.data.processes import loader_workers
+from phi3v.model.runtime import attention_implementation, compute_device, uses_zero, weight_dtype
 from phi3v.settings import FinetuneSettings, SettingsError
 from phi3v.training.batching import BatchPlan, packs_needed
-from phi3v.training.memory import growing_segments
-from phi3v.training.precision import attention_implementation, check_device, uses_zero, weight_dtype
 from phi3v.training.recompute import interval_of, recompute_layers
 from phi3v.training.zero import prepare_deepspeed, zero_config
+
+# Seconds that a process may wait for the others. At resume one process reads and hashes whole checkpoints (58 GB each in
+# full fine-tuning) and merging is its work too, which takes longer than PyTorch's 10 and the Trainer's 30 minutes.
+LONGEST_WAIT = 2 * 3600
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Job:
         return self.trainer.args.device
 
 
-def prepare_process(settings: FinetuneSettings) -> None:
+def prepare_process(settings: FinetuneSettings, device: torch.device) -> None:
     """Environment of a process before the heavy imports: quiet libraries, rendezvous for a lone process."""
     # PyTorch takes MKL_NUM_THREADS over OMP_NUM_THREADS, and Snakemake exports the former as the whole rule's threads:
     # every process would then have as many as all together.
@@ -66,7 +69,7 @@ def prepare_process(settings: FinetuneSettings) -> None:
         )  # fmt: skip
     quiet_libraries()
     if uses_zero(settings):
-        prepare_deepspeed(torch.cuda.is_available())
+        prepare_deepspeed(device.type == "cuda")
 
 
 def quiet_libraries() -> None:
@@ -83,10 +86,15 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def deterministic_kernels() -> None:
-    """Only operators that repeat bit by bit; must run before CUDA is first used."""
+def deterministic_kernels(device: torch.device) -> None:
+    """Only operators that repeat bit by bit; must run before the first kernel on a GPU.
+
+    There an operator without such a kernel raises. Told to warn instead, PyTorch would keep the atomics of its flash and
+    memory-efficient attention (ATen, attention_backward.cu); the flash-attn package asks transformers' variable.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cuda")
 
 
 def check_geometry(settings: FinetuneSettings, processes: int) -> int:
@@ -184,13 +192,15 @@ def adamw_implementation(settings: FinetuneSettings, cuda: bool) -> str:
     return "adamw_torch_fused" if cuda and not scaler else "adamw_torch"
 
 
-def training_arguments(settings: FinetuneSettings, folder: Path, accumulation: int, trackers: bool) -> Any:
+def training_arguments(
+    settings: FinetuneSettings, folder: Path, accumulation: int, trackers: bool, device: torch.device
+) -> Any:
     """The Trainer's arguments; making them joins the process group."""
-    from transformers import TrainingArguments
+    from phi3v.training.trainer import OneDeviceArguments
 
-    cuda = torch.cuda.is_available()
+    cuda = device.type == "cuda"
     first = os.environ.get("RANK", "0") == "0"
-    return TrainingArguments(
+    return OneDeviceArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.micro_batch_size,
         per_device_eval_batch_size=settings.micro_batch_size,
@@ -231,6 +241,7 @@ def training_arguments(settings: FinetuneSettings, folder: Path, accumulation: i
         use_cpu=not cuda,
         ddp_backend=("nccl" if cuda else "gloo") if "RANK" in os.environ else None,
         ddp_broadcast_buffers=False,
+        ddp_timeout=LONGEST_WAIT,
         deepspeed=zero_config(settings, accumulation, cuda) if uses_zero(settings) else None,
     )
 
@@ -239,15 +250,12 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     """Everything up to `trainer.train()`; `trackers`: TensorBoard and others.
 
     Raises SettingsError before anything heavy where something cannot work."""
-    prepare_process(settings)
+    device = compute_device(settings)
+    prepare_process(settings, device)
     if settings.deterministic:
-        deterministic_kernels()
-    growing_segments()
+        deterministic_kernels(device)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = check_geometry(settings, processes)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        check_device(settings, torch.device("cuda", torch.cuda.current_device()))
     check_trackers(settings.report_to)
     settings.data_folder()
     if not (Path(settings.model_name_or_path) / "config.json").is_file():
@@ -274,7 +282,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
         # Processes agree on a size, so they have to meet first; the arguments are made again for the size found.
         assert lengths is not None
         single = settings.model_copy(update={"batch_size_per_gpu": 1})
-        args = training_arguments(single, output / "checkpoints", accumulation, trackers)
+        args = training_arguments(single, output / "checkpoints", accumulation, trackers, device)
         model = load_model(settings, args.device)
         config = model.config
         way = micro_batch.choose(
@@ -296,7 +304,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     if settings.batching == "packed":
         plan = BatchPlan(**{**plan.__dict__, "packs": packs_needed(plan, _epochs(settings, plan))})
     # The Trainer's arguments come before the model: with ZeRO 3 they make the weights load in shards.
-    args = training_arguments(settings, output / "checkpoints", plan.accumulation, trackers)
+    args = training_arguments(settings, output / "checkpoints", plan.accumulation, trackers, device)
     model = load_model(settings, args.device) if model is None else model
     validation: dict[str, Any] = {}
     if settings.eval_steps:

@@ -23,17 +23,6 @@ class OutOfMemoryError(RuntimeError):
     """The device's memory did not suffice."""
 
 
-def growing_segments() -> None:
-    """Let the CUDA allocator grow its segments, unless the user chose another setting; must run before CUDA is used.
-
-    Micro-batches differ in tokens and tiles. With segments of fixed size, what one leaves free is too small or too
-    large for the next, and reserved memory grows beyond what is allocated (PyTorch, CUDA semantics, memory management).
-    """
-    chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
-    if torch.cuda.is_available() and not torch.version.hip and not chosen:
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-
-
 def capacity_bytes(device: torch.device, limit_gb: float | None, processes_here: int) -> float:
     """Bytes that this process may take altogether, those it holds already included.
 

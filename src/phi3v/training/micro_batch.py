@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from phi3v.manifest import write_json
+from phi3v.model.runtime import TORCH_DTYPE, uses_zero, weight_dtype
 from phi3v.planning.flops import example_work
 from phi3v.planning.geometry import geometry_from_config
 from phi3v.planning.memory import memory, probe_bytes
@@ -43,7 +44,6 @@ from phi3v.training.memory import (
     processes_on_this_machine,
 )
 from phi3v.training.observe import device_name
-from phi3v.training.precision import TORCH_DTYPE, uses_zero, weight_dtype
 from phi3v.training.recompute import INTERVALS, interval_of, recomputation, recompute_layers
 from phi3v.training.utilisation import HARDWARE_FILES, hardware_entry
 from phi3v.training.watching import say

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from phi3v.model.runtime import TORCH_DTYPE
 from phi3v.settings import SettingsError, SpeedSettings
 from phi3v.training.batches import TRAINER_KEYS
 from phi3v.training.job import build
-from phi3v.training.precision import TORCH_DTYPE
 from phi3v.training.signals import StopRequest
 from phi3v.training.steps import StepCallback
 

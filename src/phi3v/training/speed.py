@@ -24,10 +24,11 @@ import torch
 from transformers import TrainerCallback
 
 from phi3v.manifest import write_json, write_manifest
+from phi3v.model.runtime import compute_device
 from phi3v.planning.flops import FORMULA, Work
 from phi3v.planning.hardware import hardware_of_device
 from phi3v.settings import Hardware, SettingsError, SpeedSettings, read_entries
-from phi3v.training.finetune import headline, largest, leave, observe
+from phi3v.training.finetune import headline, largest, leave, observe, say_attention
 from phi3v.training.fingerprint import fingerprint
 from phi3v.training.job import Job, build
 from phi3v.training.memory import explain_memory, peak_memory_bytes
@@ -124,9 +125,9 @@ def check_timing(settings: SpeedSettings) -> None:
             raise SettingsError(f"command line: field `{name}`: got {getattr(settings, name)}: expected >= {least}")
 
 
-def found_devices() -> list[str]:
-    """Names of the CUDA devices of this machine that this process may use."""
-    if not torch.cuda.is_available():
+def found_devices(settings: SpeedSettings) -> list[str]:
+    """Names of the CUDA devices of this machine that this process may use. Raises SettingsError, see compute_device."""
+    if compute_device(settings).type == "cpu":
         return []
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
@@ -170,7 +171,7 @@ def measure(settings: SpeedSettings) -> int:
     """
     started = time.perf_counter()
     check_timing(settings)
-    check_devices(settings, found_devices())
+    check_devices(settings, found_devices(settings))
     timed = settings.speed_warmup_steps + settings.repeats * settings.timed_steps
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -183,6 +184,7 @@ def measure(settings: SpeedSettings) -> int:
             f"{headline(job)}; {settings.speed_warmup_steps} warm-up and "
             f"{settings.repeats} x {settings.timed_steps} timed steps"
         )
+        say_attention(job)
     counting = utilisation_of(
         settings, job.model.config.to_dict(), device_name(job.device), job.trainer.args.world_size, settings.hardware
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerControl
+from transformers import Trainer, TrainerControl, TrainingArguments
 
 from phi3v.training import checkpoints
 from phi3v.training.batches import TRAINER_KEYS, model_inputs
@@ -20,6 +20,15 @@ from phi3v.training.batching import BatchPlan, PlannedBatches
 from phi3v.training.checkpoints import CheckpointError
 from phi3v.training.loading import StepBatches, batch_loader
 from phi3v.training.meter import Meter
+
+
+class OneDeviceArguments(TrainingArguments):
+    """The Trainer's arguments for a process that computes on one GPU, however many the machine has."""
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1: with more the Trainer would cut each batch over all GPUs if it is alone (nn.DataParallel)."""
+        return min(1, int(super().n_gpu))
 
 
 class RecipeTrainer(Trainer):

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from phi3v.model.runtime import TORCH_DTYPE
 from phi3v.planning.flops import TrainingFlops, Work, training_flops, utilisation
 from phi3v.planning.geometry import geometry_from_config
 from phi3v.planning.hardware import hardware_of_device
 from phi3v.settings import FinetuneSettings, Hardware, read_entries
-from phi3v.training.precision import TORCH_DTYPE
 
 HARDWARE_FILES = ("config/hardware.yaml",)
 # Large enough that a core's rate no longer grows, small enough for 20 ms.

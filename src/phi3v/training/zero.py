@@ -81,7 +81,7 @@ def export_zero_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str =
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
-    from phi3v.training.precision import TORCH_DTYPE
+    from phi3v.model.runtime import TORCH_DTYPE
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does shard by shard
         try:

@@ -1,0 +1,253 @@
+"""Where and in what a job computes: its device, the type of its weights, and its attention kernel.
+
+Training, speed, evaluation and prediction share these choices and checks, so that none of them starts on a device that
+cannot do the job. What ran is observed afterwards (phi3v.training.observe).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from phi3v.settings import Compute, FinetuneSettings, SettingsError
+
+TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# bfloat16 tensor cores and flash kernels came with Ampere (NVIDIA, CUDA C++ Programming Guide, table of arithmetic
+# instructions; PyTorch's sdp_utils and the flash-attn package ask the same of the device).
+AMPERE = (8, 0)
+# Oldest driver branch for a CUDA major version (NVIDIA, CUDA Compatibility, "Minor Version Compatibility", table 1:
+# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html).
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+# Values of CUDA_VISIBLE_DEVICES that hide every GPU; SLURM writes the last one.
+NO_DEVICES = ("", "-1", "NoDevFiles")
+ANYWAY = "To compute on the CPU anyway, give --expect_device cpu"
+# Where NVIDIA's kernel module shows itself, also in a container that cannot use it; a test points them elsewhere.
+DEVICE_FILE, DRIVER_FILE = Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version")
+
+
+# Device ---------------------------------------------------------------------------------------------------------------
+
+
+def compute_device(settings: Compute) -> torch.device:
+    """This process's device, made the current one: the GPU of its LOCAL_RANK, or the CPU.
+
+    Raises SettingsError if a GPU is expected or there and PyTorch cannot use it, if this machine runs more processes than
+    it has GPUs, or if PyTorch or the GPU lacks kernels or the data type.
+    """
+    if settings.expect_device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        check_no_gpu(settings)
+        return torch.device("cpu")
+    grow_segments()
+    count, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    processes = max(rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if processes > count:
+        raise SettingsError(
+            f"torchrun: --nproc_per_node: got {processes} processes on this machine, PyTorch sees {count} GPU(s) "
+            f"({torch.cuda.get_device_name(0)}); expected at most one process per GPU"
+        )
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    check_architecture(device)
+    # ROCm's numbers are not NVIDIA's, and all of its supported GPUs compute in bfloat16.
+    if settings.bf16 and not torch.version.hip and torch.cuda.get_device_capability(device) < AMPERE:
+        raise SettingsError(
+            f"command line: field `bf16`: got true on {device_title(device)}: it has no bfloat16; expected --fp16 there"
+        )
+    return device
+
+
+def grow_segments() -> None:
+    """Let the CUDA allocator grow its segments, unless the user chose another setting; must run before CUDA is used.
+
+    Batches differ in tokens and tiles. With segments of fixed size, what one leaves free is too small or too large for
+    the next, and reserved memory grows beyond what is allocated (PyTorch, CUDA semantics, memory management).
+    """
+    chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    if not torch.version.hip and not chosen:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def device_title(device: torch.device) -> str:
+    """A CUDA device with what it can do."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+
+
+def check_no_gpu(settings: Compute) -> None:
+    """Raises SettingsError if `settings` expect a GPU, or this machine has one; PyTorch sees none."""
+    sign = sign_of_gpus()
+    if settings.expect_device is None and sign is None:
+        return
+    why = "command line: field `expect_device`: got cuda" if settings.expect_device else str(sign)
+    build = f"PyTorch {torch.__version__}"
+    if torch.version.hip:
+        raise SettingsError(f"{why}, but {build} for ROCm {torch.version.hip} sees no GPU; {ANYWAY}")
+    driver, cuda = driver_version(), torch.version.cuda
+    found = f"NVIDIA driver {driver}" if driver else "no NVIDIA driver"
+    if cuda is None:
+        raise SettingsError(
+            f"{why}, but {build} is a CPU build (found {found}); install PyTorch's CUDA build "
+            f"(docs/reproducibility.md, Environments). {ANYWAY}"
+        )
+    oldest = OLDEST_DRIVER.get(int(cuda.split(".")[0]))
+    needed = f"which needs driver {oldest} or newer" if oldest else "whose driver is in NVIDIA's CUDA release notes"
+    if driver and oldest and int(driver.split(".")[0]) < oldest:
+        advice = f"ask for driver {oldest} or newer, or install PyTorch's build for an earlier CUDA (docs/reproducibility.md)"
+    else:
+        advice = (
+            "check that the job was given a GPU (SLURM: --gres=gpu:1), CUDA_VISIBLE_DEVICES, and in a container --nv"
+        )
+    raise SettingsError(
+        f"{why}, but PyTorch can use no GPU: found {found}; {build} is built for CUDA {cuda}, {needed}; {advice}. {ANYWAY}"
+    )
+
+
+def sign_of_gpus() -> str | None:
+    """What shows that this machine or job has NVIDIA GPUs, independent of PyTorch; None if nothing does.
+
+    An empty CUDA_VISIBLE_DEVICES hides the GPUs on purpose, so only SLURM's allotment counts then.
+    """
+    for name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS"):
+        if value := os.environ.get(name):
+            return f"SLURM gave this job GPUs ({name}={value})"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in NO_DEVICES:
+        return None
+    if visible is not None:
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}"
+    if names := nvidia_smi("--query-gpu=name", "--format=csv,noheader"):
+        return f"this machine has {names.splitlines()[0].strip()}"
+    return f"this machine has {DEVICE_FILE}" if DEVICE_FILE.exists() else None
+
+
+def driver_version() -> str | None:
+    """Version of NVIDIA's driver ("570.86.15"), as nvidia-smi or the kernel module reports it; None: no driver."""
+    said = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader") or ""
+    if not re.match(r"\d", said):
+        said = DRIVER_FILE.read_text(encoding="utf-8") if DRIVER_FILE.is_file() else ""
+    version = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", said)
+    return version[0] if version else None
+
+
+def nvidia_smi(*arguments: str) -> str | None:
+    """What nvidia-smi answers; None if it is missing, fails or takes a minute."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    try:
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def check_architecture(device: torch.device) -> None:
+    """Raises SettingsError if PyTorch was built for none of the architectures that run on a CUDA device.
+
+    A build for sm_XY runs on the devices of generation X whose minor number is Y or more, compute_XY (PTX, compiled by
+    the driver) on X.Y and all later ones, a name with an a (sm_90a) on that very architecture alone (NVIDIA, CUDA C++
+    Programming Guide, binary and PTX compatibility). Other builds and devices (CPU, ROCm) are not looked at.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        return
+    built = torch.cuda.get_arch_list()
+    capability = torch.cuda.get_device_capability(device)
+    if not built or any(_runs(name, capability) for name in built):
+        return
+    older = capability < min(_number(name) for name in built)
+    build = f"PyTorch {torch.__version__}"
+    raise SettingsError(
+        f"{torch.cuda.get_device_name(device)}: compute capability {capability[0]}.{capability[1]}, and {build} has kernels "
+        f"for {', '.join(built)} only; expected a build of PyTorch that has sm_{capability[0]}{capability[1]}: "
+        + (
+            "the same version for CUDA 12.6 (docs/reproducibility.md, V100 and older, has the steps)"
+            if older
+            else "a newer version, or the same one for a later CUDA"
+        )
+    )
+
+
+def _number(name: str) -> tuple[int, int]:
+    """(major, minor) of "sm_75", "compute_120", "sm_90a"."""
+    digits = re.sub(r"\D", "", name)
+    return int(digits[:-1]), int(digits[-1])
+
+
+def _runs(name: str, capability: tuple[int, int]) -> bool:
+    major, minor = _number(name)
+    if name.endswith("a"):
+        return (major, minor) == capability
+    if name.startswith("compute_"):
+        return (major, minor) <= capability
+    return major == capability[0] and minor <= capability[1]
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+def attention_implementation(settings: Compute, device: torch.device) -> str:
+    """The model's `attn_implementation`: eager, or with --use_flash_attention the fastest kernel of the device.
+
+    The flash-attn package if it can run there, else PyTorch's SDPA: its flash kernel on Ampere and newer in bf16 and
+    fp16, its memory-efficient kernel on other CUDA devices and in fp32, a flash kernel of its own on a CPU.
+    """
+    if not settings.use_flash_attention:
+        return "eager"
+    if has_flash_kernels(settings, device) and has_flash_attn():
+        return "flash_attention_2"
+    return "sdpa"
+
+
+def has_flash_kernels(settings: Compute, device: torch.device) -> bool:
+    """Whether a GPU has flash kernels for the data type: bf16 or fp16, Ampere or newer."""
+    if device.type != "cuda" or settings.dtype == "fp32":
+        return False
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= AMPERE
+
+
+def has_flash_attn() -> bool:
+    """Whether FlashAttention 2 can be imported: neither another package of that name nor one built for another PyTorch."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if not is_flash_attn_2_available():
+        return False
+    try:
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+    except (ImportError, OSError, RuntimeError, AttributeError):  # what a library of another ABI raises
+        return False
+    return callable(flash_attn_func) and callable(flash_attn_varlen_func)
+
+
+def attention_note(settings: Compute, device: torch.device) -> str:
+    """A sentence if --use_flash_attention runs another kernel than flash attention on a GPU; else ""."""
+    if not settings.use_flash_attention or device.type != "cuda" or has_flash_kernels(settings, device):
+        return ""
+    return (
+        f"--use_flash_attention: PyTorch's memory-efficient attention runs instead, in {settings.dtype} on "
+        f"{device_title(device)}: flash kernels need bf16 or fp16 and compute capability 8.0"
+    )
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+def uses_zero(settings: FinetuneSettings) -> bool:
+    """Whether DeepSpeed runs the job: full fine-tuning, unless --zero_stage 0."""
+    return settings.method in ("full", "frozen") and settings.zero_stage > 0
+
+
+def weight_dtype(settings: FinetuneSettings) -> torch.dtype:
+    """Type the model's weights are loaded in.
+
+    ZeRO keeps its own float32 master copy, and frozen weights under adapters never change: both are held in the compute
+    type. Full fine-tuning without ZeRO trains float32 weights under autocast.
+    """
+    if settings.method in ("full", "frozen") and not uses_zero(settings):
+        return torch.float32
+    return TORCH_DTYPE[settings.dtype]
