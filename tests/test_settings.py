@@ -194,15 +194,17 @@ def test_row_by_name_must_be_possible(tree):
         tree(hardware=V100, rows={"accuracy": ["phi35-nlvr2-full-bf16"], "speed": []})
 
 
-def test_flash_attention_where_there_is_none(tree):
+def test_a_row_that_asks_for_flash_attention_runs_where_there_is_none(tree):
+    """PyTorch's memory-efficient kernel takes its place there."""
     spoil(
         tree,
         "accuracy.tsv",
         "phi3-docvqa-full-fp16\tphi3-vision\tdocvqa\tfull\tfp16\tno",
         "phi3-docvqa-full-fp16\tphi3-vision\tdocvqa\tfull\tfp16\tyes",
     )
-    with pytest.raises(SettingsError, match=r"flash_attention: yes, NVIDIA V100 32 GB has no flash attention"):
-        tree(hardware=V100, rows={"accuracy": ["phi3-docvqa-full-fp16"], "speed": []})
+    run = tree(hardware=V100, rows={"accuracy": ["phi3-docvqa-full-fp16"], "speed": []})
+    assert run.job("phi3-docvqa-full-fp16").pool.device == "v100-32gb"
+    assert "--use_flash_attention" in settings.precision_flags(run.job("phi3-docvqa-full-fp16").row)
 
 
 def test_overrides_are_recorded_and_checked(tree):
@@ -306,8 +308,13 @@ def test_the_first_pool_whose_count_divides_takes_the_row(tree):
 
 
 def test_an_override_that_the_hardware_cannot_do_is_refused(tree):
-    with pytest.raises(SettingsError, match="overrides of row `phi3-docvqa-full-fp16`: field flash_attention: yes"):
-        tree(hardware=V100, overrides={"phi3-docvqa-full-fp16": {"flash_attention": True}})
+    with pytest.raises(SettingsError, match="overrides of row `phi3-docvqa-full-fp16`: field dtype: bf16"):
+        tree(hardware=V100, overrides={"phi3-docvqa-full-fp16": {"dtype": "bf16"}})
+
+
+def test_the_memory_efficient_kernel_of_an_older_gpu_is_a_declared_departure(tree):
+    run = tree(hardware=V100, overrides={"phi3-docvqa-full-fp16": {"flash_attention": True}})
+    assert run.job("phi3-docvqa-full-fp16").departures == {"flash_attention": (False, True)}
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

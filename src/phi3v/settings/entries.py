@@ -229,7 +229,8 @@ class Hardware(Strict):
     fp16: bool = True
     """Computes in float16."""
     flash_attention: bool
-    """Has a flash attention kernel (NVIDIA: Ampere and newer; CPU: that of PyTorch's SDPA)."""
+    """Has a flash attention kernel (NVIDIA: Ampere and newer; CPU: that of PyTorch's SDPA). Without one, a row that asks
+    for it runs PyTorch's memory-efficient kernel."""
     quantisation: bool
     """bitsandbytes' 4-bit kernels run (NVIDIA: Turing and newer; Volta too in current releases is not relied on)."""
     generation: str = ""

@@ -61,7 +61,7 @@ class Training(Strict):
     dtype: Dtype
     """Compute type; fp16 is mixed precision over float32 weights."""
     flash_attention: YesNo
-    """Flash attention in both towers."""
+    """Flash attention in both towers; on GPUs older than Ampere PyTorch's memory-efficient kernel instead."""
     batch_size: int = Field(64, ge=1)
     """Examples of one optimizer step over all processes."""
     micro_batch_size: CountOrAuto = 1

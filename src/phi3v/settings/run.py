@@ -227,8 +227,6 @@ def _cannot(row: Training, device: Hardware) -> str | None:
         return f"dtype: bf16, {device.title} has none; expected fp16"
     if row.dtype == "fp16" and not device.fp16:
         return f"dtype: fp16, {device.title} has none; expected bf16"
-    if row.flash_attention and not device.flash_attention:
-        return f"flash_attention: yes, {device.title} has no flash attention; expected no"
     if row.method == "qlora" and not device.quantisation:
         return f"method: qlora, {device.title} has no 4-bit kernels; expected full, frozen or lora"
     return None
@@ -389,7 +387,7 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
             if isinstance(placed, str):
                 if row.row in patterns:
                     raise SettingsError(f"{path}: row `{row.row}`: asked for by name, but field {placed}")
-                if {"dtype", "flash_attention", "method"} & set(departures):
+                if {"dtype", "method"} & set(departures):
                     raise SettingsError(f"{where}: overrides of row `{row.row}`: field {placed}")
                 not_run.append(NotRun(row=row, reason=placed))
                 continue
