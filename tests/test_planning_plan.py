@@ -191,7 +191,7 @@ def test_all_rows_in_two_seconds_without_torch(root):
 
 def test_every_row_is_planned(run):
     plan = plan_run(run)
-    assert [row.status for row in plan.rows] == ["run"] * 53
+    assert [row.status for row in plan.rows] == ["run"] * 68
     for row in plan.rows:
         assert sum(row.memory_gb.values()) == pytest.approx(row.allocated_gb)
         assert row.allocated_gb <= row.reserved_gb and row.context_gb > 0
@@ -214,7 +214,7 @@ def test_every_row_is_planned(run):
     values = plan.as_dict()
     assert values["constants"]["link_efficiency"] == Constants().link_efficiency
     page = plan_html(values)
-    assert page.count("<tr>") == 54
+    assert page.count("<tr>") == 69
     assert "<script" not in page
 
 
@@ -254,7 +254,7 @@ def test_one_l40s_gets_the_rows_that_fit(root):
     left = runnable(run)
     assert {job.row.row for job in (*left.accuracy, *left.speed)} == {r for r, s in status.items() if s == "run"}
     assert {job.row.method for job in left.accuracy} == {"lora", "qlora"}
-    assert len(left.accuracy) + len(left.not_run) == len(plan.rows) == 53
+    assert len(left.accuracy) + len(left.not_run) == len(plan.rows) == 68
     reasons = {skipped.row.row: skipped.reason for skipped in left.not_run}
     assert reasons["phi3-docvqa-full-bf16"] == missing.removeprefix("not run: ")
 
@@ -410,7 +410,7 @@ def test_the_fastest_choice_fits_and_no_other_that_fits_is_faster(run):
 
 
 def test_a_row_without_checkpointing_is_planned_so(run):
-    job = run.job("phi3-docvqa-lora-bf16")
+    job = run.job("phi3-a100-lora-flash-8gpu")
     without = job.model_copy(update={"row": job.row.model_copy(update={"gradient_checkpointing": False})})
     here, there = plan_job(run, job), plan_job(run, without)
     assert there.images_per_second > 1.15 * here.images_per_second

@@ -111,7 +111,7 @@ def test_nothing_has_run_yet(root, tmp_path, monkeypatch):
     assert {row["status"] for row in accuracy.values()} == {"not run yet"}
     assert {row["reason"] for row in accuracy.values()} == {"training has not run yet"}
     assert all(row["after"] == "" for row in accuracy.values())
-    assert len(accuracy) == 38 and len(rows_of(folder / "speed.tsv")) == 15
+    assert len(accuracy) == 38 and len(rows_of(folder / "speed.tsv")) == 30
 
 
 def test_rows_say_how_far_they_came(changed):

@@ -58,7 +58,7 @@ def test_unpublished_rows_are_marked_ours_and_repeat_the_tables_on_phi35(publish
 
 
 def test_speed_rows(published):
-    rows = [job.row for job in published.speed]
+    rows = [job.row for job in published.speed if not job.row.accompanies]
     assert len(rows) == 15
     by_name = {row.row: row for row in rows}
     assert by_name["phi3-a100-full-flash-32gpu"].published_images_per_second == 33.433
@@ -68,6 +68,32 @@ def test_speed_rows(published):
         first = by_name[f"phi3-{row.hardware.split('-')[0]}-full-eager-8gpu"]
         ratio = row.published_images_per_second / first.published_images_per_second
         assert ratio == pytest.approx(row.published_speedup, abs=0.01)
+
+
+def test_every_published_speed_row_has_one_of_ours_beside_it(published):
+    by_name = {job.row.row: job.row for job in published.speed}
+    ours = [row for row in by_name.values() if row.accompanies]
+    assert sorted(row.accompanies for row in ours) == sorted(by_name.keys() - {row.row for row in ours})
+    chosen = {"micro_batch_size", "gradient_checkpointing"}
+    for row in ours:
+        assert {getattr(row, field) for field in chosen} == {"auto"}
+        beside = by_name[row.accompanies]
+        assert (beside.micro_batch_size, beside.gradient_checkpointing) == (1, True)
+        for field in ("model", "dataset", "method", "dtype", "flash_attention", "batch_size", "hardware", "nodes"):
+            assert getattr(row, field) == getattr(beside, field)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("\tphi3-a100-full-flash-8gpu\n", "\tphi3-none\n", "field `accompanies`: got 'phi3-none'"),
+        ("auto\tauto\ta100-80gb\t1\t8\t", "auto\tauto\ta100-80gb\t1\t8\t5", "published_images_per_second: set, but"),
+    ],
+)
+def test_a_row_of_ours_names_a_published_row_and_has_no_figures(tree, old, new, said):
+    spoil(tree, "speed.tsv", old, new)
+    with pytest.raises(SettingsError, match=said):
+        tree()
 
 
 def test_settings_import_no_torch(root):
@@ -97,7 +123,7 @@ ROW = "phi35-nlvr2-full-bf16\tphi35-vision\tnlvr2\tfull\tbf16\tyes\t1e-5\t3\t\t\
         (ROW.replace("\t1e-5\t", "\t-1e-5\t"), ["field `learning_rate`", "'-1e-5'", "greater than 0"]),
         (ROW.replace("\tfull\t", "\tlora\t"), ["lora_rank", "expects an integer"]),
         (ROW.replace("\t64\t4", "\t62\t4"), ["field `batch_size`", "got 62", "multiple of 4 processes"]),
-        (ROW.replace("\t", " "), ["line 3", "fields; expected 18"]),
+        (ROW.replace("\t", " "), ["line 3", "fields; expected 20"]),
     ],
 )
 def test_wrong_row_is_refused(tree, new, said):
@@ -251,8 +277,8 @@ def test_flags_are_the_recipes(published):
     flags = " ".join(settings.training_flags(job.row, job.num_crops))
     assert flags == (
         "--dataset docvqa --row phi3-docvqa-qlora-bf16 --use_lora --use_qlora --lora_rank 32 --lora_alpha_ratio 0.5 --bf16 "
-        "--use_flash_attention --batch_size 64 --batch_size_per_gpu 1 --num_crops 16 --num_train_epochs 2 "
-        "--learning_rate 0.0002 --wd 0.01 --warmup_steps 50"
+        "--use_flash_attention --batch_size 64 --batch_size_per_gpu auto --num_crops 16 --num_train_epochs 2 "
+        "--learning_rate 0.0002 --wd 0.01 --warmup_steps 50 --gradient_checkpointing auto"
     )
 
 

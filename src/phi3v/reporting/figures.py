@@ -254,6 +254,8 @@ def scaling(hardware: str, title: str, lines: list[SpeedLine]) -> Figure | None:
     """images/s over GPUs for methods that were published on several node counts; ours only where it ran on those machines."""
     series: dict[str, list[SpeedLine]] = {}
     for line in lines:
+        if line.row.accompanies:
+            continue
         series.setdefault(f"{METHODS[line.row.method]}, {'flash' if line.row.flash_attention else 'eager'}", []).append(
             line
         )

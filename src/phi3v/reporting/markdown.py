@@ -95,7 +95,7 @@ def _speed(lines: list[SpeedLine]) -> list[str]:
     rows = []
     for line in lines:
         row = line.row
-        memory = line.value("peak_memory_bytes")
+        memory = line.device_memory or line.value("peak_memory_bytes")
         ours = [
             _figure(line.value("images_per_second"), 3),
             f"{line.speedup:.2f}x" if line.speedup else "",
@@ -106,7 +106,7 @@ def _speed(lines: list[SpeedLine]) -> list[str]:
         elif line.value("stand_in"):
             ours[0] += f" (stand-in for {row.nodes * row.gpus_per_node} {hardware_name(row.hardware)})"
         rows.append(
-            [METHODS[row.method], row.nodes, row.nodes * row.gpus_per_node, "yes" if row.flash_attention else "no", *ours,
+            [f"{METHODS[row.method]} ({line.how})" if line.how else METHODS[row.method], row.nodes, row.nodes * row.gpus_per_node, "yes" if row.flash_attention else "no", *ours,
              _figure(row.published_images_per_second, 3), f"{row.published_speedup:g}x" if row.published_speedup else ""]
         )  # fmt: skip
     return _table(header, rows)

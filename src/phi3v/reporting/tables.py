@@ -123,6 +123,25 @@ class SpeedLine:
         return self.result.speed.get(name) if self.result else None
 
     @property
+    def device_memory(self) -> float | None:
+        """Bytes that a reading of the GPU shows at the peak: reserved and context; None on a CPU."""
+        reserved, context = self.value("reserved_memory_bytes"), self.value("context_memory_bytes")
+        return None if reserved is None or context is None else reserved + context
+
+    @property
+    def how(self) -> str:
+        """Of a row that accompanies a published one: what was chosen for it."""
+        if not self.row.accompanies:
+            return ""
+        seen = self.value("observed") or {}
+        size, every = seen.get("batch_size_per_gpu"), seen.get("recompute_every")
+        if size is None or every is None:
+            return f"ours: micro-batch {self.row.micro_batch_size}, recompute {plain(self.row.gradient_checkpointing)}"
+        return (
+            f"ours: micro-batch {size}, recompute {'none' if not every else 'all' if every == 1 else f'1 of {every}'}"
+        )
+
+    @property
     def tokens_each(self) -> float | None:
         """Tokens a second of one device."""
         tokens, processes = self.value("tokens_per_second"), self.value("world_size")
@@ -400,6 +419,7 @@ def _mark_same_code(run: ResolvedRun, lines: list[Any]) -> None:
 def _speedups(run: ResolvedRun, lines: list[SpeedLine]) -> None:
     """Speed-up against the first row of the same hardware's table, and what may be said about the published figure."""
     first: dict[str, float | None] = {}
+    rates = {line.row.row: line.value("images_per_second") for line in lines if line.status == "done"}
     for line in lines:
         rate = line.value("images_per_second")
         first.setdefault(line.row.hardware, rate)
@@ -421,6 +441,10 @@ def _speedups(run: ResolvedRun, lines: list[SpeedLine]) -> None:
                 "not comparable",
                 "the published figure very likely did less work (see the note)",
             )
+        elif line.row.accompanies:
+            beside = rates.get(line.row.accompanies)
+            line.verdict = f"{rate / beside:.2f} x recipe's" if rate and beside else "no published figure"
+            line.verdict_reason = f"images/s over those of {line.row.accompanies}, measured here"
         elif line.row.published_images_per_second:
             ratio = rate / line.row.published_images_per_second
             line.verdict, line.verdict_reason = f"{ratio:.2f} x published", "images/s over the published images/s"
@@ -620,7 +644,11 @@ SPEED_COLUMNS: list[Column] = [
         "reserved_memory_gb",
         lambda r: r.value("reserved_memory_bytes") / GB if r.value("reserved_memory_bytes") else None,
     ),
+    ("context_memory_gb", lambda r: r.value("context_memory_bytes") / GB if r.value("context_memory_bytes") else None),
     ("published_memory_gb", lambda r: r.row.published_memory_gb),
+    ("accompanies", lambda r: r.row.accompanies),
+    ("batch_size_per_gpu", lambda r: observed(r).get("batch_size_per_gpu")),
+    ("recompute_every", lambda r: observed(r).get("recompute_every")),
     ("processes", lambda r: r.value("world_size")),
     ("device", lambda r: r.value("device")),
     ("stand_in", lambda r: None if r.value("stand_in") is None else "yes" if r.value("stand_in") else "no"),

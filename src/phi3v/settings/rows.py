@@ -162,7 +162,20 @@ class SpeedRow(Training):
     """Against the table's first row."""
     published_memory_gb: float | None = Field(None, gt=0)
     """Peak memory of one GPU."""
+    accompanies: Name | None = None
+    """Published row of the same method that this row is shown beside, run as we would run it: with a micro-batch and
+    recomputation of our choice. Such a row has no published figures; empty: a published row."""
     source: str = ""
     """Table the row comes from."""
     note: str = ""
     """Shown with the row."""
+
+    @model_validator(mode="after")
+    def _our_row_has_no_published_figures(self) -> SpeedRow:
+        figures = ("published_images_per_second", "published_speedup", "published_memory_gb")
+        given = [name for name in figures if getattr(self, name) is not None]
+        if self.accompanies and given:
+            raise ValueError(
+                f"{given[0]}: set, but the row accompanies {self.accompanies}; expected no published figures"
+            )
+        return self

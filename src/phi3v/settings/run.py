@@ -210,9 +210,17 @@ def _apply_overrides(
         if fnmatch.fnmatchcase(row.row, pattern):
             used.add(pattern)
             values.update(fields)
-    fixed = {"row", "published", "published_doubted", "origin", "source", "hardware", "nodes", "gpus_per_node"} & set(
-        values
-    )
+    fixed = {
+        "row",
+        "published",
+        "published_doubted",
+        "origin",
+        "source",
+        "hardware",
+        "nodes",
+        "gpus_per_node",
+        "accompanies",
+    } & set(values)
     if fixed:
         raise SettingsError(f"{where}: overrides of row `{row.row}`: field `{fixed.pop()}` cannot be overridden")
     changed = validate(type(row), {**row.model_dump(), **values}, f"{where}: overrides of row `{row.row}`")
@@ -294,6 +302,17 @@ def _check_references(where: str, row: Training, tables: dict[str, dict[str, Any
         )
 
 
+def _check_companions(table: list[tuple[str, Any]]) -> None:
+    """Raises SettingsError if a speed row accompanies no published row of its table."""
+    published = {row.row for _, row in table if isinstance(row, SpeedRow) and not row.accompanies}
+    for path, row in table:
+        if isinstance(row, SpeedRow) and row.accompanies and row.accompanies not in published:
+            raise SettingsError(
+                f"{path}: row `{row.row}`: field `accompanies`: got {row.accompanies!r}: expected a published row of the "
+                "speed table"
+            )
+
+
 def _check_official(datasets: dict[str, Dataset]) -> None:
     for name, entry in datasets.items():
         if entry.official and entry.official not in datasets:
@@ -370,6 +389,7 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
             seen[row.row] = path
             _check_references(path, row, references)
         names = [row.row for _, row in table]
+        _check_companions(table)
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
                 raise SettingsError(

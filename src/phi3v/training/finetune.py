@@ -22,7 +22,14 @@ from phi3v.training import checkpoints
 from phi3v.training.census import Census, CensusError, census_label
 from phi3v.training.job import Job, build
 from phi3v.training.lock import FolderLock, LockedError
-from phi3v.training.memory import OutOfMemoryError, explain_memory, peak_memory_bytes
+from phi3v.training.memory import (
+    MEMORY_SOURCES,
+    OutOfMemoryError,
+    context_bytes,
+    explain_memory,
+    peak_memory_bytes,
+    reserved_bytes,
+)
 from phi3v.training.observe import Observer, device_name, linear4bit, size_of
 from phi3v.training.recompute import interval_of, recomputation
 from phi3v.training.signals import REQUEUE_EXIT_CODE, StopRequest, parents_command, seconds_to_save
@@ -245,6 +252,7 @@ def observe(job: Job, watch: Any, train_seconds: float) -> dict[str, Any]:
     """observed.json: what ran, beside what was asked for; a collective call."""
     settings, trainer = job.settings, job.trainer
     layers, weight_bytes = linear4bit(job.model)
+    cuda = job.device.type == "cuda"
     return {
         "asked": {"dtype": settings.dtype, "attention": "flash" if settings.use_flash_attention else "eager"},
         **watch.observer.result(),
@@ -256,6 +264,9 @@ def observe(job: Job, watch: Any, train_seconds: float) -> dict[str, Any]:
         "world_size": trainer.args.world_size,
         "device": device_name(job.device),
         "peak_memory_bytes": largest(peak_memory_bytes(job.device), job.device),
+        "reserved_memory_bytes": largest(reserved_bytes(job.device), job.device) if cuda else None,
+        "context_memory_bytes": largest(context_bytes(job.device), job.device) if cuda else None,
+        "memory_source": MEMORY_SOURCES["cuda" if cuda else "cpu"],
         "steps": trainer.state.global_step,
         "examples": watch.examples,
         "train_seconds": round(train_seconds, 3),

@@ -92,6 +92,27 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+MEMORY_SOURCES = {
+    "cuda": (
+        "peak: torch.cuda.max_memory_allocated; reserved: torch.cuda.max_memory_reserved; context: what the device has in "
+        "use beyond PyTorch's reserve (torch.cuda.mem_get_info), other processes of the device included"
+    ),
+    "cpu": "peak: largest resident set (getrusage)",
+}
+"""Where the figures of observed.json and speed.json come from, by kind of device."""
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Largest memory so far that PyTorch's allocator held, its free blocks included; CUDA only."""
+    return torch.cuda.max_memory_reserved(device)
+
+
+def context_bytes(device: torch.device) -> int:
+    """Memory in use on a CUDA device beyond what PyTorch reserves: context, kernels, NCCL, and other processes."""
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - torch.cuda.memory_reserved(device))
+
+
 @contextlib.contextmanager
 def explain_memory(settings: FinetuneSettings, device: torch.device) -> Iterator[None]:
     """Out of memory as one message: the numbers, and the three settings that would help most."""

@@ -231,7 +231,6 @@ def speed_result(
     for name in repeats[0]:
         values = [value for repeat in repeats if (value := repeat[name]) is not None]
         median[name] = statistics.median(values) if values else None
-    cuda = job.device.type == "cuda"
     step = counting.count(sum((window.work for window in windows), Work()))
     steps = sum(window.steps for window in windows)
     return {
@@ -245,7 +244,9 @@ def speed_result(
         "model_tflop_per_step": step.model / steps / 1e12,
         "hardware_tflop_per_step": step.hardware / steps / 1e12,
         "peak_memory_bytes": observed["peak_memory_bytes"],
-        "reserved_memory_bytes": largest(torch.cuda.max_memory_reserved(job.device), job.device) if cuda else None,
+        "reserved_memory_bytes": observed["reserved_memory_bytes"],
+        "context_memory_bytes": observed["context_memory_bytes"],
+        "memory_source": observed["memory_source"],
         "resident_memory_bytes": largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, job.device),
         "warmup_steps": settings.speed_warmup_steps,
         "timed_steps": settings.timed_steps,
@@ -264,6 +265,14 @@ def spread(rates: list[float]) -> float:
     return (max(rates) - min(rates)) / statistics.median(rates)
 
 
+def _reserved(result: dict[str, Any]) -> str:
+    """What a device's reading shows beside the allocated peak; nothing on a CPU."""
+    if result["reserved_memory_bytes"] is None:
+        return ""
+    reserved, context = (result[f"{name}_memory_bytes"] / 2**30 for name in ("reserved", "context"))
+    return f" allocated, {reserved:.2f} reserved, {context:.2f} beside PyTorch"
+
+
 def summary(result: dict[str, Any]) -> str:
     """The result in a few lines, with the formula of MFU and HFU."""
     lines = [
@@ -271,7 +280,7 @@ def summary(result: dict[str, Any]) -> str:
         f"{result['step_seconds']:.3f} s a step, spread {100 * result['spread']:.1f} %, waiting for data "
         f"{100 * result['loading_share']:.1f} %, other programs took {result['neighbour_cores']:.2f} of a core",
         f"peak {result['peak_memory_bytes'] / 2**30:.2f} GiB"
-        + (f" allocated, {result['reserved_memory_bytes'] / 2**30:.2f} reserved" if result["reserved_memory_bytes"] else "")
+        + _reserved(result)
         + f", {result['resident_memory_bytes'] / 2**30:.2f} GiB of the machine's memory, a process",
     ]  # fmt: skip
     if result["mfu"] is None:
