@@ -88,7 +88,8 @@ def test_utilisation_is_of_a_measured_peak_on_a_cpu(measured):
 
 def test_memory_is_of_the_largest_process(measured):
     _, result, _ = measured
-    assert result["reserved_memory_bytes"] is None
+    assert result["reserved_memory_bytes"] is None and result["context_memory_bytes"] is None
+    assert result["memory_source"] == "peak: largest resident set (getrusage)"
     assert 1e8 < result["resident_memory_bytes"] < 5e9
     assert result["peak_memory_bytes"] >= 0.9 * result["resident_memory_bytes"]
 
