@@ -111,24 +111,29 @@ def test_training_lowers_the_loss(quantized, dtype):
     ("quantized", "dtype"), [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)]
 )
 def test_layers_compute_what_pefts_do(quantized, dtype, monkeypatch):
-    """Output and all gradients, before and after steps that change the factors."""
+    """All gradients, and the losses of steps that change the factors."""
     losses, gradients = [], []
     for plain in (False, True):
         model = load_quantized(tiny_folder(), dtype) if quantized else tiny_model(dtype=dtype)
         if plain:
             monkeypatch.setattr(model_lora, "layers", lambda quantised: {})
-        model = add_lora(model, rank=8, alpha=12, seed=0)
-        losses.append(train(model, steps=3, dtype=torch.float32))
+        model = add_lora(model, rank=8, alpha=12, seed=0).train()
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at first, and then A has no gradient
+                parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
         batch = inputs()
         model(**batch, labels=batch["input_ids"].clamp(max=300)).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        model.zero_grad()
+        losses.append(train(model, steps=3))
         kinds = {type(m).__module__ for m in model.modules() if hasattr(m, "lora_A")}
         assert all(kind.startswith("peft") for kind in kinds) == plain
     exact = dtype == torch.float32
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4 if exact else 0.03)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if exact else 0.03)
     for name, expected in gradients[1].items():
         distance = (gradients[0][name] - expected).norm() / expected.norm().clamp(min=1e-6)
-        assert distance < (1e-3 if exact else 0.2), name
+        assert distance < (1e-4 if exact else 0.1), name
 
 
 def test_half_precision_weights_train_without_autocast():
@@ -215,3 +220,19 @@ def test_a_lost_base_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "nowhere/at-all"}))
     with pytest.raises(ValueError, match="base_model_name_or_path is 'nowhere/at-all'"):
         base_of(tmp_path)
+
+
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {"fused": False, "foreach": False}])
+def test_every_adamw_makes_the_layers_prepare_their_factors_again(how):
+    """Prepared factors are remade by the version of the trained ones."""
+    model = add_lora(tiny_model(), rank=4, alpha=4, seed=0).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **how)
+    batch = inputs()
+    for _ in range(2):
+        model(**batch, labels=batch["input_ids"].clamp(max=300)).loss.backward()
+        layer = model.base_model.model.model.layers[0].self_attn.qkv_proj
+        factors = (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer.weight)
+        made = layer._prepared.factors(*factors, torch.float32, 1.0)
+        torch.testing.assert_close(made.b, factors[1].detach(), atol=0, rtol=0)
+        optimizer.step()
+    assert not torch.equal(layer._prepared.factors(*factors, torch.float32, 1.0).a, made.a)

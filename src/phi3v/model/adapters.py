@@ -20,6 +20,8 @@ from phi3v.model.processing import Phi3VProcessor
 DECODER_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 # Beside an adapter: which base it was trained on.
 BASE_FILE = "base.json"
+# The last linear layer of a decoder block and of a block of the tower.
+CHECKPOINT_ENDS = ("mlp.down_proj", "mlp.fc2")
 VISION_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -83,6 +85,9 @@ def add_lora(
         if seed is not None:
             torch.manual_seed(seed)
         adapted: Any = get_peft_model(model, config)
+    for name, module in adapted.named_modules():
+        if isinstance(module, lora.LoraLinear):
+            module.ends_checkpoint = name.endswith(CHECKPOINT_ENDS)
     # The Trainer reloads adapters when it resumes and for the best checkpoint. PEFT would read the file onto the first
     # GPU in every process, whichever GPU the process computes on.
     adapted.load_adapter = functools.partial(adapted.load_adapter, torch_device="cpu")

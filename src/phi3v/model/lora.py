@@ -9,16 +9,48 @@ Shapes: N = rows of the input, I = inputs, O = outputs, r = rank.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
 from torch import nn
 
 
-def _inner_product(x: torch.Tensor, a: torch.Tensor, scaling: float) -> torch.Tensor:
-    """scaling * x a^T [N, r]."""
-    return torch.mm(x, a.t()).mul_(scaling)
+class _Factors(NamedTuple):
+    """A layer's factors as its products read them, in the compute type and without gradients."""
+
+    a: torch.Tensor
+    """[r, I], times the scale."""
+    b: torch.Tensor
+    """[O, r]."""
+    a_t: torch.Tensor
+    b_t: torch.Tensor
+    weight_t: torch.Tensor | None
+    """[I, O], a view of the base's weight; None if the base computes its own output."""
+    scale: torch.Tensor
+    """[1] float32."""
+
+
+class _Prepared:
+    """Makes a layer's `_Factors`, again once the trained ones have changed."""
+
+    def __init__(self) -> None:
+        self._source: tuple[object, ...] = ()
+        self._factors: _Factors | None = None
+
+    def factors(
+        self, a: nn.Parameter, b: nn.Parameter, weight: torch.Tensor | None, dtype: torch.dtype, scale: float
+    ) -> _Factors:
+        """Of the trained a [r, I] and b [O, r] and the base's frozen weight [O, I]."""
+        tensors = [tensor for tensor in (a, b, weight) if tensor is not None]
+        source = (dtype, scale, *((id(tensor), tensor._version, tensor.device, tensor.dtype) for tensor in tensors))
+        if self._factors is None or source != self._source:
+            scaled, plain = (a.detach() * scale).to(dtype), b.detach().to(dtype)
+            weight_t = None if weight is None else weight.detach().t()
+            one = torch.full((1,), scale, device=a.device)
+            self._factors = _Factors(scaled, plain, scaled.t(), plain.t(), weight_t, one)
+            self._source = source
+        return self._factors
 
 
 def _add_product(output: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -27,86 +59,91 @@ def _add_product(output: torch.Tensor, left: torch.Tensor, right: torch.Tensor) 
 
 
 def _factor_gradients(
-    gradient: torch.Tensor, x: torch.Tensor, inner: torch.Tensor, b: torch.Tensor, scaling: float
+    gradient: torch.Tensor, rows: torch.Tensor, inner: torch.Tensor, factors: _Factors
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the inner product [N, r], of a [r, I] and of b [O, r], the latter two in float32."""
-    to_inner = torch.mm(gradient, b).mul_(scaling)
-    return to_inner, torch.mm(to_inner.t(), x).float(), torch.mm(gradient.t(), inner).float()
+    """Gradient of the inner product over the scale [N, r], and float32 ones of a [r, I] and b [O, r]."""
+    to_inner = torch.mm(gradient, factors.b)
+    to_a = torch.mm(to_inner.t(), rows) * factors.scale  # a float32 vector of one element makes it float32
+    return to_inner, to_a, torch.mm(gradient.t(), inner).float()
 
 
 class _LinearWithProduct(torch.autograd.Function):
-    """x W^T + bias + scaling x a^T b^T over a frozen W; the factors come twice: to train, and in x's type."""
+    """x W^T + bias + scale x a^T b^T over a frozen W. The gradients of a and b are those of the trained factors."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide_a: torch.Tensor,
-        wide_b: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float,
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: nn.Parameter, b: nn.Parameter,
+        factors: _Factors,
     ) -> torch.Tensor:  # fmt: skip
-        rows = x.reshape(-1, x.shape[-1])
-        output = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-        inner = _inner_product(rows, a, scaling)
-        output = _add_product(output, inner, b.t())
-        ctx.save_for_backward(rows, weight, inner, a, b)
-        ctx.scaling = scaling
+        rows, weight_t = x.reshape(-1, x.shape[-1]), factors.weight_t
+        assert weight_t is not None
+        output = torch.mm(rows, weight_t) if bias is None else torch.addmm(bias, rows, weight_t)
+        inner = torch.mm(rows, factors.a_t)
+        output = _add_product(output, inner, factors.b_t)
+        ctx.save_for_backward(rows, weight, inner)
+        ctx.factors = factors
         return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, weight, inner, a, b = ctx.saved_tensors
+        rows, weight, inner = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])
-        to_inner, to_a, to_b = _factor_gradients(flat, rows, inner, b, ctx.scaling)
+        to_inner, to_a, to_b = _factor_gradients(flat, rows, inner, ctx.factors)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = _add_product(torch.mm(flat, weight), to_inner, a).view(*gradient.shape[:-1], rows.shape[-1])
-        return to_x, None, None, to_a, to_b, None, None, None
+            to_x = _add_product(torch.mm(flat, weight), to_inner, ctx.factors.a)
+            to_x = to_x.view(*gradient.shape[:-1], rows.shape[-1])
+        return to_x, None, None, to_a, to_b, None
 
 
 class _AddProduct(torch.autograd.Function):
-    """output + scaling x a^T b^T for a base layer that computes `output` itself."""
+    """output + scale x a^T b^T for a base layer that computes `output` itself."""
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, x: torch.Tensor, wide_a: torch.Tensor, wide_b: torch.Tensor,
-        a: torch.Tensor, b: torch.Tensor, scaling: float,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any, output: torch.Tensor, x: torch.Tensor, a: nn.Parameter, b: nn.Parameter, factors: _Factors
+    ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        inner = _inner_product(rows, a, scaling)
-        ctx.save_for_backward(rows, inner, a, b)
-        ctx.scaling = scaling
-        return torch.addmm(output.view(-1, output.shape[-1]), inner, b.t()).view_as(output)
+        inner = torch.mm(rows, factors.a_t)
+        ctx.save_for_backward(rows, inner)
+        ctx.factors = factors
+        return torch.addmm(output.view(-1, output.shape[-1]), inner, factors.b_t).view_as(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, inner, a, b = ctx.saved_tensors
+        rows, inner = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])
-        to_inner, to_a, to_b = _factor_gradients(flat, rows, inner, b, ctx.scaling)
+        to_inner, to_a, to_b = _factor_gradients(flat, rows, inner, ctx.factors)
         to_x = None
         if ctx.needs_input_grad[1]:
-            to_x = torch.mm(to_inner, a).view(*gradient.shape[:-1], rows.shape[-1])
-        return gradient, to_x, to_a, to_b, None, None, None
+            to_x = torch.mm(to_inner, ctx.factors.a).view(*gradient.shape[:-1], rows.shape[-1])
+        return gradient, to_x, to_a, to_b, None
 
 
-class _Factors:
-    """A layer's two factors in the compute type, made again once the trained ones have changed."""
+def _product_first(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """The same as `_LinearWithProduct`, with the base's product last, so that recomputing a layer can stop before it.
 
-    def __init__(self) -> None:
-        self._source: tuple[object, ...] = ()
-        self._made: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def of(self, a: nn.Parameter, b: nn.Parameter, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """a and b in `dtype`, without gradients."""
-        source = (id(a), a._version, id(b), b._version, a.device, dtype)
-        if self._made is None or source != self._source:
-            self._made, self._source = (a.detach().to(dtype), b.detach().to(dtype)), source
-        return self._made
+    Non-reentrant checkpointing stops once everything that the backward pass needs is there. PyTorch's own products save
+    their inputs before they run, a custom function after it. The price is a sum of two input gradients.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    inner = torch.mm(rows, a.to(x.dtype).t()) * scaling
+    up = b.to(x.dtype).t()
+    product = torch.mm(inner, up) if bias is None else torch.addmm(bias, inner, up)
+    return torch.addmm(product, rows, weight.t()).view(*x.shape[:-1], -1)
 
 
 class LoraLinear(lora.Linear):
     """PEFT's layer over a frozen `nn.Linear`; plain LoRA without dropout, all else is left to PEFT."""
 
+    ends_checkpoint = False
+    """Whether it is the last layer of a checkpointed block."""
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._factors = _Factors()
+        self._prepared = _Prepared()
 
     def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         """[..., I] to [..., O], in x's type."""
@@ -115,9 +152,10 @@ class LoraLinear(lora.Linear):
         (name,) = self.active_adapters
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         base = self.get_base_layer()
-        return _LinearWithProduct.apply(
-            x, base.weight, base.bias, a, b, *self._factors.of(a, b, x.dtype), self.scaling[name]
-        )
+        if self.ends_checkpoint:
+            return _product_first(x, base.weight, base.bias, a, b, self.scaling[name])
+        factors = self._prepared.factors(a, b, base.weight, x.dtype, self.scaling[name])
+        return _LinearWithProduct.apply(x, base.weight, base.bias, a, b, factors)
 
 
 def layers(quantised: bool) -> dict[type[nn.Module], type[nn.Module]]:
@@ -134,7 +172,7 @@ def layers(quantised: bool) -> dict[type[nn.Module], type[nn.Module]]:
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
-            self._factors = _Factors()
+            self._prepared = _Prepared()
 
         def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
             """[..., I] to [..., O], in x's type."""
@@ -142,6 +180,7 @@ def layers(quantised: bool) -> dict[type[nn.Module], type[nn.Module]]:
                 return super().forward(x, *arguments, **options)
             (name,) = self.active_adapters
             a, b = self.lora_A[name].weight, self.lora_B[name].weight
-            return _AddProduct.apply(self.base_layer(x), x, a, b, *self._factors.of(a, b, x.dtype), self.scaling[name])
+            factors = self._prepared.factors(a, b, None, x.dtype, self.scaling[name])
+            return _AddProduct.apply(self.base_layer(x), x, a, b, factors)
 
     return {bitsandbytes.nn.Linear4bit: LoraLinear4bit, nn.Linear: LoraLinear}

@@ -114,16 +114,14 @@ class Linear:
 
     def flops(self, recompute: float = 0.0, stops_here: bool = False) -> Flops:
         """recompute: share of the layers that run again in the backward pass. stops_here: the last product of its layer,
-        which non-reentrant checkpointing leaves out once everything that is saved has been recomputed; a layer with
-        an adapter saves what it computes last."""
+        which non-reentrant checkpointing leaves out once everything that is saved has been recomputed. An adapter
+        beside it runs before it."""
         base = 2.0 * self.rows * self.inputs * self.outputs
         down, up = 2.0 * self.rows * self.inputs * self.rank, 2.0 * self.rows * self.rank * self.outputs
         backward = base * (self.weight_gradient + self.input_gradient)
         # dB and the gradient of the inner activation, dA, and the input's gradient.
         backward += 2 * up + down + down * self.input_gradient if self.rank else 0
-        again = base + down + up
-        if stops_here and not self.rank:
-            again = 0.0
+        again = down + up if stops_here else base + down + up
         return Flops(self.count * (base + down + up), self.count * backward, self.count * again * recompute)
 
 
@@ -167,6 +165,8 @@ def _count(
     weights = not adapters
     vision_rank = rank if adapters and vision_adapters else 0
     decoder_rank = rank if adapters else 0
+    # bitsandbytes' product is a custom function, which saves its inputs after it has run.
+    reentrant = reentrant or method == "qlora"
     layers = vision.num_hidden_layers - 1
     patches = patches_per_tile(vision)
     rows = work.tiles * (patches + 1)
