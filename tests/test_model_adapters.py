@@ -224,7 +224,7 @@ def test_a_lost_base_is_named(tmp_path):
 
 @pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {"fused": False, "foreach": False}])
 def test_every_adamw_makes_the_layers_prepare_their_factors_again(how):
-    """Prepared factors are remade by the version of the trained ones."""
+    """A fused step leaves the version of the tensors that it changes as it was."""
     model = add_lora(tiny_model(), rank=4, alpha=4, seed=0).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **how)
     batch = inputs()

@@ -9,11 +9,12 @@ Shapes: N = rows of the input, I = inputs, O = outputs, r = rank.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from peft.tuners import lora
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class _Factors(NamedTuple):
@@ -32,7 +33,18 @@ class _Factors(NamedTuple):
 
 
 class _Prepared:
-    """Makes a layer's `_Factors`, again once the trained ones have changed."""
+    """Makes a layer's `_Factors`, again once the trained ones have changed.
+
+    Loading a state changes a tensor's version. A fused optimizer does not, so every optimizer's step counts as a change.
+    """
+
+    steps: ClassVar[int] = 0
+    """Steps of all optimizers of this process."""
+
+    @classmethod
+    def after_step(cls, optimizer: torch.optim.Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """A hook that PyTorch calls after each step of any optimizer."""
+        cls.steps += 1
 
     def __init__(self) -> None:
         self._source: tuple[object, ...] = ()
@@ -43,7 +55,12 @@ class _Prepared:
     ) -> _Factors:
         """Of the trained a [r, I] and b [O, r] and the base's frozen weight [O, I]."""
         tensors = [tensor for tensor in (a, b, weight) if tensor is not None]
-        source = (dtype, scale, *((id(tensor), tensor._version, tensor.device, tensor.dtype) for tensor in tensors))
+        source = (
+            self.steps,
+            dtype,
+            scale,
+            *((id(tensor), tensor._version, tensor.device, tensor.dtype) for tensor in tensors),
+        )
         if self._factors is None or source != self._source:
             scaled, plain = (a.detach() * scale).to(dtype), b.detach().to(dtype)
             weight_t = None if weight is None else weight.detach().t()
@@ -51,6 +68,9 @@ class _Prepared:
             self._factors = _Factors(scaled, plain, scaled.t(), plain.t(), weight_t, one)
             self._source = source
         return self._factors
+
+
+register_optimizer_step_post_hook(_Prepared.after_step)
 
 
 def _add_product(output: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
