@@ -47,27 +47,33 @@ class _Prepared:
         cls.steps += 1
 
     def __init__(self) -> None:
-        self._source: tuple[object, ...] = ()
-        self._factors: _Factors | None = None
+        self._base: tuple[object, ...] = ()
+        self._trained: tuple[object, ...] = ()
+        self._factors: _Factors
 
     def factors(
         self, a: nn.Parameter, b: nn.Parameter, weight: torch.Tensor | None, dtype: torch.dtype, scale: float
     ) -> _Factors:
         """Of the trained a [r, I] and b [O, r] and the base's frozen weight [O, I]."""
-        tensors = [tensor for tensor in (a, b, weight) if tensor is not None]
-        source = (
-            self.steps,
-            dtype,
-            scale,
-            *((id(tensor), tensor._version, tensor.device, tensor.dtype) for tensor in tensors),
-        )
-        if self._factors is None or source != self._source:
-            scaled, plain = (a.detach() * scale).to(dtype), b.detach().to(dtype)
-            weight_t = None if weight is None else weight.detach().t()
-            one = torch.full((1,), scale, device=a.device)
-            self._factors = _Factors(scaled, plain, scaled.t(), plain.t(), weight_t, one)
-            self._source = source
+        base = (scale, a.device, None if weight is None else _mark(weight))
+        trained = (self.steps, dtype, _mark(a), _mark(b))
+        if (base, trained) == (self._base, self._trained):
+            return self._factors
+        with torch.no_grad():
+            scaled, plain = (a * scale).to(dtype), b.to(dtype)
+            made = {"a": scaled, "b": plain, "a_t": scaled.t(), "b_t": plain.t()}
+            if base == self._base:
+                self._factors = self._factors._replace(**made)
+            else:
+                weight_t = None if weight is None else weight.t()
+                self._factors = _Factors(**made, weight_t=weight_t, scale=torch.full((1,), scale, device=a.device))
+        self._base, self._trained = base, trained
         return self._factors
+
+
+def _mark(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What changes if a tensor is another one, was changed in place, or was moved."""
+    return id(tensor), tensor._version, tensor.device, tensor.dtype
 
 
 register_optimizer_step_post_hook(_Prepared.after_step)
