@@ -17,7 +17,17 @@ from training_fixtures import await_step, finish, launch, slow_disk, train_here,
 
 from phi3v.settings import FinetuneSettings, validate
 from phi3v.training import checkpoints
-from phi3v.training.checkpoints import SEAL, CheckpointError, check_space, digest_and_sync, find, rotate, seal
+from phi3v.training.checkpoints import (
+    SEAL,
+    CheckpointError,
+    check_space,
+    digest_and_sync,
+    find,
+    names_of,
+    rotate,
+    seal,
+    share_of,
+)
 
 SETTINGS = {"learning_rate": 1e-3, "data": "d", "model": "m"}
 
@@ -28,7 +38,8 @@ def write_checkpoint(folder: Path, step: int, settings: dict | None = None, proc
     (writing / "global_step").mkdir(parents=True)
     for name in ("model.bin", "rng_state_0.pth", "rng_state_1.pth", "global_step/shard_0.pt", "global_step/shard_1.pt"):
         (writing / name).write_bytes(f"{name} {step}".encode() * 50)
-    files = digest_and_sync(writing, 0, 2) | digest_and_sync(writing, 1, 2)
+    listings = [names_of(writing)] * 2
+    files = digest_and_sync(writing, share_of(listings, 0, 2)) | digest_and_sync(writing, share_of(listings, 1, 2))
     seal(writing, folder / f"checkpoint-{step}", files, step, processes, settings or SETTINGS)
     return folder / f"checkpoint-{step}"
 
@@ -40,6 +51,15 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path):
     found = find(tmp_path, SETTINGS, 2, True)
     assert found.path == tmp_path / "checkpoint-100"
     assert not found.skipped
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_a_file_that_a_process_sees_late_is_in_a_share(tmp_path, processes):
+    """Each process lists its own files at once and may see those of other machines late."""
+    names = [f"rng_state_{rank}.pth" for rank in range(processes)] + ["model.bin"]
+    listings = [["model.bin", f"rng_state_{rank}.pth"] for rank in range(processes)]
+    shares = [share_of(listings, rank, processes) for rank in range(processes)]
+    assert sorted(name for share in shares for name in share) == sorted(names)
 
 
 def test_damage_to_any_file_is_seen_and_named(tmp_path):

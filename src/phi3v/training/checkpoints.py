@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,13 +63,28 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
 
 
-def digest_and_sync(folder: Path, share: int, shares: int) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of this process's share of the files, each forced to disk."""
+def names_of(folder: Path) -> list[str]:
+    """The files of a checkpoint by their names in it, as this process sees them."""
+    return [path.relative_to(folder).as_posix() for path in files_of(folder)]
+
+
+def share_of(listings: Iterable[Iterable[str]], process: int, processes: int) -> list[str]:
+    """The files that a process digests, out of all that any process lists.
+
+    A network file system may show a new file late on another machine. Shares of each process's own listing would then
+    leave a file without a digest.
+    """
+    return sorted({name for names in listings for name in names})[process::processes]
+
+
+def digest_and_sync(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of some of the folder's files, each forced to disk."""
     result = {}
-    for path in files_of(folder)[share::shares]:
+    for name in names:
+        path = folder / name
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        result[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest_file(path)}
+        result[name] = {"bytes": path.stat().st_size, "sha256": digest_file(path)}
     return result
 
 

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from phi3v.training.batching import BatchPlan, PlannedBatches
 from phi3v.training.checkpoints import CheckpointError
 from phi3v.training.loading import StepBatches, batch_loader
 from phi3v.training.meter import Meter
+
+Own = TypeVar("Own")
 
 
 class OneDeviceArguments(TrainingArguments):
@@ -172,8 +174,10 @@ class RecipeTrainer(Trainer):
                 if self.args.process_index == 0:
                     self.state.save_to_json(str(writing / name / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
-            own = checkpoints.digest_and_sync(writing / name, self.args.process_index, self.args.world_size)
-            files = self._everyones(own)
+            listings = self._everyones(checkpoints.names_of(writing / name))
+            share = checkpoints.share_of(listings, self.args.process_index, self.args.world_size)
+            digests = self._everyones(checkpoints.digest_and_sync(writing / name, share))
+            files = {file: facts for part in digests for file, facts in part.items()}
             if self.args.process_index == 0:
                 checkpoints.seal(writing / name, folder / name, files, step, self.args.world_size, self.fingerprint)
                 best = self.state.best_model_checkpoint
@@ -188,13 +192,13 @@ class RecipeTrainer(Trainer):
             self._writing = None
         self.accelerator.wait_for_everyone()
 
-    def _everyones(self, own: dict[str, Any]) -> dict[str, Any]:
-        """The union of all processes' dictionaries."""
+    def _everyones(self, own: Own) -> list[Own]:
+        """What each process holds, by rank; a collective call."""
         if self.args.world_size == 1:
-            return own
-        shares: list[Any] = [None] * self.args.world_size
-        dist.all_gather_object(shares, own)
-        return {name: value for share in shares for name, value in share.items()}
+            return [own]
+        found: list[Any] = [None] * self.args.world_size
+        dist.all_gather_object(found, own)
+        return found
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The weights of a checkpoint; DeepSpeed's own files hold them already, so they are not written twice."""
