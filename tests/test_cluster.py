@@ -103,8 +103,10 @@ def test_preemption_by_cancelling_and_a_short_memory_are_worth_knowing():
 
 def test_a_site_file_names_the_devices_of_its_gpus(root):
     hardware = read_entries(["config/hardware.yaml"], Hardware, root)
-    assert devices_of("a100", hardware) == ["a100-80gb", "a100-40gb"]
-    assert devices_of("nvidia_h100", hardware) == ["h100"]
+    assert devices_of("a100", hardware) == ["a100-80gb", "a100-40gb", "a100-80gb-pcie", "a100-40gb-pcie"]
+    assert devices_of("a100_40gb", hardware) == ["a100-40gb", "a100-40gb-pcie"]
+    assert devices_of("nvidia_h100", hardware) == ["h100", "h100-pcie", "h100-nvl"]
+    assert [devices_of(name, hardware) for name in ("a10", "l4", "l40")] == [["a10"], ["l4"], ["l40"]]
     assert devices_of("k80", hardware) == []
     text = site_text(FACTS, hardware)
     assert "account: vision\n" in text

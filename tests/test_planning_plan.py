@@ -534,11 +534,23 @@ def test_gpu_names_of_people(entries, name, key):
         ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
         ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
         ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H100 PCIe", None),
-        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H100 PCIe MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", "gh200-480gb"),
+        ("NVIDIA GH200 144G HBM3e", None),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
         ("Tesla V100-PCIE-32GB", None),
-        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb-pcie"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb-pcie"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA A40", "a40"),
+        ("NVIDIA A4000", None),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000ada"),
+        ("Quadro RTX 6000", None),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", None),
         ("NVIDIA A100-SXM-64GB", None),
         ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA GeForce RTX 4090 D", None),
@@ -547,7 +559,7 @@ def test_gpu_names_of_people(entries, name, key):
         ("NVIDIA GeForce RTX 5090", "rtx5090"),
         ("NVIDIA B200", "b200"),
         ("NVIDIA GB200", None),
-        ("NVIDIA L40", None),
+        ("NVIDIA L40", "l40"),
         ("NVIDIA H200", "h200"),
         ("Tesla V100-SXM2-32GB", "v100-32gb"),
         ("Tesla T4", "t4"),
@@ -556,6 +568,8 @@ def test_gpu_names_of_people(entries, name, key):
         ("NVIDIA GeForce RTX 3090", "rtx3090"),
         ("Quadro RTX 8000", "rtx8000"),
         ("AMD Instinct MI300X", "mi300x"),
+        ("AMD Instinct MI250X", "mi250x"),
+        ("AMD Instinct MI250", None),
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
@@ -568,10 +582,12 @@ def test_unknown_gpu_is_refused_and_told_how_to_add(entries):
         find_hardware("GTX1080", entries)
     with pytest.raises(SettingsError, match=r"GPU '4090': unknown; did you mean rtx4090\?; expected one of"):
         find_hardware("4090", entries)
-    for name, meant in (("L40", "l40s"), ("NVIDIA H20", "h200"), ("mi300", "mi300x")):
-        with pytest.raises(SettingsError, match=f"unknown; did you mean {meant}\\?"):
+    for name, meant in (("RTX 6000", "rtx6000ada"), ("NVIDIA H20", "h200"), ("mi300", "mi300x")):
+        with pytest.raises(SettingsError, match=f"unknown; did you mean .*{meant}\\?"):
             find_hardware(name, entries)
-    with pytest.raises(SettingsError, match="fits a100-80gb, a100-40gb; expected one of them"):
+    with pytest.raises(
+        SettingsError, match="fits a100-80gb, a100-40gb, a100-80gb-pcie, a100-40gb-pcie; expected one of"
+    ):
         find_hardware("A100", entries)
 
 

@@ -250,7 +250,7 @@ def test_unknown_setting_and_selection(tree):
         tree(sed=3)
     with pytest.raises(SettingsError, match=r"field `rows.accuracy`: got 'phi9-\*': matches no row"):
         tree(rows={"accuracy": ["phi9-*"]})
-    with pytest.raises(SettingsError, match=r"field `hardware.device`: got 'a1000': expected one of a100-40gb"):
+    with pytest.raises(SettingsError, match=r"field `hardware.device`: got 'a1000': expected one of a10, a100-40gb"):
         tree(hardware=[{"device": "a1000", "per_node": 1}])
 
 

@@ -9,12 +9,12 @@ from phi3v.settings import CPU, Hardware
 
 
 def devices_of(gres_type: str, hardware: dict[str, Hardware]) -> list[str]:
-    """Entries of the hardware file that a GRES type may be: `a100` is a100-80gb or a100-40gb."""
+    """Entries of the hardware file that a GRES type may be: `a100` is a100-80gb or a100-40gb, `l40` is not l40s."""
     plain = re.sub(r"[^a-z0-9]", "", gres_type.lower().replace("nvidia", "").replace("tesla", ""))
-    return [
-        name for name, entry in hardware.items()
-        if plain and entry.kind != "cpu" and re.sub(r"[^a-z0-9]", "", name.lower()).startswith(plain)
-    ]  # fmt: skip
+    gpus = [name for name, entry in hardware.items() if plain and entry.kind != "cpu"]
+    if of_that_name := [name for name in gpus if name.split("-")[0] == plain]:
+        return of_that_name
+    return [name for name in gpus if re.sub(r"[^a-z0-9]", "", name.lower()).startswith(plain)]
 
 
 def site_text(facts: Facts, hardware: dict[str, Hardware]) -> str:

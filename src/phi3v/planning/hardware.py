@@ -48,11 +48,12 @@ def find_hardware(name: str, entries: dict[str, Hardware]) -> str:
 def hardware_of_device(device_name: str, entries: dict[str, Hardware]) -> str | None:
     """Key of the entry for a driver's device name ("NVIDIA A100-SXM4-80GB", "Tesla T4"), or None where none fits.
 
-    Every part of the entry's name must stand in the device's name as a word of its own (or two words in one); the entry
-    that says most wins. A word more can be another board (H100 PCIe, RTX 3090 Ti, RTX 4090 D): then none fits.
+    Every part of the entry's name must stand in the device's name as a word of its own (or two or three words in
+    one); the entry that says most wins. A word more can be another board (H100 PCIe, RTX 3090 Ti, RTX 4090 D): then none fits.
     """
     words = re.findall(r"[a-z0-9]+", device_name.lower())
-    known = set(words) | {first + second for first, second in itertools.pairwise(words)}
+    pairs = [first + second for first, second in itertools.pairwise(words)]
+    known = {*words, *pairs, *(pair + third for pair, third in zip(pairs, words[2:], strict=False))}
     fitting = []
     for key, entry in entries.items():
         parts = re.findall(r"[a-z0-9]+", key.lower())
