@@ -48,10 +48,19 @@ class _Compiled:
     @functools.cached_property
     def compiled(self) -> Callable[..., Any]:
         """One kernel for tensors of any shape."""
+        # Few and small: a pool of compiling processes for each GPU would take longer to start.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         return torch.compile(self.function, dynamic=True)
 
     def __call__(self, *arguments: Any) -> Any:
         return self.compiled(*arguments) if self.enabled else self.function(*arguments)
+
+
+def compiled_kernels() -> list[str]:
+    """Names of the kernels that this process has compiled so far."""
+    return sorted(
+        name for name, kernel in globals().items() if isinstance(kernel, _Compiled) and "compiled" in vars(kernel)
+    )
 
 
 @contextlib.contextmanager

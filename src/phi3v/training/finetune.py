@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from phi3v.manifest import write_json, write_manifest
+from phi3v.model.fused import compiled_kernels
 from phi3v.model.runtime import attention_note
 from phi3v.planning.disk import most_checkpoints
 from phi3v.settings import FinetuneSettings, SettingsError
@@ -256,6 +257,7 @@ def observe(job: Job, watch: Any, train_seconds: float) -> dict[str, Any]:
     return {
         "asked": {"dtype": settings.dtype, "attention": "flash" if settings.use_flash_attention else "eager"},
         **watch.observer.result(),
+        "compiled_kernels": compiled_kernels(),
         "linear4bit_layers": layers,
         "linear4bit_bytes": weight_bytes,
         "batch_size_per_gpu": None if settings.batching == "packed" else settings.batch_size_per_gpu,
