@@ -25,7 +25,7 @@ from phi3v.training.checkpoints import INDIFFERENT
 
 PUBLISHED_EXAMPLES = {"nlvr2": 500, "hateful_memes": 500, "docvqa": 200, "docvqa_mini": 200}
 """Examples behind the recipe's figures (its scripts: the first 500 rows, the 200 of the mini DocVQA set)."""
-HARMLESS = frozenset({"micro_batch_size", "seeds"})
+HARMLESS = frozenset({"micro_batch_size", "gradient_checkpointing", "recompute_every", "seeds"})
 """Fields that do not make it another experiment: the loss does not depend on how examples are grouped into micro-batches."""
 GB = 1e9
 PUBLISHED_TOKENS = 2443.23

@@ -41,8 +41,9 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         # False: each share of a bucket is reduced to the process that owns it, which moves half the bytes of DeepSpeed's
-        # default, an all-reduce whose other shares are thrown away. That default is for small models on many GPUs.
-        "use_multi_rank_bucket_allreduce": not cuda,
+        # default, an all-reduce whose other shares are thrown away. But DeepSpeed waits for the device before each of
+        # these 112 reductions (stage_1_and_2.py, allreduce_and_copy), so within a machine the all-reduce stays.
+        "use_multi_rank_bucket_allreduce": not (cuda and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1),
     }
     if settings.zero_stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_prefetch_bucket_size": bucket}

@@ -1,0 +1,43 @@
+"""What differs between a CUDA device and a CPU: the optimizer and DeepSpeed's configuration."""
+
+from __future__ import annotations
+
+import pytest
+
+from phi3v.settings import FinetuneSettings, validate
+from phi3v.training.job import adamw_implementation
+from phi3v.training.zero import zero_config
+
+
+def settings(**values: object) -> FinetuneSettings:
+    return validate(FinetuneSettings, {"model_name_or_path": "m", "output_dir": "o"} | values, "test")
+
+
+@pytest.mark.parametrize(
+    ("values", "cuda", "name"),
+    [
+        ({"bf16": True}, True, "adamw_torch_fused"),
+        ({"fp16": True}, True, "adamw_torch_fused"),
+        ({"bf16": True, "use_lora": True}, True, "adamw_torch_fused"),
+        ({"fp16": True, "use_lora": True}, True, "adamw_torch"),
+        ({"bf16": True}, False, "adamw_torch"),
+    ],
+)
+def test_adamw_is_fused_on_cuda_but_for_float16_adapters(values, cuda, name):
+    assert adamw_implementation(settings(**values), cuda) == name
+
+
+@pytest.mark.parametrize(
+    ("stage", "cuda", "dtype"), [(1, True, None), (2, True, "fp32"), (3, True, "fp32"), (2, False, None)]
+)
+def test_shards_of_gradients_are_summed_in_float32_on_cuda(stage, cuda, dtype):
+    config = zero_config(settings(bf16=True, zero_stage=stage), 8, cuda)
+    assert config.get("data_types", {}).get("grad_accum_dtype") == dtype
+    assert config["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.parametrize(("machines", "cuda", "whole_buckets"), [(1, True, True), (4, True, False), (4, False, True)])
+def test_between_machines_each_share_of_a_bucket_goes_to_its_owner_alone(monkeypatch, machines, cuda, whole_buckets):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", str(machines))
+    config = zero_config(settings(bf16=True), 8, cuda)
+    assert config["zero_optimization"]["use_multi_rank_bucket_allreduce"] == whole_buckets
