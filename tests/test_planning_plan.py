@@ -24,9 +24,9 @@ from phi3v.planning import (
     memory,
     plan_run,
     resources,
-    roofline,
     runnable,
     step_time,
+    traffic,
 )
 from phi3v.planning.advice import advise
 from phi3v.planning.calibration import (
@@ -132,7 +132,7 @@ def test_table_of_what_was_chosen_because_the_tables_fit(root, published, monkey
         start, names = replace(start, cached_scores=0), ("runtime_gb", "optimizer_bytes")
     elif choice == "no float32 expansion":
         # Half a byte and the scale read, half precision written.
-        monkeypatch.setattr(roofline, "DEQUANTISATION_BYTES", 2.6)
+        monkeypatch.setattr(traffic, "PLAIN_AUTOCAST", replace(traffic.PLAIN_AUTOCAST, dequantisation=2.6))
     found = {}
     for what, rows, fitted, residual, constants in (
         ("img/s", speed_rows(published), SPEED_CONSTANTS, throughput_residual, Constants()),

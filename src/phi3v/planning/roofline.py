@@ -1,8 +1,7 @@
 """Seconds of an optimizer step: matrix products, memory traffic and communication, each against its peak. No torch.
 
 Every kernel is either bound by matrix products or by memory: FLOP from phi3v.planning.flops over peak x efficiency,
-plus bytes counted below over bandwidth x efficiency, plus a fixed time a layer. Bytes are counted per element for
-2-byte activations from the operators that transformers' Phi-3 and CLIP layers run one by one; float32 doubles them.
+plus bytes from phi3v.planning.traffic over bandwidth x efficiency, plus a fixed time a layer.
 """
 
 from __future__ import annotations
@@ -10,54 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phi3v.planning.flops import TrainingFlops, training_flops
-from phi3v.planning.geometry import (
-    clip_layer_linears,
-    decoder_layer_linears,
-    parameters,
-    patches_per_tile,
-    quantised_parameters,
-    trainable_parameters,
-)
+from phi3v.planning.geometry import parameters, quantised_parameters, trainable_parameters
 from phi3v.planning.setup import Constants, Setup
+from phi3v.planning.traffic import BACKWARD_OVER_FORWARD, implementation, runs, traffic_of
 from phi3v.settings import SettingsError
 
-# Bytes per element of an activation that must cross the memory, reads and writes, 2 each in half precision. What one
-# operator hands to the next within a norm or a rotation stays in the cache: a token's tensors are 15 MB here.
-# Two RMSNorms 4 each, two residual sums 6, rotary tables on queries and keys 4 each, a transpose 4.
-DECODER_WIDTH_BYTES = 2 * 4 + 2 * 6 + 2 * 4 + 4
-# Gate and product, per element of the feed-forward width.
-DECODER_INNER_BYTES = 6
-# Two LayerNorms 4, two residual sums 6, transposes 8; quick GELU 4.
-CLIP_WIDTH_BYTES, CLIP_INNER_BYTES = 2 * 4 + 2 * 6 + 8, 4
-# An adapter per (input, output) element: reads its input, adds to the output; backward it reads the gradient and the
-# input, and adds to the input's gradient.
-ADAPTER_BYTES, ADAPTER_BACKWARD_BYTES = (2, 4), (6, 2)
-# A backward pass reads the gradient and what was saved and writes a gradient: twice the forward traffic.
-BACKWARD_OVER_FORWARD = 2.0
-# Eager attention per score. Decoder: product 2, scale 4, mask 4, softmax to float32 6, back 6, product 2; backward:
-# gradient of weights 2, to values 2, to float32 6, softmax 10, scale 4, to queries and keys 4. CLIP scales the
-# queries, has no mask and keeps the softmax in half precision.
-DECODER_SCORE_BYTES, DECODER_SCORE_BACKWARD_BYTES = 24, 28
-CLIP_SCORE_BYTES, CLIP_SCORE_BACKWARD_BYTES = 8, 14
-# Without ZeRO the Trainer runs under autocast, whose softmax writes float32 that the next product reads back: CLIP's
-# scores pay for it (the decoder's softmax is float32 either way).
-CLIP_AUTOCAST_BYTES, CLIP_AUTOCAST_BACKWARD_BYTES = 8, 10
-# Expanding an nf4 weight for one pass: half a byte and its scale read, float32 written and read, half precision
-# written. That it goes by float32 is inferred: going straight to half precision would move 2.6.
-DEQUANTISATION_BYTES = 10.6
-# Logits: to float32, shifted copy, log-softmax, and their backward passes, per logit.
-LOGIT_BYTES = 40
-# AdamW over a shard, per parameter: gradient, weight and two moments in float32 read and written, temporaries of the
-# multi-tensor implementation, and the half-precision copy.
-OPTIMIZER_STEP_BYTES = 52
 # Casting a float32 weight under autocast, once a pass: read 4, write 2.
 CAST_BYTES = 6
-# What ZeRO-2 does to every gradient in every micro-step, per parameter: write it 2, copy into a bucket 4, divide 4,
-# all-reduce 4, add to the shard's share 4.
-GRADIENT_BYTES = 18
-
-# DeepSpeed all-reduces its buckets: a reduce-scatter and a gather.
-REDUCE_OVER_GATHER = 2.0
 
 
 @dataclass(frozen=True)
@@ -100,65 +58,10 @@ def _empty(setup: Setup, field: str, expected: str) -> SettingsError:
     )
 
 
-def passes(setup: Setup) -> tuple[float, float, float]:
-    """(forward runs of the tower, forward runs of the decoder, backward runs of the decoder) in a micro-step."""
-    decoder_trains = setup.method != "frozen_forward_only"
-    again = setup.recompute
-    return 1 + again * trains_vision(setup), 1 + again * decoder_trains, float(decoder_trains)
-
-
-def trains_vision(setup: Setup) -> bool:
-    """Whether gradients reach the vision tower."""
-    return setup.method in ("full", "lora", "qlora")
-
-
 def layer_passes(setup: Setup) -> float:
     """Layers run through in a micro-step: forward, recomputed, and backward as two, both towers."""
-    vision_runs, decoder_runs, decoder_back = passes(setup)
-    vision_back = float(trains_vision(setup))
-    tower = (setup.geometry.vision.num_hidden_layers - 1) * (vision_runs + BACKWARD_OVER_FORWARD * vision_back)
-    return tower + setup.geometry.num_hidden_layers * (decoder_runs + BACKWARD_OVER_FORWARD * decoder_back)
-
-
-def _elementwise_bytes(setup: Setup) -> float:
-    """Bytes of one mean example outside matrix products and scores."""
-    geometry, vision, work = setup.geometry, setup.geometry.vision, setup.work
-    vision_runs, decoder_runs, decoder_back = passes(setup)
-    vision_back = float(trains_vision(setup))
-    decoder: float = DECODER_WIDTH_BYTES * geometry.hidden_size + DECODER_INNER_BYTES * geometry.intermediate_size
-    tower: float = CLIP_WIDTH_BYTES * vision.hidden_size + CLIP_INNER_BYTES * vision.intermediate_size
-    decoder *= decoder_runs + BACKWARD_OVER_FORWARD * decoder_back
-    tower *= vision_runs + BACKWARD_OVER_FORWARD * vision_back
-    if setup.adapters:
-        decoder += _adapter_bytes(decoder_layer_linears(geometry), decoder_runs)
-        tower += _adapter_bytes(clip_layer_linears(vision), vision_runs)
-    rows = work.tiles * (patches_per_tile(vision) + 1)
-    total = work.tokens * geometry.num_hidden_layers * decoder + rows * (vision.num_hidden_layers - 1) * tower
-    total += work.labels * geometry.vocab_size * LOGIT_BYTES
-    return total * (2 if setup.dtype == "fp32" else 1)
-
-
-def _adapter_bytes(linears: dict[str, tuple[int, int]], runs: float) -> float:
-    inputs, outputs = (runs * f + b for f, b in zip(ADAPTER_BYTES, ADAPTER_BACKWARD_BYTES, strict=True))
-    return sum(inputs * i + outputs * o for i, o in linears.values())
-
-
-def _score_bytes(setup: Setup) -> float:
-    """Bytes that eager attention moves for one mean example; none with flash attention."""
-    if setup.flash:
-        return 0.0
-    geometry, vision, work = setup.geometry, setup.geometry.vision, setup.work
-    vision_runs, decoder_runs, decoder_back = passes(setup)
-    vision_back = float(trains_vision(setup))
-    decoder = geometry.num_attention_heads * geometry.num_hidden_layers * work.tokens_squared
-    tower = (
-        vision.num_attention_heads * (vision.num_hidden_layers - 1) * work.tiles * (patches_per_tile(vision) + 1) ** 2
-    )
-    total = decoder * (DECODER_SCORE_BYTES * decoder_runs + DECODER_SCORE_BACKWARD_BYTES * decoder_back)
-    autocast = float(setup.adapters)
-    total += tower * vision_runs * (CLIP_SCORE_BYTES + autocast * CLIP_AUTOCAST_BYTES)
-    total += tower * vision_back * (CLIP_SCORE_BACKWARD_BYTES + autocast * CLIP_AUTOCAST_BACKWARD_BYTES)
-    return total * (2 if setup.dtype == "fp32" else 1)
+    tower, decoder = (each.forward + each.again + BACKWARD_OVER_FORWARD * each.backward for each in runs(setup))
+    return (setup.geometry.vision.num_hidden_layers - 1) * tower + setup.geometry.num_hidden_layers * decoder
 
 
 def _flash_seconds(setup: Setup) -> float:
@@ -166,12 +69,14 @@ def _flash_seconds(setup: Setup) -> float:
     if not setup.flash or setup.hardware.flash_head_seconds is None:
         return 0.0
     geometry, vision = setup.geometry, setup.geometry.vision
-    vision_runs, decoder_runs, decoder_back = passes(setup)
+    tower_runs, decoder_runs = runs(setup)
     forward, backward = setup.hardware.flash_head_seconds
     decoder = geometry.num_attention_heads * geometry.num_hidden_layers * setup.work.examples
     tower = vision.num_attention_heads * (vision.num_hidden_layers - 1) * setup.work.tiles
-    seconds = decoder * (forward * decoder_runs + backward * decoder_back)
-    return seconds + tower * (forward * vision_runs + backward * trains_vision(setup))
+    return sum(
+        heads * (forward * (each.forward + each.again) + backward * each.backward)
+        for heads, each in ((tower, tower_runs), (decoder, decoder_runs))
+    )
 
 
 def _collective_seconds(setup: Setup, size: float, constants: Constants) -> float:
@@ -195,7 +100,9 @@ def _collective_seconds(setup: Setup, size: float, constants: Constants) -> floa
 
 def step_time(setup: Setup, constants: Constants) -> StepTime:
     """Seconds of one optimizer step; raises SettingsError where the hardware entry lacks a figure it needs."""
-    geometry, micro, runs = setup.geometry, setup.micro_batch, passes(setup)
+    geometry, micro = setup.geometry, setup.micro_batch
+    way, traffic, (_, decoder_runs) = implementation(setup), traffic_of(setup), runs(setup)
+    again = decoder_runs.forward + decoder_runs.again
     peak = peak_tflops(setup) * 1e12 * constants.matmul_efficiency
     memory = float(setup.hardware.bandwidth_gb_s or 0) * 1e9
     bandwidth, streaming = memory * constants.bandwidth_efficiency, memory * constants.elementwise_efficiency
@@ -210,19 +117,20 @@ def step_time(setup: Setup, constants: Constants) -> StepTime:
 
     attention = flops.parts["attention"].total
     # Products of a few rows are bound by reading the weights: one read a pass.
-    matmul = max(micro * (flops.hardware - attention) / peak, width * held * (2 + runs[1]) / bandwidth)
-    attending = micro * (attention / peak + _score_bytes(setup) / bandwidth + _flash_seconds(setup))
-    elementwise = micro * _elementwise_bytes(setup) / streaming + constants.layer_seconds * layer_passes(setup)
+    matmul = max(micro * (flops.hardware - attention) / peak, width * held * (2 + again) / bandwidth)
+    attending = micro * (attention / peak + traffic.scores / bandwidth + _flash_seconds(setup))
+    elementwise = micro * (traffic.elementwise + traffic.adapters) / streaming
+    elementwise += constants.layer_seconds * way.layer_time * layer_passes(setup)
     if setup.float32_weights and setup.dtype != "fp32":
-        elementwise += CAST_BYTES * (held - quantised) * runs[1] / streaming
+        elementwise += CAST_BYTES * (held - quantised) * again / streaming
     if not setup.adapters:
-        elementwise += GRADIENT_BYTES * reduced * width / 2 / bandwidth
-    dequantisation = DEQUANTISATION_BYTES * quantised * (runs[1] + 1) / bandwidth
+        elementwise += way.gradient * reduced * width / 2 / bandwidth
+    dequantisation = way.dequantisation * quantised * (again + decoder_runs.backward) / bandwidth
 
     # ZeRO-2 reduces every micro-step's gradients beside the backward pass; plain data parallelism the last one's.
     busy = matmul + attending + elementwise + dequantisation
     backward = sum(part.backward + part.recompute for part in flops.parts.values()) / flops.hardware
-    reduction = REDUCE_OVER_GATHER * _collective_seconds(setup, width * reduced, constants)
+    reduction = way.reduce_over_gather * _collective_seconds(setup, width * reduced, constants)
     reductions = 1.0 if setup.adapters else setup.accumulation
     communication = reductions * max(0.0, reduction - busy * backward)
     if not setup.adapters:
@@ -234,7 +142,7 @@ def step_time(setup: Setup, constants: Constants) -> StepTime:
         elementwise=setup.accumulation * elementwise,
         dequantisation=setup.accumulation * dequantisation,
         communication=communication,
-        optimizer=OPTIMIZER_STEP_BYTES * trained / shards / bandwidth,
+        optimizer=way.optimizer * trained / shards / bandwidth,
         flops=TrainingFlops(flops.model * setup.batch_size, flops.hardware * setup.batch_size, flops.parts),
     )
 

@@ -1,0 +1,225 @@
+"""Bytes that cross a device's memory for one mean example, of plain operators and of fused kernels. No torch.
+
+    traffic = traffic_of(setup)
+    traffic.elementwise, traffic.scores                  # bytes of an example, forward and backward
+
+Two implementations. PLAIN runs transformers' and PEFT's operators one by one: the published code, and this project on a
+CPU. FUSED runs a norm, a gate, an activation or a rotation as one kernel for each direction, and adds an adapter's
+product inside a matrix product: this project on a GPU (phi3v.model.fused, phi3v.model.lora). Its bytes are those that
+a traced run moves. Bytes are for 2-byte activations; float32 doubles them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from phi3v.planning.geometry import clip_layer_linears, decoder_layer_linears, patches_per_tile
+from phi3v.planning.setup import Setup
+
+# Logits: to float32, shifted copy, log-softmax, and their backward passes, per logit.
+LOGIT_BYTES = 40
+# A backward pass reads the gradient and what was saved and writes a gradient: twice the forward traffic.
+BACKWARD_OVER_FORWARD = 2.0
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of one pass over a layer, per row, as (per element of the width, of the feed-forward width)."""
+
+    forward: tuple[float, float]
+    backward: tuple[float, float]
+    recomputed: tuple[float, float]
+    """Forward again: without what no saved tensor depends on."""
+    weights: tuple[float, float] = (0, 0)
+    """Gradients of norms' weights and of biases, where they train."""
+
+    def per_row(self, widths: tuple[int, int], runs: Runs, weights: bool) -> float:
+        """Bytes per row of a layer in a micro-step."""
+        each = zip(widths, self.forward, self.recomputed, self.backward, self.weights, strict=True)
+        return sum(
+            width * (runs.forward * forward + runs.again * again + runs.backward * (backward + weights * own))
+            for width, forward, again, backward, own in each
+        )
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How often a tower's layers run in a micro-step."""
+
+    forward: float
+    again: float
+    """Share of the layers whose forward pass is repeated in the backward pass."""
+    backward: float
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What the operators of one way to run the model move."""
+
+    decoder: Bytes
+    tower: Bytes
+    adapter: tuple[tuple[float, float], tuple[float, float]]
+    """Of an adapter's narrow matrix products, bytes per (input, output) element: forward, backward."""
+    quantised_sum: float
+    """Of an adapter over 4 bits, bytes per input element in the backward pass: the sum of its gradient and the base's."""
+    decoder_scores: tuple[float, float]
+    """Eager attention, bytes per score: forward, backward."""
+    tower_scores: tuple[float, float]
+    dequantisation: float
+    """Expanding a 4-bit weight for one pass, bytes."""
+    gradient: float
+    """Of ZeRO 2, bytes per trained parameter in every micro-step."""
+    optimizer: float
+    """Of the optimizer step, bytes per parameter of the shard."""
+    reduce_over_gather: float
+    """Bytes that reducing the gradients sends, over those of gathering the weights."""
+    layer_time: float
+    """Kernels of a layer pass over those of the plain operators in full fine-tuning: what Constants.layer_seconds is
+    multiplied with."""
+
+
+# Plain. Decoder: two RMSNorms 4 each, two residual sums 6, rotary tables on queries and keys 4 each, a transpose 4; gate
+# and product 6. What one operator hands to the next within a norm or a rotation is counted as staying in the cache: a
+# token's tensors are 15 MB here. Tower: two LayerNorms 4, two residual sums 6, transposes 8; quick GELU 4.
+_PLAIN_DECODER = (2 * 4 + 2 * 6 + 2 * 4 + 4, 6)
+_PLAIN_TOWER = (2 * 4 + 2 * 6 + 8, 4)
+
+
+def _twice(forward: tuple[float, float]) -> Bytes:
+    width, inner = forward
+    return Bytes(forward, (BACKWARD_OVER_FORWARD * width, BACKWARD_OVER_FORWARD * inner), forward)
+
+
+PLAIN = Implementation(
+    decoder=_twice(_PLAIN_DECODER), tower=_twice(_PLAIN_TOWER),
+    # Reads its input, adds to the output; backward it reads the gradient and the input, and adds to the input's gradient.
+    adapter=((2, 4), (6, 2)), quantised_sum=0,
+    # Decoder: product 2, scale 4, mask 4, softmax to float32 6, back 6, product 2; backward: gradient of weights 2, to
+    # values 2, to float32 6, softmax 10, scale 4, to queries and keys 4. CLIP scales the queries, has no mask and keeps
+    # the softmax in half precision.
+    decoder_scores=(24, 28), tower_scores=(8, 14),
+    # Half a byte and its scale read, float32 written and read, half precision written. That the published code goes by
+    # float32 is inferred: going straight to half precision would move 2.6.
+    dequantisation=10.6,
+    # Write it 2, copy into a bucket 4, divide 4, all-reduce 4, add to the shard's share 4.
+    gradient=18,
+    # Gradient, weight and two moments in float32 read and written, temporaries of the multi-tensor AdamW, and the
+    # half-precision copy.
+    optimizer=52,
+    # An all-reduce: a reduce-scatter and a gather.
+    reduce_over_gather=2.0, layer_time=1.0,
+)  # fmt: skip
+# Without ZeRO plain operators run under autocast, whose softmax writes float32 that the next product reads back: CLIP's
+# scores pay for it (the decoder's softmax is float32 either way).
+PLAIN_AUTOCAST = replace(PLAIN, tower_scores=(16, 24))
+
+FUSED = Implementation(
+    # Two norms 4 each, rotation 8, two residual sums 6 each; gate 6. Backward: norms 6 each, rotation 12, sums of
+    # gradients 6 each; gate 10; norms' weights 4 each. Recomputation stops before the last residual sum.
+    decoder=Bytes((28, 6), (36, 10), (22, 6), (8, 0)),
+    # Two norms 4 each, residual sums 6 each; quick GELU 4. Backward: norms 6 each, four sums of gradients 6 each; GELU 6;
+    # biases 10, and 2 of the feed-forward width.
+    tower=Bytes((20, 4), (36, 6), (14, 4), (10, 2)),
+    # Reads its input, adds to the output 4; backward the gradient twice, the input, and adds to the input's gradient.
+    adapter=((2, 4), (6, 4)), quantised_sum=6,
+    # bf16: product 2, scale 4, mask 4, to float32 6, softmax 8, back 6, product 2; backward: gradient of weights 2, to
+    # values 2, to float32 6, softmax 12, back 6, mask 4, scale 4, to queries and keys 4. CLIP: the same without a mask.
+    decoder_scores=(32, 40), tower_scores=(28, 36),
+    # Half a byte and its scale read, half precision written, and read by the product.
+    dequantisation=4.6,
+    # As plain, but each share is reduced to its owner; traced on 8 devices.
+    gradient=17,
+    # The fused AdamW 32; norm in float64, scaling, checks and the half-precision copy 40; traced.
+    optimizer=72,
+    # Each share goes to the device that owns it.
+    reduce_over_gather=1.0, layer_time=0.5,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one mean example that a bandwidth bounds."""
+
+    elementwise: float
+    """Outside matrix products and scores."""
+    adapters: float
+    """Of the adapters' narrow products, which reading and writing bounds."""
+    scores: float
+    """Of eager attention."""
+
+
+def implementation(setup: Setup) -> Implementation:
+    """How the setup's layers run."""
+    if setup.as_published or setup.hardware.kind == "cpu":
+        return PLAIN_AUTOCAST if setup.adapters else PLAIN
+    return FUSED
+
+
+def trains_vision(setup: Setup) -> bool:
+    """Whether gradients reach the vision tower."""
+    return setup.method in ("full", "lora", "qlora")
+
+
+def runs(setup: Setup) -> tuple[Runs, Runs]:
+    """How often the tower and the decoder run in a micro-step."""
+    tower, decoder = float(trains_vision(setup)), float(setup.method != "frozen_forward_only")
+    return Runs(1, setup.recompute * tower, tower), Runs(1, setup.recompute * decoder, decoder)
+
+
+def traffic_of(setup: Setup) -> Traffic:
+    """Bytes of one mean example."""
+    wider = 2 if setup.dtype == "fp32" else 1
+    scores = 0.0 if setup.flash else _scores(setup)
+    return Traffic(wider * _elementwise(setup), wider * _adapters(setup), wider * scores)
+
+
+def _rows(setup: Setup) -> tuple[float, float]:
+    """Rows times layers of a mean example in the tower and in the decoder."""
+    geometry, vision, work = setup.geometry, setup.geometry.vision, setup.work
+    tower = work.tiles * (patches_per_tile(vision) + 1) * (vision.num_hidden_layers - 1)
+    return tower, work.tokens * geometry.num_hidden_layers
+
+
+def _linears(setup: Setup) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(inputs, outputs) of the linear layers of a layer of the tower and of the decoder."""
+    tower, decoder = clip_layer_linears(setup.geometry.vision), decoder_layer_linears(setup.geometry)
+    return list(tower.values()), list(decoder.values())
+
+
+def _elementwise(setup: Setup) -> float:
+    geometry, vision, way = setup.geometry, setup.geometry.vision, implementation(setup)
+    tower_runs, decoder_runs = runs(setup)
+    tower = way.tower.per_row((vision.hidden_size, vision.intermediate_size), tower_runs, not setup.adapters)
+    decoder = way.decoder.per_row((geometry.hidden_size, geometry.intermediate_size), decoder_runs, not setup.adapters)
+    if setup.method == "qlora":
+        tower, decoder = (
+            each + way.quantised_sum * sum(inputs for inputs, _ in linears)
+            for each, linears in zip((tower, decoder), _linears(setup), strict=True)
+        )
+    rows = _rows(setup)
+    return rows[0] * tower + rows[1] * decoder + setup.work.labels * geometry.vocab_size * LOGIT_BYTES
+
+
+def _adapters(setup: Setup) -> float:
+    if not setup.adapters:
+        return 0.0
+    forward, backward = implementation(setup).adapter
+    total = 0.0
+    for rows, linears, counted in zip(_rows(setup), _linears(setup), runs(setup), strict=True):
+        passes = counted.forward + counted.again
+        inputs, outputs = (passes * f + b for f, b in zip(forward, backward, strict=True))
+        total += rows * sum(inputs * i + outputs * o for i, o in linears)
+    return total
+
+
+def _scores(setup: Setup) -> float:
+    geometry, vision, work = setup.geometry, setup.geometry.vision, setup.work
+    way, (tower_runs, decoder_runs) = implementation(setup), runs(setup)
+    decoder = geometry.num_attention_heads * geometry.num_hidden_layers * work.tokens_squared
+    tiles = work.tiles * (patches_per_tile(vision) + 1) ** 2
+    tower = vision.num_attention_heads * (vision.num_hidden_layers - 1) * tiles
+    return decoder * _both(way.decoder_scores, decoder_runs) + tower * _both(way.tower_scores, tower_runs)
+
+
+def _both(each: tuple[float, float], counted: Runs) -> float:
+    return each[0] * (counted.forward + counted.again) + each[1] * counted.backward
