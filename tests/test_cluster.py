@@ -12,7 +12,7 @@ import yaml
 
 from phi3v.cluster import Facts, PartitionFacts, Request, check, problems
 from phi3v.cluster.facts import gpus, minutes
-from phi3v.cluster.machines import probe
+from phi3v.cluster.machines import GPU_PROBE, probe
 from phi3v.cluster.site import devices_of, site_text
 from phi3v.cluster.status import COMMENT, duration, progress
 from phi3v.settings import Hardware, Partition, SettingsError, Site, load_run, read_entries, validate
@@ -188,6 +188,52 @@ def test_a_machine_of_a_partition_without_a_name_is_of_the_default_one(tmp_path,
     }
     assert any(text.startswith("the default partition: on its machines there is no apptainer") for text in texts[""])
     assert any(text.startswith("partition gpu: on its machines there is no apptainer") for text in texts["gpu"])
+
+
+SRUN = """#!/bin/sh
+# Runs the job here, on a machine of the partition that it was given.
+echo "$@" | head -1 >> {folder}/asked
+while [ "$1" != bash ]; do shift; done
+exec "$@"
+"""
+PYTHON = """#!/bin/sh
+[ "$1" = -c ] && case "$2" in *sys*) echo {version};; *torch*) printf '%s\\n' "{gpu}"; [ -n "{gpu}" ];; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpu", "level", "text"),
+    [
+        ("yes", None, ""),
+        ("no NVIDIA driver 570.86.15; CUDA 13.0, which needs driver 580", "error", "refused: NVIDIA driver 570.86.15"),
+        ("cpu-build it is a CPU build", "warning", "driver 580 or newer: it is a CPU build"),
+        ("", None, ""),  # no torch there: conda or Apptainer brings it
+    ],
+)
+def test_the_probe_asks_for_a_gpu_and_what_training_would_say_of_it(tmp_path, monkeypatch, gpu, level, text):
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for name, content in (("srun", SRUN.format(folder=tmp_path)), ("python", PYTHON.format(version=version, gpu=gpu))):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    entry = Partition(partition="gpu", gpus_per_node=8, gpu_type="a100")
+    found = [problem for problem in probe(Site(), entry, tmp_path) if "apptainer;" not in problem.text]
+    assert [problem.level for problem in found] == ([level] if level else []), found
+    assert all(text in problem.text for problem in found)
+    probe(Site(), Partition(partition="cpu"), tmp_path)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert "--gres=gpu:a100:1 --mem=4000" in asked[0]
+    assert not any("gres" in line for line in asked[1:] if "--partition=cpu" in line)
+
+
+def test_what_the_probe_runs_says_yes_or_why_training_is_refused(root):
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root / "src")}
+    pytest.importorskip("torch")
+    done = subprocess.run(
+        [sys.executable, "-c", GPU_PROBE], capture_output=True, text=True, check=True, env=environment
+    )
+    assert re.match(r"yes$|no |cpu-build command line: field `expect_device`: got cuda", done.stdout)
 
 
 def test_the_executors_comment_names_rule_and_row():

@@ -45,7 +45,7 @@ def site_text(facts: Facts, hardware: dict[str, Hardware]) -> str:
                     + (f"  # {kind}: or {', '.join(names[1:])}" if names[1:] else "")
                 )
     lines += [
-        "# modules: [cuda/12.4]           # environment modules that each job loads",
+        "# modules: [apptainer]           # environment modules that each job loads; PyTorch brings its own CUDA",
         "# cache: /scratch/$USER/phi3v    # off the home quota",
         "# scratch: /tmp                  # on the machine's own disk: pictures are copied there before training",
         "# offline: true                  # machines have no network",
