@@ -59,11 +59,15 @@ def as_pip(lines: list[str]) -> str:
     return COMMAND + "".join(re.sub(r"\s+--hash", " \\\n    --hash", line) + "\n" for line in lines)
 
 
-def as_conda(lines: list[str], purpose: str) -> str:
-    """A conda environment: Python and pip from conda-forge, all else by pip at the lock's versions."""
+def as_conda(lines: list[str], purpose: str, gpu: bool) -> str:
+    """A conda environment: Python and pip from conda-forge, all else by pip at the lock's versions.
+
+    gpu: with a C compiler, which Triton and torch.compile call for kernels on GPUs.
+    """
     pins = "".join(f"      - {' '.join(line.split())}\n" for line in lines)
     head = f"{COMMAND}# {purpose}\nchannels: [conda-forge, nodefaults]\n"
-    return f"{head}dependencies:\n  - python={PYTHON}\n  - pip\n  - pip:\n{pins}"
+    compiler = "  - gcc\n" if gpu else ""
+    return f"{head}dependencies:\n  - python={PYTHON}\n{compiler}  - pip\n  - pip:\n{pins}"
 
 
 def lock(current: dict[str, str], options: list[str]) -> dict[str, str]:
@@ -80,7 +84,7 @@ def lock(current: dict[str, str], options: list[str]) -> dict[str, str]:
         for name, (extras, hashes, gpu, purpose) in ENVIRONMENTS.items():
             lines = resolve(folder, extras, "", hashes, "" if gpu else excluded, ["--constraints", str(constraints)])
             files[f"envs/{name}.txt"] = as_pip(lines)
-            files[f"envs/{name}.yaml"] = as_conda(lines, purpose)
+            files[f"envs/{name}.yaml"] = as_conda(lines, purpose, gpu)
     return files
 
 

@@ -105,6 +105,8 @@ def test_conda_and_pip_install_the_same(root, locking):
         text = (root / f"envs/{name}.txt").read_text()
         environment = yaml.safe_load((root / f"envs/{name}.yaml").read_text())
         lines = [line for line in text.replace(" \\\n", " ").splitlines() if not line.startswith("#")]
+        # Triton and torch.compile call it for kernels on GPUs.
+        assert ("gcc" in environment["dependencies"]) == (name == "train-cuda")
         assert environment["dependencies"][-1]["pip"] == [" ".join(line.split()) for line in lines]
         assert purpose in (root / f"envs/{name}.yaml").read_text()
         assert [bool(re.search(r"--hash=sha256:[0-9a-f]{64}", line)) for line in lines] == [hashes] * len(lines)
