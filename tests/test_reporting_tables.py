@@ -12,7 +12,7 @@ from reporting_examples import manifest, write_pass, write_row, write_run, write
 from scipy.stats import binomtest
 
 from phi3v.reporting.build import build_report
-from phi3v.reporting.tables import ACCURACY_COLUMNS, ACCURACY_TIMES, as_records, build_tables
+from phi3v.reporting.tables import ACCURACY_COLUMNS, ACCURACY_TIMES, SPEED_COLUMNS, as_records, build_tables
 from phi3v.settings import ReportSettings, SettingsError, load_run
 
 ROW = "phi3-docvqa-full-bf16"
@@ -306,6 +306,26 @@ def test_rows_that_ran_the_same_code_are_marked(root, tmp_path):
     same = {line.row.row: line.same_as for line in build_tables(run, tmp_path).speed}
     assert same["phi3-a100-full-flash-8gpu"] == ["phi3-a100-full-flash-16gpu"]
     assert same["phi3-a100-full-eager-8gpu"] == []
+
+
+def test_our_speed_row_stands_beside_the_published_one_with_its_memory(root, tmp_path):
+    config = load_run(root / "config/config.yaml", root).settings.model_dump()
+    published = "phi3-a100-full-flash-8gpu"
+    run = load_run({**config, "rows": {"accuracy": [ROW], "speed": [published, f"{published}-ours"]}}, root)
+    for job, rate in zip(run.speed, (8.0, 10.0), strict=True):
+        write_speed(tmp_path, job, rate)
+        path = tmp_path / "speed" / job.row.row / "speed.json"
+        speed = json.loads(path.read_text())
+        memory = {"peak_memory_bytes": 18e9, "reserved_memory_bytes": 21e9, "context_memory_bytes": 1e9}
+        chosen = {"batch_size_per_gpu": 2, "recompute_every": 0}
+        observed = {**speed["observed"], **(chosen if job.row.accompanies else {})}
+        path.write_text(json.dumps({**speed, **memory, "stand_in": False, "observed": observed}))
+    first, ours = build_tables(run, tmp_path).speed
+    assert (first.how, first.device_memory) == ("", 22e9)
+    assert ours.how == "ours: micro-batch 2, recompute none"
+    assert ours.verdict == "1.25 x recipe's"
+    records = as_records([ours], SPEED_COLUMNS)
+    assert (records[0]["accompanies"], records[0]["context_memory_gb"]) == (published, 1.0)
 
 
 def test_speed_rows_say_what_they_were_measured_on(root, changed, monkeypatch):
