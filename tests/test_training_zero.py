@@ -40,4 +40,6 @@ def test_shards_of_gradients_are_summed_in_float32_on_cuda(stage, cuda, dtype):
 def test_between_machines_each_share_of_a_bucket_goes_to_its_owner_alone(monkeypatch, machines, cuda, whole_buckets):
     monkeypatch.setenv("GROUP_WORLD_SIZE", str(machines))
     config = zero_config(settings(bf16=True), 8, cuda)
-    assert config["zero_optimization"]["use_multi_rank_bucket_allreduce"] == whole_buckets
+    zero = config["zero_optimization"]
+    assert zero["use_multi_rank_bucket_allreduce"] == whole_buckets
+    assert zero["reduce_scatter"] == (not cuda or machines > 1)

@@ -34,6 +34,7 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
     # Elements. On a GPU two buckets are held: 200 MB each keeps the links busy, and the largest weight (the embedding,
     # 98.5 million) fits in one. On a CPU a bucket is copied whole, no matter how little is in it.
     bucket = 100_000_000 if cuda else 5_000_000
+    several_machines = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     zero: dict[str, Any] = {
         "stage": settings.zero_stage,
         "overlap_comm": cuda,
@@ -43,7 +44,10 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
         # False: each share of a bucket is reduced to the process that owns it, which moves half the bytes of DeepSpeed's
         # default, an all-reduce whose other shares are thrown away. But DeepSpeed waits for the device before each of
         # these 112 reductions (stage_1_and_2.py, allreduce_and_copy), so within a machine the all-reduce stays.
-        "use_multi_rank_bucket_allreduce": not (cuda and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1),
+        "use_multi_rank_bucket_allreduce": not (cuda and several_machines),
+        # Likewise false: a bucket is all-reduced where it lies, without being cut into shares and copied together again.
+        # It sums before it divides by the processes, which bfloat16's range bears and float16's may not.
+        "reduce_scatter": not (cuda and not several_machines and settings.dtype == "bf16"),
     }
     if settings.zero_stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_prefetch_bucket_size": bucket}
