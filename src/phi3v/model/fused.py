@@ -20,6 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch.autograd.function import FunctionCtx
 
+TRITON_CAPABILITY = (8, 0)
+"""Oldest NVIDIA GPU that Triton supports (its README, "Supported Hardware"); older ones run the plain operators."""
+
 
 @functools.cache
 def missing_compiler() -> str | None:
@@ -32,8 +35,10 @@ def missing_compiler() -> str | None:
 
 
 def available(x: torch.Tensor) -> bool:
-    """Whether the fused kernels run on `x`: a CUDA tensor, Triton and a C compiler."""
-    return x.is_cuda and missing_compiler() is None
+    """Whether the fused kernels run on `x`: a CUDA tensor, a GPU that Triton supports, Triton and a C compiler."""
+    if not x.is_cuda or missing_compiler() is not None:
+        return False
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(x.device) >= TRITON_CAPABILITY
 
 
 class _Compiled:
