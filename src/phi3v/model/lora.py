@@ -55,19 +55,19 @@ class _Prepared:
         self, a: nn.Parameter, b: nn.Parameter, weight: torch.Tensor | None, dtype: torch.dtype, scale: float
     ) -> _Factors:
         """Of the trained a [r, I] and b [O, r] and the base's frozen weight [O, I]."""
-        base = (scale, a.device, None if weight is None else _mark(weight))
-        trained = (self.steps, dtype, _mark(a), _mark(b))
-        if (base, trained) == (self._base, self._trained):
-            return self._factors
+        base = (dtype, scale, a.device, None if weight is None else _mark(weight))
+        trained = (self.steps, _mark(a), _mark(b))
         with torch.no_grad():
-            scaled, plain = (a * scale).to(dtype), b.to(dtype)
-            made = {"a": scaled, "b": plain, "a_t": scaled.t(), "b_t": plain.t()}
-            if base == self._base:
-                self._factors = self._factors._replace(**made)
-            else:
+            if base != self._base:
+                own_a, own_b = torch.empty_like(a, dtype=dtype), torch.empty_like(b, dtype=dtype)
                 weight_t = None if weight is None else weight.t()
-                self._factors = _Factors(**made, weight_t=weight_t, scale=torch.full((1,), scale, device=a.device))
-        self._base, self._trained = base, trained
+                one = torch.full((1,), scale, device=a.device)
+                self._factors = _Factors(own_a, own_b, own_a.t(), own_b.t(), weight_t, one)
+                self._base, self._trained = base, ()
+            if trained != self._trained:
+                torch.mul(a, scale, out=self._factors.a)
+                self._factors.b.copy_(b)
+                self._trained = trained
         return self._factors
 
 
@@ -85,11 +85,11 @@ def _add_product(output: torch.Tensor, left: torch.Tensor, right: torch.Tensor) 
 
 
 def _factor_gradients(
-    gradient: torch.Tensor, rows: torch.Tensor, inner: torch.Tensor, factors: _Factors
+    gradient: torch.Tensor, rows: torch.Tensor, inner: torch.Tensor, own_b: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradient of the inner product over the scale [N, r], and float32 ones of a [r, I] and b [O, r]."""
-    to_inner = torch.mm(gradient, factors.b)
-    to_a = torch.mm(to_inner.t(), rows) * factors.scale  # a float32 vector of one element makes it float32
+    to_inner = torch.mm(gradient, own_b)
+    to_a = torch.mm(to_inner.t(), rows) * scale  # a float32 vector of one element makes it float32
     return to_inner, to_a, torch.mm(gradient.t(), inner).float()
 
 
@@ -106,18 +106,19 @@ class _LinearWithProduct(torch.autograd.Function):
         output = torch.mm(rows, weight_t) if bias is None else torch.addmm(bias, rows, weight_t)
         inner = torch.mm(rows, factors.a_t)
         output = _add_product(output, inner, factors.b_t)
-        ctx.save_for_backward(rows, weight, inner)
-        ctx.factors = factors
+        # The factors too: changed before the backward pass, they are an error and not a wrong gradient.
+        ctx.save_for_backward(rows, weight, inner, factors.a, factors.b)
+        ctx.scale = factors.scale
         return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, weight, inner = ctx.saved_tensors
+        rows, weight, inner, own_a, own_b = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])
-        to_inner, to_a, to_b = _factor_gradients(flat, rows, inner, ctx.factors)
+        to_inner, to_a, to_b = _factor_gradients(flat, rows, inner, own_b, ctx.scale)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = _add_product(torch.mm(flat, weight), to_inner, ctx.factors.a)
+            to_x = _add_product(torch.mm(flat, weight), to_inner, own_a)
             to_x = to_x.view(*gradient.shape[:-1], rows.shape[-1])
         return to_x, None, None, to_a, to_b, None
 
@@ -131,18 +132,18 @@ class _AddProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         inner = torch.mm(rows, factors.a_t)
-        ctx.save_for_backward(rows, inner)
-        ctx.factors = factors
+        ctx.save_for_backward(rows, inner, factors.a, factors.b)
+        ctx.scale = factors.scale
         return torch.addmm(output.view(-1, output.shape[-1]), inner, factors.b_t).view_as(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, inner = ctx.saved_tensors
+        rows, inner, own_a, own_b = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])
-        to_inner, to_a, to_b = _factor_gradients(flat, rows, inner, ctx.factors)
+        to_inner, to_a, to_b = _factor_gradients(flat, rows, inner, own_b, ctx.scale)
         to_x = None
         if ctx.needs_input_grad[1]:
-            to_x = torch.mm(to_inner, ctx.factors.a).view(*gradient.shape[:-1], rows.shape[-1])
+            to_x = torch.mm(to_inner, own_a).view(*gradient.shape[:-1], rows.shape[-1])
         return gradient, to_x, to_a, to_b, None
 
 
