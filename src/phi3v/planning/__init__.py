@@ -26,13 +26,20 @@ from phi3v.planning.flops import (
     training_flops,
     utilisation,
 )
-from phi3v.planning.geometry import geometry_from_config, model_geometry, parameters, trainable_parameters
+from phi3v.planning.geometry import (
+    geometry_from_config,
+    model_geometry,
+    parameters,
+    quantised_parameters,
+    trainable_parameters,
+)
 from phi3v.planning.hardware import find_hardware, hardware_of_device
 from phi3v.planning.memory import Memory, fits, memory
 from phi3v.planning.misfit import runnable
 from phi3v.planning.plan import Resources, check_room, plan_run, resources
 from phi3v.planning.roofline import StepTime, images_per_second, step_time
 from phi3v.planning.setup import Constants, Setup
+from phi3v.planning.traffic import Traffic, traffic_of
 
 __all__ = [
     "FORMULA",
@@ -43,6 +50,7 @@ __all__ = [
     "Resources",
     "Setup",
     "StepTime",
+    "Traffic",
     "TrainingFlops",
     "Work",
     "best_micro_batch",
@@ -59,9 +67,11 @@ __all__ = [
     "model_geometry",
     "parameters",
     "plan_run",
+    "quantised_parameters",
     "resources",
     "runnable",
     "step_time",
+    "traffic_of",
     "trainable_parameters",
     "training_flops",
     "utilisation",

@@ -51,8 +51,9 @@ DECODER_SAVED, DECODER_WORKING = (20, 6), (2, 4)
 # Tower: input, norm 4, queries to values 6, attention 2, residual and norm 4; before and after the activation 4.
 TOWER_SAVED, TOWER_WORKING = (16, 4), (2, 2)
 # Eager attention, bytes per score: probabilities in float32 and in half precision are saved; in the softmax's backward
-# pass two float32 gradients are alive beside the float32 probabilities, and ATTENTION_WORKING of the width.
-SCORES_SAVED, SCORES_WORKING, ATTENTION_WORKING = 6, 12, 10
+# pass two float32 gradients are alive beside the float32 probabilities, and ATTENTION_WORKING of the width. With float16
+# the second of them is float16: PyTorch's softmax on CUDA converts it by itself (ATen/native/SoftMax.cpp).
+SCORES_SAVED, SCORES_WORKING, FLOAT16_SCORES_WORKING, ATTENTION_WORKING = 6, 12, 10, 10
 # Logits: half precision 2, float32 4, log-softmax 4, gradients 6.
 LOGIT_BYTES = 16
 
@@ -146,7 +147,8 @@ def _tower(
     inputs = rows * wider * 2 * width
     held = rows * wider * (saved[0] * width + saved[1] * inner) + SCORES_SAVED * eager
     passing = rows * wider * (working[0] * width + working[1] * inner)
-    attention = rows * wider * ATTENTION_WORKING * width + SCORES_WORKING * eager
+    each = FLOAT16_SCORES_WORKING if setup.dtype == "fp16" else SCORES_WORKING
+    attention = rows * wider * ATTENTION_WORKING * width + each * eager
     recomputed = layers * setup.recompute
     # Layers that are not recomputed free what they saved on the way to the first that is.
     layer = max(held - inputs + passing, attention) if setup.recompute == 1 else max(passing, attention - held)

@@ -120,7 +120,7 @@ def step_time(setup: Setup, constants: Constants) -> StepTime:
     matmul = max(micro * (flops.hardware - attention) / peak, width * held * (2 + again) / bandwidth)
     attending = micro * (attention / peak + traffic.scores / bandwidth + _flash_seconds(setup))
     elementwise = micro * (traffic.elementwise + traffic.adapters) / streaming
-    elementwise += constants.layer_seconds * way.layer_time * layer_passes(setup)
+    elementwise += constants.layer_seconds * way.operators.get(setup.method, 1.0) * layer_passes(setup)
     if setup.float32_weights and setup.dtype != "fp32":
         elementwise += CAST_BYTES * (held - quantised) * again / streaming
     if not setup.adapters:
