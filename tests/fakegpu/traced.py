@@ -3,8 +3,8 @@
     python -m tests.fakegpu.traced                 measure every row again, beside what is stored (minutes each)
     python -m tests.fakegpu.traced --write         and store what was measured
 
-A row is a job of fakegpu.measure: two micro-steps of the longest DocVQA example (17 tiles, 2547 tokens) for each
-optimizer step. The second optimizer step is measured. Full fine-tuning runs under torchrun, also on one GPU.
+A row is a job of fakegpu.measure with the longest DocVQA example (17 tiles, 2547 tokens). The second optimizer step is
+measured. Full fine-tuning runs under torchrun, also on one GPU.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Traced:
     dtype: str
     world: int
     micro_batch: int
+    accumulation: int
+    """Micro-steps of an optimizer step; the 64 examples of fakegpu.fullsize allow one of 64."""
     recompute_every: int
     """Every which layer is recomputed; 0: none."""
     peak_gb: float
@@ -53,14 +55,14 @@ class Traced:
     @property
     def name(self) -> str:
         """For test reports."""
-        return " ".join(str(getattr(self, field.name)) for field in fields(self)[:6])
+        return " ".join(str(getattr(self, field.name)) for field in fields(self)[:7])
 
     def job(self) -> dict[str, Any]:
         """The arguments of fakegpu.measure.FullSizeJob."""
         settings: dict[str, Any] = {} if self.recompute_every else {"gradient_checkpointing": False}
         if self.recompute_every > 1:
             settings["recompute_every"] = self.recompute_every
-        named = ("method", "attention", "dtype", "world", "micro_batch")
+        named = ("method", "attention", "dtype", "world", "micro_batch", "accumulation")
         return {name: getattr(self, name) for name in named} | {"settings": settings}
 
     def setup(self, geometry: Geometry, hardware: Hardware) -> Setup:
@@ -70,7 +72,7 @@ class Traced:
         work = example_work(geometry, TOKENS, TILES, LABELS)
         return Setup(
             geometry, hardware, self.method, self.dtype, self.attention == "flash", work, work,  # type: ignore[arg-type]
-            batch_size=2 * self.world * self.micro_batch, nodes=max(1, self.world // 8), per_node=min(8, self.world),
+            batch_size=self.accumulation * self.world * self.micro_batch, nodes=max(1, self.world // 8), per_node=min(8, self.world),
             micro_batch=self.micro_batch, rank=RANK if "lora" in self.method else 0,
             recompute=1 / self.recompute_every if self.recompute_every else 0.0,
         )  # fmt: skip
