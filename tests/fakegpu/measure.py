@@ -117,7 +117,8 @@ def measure(job: FullSizeJob, folder: Path, top: int = 40) -> Measured:
     from .machine import on_machine
 
     machine = replace(cuda.V100 if job.dtype == "fp16" else cuda.A100, gpus=min(job.world, 8))
-    with on_machine(machine, job.world if job.world > 1 else 0) as gpu, fullsize.without_weights():
+    torchrun = job.world if job.world > 1 or job.method in ("full", "frozen") else 0
+    with on_machine(machine, torchrun) as gpu, fullsize.without_weights():
         from phi3v.training.job import build
 
         built = build(settings_of(job, folder), folder / "out", trackers=False)
