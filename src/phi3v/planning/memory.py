@@ -38,9 +38,9 @@ GRADIENT_BYTES = 4
 # Adapters: a copy of the factors in the compute type (phi3v.model.lora), and with several devices the float32 buckets
 # of DistributedDataParallel.
 FACTOR_COPY_BYTES, DDP_BYTES = 2, 4
-# DeepSpeed's reduction bucket, elements (phi3v.training.zero). During the backward pass two are held, and the flattened
-# copy that is reduced. A device that owns the whole bucket also widens it to float32.
-BUCKETS, BUCKET, CPU_BUCKET = 3, 100_000_000, 5_000_000
+# DeepSpeed's reduction bucket, elements, two of which are held in the backward pass (phi3v.training.zero). A flattened
+# copy is reduced, but for bfloat16 within a machine. A device that owns the whole bucket also widens it to float32.
+BUCKETS, BUCKET, CPU_BUCKET = 2, 100_000_000, 5_000_000
 
 # What layers hold, bytes per row in half precision, as (width, feed-forward width). SAVED: for the backward pass of one
 # layer, its input (2 of the width) included. WORKING: on top, when the most is alive, in the feed-forward block:
@@ -50,6 +50,9 @@ BUCKETS, BUCKET, CPU_BUCKET = 3, 100_000_000, 5_000_000
 DECODER_SAVED, DECODER_WORKING = (20, 6), (2, 4)
 # Tower: input, norm 4, queries to values 6, attention 2, residual and norm 4; before and after the activation 4.
 TOWER_SAVED, TOWER_WORKING = (16, 4), (2, 2)
+# What plain operators hold over fused kernels, on GPUs before Ampere: traced without recomputation before there were
+# fused kernels, 21.7 GB for one example of full fine-tuning; with them 16.4.
+PLAIN_ACTIVATIONS = 1.3
 # Eager attention, bytes per score: probabilities in float32 and in half precision are saved; in the softmax's backward
 # pass two float32 gradients are alive beside the float32 probabilities, and ATTENTION_WORKING of the width. With float16
 # the second of them is float16: PyTorch's softmax on CUDA converts it by itself (ATen/native/SoftMax.cpp).
@@ -145,8 +148,9 @@ def _tower(
     width, inner = widths
     eager = 0.0 if setup.flash else wider * scores
     inputs = rows * wider * 2 * width
-    held = rows * wider * (saved[0] * width + saved[1] * inner) + SCORES_SAVED * eager
-    passing = rows * wider * (working[0] * width + working[1] * inner)
+    plain = PLAIN_ACTIVATIONS if setup.hardware.kind != "cpu" and not setup.fused else 1.0
+    held = plain * rows * wider * (saved[0] * width + saved[1] * inner) + SCORES_SAVED * eager
+    passing = plain * rows * wider * (working[0] * width + working[1] * inner)
     each = FLOAT16_SCORES_WORKING if setup.dtype == "fp16" else SCORES_WORKING
     attention = rows * wider * ATTENTION_WORKING * width + each * eager
     recomputed = layers * setup.recompute
@@ -209,8 +213,9 @@ def _buckets(setup: Setup) -> float:
     cpu, alone = setup.hardware.kind == "cpu", setup.devices == 1
     if setup.adapters or (cpu and alone):
         return 0.0
-    widened = GRADIENT_BYTES if alone else 0
-    return float((CPU_BUCKET if cpu else BUCKET) * (BUCKETS * _width(setup) + widened))
+    in_place = setup.nodes == 1 and setup.dtype == "bf16" and not cpu
+    copies = (BUCKETS if in_place else BUCKETS + 1) * _width(setup) + (GRADIENT_BYTES if alone else 0)
+    return float((CPU_BUCKET if cpu else BUCKET) * copies)
 
 
 def memory(setup: Setup) -> Memory:

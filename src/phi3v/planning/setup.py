@@ -73,6 +73,11 @@ class Setup:
         return "frozen" if self.method == "frozen_forward_only" else self.method
 
     @property
+    def fused(self) -> bool:
+        """Whether this project's fused kernels run: on GPUs from Ampere on, the first with bfloat16 (phi3v.model.fused)."""
+        return not self.as_published and self.hardware.kind != "cpu" and self.hardware.bf16
+
+    @property
     def float32_weights(self) -> bool:
         """Whether the weights are held in float32 under autocast.
 
