@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv lock containers offline-bundle reproduce verify-conda verify-containers verify-pristine demo demo-all digits test verify-training verify-evaluation verify-report verify-slurm slurm-status check format docs clean
+.PHONY: help venv lock containers offline-bundle reproduce verify-conda verify-containers verify-pristine demo demo-all digits test verify-training verify-evaluation verify-gpu verify-report verify-slurm slurm-status check format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ verify-training: $(VENV)/installed  ## runs killed at random moments end with th
 
 verify-evaluation: $(VENV)/installed  ## batches are three times as fast as one by one, with the same answers
 	pytest -m verify -s tests/test_evaluation_speed.py
+
+verify-gpu: $(VENV)/installed  ## every method on a fake GPU, tiny and at full size; where there is a GPU, on that too (about 15 minutes)
+	pytest -n 2 --dist loadfile -m 'verify or not verify' tests/fakegpu tests/gpu
 
 verify-report: $(VENV)/installed  ## 200 rows and 1,000,000 predictions in one report
 	pytest -m verify -s tests/test_reporting_size.py

@@ -66,8 +66,7 @@ def kind_of(operation: Operation) -> Kind:
 
 def is_reduction(operation: Operation) -> bool:
     """Whether DeepSpeed itself runs it, outside the model's forward and backward."""
-    library = operation.source.library
-    return operation.source.own is None and library is not None and "/deepspeed/" in library[0]
+    return operation.source.library is not None and "/deepspeed/" in operation.source.library[0]
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:

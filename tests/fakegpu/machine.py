@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from .cuda import A100, Machine, cuda_of
@@ -38,6 +39,7 @@ def on_machine(machine: Machine = A100, world: int = 0, limited: bool = False) -
 def _files_of(gpu: FakeGpu) -> Iterator[None]:
     """torch.save writes zeros for CUDA tensors; files are read to the CPU and moved from there."""
     import safetensors.torch as safetensors
+    from transformers import modeling_utils
 
     save, load, load_file = torch.save, torch.load, safetensors.load_file
     # PEFT and transformers hold load_file under names of their own.
@@ -60,7 +62,12 @@ def _files_of(gpu: FakeGpu) -> Iterator[None]:
         gpu.loads.append(str(device))
         return dict(tree_map(to(device), load_file(filename, device="cpu", **options)))
 
+    def storage_of(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
+        storage = tensor.untyped_storage()  # fake storages all have the address 0
+        return tensor.device, storage._cdata if isinstance(tensor, FakeTensor) else storage.data_ptr(), storage.nbytes()
+
     with (
+        mock.patch.object(modeling_utils, "id_tensor_storage", storage_of),
         mock.patch.object(torch, "save", lambda obj, *args, **more: save(gpu.to_host(obj), *args, **more)),
         mock.patch.object(torch, "load", torch_load),
         ExitStack() as stack,

@@ -16,8 +16,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -236,16 +238,21 @@ def _largest(counter: Counter[Any], top: int, unit: float = 1) -> list[list[Any]
 
 def measured(jobs: list[FullSizeJob], top: int = 40) -> list[Measured]:
     """Measure in a process of its own, one job after the other. Raises RuntimeError with its output if it fails."""
-    source = TESTS.parent / "src"
-    environment = os.environ | {"PYTHONPATH": f"{source}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    lines = run_module("fakegpu.measure", [asdict(job) for job in jobs], "--top", str(top))
+    return [Measured(**line) for line in lines]
+
+
+def run_module(module: str, jobs: list[dict[str, Any]], *arguments: str) -> list[dict[str, Any]]:
+    """Run `python -m MODULE --json JOBS` with this tree's package, and read its JSON lines, one for each job."""
+    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent / 'src'}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    command = [sys.executable, "-m", "fakegpu.measure", "--json", json.dumps([asdict(job) for job in jobs])]
-    done = subprocess.run([*command, "--top", str(top)], env=environment, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"job"')]
+    command = [sys.executable, "-m", module, *arguments, "--json", json.dumps(jobs)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or len(lines) != len(jobs):
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return [Measured(**json.loads(line)) for line in lines]
+    return [json.loads(line) for line in lines]
 
 
 def _show(result: Measured, by: str | None, top: int) -> None:
@@ -266,24 +273,26 @@ def _show(result: Measured, by: str | None, top: int) -> None:
             print(f"    {amount:10,.2f}  {operator}  {source}")
 
 
-def _in_child(job: FullSizeJob, folder: Path, top: int, answer: Path) -> None:
-    """Fork, and measure in the child: DeepSpeed, accelerate and DDP keep state for the life of a process."""
+def in_child(work: Callable[[], dict[str, Any]], answer: Path) -> str:
+    """Fork, and work in the child, for DeepSpeed, accelerate and DDP keep state for the life of a process.
+
+    answer: a file for the result, which comes back as JSON. Raises SystemExit if the child fails.
+    """
+    answer.unlink(missing_ok=True)
     child = os.fork()
     if not child:
-        code = 1
+        sys.stdout = sys.stderr
         try:
-            answer.write_text(json.dumps(asdict(measure(job, folder, top))), encoding="utf-8")
-            code = 0
+            answer.write_text(json.dumps(work()), encoding="utf-8")
         except BaseException:
-            import traceback
-
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)
-    if os.waitpid(child, 0)[1]:
-        raise SystemExit(f"{job.name}: could not be measured, see above")
+            os._exit(0)
+    os.waitpid(child, 0)
+    if not answer.is_file():
+        raise SystemExit("the child failed, see above")
+    return answer.read_text(encoding="utf-8")
 
 
 def main() -> None:
@@ -305,8 +314,6 @@ def main() -> None:
     jobs = [FullSizeJob(**job) for job in json.loads(chosen.json or "[]")]
     jobs += [FullSizeJob(method, *shape) for method in chosen.methods]
 
-    import tempfile
-
     from . import preload
 
     preload.preload()
@@ -315,10 +322,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fullsize.write_folders(folder)
-        for number, job in enumerate(jobs):
-            answer = folder / f"{number}.json"
-            _in_child(job, folder, max(chosen.top, 400) if chosen.by else chosen.top, answer)
-            text = answer.read_text(encoding="utf-8")
+        top = max(chosen.top, 400) if chosen.by else chosen.top
+        for job in jobs:
+            text = in_child(lambda job=job: asdict(measure(job, folder, top)), folder / "answer.json")
             if chosen.json:
                 print(text, flush=True)
             else:

@@ -59,23 +59,20 @@ def rank_0_of(world: int, local: int | None = None) -> Iterator[None]:
 
     local: processes of this machine, 8 at most unless given.
     """
-    if not world:
-        yield
-        return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     start = dist.init_process_group
 
     def init_process_group(backend: str | None = None, *_: Any, **__: Any) -> None:
-        start("fake", rank=0, world_size=world, store=FakeStore())
+        start("fake", rank=0, world_size=max(1, world), store=FakeStore())
 
-    local = local or min(world, 8)
+    local = local or min(max(1, world), 8)
     environment = {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(local),
         "GROUP_WORLD_SIZE": str(-(-world // local)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555",
     }  # fmt: skip
     with (
-        mock.patch.dict(os.environ, environment),
+        mock.patch.dict(os.environ, environment if world else {}),
         mock.patch.object(dist, "init_process_group", init_process_group),
         mock.patch.object(dist.distributed_c10d, "init_process_group", init_process_group),
         mock.patch.object(torch.nn.parallel, "DistributedDataParallel", FakeDDP),

@@ -17,8 +17,8 @@ JOBS = [
     finetune("zero2-stopped", *FULL, out="zero2", steps=3, stop_at=1, world=8),
     finetune("zero2-resumed", *FULL, out="zero2", steps=3, world=8),
     finetune("qlora", "--use_qlora", "--bf16"),
-    finetune("packed", *LORA, "--batching", "packed", "--tokens_per_pack", "80"),
-    finetune("v100", "--use_lora", "--fp16", machine="V100", world=8),
+    finetune("packed", *LORA, "--batching", "packed", "--tokens_per_pack", "400"),
+    finetune("v100", "--use_lora", "--fp16", "--use_flash_attention", machine="V100", world=8),
     Walk(
         "evaluate", "evaluate",
         ["--model_name_or_path", "{base}/lora/final", "--data_dir", "{base}/data", "--output_dir", "{base}/evaluate",
@@ -65,13 +65,17 @@ def test_the_script_ends_as_on_a_gpu(walked: dict[str, Walked], name: str) -> No
         ("lora-resumed", "sdpa flash", "bf16"),
         ("zero2-resumed", "sdpa flash", "bf16"),
         ("qlora", "eager", "bf16"),
-        ("v100", "eager", "fp16"),
+        ("v100", "sdpa memory-efficient", "fp16"),
     ],
 )
 def test_observed_names_what_was_asked_for(walked: dict[str, Walked], name: str, kernel: str, dtype: str) -> None:
     observed = walked[name].observed
     assert (observed["attention_decoder"], observed["attention_vision"]) == (kernel, kernel)
     assert observed["activation_dtype"] == dtype
+
+
+def test_packed_examples_go_through_the_kernel_for_packed_batches(walked: dict[str, Walked]) -> None:
+    assert walked["packed"].observed["attention_decoder"] == "sdpa flash (varlen)"
 
 
 def test_a_stopped_job_resumes_where_it_stopped(walked: dict[str, Walked]) -> None:
