@@ -139,7 +139,7 @@ def test_status_lists_the_rows_that_the_workflow_runs(root, tmp_path):
         capture_output=True, text=True, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(root / "src")},
     )  # fmt: skip
     lines = done.stdout.splitlines()
-    assert lines[-1] == "17 open, 1 training"
+    assert lines[-1] == "37 open, 1 training"
     assert len(lines) == 1 + 18 + 1
     (running,) = [line.split() for line in lines if " training " in line and " 12 " in line]
     assert running == ["phi35-nlvr2-lora-bf16", "training", "12", "node3", "1:30"]
@@ -166,7 +166,7 @@ def test_without_an_answer_of_slurm_the_rest_is_said_all_the_same(root, tmp_path
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**values, "name": "nowhere"}))
     config = ["--config", str(tmp_path / "run.yaml")]
     code, rows, error = cluster_command(root, tmp_path, "status", *config)
-    assert (code, rows.splitlines()[-1]) == (0, "53 open")
+    assert (code, rows.splitlines()[-1]) == (0, "68 open")
     assert said in error
     code, rows, error = cluster_command(root, tmp_path, "wait")
     assert (code, rows, error.count("\n")) == (2, "", 1)

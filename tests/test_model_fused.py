@@ -6,7 +6,7 @@ from golden.helpers import tiny_model
 from test_model_modeling import LONG, example, joined
 
 from phi3v.model import fused
-from phi3v.model.modeling import Phi3RMSNorm
+from phi3v.model.modeling import RMSNorm
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -80,10 +80,13 @@ def test_a_model_trains_alike_with_and_without(monkeypatch, not_compiled):
         torch.testing.assert_close(gradients[1][name], expected, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_nothing_is_fused_in_evaluation_or_on_a_cpu():
+def test_nothing_is_fused_in_evaluation_or_on_a_cpu(monkeypatch, not_compiled):
     assert not fused.available(torch.zeros(1))
-    norm, x = Phi3RMSNorm(24), random(3, 24, dtype=torch.float32)
+    norm, x = RMSNorm(24), random(3, 24, dtype=torch.float32)
     assert norm(x).grad_fn.name() != "_RMSNormBackward"
+    monkeypatch.setattr(fused, "available", lambda x: True)
+    assert norm(x).grad_fn.name() == "_RMSNormBackward"
+    assert norm.eval()(x).grad_fn.name() != "_RMSNormBackward"
 
 
 @pytest.mark.verify

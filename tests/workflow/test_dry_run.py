@@ -121,13 +121,14 @@ def test_wrong_settings_stop_before_any_job(snakemake, setting, said):
     assert "Traceback" not in output
 
 
-def test_one_h100_runs_the_rows_that_fit(snakemake):
-    code, output = snakemake("-n", "--config", "hardware=[{device: h100, per_node: 1}]")
+@pytest.mark.parametrize(("device", "rows"), [("h100", 38), ("l40s", 18)])
+def test_one_gpu_runs_the_rows_that_fit(snakemake, device, rows):
+    """80 GB hold every accuracy row, full fine-tuning tightly; 48 GB hold the LoRA and QLoRA rows."""
+    code, output = snakemake("-n", "--config", f"hardware=[{{device: {device}, per_node: 1}}]")
     assert code == 0, output
-    # The LoRA and QLoRA rows of the two tables and of our own.
-    assert planned(output)["finetune"] == 18
+    assert planned(output)["finetune"] == rows
     assert "speed_row" not in planned(output)
-    assert not re.search(r"train phi3\S*-(full|frozen)-", output)
+    assert bool(re.search(r"train phi3\S*-(full|frozen)-", output)) == (device == "h100")
 
 
 @pytest.fixture

@@ -14,12 +14,16 @@ import functools
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch.autograd.function import FunctionCtx
 
+RECOMPILE_LIMIT = 64
+"""Compilations of a kernel; sizes of 1 and equal sizes each need one of their own. Beyond it the plain function runs."""
 TRITON_CAPABILITY = (8, 0)
 """Oldest NVIDIA GPU that Triton supports (its README, "Supported Hardware"); older ones run the plain operators."""
 
@@ -31,6 +35,8 @@ def missing_compiler() -> str | None:
         return "Triton"
     if not any(shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name):
         return "a C compiler"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's C headers"
     return None
 
 
@@ -44,7 +50,7 @@ def available(x: torch.Tensor) -> bool:
 class _Compiled:
     """A pure function that is compiled at its first call; importing the compiler takes seconds."""
 
-    enabled: ClassVar[bool] = True
+    around: ClassVar[Callable[[], contextlib.AbstractContextManager[None]]] = contextlib.nullcontext
 
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
@@ -54,31 +60,37 @@ class _Compiled:
     def compiled(self) -> Callable[..., Any]:
         """One kernel for tensors of any shape."""
         # Few and small: a pool of compiling processes for each GPU would take longer to start.
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-        return torch.compile(self.function, dynamic=True)
+        threads = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "1"))
+        return torch.compile(
+            self.function, dynamic=True, options={"compile_threads": threads}, recompile_limit=RECOMPILE_LIMIT
+        )
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.compiled(*arguments) if self.enabled else self.function(*arguments)
+        with type(self).around():
+            return self.compiled(*arguments)
 
 
 def compiled_kernels() -> list[str]:
-    """Names of the kernels that this process has compiled so far."""
+    """Names of the kernels that this process has compiled so far; none if compilation is switched off."""
+    if os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1":
+        return []
     return sorted(
         name for name, kernel in globals().items() if isinstance(kernel, _Compiled) and "compiled" in vars(kernel)
     )
 
 
 @contextlib.contextmanager
-def not_compiled() -> Iterator[None]:
-    """Run every kernel as the plain function that it is compiled from.
+def called_within(around: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Enter `around` for every kernel's call.
 
-    For passes under a TorchDispatchMode: TorchDynamo does not compile there, and never again what it met there first.
+    A pass under a TorchDispatchMode must leave the mode for them: TorchDynamo does not compile under one, and never
+    again what it met there first.
     """
-    _Compiled.enabled = False
+    before, _Compiled.around = _Compiled.around, staticmethod(around)
     try:
         yield
     finally:
-        _Compiled.enabled = True
+        _Compiled.around = staticmethod(before)
 
 
 # RMSNorm ----------------------------------------------------------------------------------------------------------

@@ -53,16 +53,20 @@ def lay_out(
 ) -> BatchLayout:
     """The layout of a whole training batch, from tensors on the CPU: see `Phi3VForCausalLM.forward` for their shapes.
 
-    Raises ValueError if image positions and pictures, or labels and inputs, do not fit together.
+    Raises ValueError if image positions and pictures, or labels and inputs, do not fit together, and for padding that
+    is not on the right.
     """
     batch, tokens = input_ids.shape
+    plan = plan_attention(attention_mask, position_ids, batch, tokens, past=0)
+    if plan.mask is not None:
+        raise ValueError("attention_mask: padding on the left or within a row; expected it on the right.")
     positions, rows = picture_rows(config, input_ids, image_sizes)
     where = ids = weights = None
     if labels is not None:
         packed = position_ids if attention_mask is None else None
         where, ids, weights = label_rows(input_ids, labels, loss_weights, packed)
     return BatchLayout(
-        plan=plan_attention(attention_mask, position_ids, batch, tokens, past=0),
+        plan=plan,
         image_sizes=image_sizes,
         image_positions=positions,
         feature_rows=rows,

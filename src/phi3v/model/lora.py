@@ -35,7 +35,8 @@ class _Factors(NamedTuple):
 class _Prepared:
     """Makes a layer's `_Factors`, again once the trained ones have changed.
 
-    Loading a state changes a tensor's version. A fused optimizer does not, so every optimizer's step counts as a change.
+    A change in place changes a tensor's version, except through `.data` and in a fused optimizer. Every optimizer's step
+    counts as a change.
     """
 
     steps: ClassVar[int] = 0
@@ -57,7 +58,7 @@ class _Prepared:
         """Of the trained a [r, I] and b [O, r] and the base's frozen weight [O, I]."""
         base = (dtype, scale, a.device, None if weight is None else _mark(weight))
         trained = (self.steps, _mark(a), _mark(b))
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             if base != self._base:
                 own_a, own_b = torch.empty_like(a, dtype=dtype), torch.empty_like(b, dtype=dtype)
                 weight_t = None if weight is None else weight.t()
@@ -179,6 +180,8 @@ class LoraLinear(lora.Linear):
         (name,) = self.active_adapters
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         base = self.get_base_layer()
+        if x.dtype != base.weight.dtype:  # under autocast; PEFT converts
+            return super().forward(x, *arguments, **options)
         if self.ends_checkpoint:
             return _product_first(x, base.weight, base.bias, a, b, self.scaling[name])
         factors = self._prepared.factors(a, b, base.weight, x.dtype, self.scaling[name])

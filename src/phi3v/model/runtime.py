@@ -36,7 +36,7 @@ DEVICE_FILE, DRIVER_FILE = Path("/dev/nvidia0"), Path("/proc/driver/nvidia/versi
 def compute_device(settings: Compute) -> torch.device:
     """This process's device, made the current one: the GPU of its LOCAL_RANK, or the CPU.
 
-    Raises SettingsError if a GPU is expected or there and PyTorch cannot use it, if this machine runs more processes than
+    Raises SettingsError if a GPU is expected, or this machine has one, and PyTorch cannot use it, if this machine runs more processes than
     it has GPUs, or if PyTorch or the GPU lacks kernels or the data type.
     """
     if settings.expect_device == "cpu":

@@ -216,7 +216,8 @@ class Trial:
 
     def search(self, ways: Sequence[Way], capacity: float) -> tuple[Way | None, dict[Way, float]]:
         """The fastest of `ways` that fits, and what was measured; of one recomputation the largest micro-batch."""
-        resting = max(held_bytes(self.device), sum(memory(self.setup).resting.values()))
+        # Agreed, like every number that decides which collective call comes next.
+        resting = _agreed(max(held_bytes(self.device), sum(memory(self.setup).resting.values())), "MAX", self.device)
         fatal = self.device.type != "cuda"
         if self.settings.gradient_checkpointing == "auto":
             return fastest_that_fits(ways, self.estimate, self.measure, resting, capacity, fatal)
@@ -323,7 +324,17 @@ def _gb(value: float) -> str:
 
 
 def _kept(settings: FinetuneSettings, output: Path, processes: int, device: torch.device) -> Way | None:
-    """What the checkpoints of `output` were written with, if they are of this machine and of these settings."""
+    """What the checkpoints of `output` were written with; the first process decides for all of them."""
+    kept: list[Way | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        kept[0] = _written(settings, output, processes, device)
+    if dist.is_initialized():
+        dist.broadcast_object_list(kept)
+    return kept[0]
+
+
+def _written(settings: FinetuneSettings, output: Path, processes: int, device: torch.device) -> Way | None:
+    """The choice in OUTPUT/micro_batch.json, if it is of this machine and of these settings and a checkpoint is there."""
     if not checkpoints.checkpoint_folders(output / "checkpoints"):
         return None
     try:

@@ -6,6 +6,7 @@ A setting says what was asked for; here is looked at what ran, in the first trai
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,6 +38,15 @@ class _Operators(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave this mode, which is the innermost one, for a while."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(func._schema.name.split("::")[-1])
@@ -82,8 +92,9 @@ class Observer:
         def enter(module: nn.Module, inputs: Any) -> None:
             if module.training and part not in self.kernels:
                 stack = contextlib.ExitStack()
-                stack.enter_context(fused.not_compiled())
-                entered.append((stack.enter_context(_Operators()), stack))
+                operators = stack.enter_context(_Operators())
+                stack.enter_context(fused.called_within(operators.paused))
+                entered.append((operators, stack))
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             if entered:

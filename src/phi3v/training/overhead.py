@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from phi3v.model.runtime import TORCH_DTYPE
 from phi3v.settings import SettingsError, SpeedSettings
-from phi3v.training.batches import TRAINER_KEYS
+from phi3v.training.batches import model_inputs
 from phi3v.training.job import build
 from phi3v.training.signals import StopRequest
 from phi3v.training.steps import StepCallback
@@ -76,7 +76,7 @@ def _bare_windows(
         start = clock()
         for step in range(steps):
             for batch in batches[step % whole]:
-                inputs = {key: value for key, value in batch.items() if key not in TRAINER_KEYS}
+                inputs = model_inputs(batch, trainer.args.device)
                 with torch.autocast(trainer.args.device.type, dtype, enabled=dtype != torch.float32):
                     loss = model(**inputs)["loss"] / batch["examples_in_step"]
                 loss.backward()

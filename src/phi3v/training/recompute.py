@@ -8,7 +8,7 @@ from phi3v.planning.choice import RECOMPUTE_SHARES
 
 
 def interval_of(share: float) -> int:
-    """Every which layer a share of the layers is; 0: none."""
+    """n if every n-th layer is recomputed; 0 for none."""
     return round(1 / share) if share else 0
 
 

@@ -47,7 +47,8 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
         "use_multi_rank_bucket_allreduce": not (cuda and several_machines),
         # Likewise false: a bucket is all-reduced where it lies, without being cut into shares and copied together again.
         # It sums before it divides by the processes, which bfloat16's range bears and float16's may not.
-        "reduce_scatter": not (cuda and not several_machines and settings.dtype == "bf16"),
+        # ZeRO 3 scatters in any case, and without this it would all-reduce first.
+        "reduce_scatter": not (cuda and not several_machines and settings.dtype == "bf16" and settings.zero_stage < 3),
     }
     if settings.zero_stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_prefetch_bucket_size": bucket}
