@@ -126,7 +126,7 @@ def test_progress_of_a_training_folder(tmp_path):
 
 
 def test_status_lists_the_rows_that_the_workflow_runs(root, tmp_path):
-    """On one H100 those of adapters; squeue tells which of them has a job of this folder."""
+    """On one H100 all accuracy rows; squeue tells which of them has a job of this folder."""
     squeue = tmp_path / "squeue"
     line = f"12|RUNNING|{root}|1:30|node3|rule_finetune_wildcards_phi35-nlvr2-lora-bf16"
     squeue.write_text(f"#!/bin/sh\necho '{line}'\necho '13|RUNNING|/elsewhere|1:00|node4|rule_finetune_wildcards_x'\n")
@@ -140,7 +140,7 @@ def test_status_lists_the_rows_that_the_workflow_runs(root, tmp_path):
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert lines[-1] == "37 open, 1 training"
-    assert len(lines) == 1 + 18 + 1
+    assert len(lines) == 1 + 38 + 1
     (running,) = [line.split() for line in lines if " training " in line and " 12 " in line]
     assert running == ["phi35-nlvr2-lora-bf16", "training", "12", "node3", "1:30"]
 
