@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from phi3v.settings import FinetuneSettings, validate
-from phi3v.training.job import adamw_implementation
+from phi3v.settings import FinetuneSettings, SettingsError, validate
+from phi3v.training.job import adamw_implementation, check_automatic
 from phi3v.training.zero import zero_config
 
 
@@ -43,3 +44,21 @@ def test_between_machines_each_share_of_a_bucket_goes_to_its_owner_alone(monkeyp
     zero = config["zero_optimization"]
     assert zero["use_multi_rank_bucket_allreduce"] == whole_buckets
     assert zero["reduce_scatter"] == (not cuda or machines > 1)
+
+
+@pytest.mark.parametrize("automatic", [{"batch_size_per_gpu": "auto"}, {"gradient_checkpointing": "auto"}])
+def test_auto_is_refused_if_its_memory_plan_is_not_the_jobs(automatic):
+    gpu = torch.device("cuda", 0)
+    for stage in (0, 1):
+        with pytest.raises(SettingsError, match=f"`zero_stage`: got {stage} with auto on 8 GPUs"):
+            check_automatic(settings(bf16=True, zero_stage=stage, **automatic), 8, gpu)
+    check_automatic(settings(bf16=True, zero_stage=0, **automatic), 1, gpu)
+    check_automatic(settings(bf16=True, zero_stage=2, **automatic), 8, gpu)
+    check_automatic(settings(bf16=True, use_lora=True, **automatic), 8, gpu)
+
+
+@pytest.mark.parametrize(("stage", "scatters"), [(2, False), (3, True)])
+def test_only_zero_2_reduces_its_buckets_in_place(stage, scatters):
+    assert (
+        zero_config(settings(bf16=True, zero_stage=stage), 8, True)["zero_optimization"]["reduce_scatter"] == scatters
+    )

@@ -116,6 +116,18 @@ def check_geometry(settings: FinetuneSettings, processes: int) -> int:
     return settings.batch_size // together
 
 
+def check_automatic(settings: FinetuneSettings, processes: int, device: torch.device) -> None:
+    """Raises SettingsError if `auto` would search with a memory plan that is not the job's: it counts shards of ZeRO 2."""
+    automatic = "auto" in (settings.batch_size_per_gpu, settings.gradient_checkpointing)
+    whole = settings.method in ("full", "frozen") and settings.zero_stage < 2
+    if automatic and whole and processes > 1 and device.type == "cuda":
+        raise SettingsError(
+            f"command line: field `zero_stage`: got {settings.zero_stage} with auto on {processes} GPUs, whose optimizer "
+            "states auto takes for shards of ZeRO 2; expected --zero_stage 2, or a number for --batch_size_per_gpu and "
+            "yes or no for gradient checkpointing"
+        )
+
+
 def check_trackers(names: list[str]) -> None:
     """Raises SettingsError where --report_to names what the Trainer does not know, or what is not installed."""
     from transformers.integrations import get_available_reporting_integrations
@@ -256,6 +268,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
         deterministic_kernels(device)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = check_geometry(settings, processes)
+    check_automatic(settings, processes, device)
     check_trackers(settings.report_to)
     settings.data_folder()
     if not (Path(settings.model_name_or_path) / "config.json").is_file():
