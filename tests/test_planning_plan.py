@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import fields, replace
 
 import pytest
@@ -751,9 +750,3 @@ def test_impossible_geometry(run):
     with pytest.raises(SettingsError, match="field `vocab_size`: missing"):
         geometry_from_config({name: value for name, value in config.items() if name != "vocab_size"}, "my.json")
     assert isinstance(geometry_from_config(config), Geometry)
-
-
-def test_quick(run):
-    start = time.process_time()
-    plan_run(run)
-    assert time.process_time() - start < 1.5

@@ -27,11 +27,11 @@ def stage(root, name):
     blocks = dict(re.findall(r"^(FROM \S+ AS \w+)\n(.*?)(?=^FROM |\Z)", text, re.M | re.S))
     body = blocks["FROM ${base} AS common"] + blocks[f"FROM common AS {name}"]
     runs = re.findall(r"^RUN set -e;(.*)", body, re.M)
-    assert len(runs) == 2
+    assert len(runs) == 1
     return {
         "arguments": dict(re.findall(r"^ARG (\w+)=(\S+)", text.split("FROM")[0] + body, re.M)),
         "files": re.findall(r"^COPY (\S+ \S+)$", body, re.M),
-        "post": [command.strip() for run in runs for command in run.split(";")],
+        "post": [command.strip() for command in runs[0].split(";")],
         "environment": dict(re.findall(r"^ENV (\w+)=(\S+)", body, re.M)),
         "labels": dict(re.findall(r"([\w.]+)=(\S+)", " ".join(re.findall(r"^LABEL (.*)", body, re.M)))),
     }
