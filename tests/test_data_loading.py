@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from data_examples import cauldron_rows, picture_bytes, write_parquet
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from phi3v.data import lengths
@@ -31,7 +32,7 @@ from phi3v.data.conversations import (
 from phi3v.data.conversion import convert_files
 from phi3v.data.loading import ConversationDataset, LineIndex, collate, split_file
 from phi3v.data.pictures import shard_order
-from phi3v.data.statistics import padding_share, plot, write_statistics
+from phi3v.data.statistics import count_turns, padding_share, plot, write_statistics
 from phi3v.model.image_processing import Phi3VImageProcessor
 from phi3v.model.processing import Phi3VProcessor
 from phi3v.model.tiny import train_tokenizer
@@ -236,6 +237,15 @@ def test_statistics_are_those_of_the_loaded_examples(data: Path, processor: Phi3
     assert sum(values["histogram"]["counts"]) == 3
     assert "val: 3 examples" in line
     assert plot(statistics).count("<rect") == 48
+
+
+@pytest.mark.parametrize("size", [(2169, 2890), (1000, 1000), (10, 500)])
+def test_tiles_are_counted_as_the_processor_cuts_them(processor: Phi3VProcessor, size: tuple[int, int]) -> None:
+    processor = Phi3VProcessor(Phi3VImageProcessor(num_crops=16, tile_size=28, num_img_tokens=4), processor.tokenizer)
+    (counts,) = count_turns(processor, [Turn(("page.png",), "<|image_1|>\nWhat is it?", "A cat")], [[size]])
+    cut = processor.image_processor(Image.new("RGB", size))
+    assert counts.tiles == len(cut["pixel_values"])
+    assert counts.image == cut["num_img_tokens"][0]
 
 
 def test_padding_share() -> None:

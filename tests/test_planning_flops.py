@@ -5,7 +5,7 @@ import math
 import pytest
 
 from phi3v.planning import example_work, geometry_from_config, parameters, training_flops, utilisation
-from phi3v.planning.geometry import adapter_parameters, picture_grid, picture_tokens, quantised_parameters
+from phi3v.planning.geometry import adapter_parameters, num_image_tokens, quantised_parameters, tile_grid
 from phi3v.settings import load_run
 
 torch = pytest.importorskip("torch")
@@ -37,7 +37,7 @@ def build():
 def batch_of(model, text=23, labels=9):
     """One example: a picture of 2 x 1 tiles, text, and answer tokens with labels."""
     geometry = geometry_from_config(model.config.to_dict())
-    size, image = model.config.tile_size, picture_tokens(geometry, 2, 1)
+    size, image = model.config.tile_size, num_image_tokens(2, 1, tile_grid(geometry.vision))
     ids = torch.randint(3, 590, (1, image + text))
     ids[0, 1 : 1 + image] = model.config.image_token_id
     targets = torch.full_like(ids, -100)
@@ -180,20 +180,3 @@ def test_sizes_against_the_model(build):
         peft = add_lora(build(kv_heads=2), 4, 8, freeze_vision=not vision, seed=0)
         trained = sum(p.numel() for p in peft.parameters() if p.requires_grad)
         assert adapter_parameters(geometry, 4, vision) == trained
-
-
-@pytest.mark.parametrize("shape", [(1700, 2200), (320, 240), (1000, 100), (640, 640), (3, 3), (900, 1300)])
-@pytest.mark.parametrize("num_crops", [1, 4, 16])
-def test_tiles_are_the_image_processors(root, shape, num_crops):
-    import numpy as np
-    from PIL import Image
-
-    from phi3v.model.image_processing import Phi3VImageProcessor
-
-    geometry = load_run(root / "config/config.yaml", root).models["phi35-vision"].geometry
-    picture = Image.fromarray(np.zeros((shape[1], shape[0], 3), dtype=np.uint8))
-    made = Phi3VImageProcessor(num_crops=num_crops)(picture, return_tensors="pt")
-    down, across = picture_grid(*shape, num_crops)
-    assert made["pixel_values"].reshape(-1, 3, 336, 336).shape[0] == down * across + 1
-    assert [value // 336 for value in made["image_sizes"][0].tolist()] == [down, across]
-    assert picture_tokens(geometry, down, across) == (down * across + 1) * 144 + 1 + (down + 1) * 12

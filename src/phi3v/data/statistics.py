@@ -17,7 +17,7 @@ import numpy as np
 
 from phi3v.data.conversations import Turn, answer_text, prompt_text
 from phi3v.data.sources import write_json
-from phi3v.planning.geometry import picture_grid
+from phi3v.planning.geometry import num_image_tokens, tile_layout
 
 if TYPE_CHECKING:
     from phi3v.data.loading import ConversationDataset
@@ -63,8 +63,8 @@ def count_turns(processor: Any, turns: Sequence[Turn], sizes: Sequence[Sequence[
         prompt = sum(length_of[text] for text in texts[place : place + pieces])
         answer = length_of[texts[place + pieces]] - bos
         place += pieces + 1
-        image = sum(images.tokens_of_picture(width, height) for width, height in own)
-        grids = [picture_grid(width, height, images.num_crops) for width, height in own]
+        grids = [tile_layout(width, height, images.num_crops, images.tile_size)[2:] for width, height in own]
+        image = sum(num_image_tokens(*grid, images.tile_grid) for grid in grids)
         counts.append(Counts(prompt, image, answer, sum(down * across + 1 for down, across in grids)))
     return counts
 

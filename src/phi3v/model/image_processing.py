@@ -1,8 +1,8 @@
 """Pictures to tiles, exactly as the published processor cuts them, without its zero tiles.
 
 Shapes: S = tile side in pixels, h x w = tiles down x across, n = 1 + h*w tiles of one picture (its global view, then
-the local tiles row by row). Sources of every rule: the behaviour of the published processor, vendored as golden data
-in tests/golden.
+the local tiles row by row). phi3v.planning.geometry decides the layout. Sources of every rule: the behaviour of the
+published processor, vendored as golden data in tests/golden.
 """
 
 from __future__ import annotations
@@ -19,44 +19,11 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 
+from phi3v.planning.geometry import TileLayout, num_image_tokens, tile_layout
+
 # OpenAI CLIP's channel means and deviations, RGB, on a 0-1 scale.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def tile_layout(width: int, height: int, num_crops: int, tile_size: int = 336) -> tuple[int, int, int, int]:
-    """Where a picture of `width` x `height` pixels goes: (new_width, new_height, tiles_down, tiles_across).
-
-    The picture is scaled, up as well as down, to the widest grid of at most `num_crops` tiles that fits its ratio,
-    then padded on its short side to whole tiles. Portrait pictures are laid out transposed. `new_height` (or
-    `new_width` of a portrait) is 0 for pictures too thin to keep one pixel.
-
-    Raises ValueError for sizes or crop numbers below 1.
-    """
-    if width < 1 or height < 1:
-        raise ValueError(f"image size {width}x{height}: expected at least 1x1 pixels.")
-    if num_crops < 1:
-        raise ValueError(f"num_crops: {num_crops}; expected at least 1.")
-    portrait = width < height
-    if portrait:
-        width, height = height, width
-    ratio = width / height
-    scale = 1
-    while scale * math.ceil(scale / ratio) <= num_crops:
-        scale += 1
-    scale = max(1, scale - 1)
-    new_width = scale * tile_size
-    # A float division, truncated: exact integer arithmetic gives one row more for some sizes (golden 1414x1818).
-    new_height = int(new_width / ratio)
-    down, across = math.ceil(new_height / tile_size), scale
-    if portrait:
-        return new_height, new_width, across, down
-    return new_width, new_height, down, across
-
-
-def num_image_tokens(tiles_down: int, tiles_across: int, tile_grid: int = 12) -> int:
-    """Image tokens of a picture: local and global tiles, one separator a row of each grid, one between the two."""
-    return (tiles_down * tiles_across + 1) * tile_grid**2 + 1 + (tiles_down + 1) * tile_grid
 
 
 def global_views(canvas: torch.Tensor, tile_size: int) -> torch.Tensor:
@@ -154,10 +121,10 @@ class Phi3VImageProcessor(ImageProcessingMixin):
     def tokens_of_picture(self, width: int, height: int, num_crops: int | None = None) -> int:
         """Image tokens of a picture from its size alone, in no time: for budgets and length-sorted batches."""
         layout = tile_layout(width, height, num_crops or self.num_crops, self.tile_size)
-        return num_image_tokens(layout[2], layout[3], self.tile_grid)
+        return num_image_tokens(layout.tiles_down, layout.tiles_across, self.tile_grid)
 
-    def layout(self, image: Image.Image, num_crops: int | None = None) -> tuple[int, int, int, int]:
-        """`tile_layout` of a picture: (new_width, new_height, tiles_down, tiles_across).
+    def layout(self, image: Image.Image, num_crops: int | None = None) -> TileLayout:
+        """`tile_layout` of a picture.
 
         Raises ValueError for anything but a PIL image and for a picture too thin to keep one pixel.
         """
@@ -166,9 +133,9 @@ class Phi3VImageProcessor(ImageProcessingMixin):
         num_crops = num_crops or self.num_crops
         width, height = image.size
         layout = tile_layout(width, height, num_crops, self.tile_size)
-        if min(layout[:2]) < 1:
+        if min(layout.width, layout.height) < 1:
             raise ValueError(
-                f"image of {width}x{height} pixels: scaled to {layout[0]}x{layout[1]} with num_crops={num_crops}; "
+                f"image of {width}x{height} pixels: scaled to {layout.width}x{layout.height} with num_crops={num_crops}; "
                 "expected at least one pixel on each side. Crop the picture or raise num_crops."
             )
         return layout

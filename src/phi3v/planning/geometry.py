@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from phi3v.settings import Geometry, Model, SettingsError, VisionGeometry, validate
 
@@ -153,20 +153,48 @@ def patches_per_tile(vision: VisionGeometry) -> int:
     return (vision.image_size // vision.patch_size) ** 2
 
 
-def picture_grid(width: int, height: int, num_crops: int) -> tuple[int, int]:
-    """(tiles down, tiles across) of a picture: the largest grid of at most num_crops tiles that keeps its shape.
+class TileLayout(NamedTuple):
+    """Where a picture goes: its size in pixels once scaled, and the grid of tiles that holds it after padding."""
 
-    The image processor's own rule: the largest s with s * ceil(s / ratio) <= num_crops, ratio >= 1.
+    width: int
+    """0 if the picture is too thin to keep one pixel; `height` likewise."""
+    height: int
+    tiles_down: int
+    tiles_across: int
+
+
+def tile_layout(width: int, height: int, num_crops: int, tile_size: int = 336) -> TileLayout:
+    """Layout of a picture of `width` x `height` pixels, by the published processor's rule.
+
+    The picture is scaled, up as well as down, to the widest grid of at most `num_crops` tiles that fits its ratio,
+    then padded on its short side to whole tiles. Portrait pictures are laid out transposed. tile_size: side of a tile,
+    pixels. Raises ValueError for sizes or crop numbers below 1.
     """
+    if width < 1 or height < 1:
+        raise ValueError(f"image size {width}x{height}: expected at least 1x1 pixels.")
+    if num_crops < 1:
+        raise ValueError(f"num_crops: {num_crops}; expected at least 1.")
     ratio = max(width, height) / min(width, height)
     scale = 1
     while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
         scale += 1
-    short = math.ceil(scale / ratio)
-    return (short, scale) if width >= height else (scale, short)
+    long = scale * tile_size
+    # A float division, truncated: exact integer arithmetic gives one row more for some sizes (golden 1414x1818).
+    short = int(long / ratio)
+    tiles = math.ceil(short / tile_size)
+    if width < height:
+        return TileLayout(short, long, scale, tiles)
+    return TileLayout(long, short, tiles, scale)
 
 
-def picture_tokens(geometry: Geometry, down: int, across: int) -> int:
-    """Image tokens of a picture of down x across tiles: local rows with separators, one between, the global view."""
-    grid = geometry.vision.image_size // geometry.vision.patch_size // 2
-    return down * grid * (across * grid + 1) + 1 + grid * (grid + 1)
+def num_image_tokens(tiles_down: int, tiles_across: int, tile_grid: int = 12) -> int:
+    """Image tokens of a picture: local and global tiles, one separator a row of each grid, one between the two.
+
+    tile_grid: side of a tile in image tokens.
+    """
+    return (tiles_down * tiles_across + 1) * tile_grid**2 + 1 + (tiles_down + 1) * tile_grid
+
+
+def tile_grid(vision: VisionGeometry) -> int:
+    """Side of a tile in image tokens: patches are merged 2 x 2."""
+    return vision.image_size // vision.patch_size // 2

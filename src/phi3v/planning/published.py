@@ -16,10 +16,11 @@ from typing import Literal
 from phi3v.planning.flops import Method, Work
 from phi3v.planning.geometry import (
     decoder_layer_linears,
+    num_image_tokens,
     parameters,
     patches_per_tile,
-    picture_tokens,
     quantised_parameters,
+    tile_grid,
     trainable_parameters,
 )
 from phi3v.planning.memory import GB, NF4_BYTES
@@ -95,7 +96,7 @@ class PublishedMemory:
 
 def published_work(geometry: Geometry) -> Work:
     """A mean example as the recipe's scripts run it: padded tiles, and the head at every position."""
-    image_tokens = min(MEAN_TOKENS, float(picture_tokens(geometry, 4, 4)))
+    image_tokens = min(MEAN_TOKENS, float(num_image_tokens(4, 4, tile_grid(geometry.vision))))
     return Work(1, MEAN_TOKENS, MEAN_TOKENS**2, PADDED_TILES, image_tokens, MEAN_TOKENS)
 
 

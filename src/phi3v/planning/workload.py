@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from phi3v.planning.flops import Work, example_work
-from phi3v.planning.geometry import picture_grid, picture_tokens
+from phi3v.planning.geometry import num_image_tokens, tile_grid, tile_layout
 from phi3v.settings import Dataset, Geometry, SettingsError, Workload, dataset_key
 
 # What a dataset without `workload` is taken for, per example: square pictures fill the largest grid there is.
@@ -43,8 +43,8 @@ def mean_and_longest(load: Workload, geometry: Geometry, num_crops: int) -> tupl
     """Work of a mean training example, and of the longest that its pictures' shapes make."""
     mean, longest = Work(), Work()
     for width, height, share in load.shapes:
-        down, across = picture_grid(width, height, num_crops)
-        tokens = load.pictures * picture_tokens(geometry, down, across) + load.text
+        _, _, down, across = tile_layout(width, height, num_crops, geometry.vision.image_size)
+        tokens = load.pictures * num_image_tokens(down, across, tile_grid(geometry.vision)) + load.text
         work = example_work(geometry, tokens, load.pictures * (down * across + 1), load.labels)
         mean = mean + work.scaled(share)
         longest = max(longest, work, key=lambda item: item.tokens)
