@@ -154,9 +154,9 @@ def main() -> None:
 
     import torch
 
+    from phi3v.demo.tiny import build_tiny
     from phi3v.evaluation import examples
     from phi3v.evaluation.run import _load, evaluate
-    from phi3v.model.tiny import build_tiny
     from phi3v.settings import EvaluateSettings
 
     with tempfile.TemporaryDirectory() as temporary:

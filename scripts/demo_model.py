@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="random weights (default: 0)")
     parser.add_argument("--geometry", type=setting, action="append", default=[], metavar="NAME=NUMBER")
     given = parser.parse_args()
-    from phi3v.model.tiny import build_tiny
+    from phi3v.demo.tiny import build_tiny
 
     folder = build_tiny(given.output_dir, texts(given.data_dirs), seed=given.seed, **dict(given.geometry))
     print(f"{folder}: a random tiny model of the official layout")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from phi3v.data.demo import SIZES, make_sources, resolve_sizes
+from phi3v.demo.sources import SIZES, make_sources, resolve_sizes
 
 
 def size(text: str) -> tuple[str, int]:

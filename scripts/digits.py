@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from phi3v.data.digits import HELD_OUT, write_digits
+from phi3v.demo.sources import HELD_OUT, write_digits
 
 
 def main() -> int:

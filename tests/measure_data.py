@@ -200,9 +200,9 @@ def load(folder: Path, lines: int) -> None:
 def lengths(folder: Path, rows: int) -> None:
     from phi3v.data import lengths as room
     from phi3v.data.loading import ConversationDataset
+    from phi3v.demo.tiny import train_tokenizer
     from phi3v.model.image_processing import Phi3VImageProcessor
     from phi3v.model.processing import Phi3VProcessor
-    from phi3v.model.tiny import train_tokenizer
 
     (folder / "images/p").mkdir(parents=True)
     page = noisy_page()

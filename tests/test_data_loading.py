@@ -33,9 +33,9 @@ from phi3v.data.conversion import convert_files
 from phi3v.data.loading import ConversationDataset, LineIndex, collate, split_file
 from phi3v.data.pictures import shard_order
 from phi3v.data.statistics import count_turns, padding_share, plot, write_statistics
+from phi3v.demo.tiny import train_tokenizer
 from phi3v.model.image_processing import Phi3VImageProcessor
 from phi3v.model.processing import Phi3VProcessor
-from phi3v.model.tiny import train_tokenizer
 from phi3v.training.batches import PickedExamples
 from phi3v.training.batching import BatchPlan, Grouping, Pick, PlannedBatches
 

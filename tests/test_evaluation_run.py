@@ -16,7 +16,7 @@ WORDS = ["red", "green", "blue", "what", "colour", "is", "this", "and", "that", 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    from phi3v.model.tiny import build_tiny
+    from phi3v.demo.tiny import build_tiny
 
     return build_tiny(tmp_path_factory.mktemp("model") / "tiny", [" ".join(WORDS)] * 3, seed=1)
 

@@ -18,8 +18,8 @@ def demo(root):
 def test_geometry_of_the_demos_models_is_the_tiny_models(demo, tmp_path):
     """The same layer sizes as the checkpoint that the demo makes; only the vocabulary depends on its texts."""
     torch = pytest.importorskip("torch")
+    from phi3v.demo.tiny import build_tiny
     from phi3v.model import Phi3VForCausalLM
-    from phi3v.model.tiny import build_tiny
 
     model = Phi3VForCausalLM.from_pretrained(build_tiny(tmp_path, ["some words", "some words"], **demo.demo.geometry))
     real = geometry_from_config(model.config.to_dict())

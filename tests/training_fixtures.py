@@ -43,7 +43,7 @@ def write_data(folder: Path, examples: int = 24, text_only_every: int = 0) -> Pa
 
 def write_model(folder: Path, **geometry: int) -> Path:
     """A tiny random checkpoint whose tokenizer knows the words of `write_data`."""
-    from phi3v.model.tiny import build_tiny
+    from phi3v.demo.tiny import build_tiny
 
     words = ["Which colour is the square ?", *COLOURS, *COLOURS, "square", "square", "Which colour is the square ?"]
     sizes = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 from golden.golden_common import image_from_spec, make_weight
 
+from phi3v.demo.tiny import build_tiny
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
-from phi3v.model.tiny import build_tiny
 
 GOLDEN = Path(__file__).resolve().parent
 IMAGE_TOKEN_ID = 32044

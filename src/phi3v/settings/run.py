@@ -98,7 +98,7 @@ class Demo(Strict):
     texts: list[str] = Field(min_length=1)
     """Datasets whose training texts the tokenizer learns."""
     geometry: dict[str, int]
-    """Shape of the tiny model: arguments of phi3v.model.tiny.build_tiny."""
+    """Shape of the tiny model: arguments of phi3v.demo.tiny.build_tiny."""
     mixture: str
     """Dataset that the tiny base model is first trained on."""
     base: DemoBase

@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from phi3v.data import demo_pictures, demo_tasks
-from phi3v.data.demo import SIZES, avi_bytes, make_sources, resolve_sizes
-from phi3v.data.digits import write_digits
+from phi3v.demo import pictures, tasks
+from phi3v.demo.sources import SIZES, avi_bytes, make_sources, resolve_sizes, write_digits
 
 SMALL = {
     "docvqa_train": 40,
@@ -74,14 +73,14 @@ def test_no_picture_occurs_twice(sources: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "pictures", "turns"), [("docvqa", 1, {2, 3}), ("hateful_memes", 1, {1}), ("nlvr2", 2, {2})]
+    ("name", "images", "turns"), [("docvqa", 1, {2, 3}), ("hateful_memes", 1, {1}), ("nlvr2", 2, {2})]
 )
-def test_cauldron_rows(sources: Path, name: str, pictures: int, turns: set[int]) -> None:
+def test_cauldron_rows(sources: Path, name: str, images: int, turns: set[int]) -> None:
     found = cauldron(sources, name)
     assert len(found) == SMALL.get(name, SMALL["docvqa_train"])
     assert {len(row["texts"]) for row in found} == turns
     for row in found:
-        assert len(row["images"]) == pictures
+        assert len(row["images"]) == images
         for image in row["images"]:
             assert set(image) == {"bytes", "path"}
             Image.open(io.BytesIO(image["bytes"])).load()
@@ -96,18 +95,18 @@ def test_mini_docvqa_rows(sources: Path) -> None:
         found = rows(sources / "docvqa_1200_examples" / "data" / f"{split}-00000-of-00001.parquet")
         assert len(found) == number
         assert len({row["id"] for row in found}) == number
-        values = {value for field in demo_tasks.SLIP_FIELDS.values() for value in field}
+        values = {value for field in tasks.SLIP_FIELDS.values() for value in field}
         for row in found:
             assert set(row) == {"id", "image", "query", "answers"}
-            assert row["query"]["en"] in demo_tasks.SLIP_QUESTIONS.values()
+            assert row["query"]["en"] in tasks.SLIP_QUESTIONS.values()
             assert row["answers"][0] in values
 
 
 @pytest.mark.parametrize("name", ["hateful_memes", "nlvr2"])
 def test_answers_are_balanced(name: str) -> None:
     """Whoever always says yes is right in half of the rows, whatever the question's words are."""
-    make = {"hateful_memes": demo_tasks.hateful_memes_row, "nlvr2": demo_tasks.nlvr2_row}[name]
-    drawn = [make(demo_tasks.rng_of(1, name, index)).turns[0] for index in range(2000)]
+    make = {"hateful_memes": tasks.hateful_memes_row, "nlvr2": tasks.nlvr2_row}[name]
+    drawn = [make(tasks.rng_of(1, name, index)).turns[0] for index in range(2000)]
     assert 0.45 < sum(answer == "Yes." for _, answer in drawn) / len(drawn) < 0.55
     by_question: dict[str, list[bool]] = {}
     for question, answer in drawn:
@@ -120,18 +119,18 @@ def test_answers_are_balanced(name: str) -> None:
 def test_a_meme_needs_word_and_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hateful exactly when a mean word stands beside a face."""
     seen: list[tuple[str, str]] = []
-    draw = demo_pictures.meme
+    draw = pictures.meme
 
     def spy(rng, figure, first, second):
         seen.append((figure, second))
         return draw(rng, figure, first, second)
 
-    monkeypatch.setattr(demo_pictures, "meme", spy)
+    monkeypatch.setattr(pictures, "meme", spy)
     combinations = Counter()
     for index in range(400):
-        row = demo_tasks.hateful_memes_row(demo_tasks.rng_of(2, "meme", index))
+        row = tasks.hateful_memes_row(tasks.rng_of(2, "meme", index))
         figure, word = seen[-1]
-        mean = word in demo_tasks.MEAN_WORDS
+        mean = word in tasks.MEAN_WORDS
         assert (row.turns[0][1] == "Yes.") == (mean and figure == "face")
         combinations[mean, figure] += 1
     assert len(combinations) == 4
@@ -140,16 +139,16 @@ def test_a_meme_needs_word_and_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_statements_say_what_the_pictures_show(monkeypatch: pytest.MonkeyPatch) -> None:
     cards: list[tuple[str, str]] = []
-    draw = demo_pictures.figure_card
+    draw = pictures.figure_card
 
     def spy(rng, kind, colour):
         cards.append((colour, kind))
         return draw(rng, kind, colour)
 
-    monkeypatch.setattr(demo_pictures, "figure_card", spy)
+    monkeypatch.setattr(pictures, "figure_card", spy)
     for index in range(300):
         cards.clear()
-        row = demo_tasks.nlvr2_row(demo_tasks.rng_of(2, "pair", index))
+        row = tasks.nlvr2_row(tasks.rng_of(2, "pair", index))
         assert len(row.pictures) == len(cards) == 2
         for question, answer in row.turns:
             said = re.match(r"One of the images shows (?:something|a) (\w+)\.", question).group(1)
@@ -166,7 +165,7 @@ def test_ucf101_archive(sources: Path) -> None:
         split, label, group = re.fullmatch(
             r"UCF101_subset/(train|val|test)/(\w+)/v_\2_g(\d\d)_c\d\d\.avi", name
         ).groups()
-        assert label in demo_tasks.UCF_CLASSES
+        assert label in tasks.UCF_CLASSES
         groups.setdefault(split, set()).add(group)
         with av.open(io.BytesIO(data)) as clip:
             assert sum(1 for _ in clip.decode(video=0)) == 16
@@ -174,18 +173,18 @@ def test_ucf101_archive(sources: Path) -> None:
     assert not groups["val"] & groups["test"]
 
 
-@pytest.mark.parametrize("name", list(demo_tasks.UCF_CLASSES))
+@pytest.mark.parametrize("name", list(tasks.UCF_CLASSES))
 def test_a_clip_shows_its_class(name: str) -> None:
     """Colour and direction survive the video codec: the ball's centre moves as the class says."""
     import av
 
-    colour, direction = demo_tasks.UCF_CLASSES[name]
-    frames = demo_tasks.clip_frames(demo_tasks.rng_of(5, name, 0), name, 16)
+    colour, direction = tasks.UCF_CLASSES[name]
+    frames = tasks.clip_frames(tasks.rng_of(5, name, 0), name, 16)
     with av.open(io.BytesIO(avi_bytes(frames))) as clip:
         decoded = [frame.to_image() for frame in clip.decode(video=0)]
 
     def centre(picture: Image.Image) -> tuple[float, float]:
-        target = demo_pictures.COLOURS[colour]
+        target = pictures.COLOURS[colour]
         ball = [
             (x, y)
             for x in range(0, picture.width, 2)
@@ -208,8 +207,8 @@ def test_letters_fit_their_cells() -> None:
     looks = set()
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
     for letter in letters:
-        picture = Image.new("L", (3 * demo_pictures.CELL, 3 * demo_pictures.CELL), 255)
-        demo_pictures.write(ImageDraw.Draw(picture), demo_pictures.CELL, demo_pictures.CELL, letter, 0)
+        picture = Image.new("L", (3 * pictures.CELL, 3 * pictures.CELL), 255)
+        pictures.write(ImageDraw.Draw(picture), pictures.CELL, pictures.CELL, letter, 0)
         left, top, right, bottom = Image.eval(picture, lambda value: 255 - value).getbbox()
         assert left >= 14
         assert top >= 14
@@ -220,13 +219,13 @@ def test_letters_fit_their_cells() -> None:
 
 
 def test_every_word_fits_its_place() -> None:
-    for name, values in demo_tasks.SLIP_FIELDS.items():
+    for name, values in tasks.SLIP_FIELDS.items():
         assert len(name) <= 3
         assert all(len(value) <= 4 for value in values)
         assert len(set(values)) == 8
-    words = (*demo_tasks.MEAN_WORDS, *demo_tasks.KIND_WORDS, *demo_tasks.MEME_OPENINGS)
+    words = (*tasks.MEAN_WORDS, *tasks.KIND_WORDS, *tasks.MEME_OPENINGS)
     assert all(len(word) <= 4 for word in words)
-    assert not set(demo_tasks.MEAN_WORDS) & set(demo_tasks.KIND_WORDS)
+    assert not set(tasks.MEAN_WORDS) & set(tasks.KIND_WORDS)
 
 
 @pytest.mark.parametrize(("sizes", "message"), [({"docvqa": 5}, "'docvqa' is unknown"), ({"nlvr2": 0}, "nlvr2 is 0")])

@@ -16,7 +16,7 @@ from random import Random
 
 from PIL import Image
 
-from phi3v.data import demo_pictures as pictures
+from phi3v.demo import pictures
 
 SLIP_FIELDS: dict[str, tuple[str, ...]] = {
     "FOR": ("ANNA", "OTTO", "EMIL", "RUTH", "IVAN", "LENA", "HUGO", "MAYA"),
@@ -42,17 +42,12 @@ PAIR_COLOURS = ("red", "green", "blue")
 PAIR_SHAPES = ("circle", "square", "cross")
 
 UCF_CLASSES: dict[str, tuple[str, str]] = {
-    "ApplyEyeMakeup": ("red", "right"),
-    "ApplyLipstick": ("red", "down"),
-    "Archery": ("green", "right"),
-    "BabyCrawling": ("green", "down"),
-    "BalanceBeam": ("blue", "right"),
-    "BandMarching": ("blue", "down"),
-    "BaseballPitch": ("yellow", "right"),
-    "Basketball": ("yellow", "down"),
-    "BasketballDunk": ("purple", "right"),
-    "BenchPress": ("purple", "down"),
-}
+    "ApplyEyeMakeup": ("red", "right"), "ApplyLipstick": ("red", "down"),
+    "Archery": ("green", "right"), "BabyCrawling": ("green", "down"),
+    "BalanceBeam": ("blue", "right"), "BandMarching": ("blue", "down"),
+    "BaseballPitch": ("yellow", "right"), "Basketball": ("yellow", "down"),
+    "BasketballDunk": ("purple", "right"), "BenchPress": ("purple", "down"),
+}  # fmt: skip
 """The recipe's ten class names; in the demo a class is the colour and the direction of a ball."""
 
 

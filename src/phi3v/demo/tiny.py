@@ -81,9 +81,11 @@ def train_tokenizer(texts: Iterable[str], max_tokens: int = 2000) -> PreTrainedT
         "padding_side": "right",
     }
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **config)
-    added = {str(i): {"content": str(t), "lstrip": t.lstrip, "normalized": t.normalized, "rstrip": t.rstrip,
-                      "single_word": t.single_word, "special": t.special}
-             for i, t in sorted(tokenizer.get_added_tokens_decoder().items())}  # fmt: skip
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = {
+        str(index): {flag: getattr(token, flag) for flag in flags}
+        for index, token in sorted(tokenizer.get_added_tokens_decoder().items())
+    }
     fast.published_config = {
         "add_bos_token": True,
         "add_eos_token": False,

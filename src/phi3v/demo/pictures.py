@@ -32,44 +32,20 @@ COLOURS: dict[str, Colour] = {
 
 # Seven rows of five dots for each character, the leftmost dot is the highest of five bits.
 _GLYPHS = {
-    "A": (14, 17, 17, 31, 17, 17, 17),
-    "B": (30, 17, 17, 30, 17, 17, 30),
-    "C": (14, 17, 16, 16, 16, 17, 14),
-    "D": (28, 18, 17, 17, 17, 18, 28),
-    "E": (31, 16, 16, 30, 16, 16, 31),
-    "F": (31, 16, 16, 30, 16, 16, 16),
-    "G": (14, 17, 16, 23, 17, 17, 15),
-    "H": (17, 17, 17, 31, 17, 17, 17),
-    "I": (14, 4, 4, 4, 4, 4, 14),
-    "J": (7, 2, 2, 2, 2, 18, 12),
-    "K": (17, 18, 20, 24, 20, 18, 17),
-    "L": (16, 16, 16, 16, 16, 16, 31),
-    "M": (17, 27, 21, 21, 17, 17, 17),
-    "N": (17, 25, 25, 21, 19, 19, 17),
-    "O": (14, 17, 17, 17, 17, 17, 14),
-    "P": (30, 17, 17, 30, 16, 16, 16),
-    "Q": (14, 17, 17, 17, 21, 18, 13),
-    "R": (30, 17, 17, 30, 20, 18, 17),
-    "S": (15, 16, 16, 14, 1, 1, 30),
-    "T": (31, 4, 4, 4, 4, 4, 4),
-    "U": (17, 17, 17, 17, 17, 17, 14),
-    "V": (17, 17, 17, 17, 17, 10, 4),
-    "W": (17, 17, 17, 21, 21, 27, 17),
-    "X": (17, 17, 10, 4, 10, 17, 17),
-    "Y": (17, 17, 10, 4, 4, 4, 4),
-    "Z": (31, 1, 2, 4, 8, 16, 31),
-    "0": (14, 17, 19, 21, 25, 17, 14),
-    "1": (4, 12, 4, 4, 4, 4, 14),
-    "2": (14, 17, 1, 6, 8, 16, 31),
-    "3": (30, 1, 1, 14, 1, 1, 30),
-    "4": (2, 6, 10, 18, 31, 2, 2),
-    "5": (31, 16, 30, 1, 1, 17, 14),
-    "6": (6, 8, 16, 30, 17, 17, 14),
-    "7": (31, 1, 2, 4, 8, 8, 8),
-    "8": (14, 17, 17, 14, 17, 17, 14),
-    "9": (14, 17, 17, 15, 1, 2, 12),
+    "A": (14, 17, 17, 31, 17, 17, 17), "B": (30, 17, 17, 30, 17, 17, 30), "C": (14, 17, 16, 16, 16, 17, 14),
+    "D": (28, 18, 17, 17, 17, 18, 28), "E": (31, 16, 16, 30, 16, 16, 31), "F": (31, 16, 16, 30, 16, 16, 16),
+    "G": (14, 17, 16, 23, 17, 17, 15), "H": (17, 17, 17, 31, 17, 17, 17), "I": (14, 4, 4, 4, 4, 4, 14),
+    "J": (7, 2, 2, 2, 2, 18, 12), "K": (17, 18, 20, 24, 20, 18, 17), "L": (16, 16, 16, 16, 16, 16, 31),
+    "M": (17, 27, 21, 21, 17, 17, 17), "N": (17, 25, 25, 21, 19, 19, 17), "O": (14, 17, 17, 17, 17, 17, 14),
+    "P": (30, 17, 17, 30, 16, 16, 16), "Q": (14, 17, 17, 17, 21, 18, 13), "R": (30, 17, 17, 30, 20, 18, 17),
+    "S": (15, 16, 16, 14, 1, 1, 30), "T": (31, 4, 4, 4, 4, 4, 4), "U": (17, 17, 17, 17, 17, 17, 14),
+    "V": (17, 17, 17, 17, 17, 10, 4), "W": (17, 17, 17, 21, 21, 27, 17), "X": (17, 17, 10, 4, 10, 17, 17),
+    "Y": (17, 17, 10, 4, 4, 4, 4), "Z": (31, 1, 2, 4, 8, 16, 31), "0": (14, 17, 19, 21, 25, 17, 14),
+    "1": (4, 12, 4, 4, 4, 4, 14), "2": (14, 17, 1, 6, 8, 16, 31), "3": (30, 1, 1, 14, 1, 1, 30),
+    "4": (2, 6, 10, 18, 31, 2, 2), "5": (31, 16, 30, 1, 1, 17, 14), "6": (6, 8, 16, 30, 17, 17, 14),
+    "7": (31, 1, 2, 4, 8, 8, 8), "8": (14, 17, 17, 14, 17, 17, 14), "9": (14, 17, 17, 15, 1, 2, 12),
     " ": (0, 0, 0, 0, 0, 0, 0),
-}
+}  # fmt: skip
 
 
 def png_bytes(picture: Image.Image) -> bytes:
@@ -92,11 +68,7 @@ def shade(rng: Random, colour: Colour, spread: int = 20) -> Colour:
 
 
 def write(canvas: ImageDraw.ImageDraw, left: int, top: int, text: str, ink: Colour) -> None:
-    """Draw `text` with its top left corner at (`left`, `top`); each font dot is 2 x 2 pixels.
-
-    Raises:
-        KeyError: a character that the bitmap font lacks (it has A-Z, 0-9 and the space).
-    """
+    """Draw `text` (A-Z, 0-9, space) with its top left corner at (`left`, `top`); each font dot is 2 x 2 pixels."""
     for character in text:
         for row, bits in enumerate(_GLYPHS[character]):
             for column in range(5):
@@ -125,20 +97,16 @@ def page(rng: Random, lines: list[tuple[str, str]]) -> Image.Image:
 
 
 def shape(canvas: ImageDraw.ImageDraw, kind: str, box: tuple[int, int, int, int], fill: Colour) -> None:
-    """Draw a filled circle, square, triangle or cross into `box` = (left, top, right, bottom)."""
+    """Draw a filled circle, square or cross into `box` = (left, top, right, bottom)."""
     left, top, right, bottom = box
     if kind == "circle":
         canvas.ellipse(box, fill=fill)
     elif kind == "square":
         canvas.rectangle(box, fill=fill)
-    elif kind == "triangle":
-        canvas.polygon([((left + right) // 2, top), (right, bottom), (left, bottom)], fill=fill)
-    elif kind == "cross":
+    else:
         third_x, third_y = (right - left) // 3, (bottom - top) // 3
         canvas.rectangle((left + third_x, top, right - third_x, bottom), fill=fill)
         canvas.rectangle((left, top + third_y, right, bottom - third_y), fill=fill)
-    else:
-        raise ValueError(f"shape {kind!r} is unknown, expected circle, square, triangle or cross")
 
 
 def face(canvas: ImageDraw.ImageDraw, box: tuple[int, int, int, int], fill: Colour) -> None:
@@ -207,11 +175,7 @@ def printed_digit(rng: Random, digit: str, side: int = 8) -> Image.Image:
 
 
 def moving_frames(rng: Random, colour: str, direction: str, frames: int, side: int = 64) -> list[Image.Image]:
-    """A coloured ball that crosses a square picture of `side` pixels in `frames` frames.
-
-    Args:
-        direction: "right" (from left to right, at any height) or "down" (from top to bottom, anywhere across).
-    """
+    """A coloured ball that crosses a square of `side` pixels; direction: "right" (at any height) or "down"."""
     ground, fill = paper(rng), shade(rng, COLOURS[colour])
     size = side * rng.randint(38, 48) // 100
     start, end = rng.randint(0, 4), side - size - rng.randint(1, 5)

@@ -6,8 +6,8 @@ import pytest
 from golden.golden_common import make_image
 from golden.helpers import TEXTS, tiny_folder
 
+from phi3v.demo.tiny import build_tiny, train_tokenizer
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
-from phi3v.model.tiny import build_tiny, train_tokenizer
 
 
 def test_words_are_single_tokens_with_spaces_and_line_breaks_as_published():
