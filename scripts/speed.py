@@ -26,8 +26,8 @@ def main() -> int:
     """Parse, measure, and turn a wrong setting into one line."""
     settings = parse(SpeedSettings, __doc__ or "")
     leave_out_unused(settings)
+    from phi3v.benchmark.speed import measure
     from phi3v.training.finetune import EXPECTED_ERRORS
-    from phi3v.training.speed import measure
 
     try:
         return measure(settings)

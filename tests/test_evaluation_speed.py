@@ -11,7 +11,14 @@ import pytest
 @pytest.mark.verify
 @pytest.mark.parametrize(("size", "examples", "batch"), [("tiny", 72, 24), ("mid", 16, 16)])
 def test_batches_are_three_times_as_fast_with_the_same_answers(root, size, examples, batch):
-    command = [sys.executable, str(root / "scripts/bench_evaluation.py"), "--size", size, "--examples", str(examples)]
+    command = [
+        sys.executable,
+        str(root / "benchmarks/bench_evaluation.py"),
+        "--size",
+        size,
+        "--examples",
+        str(examples),
+    ]
     command += ["--batch", str(batch)]
     environment = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True, env=environment)

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 
 from transformers.training_args import ParallelMode  # noqa: E402
 
+from phi3v.benchmark import speed  # noqa: E402
 from phi3v.evaluation import predict as prediction  # noqa: E402
 from phi3v.evaluation import processes  # noqa: E402
 from phi3v.model import runtime  # noqa: E402
@@ -22,7 +23,6 @@ from phi3v.settings import (  # noqa: E402
     SettingsError,
     SpeedSettings,
 )
-from phi3v.training import speed  # noqa: E402
 from phi3v.training.finetune import explain_failure  # noqa: E402
 from phi3v.training.job import build, deterministic_kernels  # noqa: E402
 

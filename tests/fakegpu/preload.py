@@ -30,5 +30,6 @@ def preload() -> None:
     with on_machine():
         import deepspeed  # noqa: F401
 
+        from phi3v.benchmark import speed  # noqa: F401
         from phi3v.model import adapters, modeling  # noqa: F401
-        from phi3v.training import finetune, job, speed  # noqa: F401
+        from phi3v.training import finetune, job  # noqa: F401

@@ -360,11 +360,9 @@ def _not_comparable(run: ResolvedRun, line: AccuracyLine) -> str:
 
 
 def _unsteady(speed: dict[str, Any]) -> list[str]:
-    """A note where the windows of a speed row differ by more than STEADY, with what other programs took meanwhile."""
-    if speed.get("spread", 0.0) <= STEADY:
-        return []
-    taken = max(window.get("neighbour_cores", 0.0) for window in speed["repeats"])
-    return [f"its windows differ by {100 * speed['spread']:.0f} %; other programs took up to {taken:.2f} of a core"]
+    """A note if the windows of a speed row differ by more than STEADY."""
+    spread = speed.get("spread", 0.0)
+    return [f"its windows differ by {100 * spread:.0f} %"] if spread > STEADY else []
 
 
 def _notes(job: Job, trained: dict[str, Any], manifest: dict[str, Any] | None) -> list[str]:

@@ -31,6 +31,7 @@ from phi3v.planning.geometry import geometry_from_config
 from phi3v.planning.memory import memory, probe_bytes
 from phi3v.planning.roofline import step_time
 from phi3v.planning.setup import Constants, Setup
+from phi3v.planning.utilisation import hardware_entry
 from phi3v.settings import FinetuneSettings, Hardware, SettingsError
 from phi3v.training import checkpoints
 from phi3v.training.batches import model_inputs, tiles_of
@@ -45,7 +46,6 @@ from phi3v.training.memory import (
 )
 from phi3v.training.observe import device_name
 from phi3v.training.recompute import INTERVALS, interval_of, recomputation, recompute_layers
-from phi3v.training.utilisation import HARDWARE_FILES, hardware_entry
 from phi3v.training.watching import say
 
 FILE = "micro_batch.json"
@@ -305,7 +305,7 @@ def ways_of(settings: FinetuneSettings, setup: Setup, device: torch.device) -> l
     intervals = INTERVALS if settings.recompute is None else (interval_of(settings.recompute),)
     ways = [Way(size, interval) for size in _sizes(settings, setup.devices) for interval in intervals]
     ways.sort(key=lambda way: (way.share, -way.size))
-    entry = hardware_entry(device_name(device), HARDWARE_FILES)
+    entry = hardware_entry(device_name(device))
     if entry is not None:
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         placed = replace(setup, hardware=entry[1], nodes=nodes, per_node=setup.devices // nodes)

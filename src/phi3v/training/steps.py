@@ -10,13 +10,13 @@ import torch
 from transformers import TrainerCallback
 
 from phi3v.manifest import write_json
+from phi3v.planning.utilisation import Utilisation
 from phi3v.settings import FinetuneSettings
 from phi3v.training.census import Census
 from phi3v.training.lock import FolderLock, LockedError
 from phi3v.training.meter import StepCounts
 from phi3v.training.observe import Observer
 from phi3v.training.signals import StopRequest
-from phi3v.training.utilisation import Utilisation
 from phi3v.training.watching import say
 
 

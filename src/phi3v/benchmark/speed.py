@@ -1,11 +1,10 @@
 """Measure the speed of one row: what scripts/speed.py runs in every process.
 
 The steps are fine-tuning's own: same batches, loss, optimizer and loop. Start-up, warm-up, evaluation and saving are
-outside the timed windows; waiting for data is inside, and its share is told. So is what other programs took of the CPUs:
-windows that differ on a machine of one's own say something about the row, on a shared one about the neighbours.
+outside the timed windows. Waiting for data is inside, and its share is reported.
 
-speed.json holds medians over the windows, each window under `repeats`, memory as the
-largest of all processes, and the fingerprint of what it ran on.
+speed.json holds medians over the windows, each window under `repeats`, memory as the largest of all processes, and the
+fingerprint of what it ran on.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import resource
 import shutil
 import statistics
 import time
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,22 +21,23 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from phi3v.benchmark.machine import check_devices, fingerprint, found_devices, measured_peak
 from phi3v.manifest import write_json, write_manifest
-from phi3v.model.runtime import compute_device
 from phi3v.planning.flops import FORMULA, Work
-from phi3v.planning.hardware import hardware_of_device
-from phi3v.settings import Hardware, SettingsError, SpeedSettings, read_entries
+from phi3v.planning.utilisation import Utilisation, utilisation_of
+from phi3v.settings import SettingsError, SpeedSettings
 from phi3v.training.finetune import headline, largest, leave, observe, say_attention
-from phi3v.training.fingerprint import fingerprint
 from phi3v.training.job import Job, build
 from phi3v.training.memory import explain_memory, peak_memory_bytes
-from phi3v.training.neighbours import Neighbours
 from phi3v.training.observe import Observer, device_name
-from phi3v.training.profiling import OPERATORS, STEPS, TABLE, TRACE, Profile
 from phi3v.training.signals import StopRequest
 from phi3v.training.steps import StepCallback
-from phi3v.training.utilisation import Utilisation, measured_peak, utilisation_of
 from phi3v.training.watching import Progress, say
+
+PROFILED_STEPS = 3
+"""Optimizer steps under the profiler."""
+TRACE, TABLE = "trace.json.gz", "operators.txt"
+OPERATORS = 20
 
 
 @dataclass
@@ -54,8 +53,6 @@ class Window:
     work: Work = field(default_factory=Work)
     loading_seconds: float = 0.0
     """Spent waiting for data by the process that waited longest."""
-    neighbour_seconds: float = 0.0
-    """CPU seconds that other programs took meanwhile, on the machine where they took most."""
 
     def rates(self, utilisation: Utilisation) -> dict[str, float | None]:
         """What speed.json says of a window: rates over all processes, MFU and HFU of one."""
@@ -64,7 +61,6 @@ class Window:
             "tokens_per_second": self.tokens / self.seconds,
             "step_seconds": self.seconds / self.steps,
             "loading_share": self.loading_seconds / self.seconds,
-            "neighbour_cores": self.neighbour_seconds / self.seconds,
             **utilisation.of(self.work, self.seconds),
         }
 
@@ -80,7 +76,6 @@ class Stopwatch(TrainerCallback):
     repeats: int
     windows: list[Window] = field(default_factory=list)
     _started: float = 0.0
-    _neighbours: Neighbours = field(default_factory=Neighbours)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         timed = state.global_step - self.warmup_steps
@@ -111,11 +106,39 @@ class Stopwatch(TrainerCallback):
             window = self.windows[-1]
             window.seconds = now - self._started
             window.loading_seconds = largest(window.loading_seconds, self.device)
-            window.neighbour_seconds = largest(self._neighbours.seconds(), self.device)
         if len(self.windows) < self.repeats:
             self.windows.append(Window())
-        self._neighbours.seconds()
         self._started = time.perf_counter()
+
+
+class Profile(TrainerCallback):
+    """Profiles the steps after `after_step` on the first process, into FOLDER/trace.json.gz and FOLDER/operators.txt.
+
+    The trace opens in https://ui.perfetto.dev or chrome://tracing. Profiling slows the steps down, so nothing is timed
+    meanwhile.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, after_step: int) -> None:
+        self.folder, self.device, self.after_step = folder, device, after_step
+        self._profiler: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if state.global_step == self.after_step:
+            kinds = [torch.profiler.ProfilerActivity.CPU]
+            if self.device.type == "cuda":
+                kinds.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profiler = torch.profiler.profile(activities=kinds)
+            self._profiler.start()
+        elif self._profiler is not None and state.global_step == self.after_step + PROFILED_STEPS:
+            self._profiler.stop()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._profiler.export_chrome_trace(str(self.folder / TRACE))
+            by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+            table = self._profiler.key_averages().table(sort_by=by, row_limit=OPERATORS, max_name_column_width=60)
+            (self.folder / TABLE).write_text(f"{PROFILED_STEPS} optimizer steps\n{table}\n", encoding="utf-8")
+            self._profiler = None
 
 
 def check_timing(settings: SpeedSettings) -> None:
@@ -123,45 +146,6 @@ def check_timing(settings: SpeedSettings) -> None:
     for name, least in (("speed_warmup_steps", 10), ("repeats", 3)):
         if getattr(settings, name) < least:
             raise SettingsError(f"command line: field `{name}`: got {getattr(settings, name)}: expected >= {least}")
-
-
-def found_devices(settings: SpeedSettings) -> list[str]:
-    """Names of the CUDA devices of this machine that this process may use. Raises SettingsError, see compute_device."""
-    if compute_device(settings).type == "cpu":
-        return []
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
-def check_devices(settings: SpeedSettings, found: list[str]) -> None:
-    """Raises SettingsError, with what was found, where the row's machine is not here; --stand_in allows it.
-
-    found: names of this machine's devices (found_devices). Asked for are the number of processes, a device for each of
-    this machine's, and the kind: that each device's name means the hardware entry `expect_hardware`.
-    """
-    here, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    seen = ", ".join(f"{count} x {name}" for name, count in Counter(found).items()) or "no CUDA device"
-    row = f"row {settings.row or '(unnamed)'}"
-    if found and local > len(found):
-        raise SettingsError(f"{row}: {local} processes were started on this machine, it has {seen}; expected one each")
-    missing = []
-    if settings.expect_processes and here != settings.expect_processes:
-        missing.append(f"field `expect_processes`: the row needs {settings.expect_processes} processes, found {here}")
-    if settings.expect_hardware:
-        entries = read_entries(settings.hardware, Hardware, Path())
-        if settings.expect_hardware not in entries:
-            raise SettingsError(
-                f"{row}: field `expect_hardware`: got {settings.expect_hardware!r}: expected one of "
-                f"{', '.join(sorted(entries))}"
-            )
-        is_cpu = entries[settings.expect_hardware].kind == "cpu"
-        kinds = {hardware_of_device(name, entries) for name in found} or {None}
-        if not is_cpu and kinds != {settings.expect_hardware}:
-            missing.append(f"field `expect_hardware`: the row needs {entries[settings.expect_hardware].title}")
-    if missing and not settings.stand_in:
-        raise SettingsError(
-            f"{row}: {'; '.join(missing)}; this machine has {seen}; --stand_in measures here all the same and labels "
-            "the result"
-        )
 
 
 def measure(settings: SpeedSettings) -> int:
@@ -176,7 +160,7 @@ def measure(settings: SpeedSettings) -> int:
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     quiet = {"eval_steps": 0, "keep_best": False, "early_stopping_patience": 0, "save_steps": 0, "save_minutes": 0}
-    changes = {"max_steps": timed + STEPS * settings.profile, "report_to": [], **quiet}
+    changes = {"max_steps": timed + PROFILED_STEPS * settings.profile, "report_to": [], **quiet}
     job = build(settings.model_copy(update=changes), output, trackers=False)
     if job.is_main:
         (output / "manifest.json").unlink(missing_ok=True)
@@ -203,7 +187,7 @@ def measure(settings: SpeedSettings) -> int:
         job.trainer.train()
     train_seconds += time.perf_counter()
     if cpu:
-        # Once more: a neighbour's work in that moment is not the CPU's peak.
+        # Again after the timing: the larger rate was less disturbed by other programs.
         peak, source = max(*peaks, measured_peak(settings.dtype))
         counting = replace(counting, peak_tflops=peak, peak_source=source)
     result = speed_result(settings, job, stopwatch.windows, counting, observe(job, watch, train_seconds))
@@ -217,7 +201,9 @@ def measure(settings: SpeedSettings) -> int:
         )  # fmt: skip
         say(summary(result))
         if settings.profile:
-            say(f"{output}/profile: {TRACE} of {STEPS} steps, and the {OPERATORS} longest operators in {TABLE}")
+            say(
+                f"{output}/profile: {TRACE} of {PROFILED_STEPS} steps, and the {OPERATORS} longest operators in {TABLE}"
+            )
     return leave(0)
 
 
@@ -278,7 +264,7 @@ def summary(result: dict[str, Any]) -> str:
     lines = [
         f"{result['images_per_second']:.3f} img/s, {result['tokens_per_second_per_device']:.0f} tokens/s a device, "
         f"{result['step_seconds']:.3f} s a step, spread {100 * result['spread']:.1f} %, waiting for data "
-        f"{100 * result['loading_share']:.1f} %, other programs took {result['neighbour_cores']:.2f} of a core",
+        f"{100 * result['loading_share']:.1f} %",
         f"peak {result['peak_memory_bytes'] / 2**30:.2f} GiB"
         + _reserved(result)
         + f", {result['resident_memory_bytes'] / 2**30:.2f} GiB of the machine's memory, a process",

@@ -3,25 +3,19 @@
 import gzip
 import json
 import os
-import subprocess
-import sys
-import time
 import types
 
-import psutil
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from training_fixtures import finish, launch, write_data, write_model  # noqa: E402
 
+from phi3v.benchmark import machine, speed  # noqa: E402
 from phi3v.planning import example_work, geometry_from_config, training_flops  # noqa: E402
 from phi3v.planning.flops import Work  # noqa: E402
+from phi3v.planning.utilisation import Utilisation, utilisation_of  # noqa: E402
 from phi3v.settings import SettingsError, SpeedSettings  # noqa: E402
-from phi3v.training import fingerprint as marks  # noqa: E402
-from phi3v.training import speed  # noqa: E402
-from phi3v.training.neighbours import Neighbours  # noqa: E402
-from phi3v.training.utilisation import Utilisation, utilisation_of  # noqa: E402
 
 SMI = """#!/bin/sh
 case "$*" in
@@ -68,7 +62,6 @@ def test_medians_of_windows_after_the_warmup(measured):
     assert result["images_per_second"] == pytest.approx(8 / result["step_seconds"])
     assert result["tokens_per_second_per_device"] == pytest.approx(result["tokens_per_second"] / 2)
     assert 0 < result["loading_share"] < 1
-    assert all(0 <= window["neighbour_cores"] < os.cpu_count() for window in result["repeats"])
     assert (result["world_size"], result["stand_in"], result["row"]) == (2, True, "x-lora")
     assert (folder / "manifest.json").is_file()
     assert not (folder / "checkpoints").exists()
@@ -121,37 +114,6 @@ def test_windows_start_after_the_warmup_and_end_before_the_profile():
     assert all(window.seconds > 0 for window in watch.windows)
 
 
-COMPUTE = [sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"]
-
-
-def test_another_program_is_a_neighbour():
-    """setsid --fork: its parent ends at once, so it is no child of this process."""
-    neighbours = Neighbours()
-    subprocess.run(["setsid", "--fork", *COMPUTE], check=True)
-    taken, deadline = 0.0, time.monotonic() + 60
-    while taken < 0.4 and time.monotonic() < deadline:
-        time.sleep(0.1)
-        taken += neighbours.seconds()
-    assert taken >= 0.4
-
-
-def test_this_process_and_its_children_are_no_neighbours(monkeypatch):
-    others = 7.0
-
-    def machine():
-        return types.SimpleNamespace(user=sum(os.times()[:4]) + others, system=0.0)
-
-    monkeypatch.setattr(psutil, "cpu_times", machine)
-    neighbours = Neighbours()
-    subprocess.run(COMPUTE, check=True)
-    until = time.process_time() + 0.3
-    while time.process_time() < until:
-        pass
-    assert neighbours.seconds() == pytest.approx(0, abs=0.05)
-    others = 7.25
-    assert neighbours.seconds() == pytest.approx(0.25, abs=0.05)
-
-
 def test_fewer_warmups_or_repeats_are_refused():
     for name, least in (("speed_warmup_steps", 10), ("repeats", 3)):
         with pytest.raises(SettingsError, match=f"field `{name}`: got {least - 1}: expected >= {least}"):
@@ -171,20 +133,20 @@ def test_other_devices_than_the_rows_are_refused_with_what_was_found(monkeypatch
     wanted = {"expect_hardware": "a100-80gb"}
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    speed.check_devices(settings(**wanted), A100)
+    machine.check_devices(settings(**wanted), A100)
     with pytest.raises(SettingsError, match=r"needs NVIDIA A100 80 GB; this machine has 8 x NVIDIA A100-SXM4-40GB"):
-        speed.check_devices(settings(**wanted), ["NVIDIA A100-SXM4-40GB"] * 8)
-    with pytest.raises(SettingsError, match="this machine has no CUDA device; --stand_in measures here all the same"):
-        speed.check_devices(settings(**wanted), [])
-    speed.check_devices(settings(**wanted, stand_in=True), [])
+        machine.check_devices(settings(**wanted), ["NVIDIA A100-SXM4-40GB"] * 8)
+    with pytest.raises(SettingsError, match="this machine has no CUDA device; --stand_in measures here anyway"):
+        machine.check_devices(settings(**wanted), [])
+    machine.check_devices(settings(**wanted, stand_in=True), [])
     with pytest.raises(SettingsError, match="8 processes were started on this machine, it has 1 x Tesla T4"):
-        speed.check_devices(settings(stand_in=True), ["Tesla T4"])
+        machine.check_devices(settings(stand_in=True), ["Tesla T4"])
     with pytest.raises(SettingsError, match="got 'a100': expected one of a10, a100-40gb"):
-        speed.check_devices(settings(expect_hardware="a100"), A100)
+        machine.check_devices(settings(expect_hardware="a100"), A100)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(SettingsError, match=r"row full-8: .*needs 8 processes, found 4"):
-        speed.check_devices(settings(**wanted), A100)
+        machine.check_devices(settings(**wanted), A100)
 
 
 def test_the_script_refuses_before_it_loads_anything(folders):
@@ -250,16 +212,16 @@ def test_facts_of_a_gpu_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     properties = types.SimpleNamespace(uuid="42")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert marks.gpu_facts(torch.device("cuda")) == {"power_limit_w": 400.0, "driver": "550.54.15"}
+    assert machine.gpu_facts(torch.device("cuda")) == {"power_limit_w": 400.0, "driver": "550.54.15"}
     properties.uuid = "GPU-77"
-    assert marks.gpu_facts(torch.device("cuda")) == {"power_limit_w": None, "driver": None}
-    assert marks.interconnect() == "NV12"
+    assert machine.gpu_facts(torch.device("cuda")) == {"power_limit_w": None, "driver": None}
+    assert machine.interconnect() == "NV12"
     for port in range(8):
         rate = tmp_path / f"mlx5_{port}" / "ports" / "1" / "rate"
         rate.parent.mkdir(parents=True)
         rate.write_text("200 Gb/sec (4X HDR)\n")
-    monkeypatch.setattr(marks, "INFINIBAND", tmp_path)
-    assert marks.network() == "8 x 200 Gb/sec (4X HDR)"
+    monkeypatch.setattr(machine, "INFINIBAND", tmp_path)
+    assert machine.network() == "8 x 200 Gb/sec (4X HDR)"
 
 
 def test_what_rocm_does_not_say_is_null(monkeypatch, tmp_path):
@@ -271,13 +233,13 @@ def test_what_rocm_does_not_say_is_null(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace())
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    mark = marks.fingerprint(torch.device("cuda"), tmp_path)
+    mark = machine.fingerprint(torch.device("cuda"), tmp_path)
     assert (mark["devices"], mark["rocm"]) == ({"AMD Instinct MI300X": 1}, "6.4.43482")
     assert [mark[name] for name in ("power_limit_w", "driver", "interconnect", "nccl")] == [None] * 4
 
 
 def test_revision_of_the_data(tmp_path):
-    assert marks.dataset_revision(tmp_path) is None
+    assert machine.dataset_revision(tmp_path) is None
     source = {"train": {"format": "cauldron", "url": "hf://x", "revision": "abc", "sha256": "12", "files": 1}}
     (tmp_path / "dataset.json").write_text(json.dumps({"source": source}))
-    assert marks.dataset_revision(tmp_path) == {"train": {"url": "hf://x", "revision": "abc", "sha256": "12"}}
+    assert machine.dataset_revision(tmp_path) == {"train": {"url": "hf://x", "revision": "abc", "sha256": "12"}}

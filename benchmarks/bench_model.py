@@ -1,10 +1,10 @@
 """Speed of the model on a CPU, beside the published code's figures on the same workloads.
 
-    python scripts/bench_model.py                           # everything, 2 threads, medians of 5
-    python scripts/bench_model.py --only train generate --repeats 3
-    python scripts/bench_model.py --profile train_full      # where the time of a step goes
-    python scripts/bench_model.py --write_full_size FOLDER  # a random checkpoint of the published size, 8.3 GB
-    python scripts/bench_model.py --run_full_size FOLDER    # load it and run one forward pass: time and peak memory
+    python benchmarks/bench_model.py                           # everything, 2 threads, medians of 5
+    python benchmarks/bench_model.py --only train generate --repeats 3
+    python benchmarks/bench_model.py --profile train_full      # where the time of a step goes
+    python benchmarks/bench_model.py --write_full_size FOLDER  # a random checkpoint of the published size, 8.3 GB
+    python benchmarks/bench_model.py --run_full_size FOLDER    # load it and run one forward pass: time and peak memory
 
 Workloads and reference figures: tests/golden/README.md, "How fast the official code is". Prints JSON. A figure is only
 worth something on an idle machine: the load before and after stands in the output.

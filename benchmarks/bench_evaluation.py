@@ -1,7 +1,7 @@
 """Evaluation in batches against one example at a time: examples a second, and whether the answers are the same.
 
-    OMP_NUM_THREADS=2 python scripts/bench_evaluation.py --size tiny --examples 64 --batch 16
-    OMP_NUM_THREADS=2 python scripts/bench_evaluation.py --size mid --examples 32 --batch 16 --dtype bf16
+    OMP_NUM_THREADS=2 python benchmarks/bench_evaluation.py --size tiny --examples 64 --batch 16
+    OMP_NUM_THREADS=2 python benchmarks/bench_evaluation.py --size mid --examples 32 --batch 16 --dtype bf16
 
 A random model and drawn pages; prints JSON. Each answer that differs is generated again both ways, and shown with the
 first step where the two part: the gap between the two best logits there, and how far the logits of both ways are apart.
