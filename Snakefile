@@ -60,10 +60,12 @@ rule plan:
 
 
 # A row's id is a target, with all its seeds: `snakemake phi3-docvqa-lora-bf16`; a single seed's id is another.
-for target, jobs in {
-    **{job.row.row: [job] for job in JOBS},
-    **RUN.by_table_row(),
-}.items():
+try:
+    TARGETS = RUN.targets(known.name for known in workflow.rules)
+except settings.SettingsError as error:
+    raise WorkflowError(f"wrong settings, nothing was started\n{error}")
+
+for target, jobs in TARGETS.items():
 
     rule:
         name:

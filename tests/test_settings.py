@@ -302,6 +302,13 @@ def test_bare_flags_mean_what_the_recipe_means():
     assert parsed.freeze_vision_model == "vision"
     assert parsed.dtype == "fp16"  # the recipe: no --bf16 is fp16
     assert not parsed.tqdm
+
+
+@pytest.mark.parametrize("adapters", [{"use_qlora": True}, {"use_qlora": True, "use_lora": False}, {"use_qlora": "on"}])
+def test_qlora_is_lora_however_the_settings_are_made(adapters):
+    values = {"model_name_or_path": "m", "output_dir": "o", **adapters}
+    assert settings.FinetuneSettings(**values).use_lora
+    assert settings.FinetuneSettings.model_validate(values).use_lora
     assert settings.parse(settings.FinetuneSettings, "", [*BASE, "--use_qlora"]).use_lora
 
 

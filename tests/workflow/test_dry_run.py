@@ -121,6 +121,20 @@ def test_wrong_settings_stop_before_any_job(snakemake, setting, said):
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize("name", ["all", "finetune"])
+def test_a_row_must_not_have_the_name_of_a_rule(snakemake, root, tmp_path, name):
+    table = (root / "config/accuracy.tsv").read_text()
+    (tmp_path / "own.tsv").write_text(table.replace("phi35-nlvr2-full-bf16\t", f"{name}\t", 1))
+    values = yaml.safe_load((root / "config/config.yaml").read_text())
+    values["files"]["accuracy"] = [str(tmp_path / "own.tsv")]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    code, output = snakemake("-n", "--configfile", str(tmp_path / "run.yaml"))
+    assert code != 0
+    assert f"own.tsv: row `{name}`: field `row`: got '{name}': the workflow has a rule of this name" in output
+    assert "expected a name that no rule has" in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize(("device", "rows"), [("h100", 38), ("l40s", 18)])
 def test_one_gpu_runs_the_rows_that_fit(snakemake, device, rows):
     """80 GB hold every accuracy row, full fine-tuning tightly; 48 GB hold the LoRA and QLoRA rows."""

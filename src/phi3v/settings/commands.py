@@ -151,8 +151,9 @@ class FinetuneSettings(Compute):
 
     @model_validator(mode="after")
     def _qlora_is_lora(self) -> FinetuneSettings:
-        if self.use_qlora and not self.use_lora:
-            return self.model_copy(update={"use_lora": True})
+        if self.use_qlora:
+            # In place: a copy would be lost where the constructor is called. The class is frozen.
+            object.__setattr__(self, "use_lora", True)
         return self
 
     @model_validator(mode="after")

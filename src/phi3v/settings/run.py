@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ class Job(BaseModel):
 
     row: AccuracyRow | SpeedRow
     """`row.row` is the job's id: the table row's, or ROW-seedN."""
+    table: str
+    """File of the table that the row stands in."""
     table_row: str
     """Id of the line in the table; the jobs of a row's seeds share it."""
     seed: int
@@ -200,6 +203,21 @@ class ResolvedRun(BaseModel):
         for job in (*self.accuracy, *self.speed):
             grouped.setdefault(job.table_row, []).append(job)
         return grouped
+
+    def targets(self, rules: Iterable[str]) -> dict[str, list[Job]]:
+        """Name of each target to its jobs: a row's id to those of all its seeds, a seed's id to its own.
+
+        rules: names that the workflow's rules have already. Raises SettingsError for a row of such a name.
+        """
+        found = {**{name: [job] for name, job in self._by_id.items()}, **self.by_table_row()}
+        taken = sorted(found.keys() & set(rules))
+        if taken:
+            job = found[taken[0]][0]
+            raise SettingsError(
+                f"{job.table}: row `{job.table_row}`: field `row`: got {taken[0]!r}: the workflow has a rule of this name; "
+                "expected a name that no rule has"
+            )
+        return found
 
 
 def _apply_overrides(
@@ -414,7 +432,7 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
             pool, nodes, processes = placed
             jobs[kind] += [
                 Job(
-                    row=own, table_row=row.row, seed=seed, pool=pool, nodes=nodes, processes_per_node=processes,
+                    row=own, table=path, table_row=row.row, seed=seed, pool=pool, nodes=nodes, processes_per_node=processes,
                     departures=departures, num_crops=row.num_crops or datasets[row.dataset].num_crops,
                 )
                 for own, seed in _seeded(row, run.seed)
