@@ -16,7 +16,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from phi3v.manifest import digest_file
+from phi3v.provenance.manifest import digest_file
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ("workflow", "data", "report", "train-cuda")

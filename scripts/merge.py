@@ -38,12 +38,18 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     from phi3v.model.adapters import base_of, merge
-    from phi3v.model.card import find_manifest, write_card
+    from phi3v.model.card import write_card
+    from phi3v.provenance.manifest import parent_file
 
     try:
         dtype, quantised_as = (getattr(torch, name) if name else None for name in (chosen.dtype, chosen.quantised_as))
         report = merge(chosen.adapter, chosen.out, dtype, quantised_as=quantised_as)
-        write_card(chosen.out, base_of(chosen.adapter), chosen.manifest or find_manifest(chosen.adapter), report)
+        write_card(
+            chosen.out,
+            base_of(chosen.adapter),
+            chosen.manifest or parent_file(chosen.adapter, ["manifest.json"]),
+            report,
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

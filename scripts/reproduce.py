@@ -24,7 +24,7 @@ from pathlib import Path
 
 import yaml
 
-from phi3v.manifest import commit, write_json
+from phi3v.provenance.manifest import commit, write_json
 from phi3v.reporting.reproduction import digests, explain, first_difference, machine
 from phi3v.settings import SettingsError, load_run
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v import __version__
-from phi3v.manifest import digest_file, write_atomically
+from phi3v.provenance.manifest import digest_file, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -37,7 +37,7 @@ def write(path: Path, value: Any) -> None:
 
 
 def manifest(folder: Path, kind: str, settings: dict[str, Any], seconds: float, **changes: Any) -> None:
-    """A manifest like phi3v.manifest writes."""
+    """A manifest like phi3v.provenance.manifest writes."""
     values = {
         "kind": kind, "settings": settings, "command": f"scripts/{kind}.py --row {settings.get('row', '')} --bf16", "commit": "0" * 40,
         "dirty": None, "versions": {"python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0"}, "device": "2 CPU process(es)",

@@ -8,7 +8,7 @@ from importlib import metadata
 
 import pytest
 
-from phi3v import manifest
+from phi3v.provenance import manifest
 
 FIELDS = {
     "kind", "settings", "command", "commit", "dirty", "versions", "environment", "device", "seed", "inputs", "finished", "seconds",

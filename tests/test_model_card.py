@@ -6,10 +6,10 @@ import json
 import pytest
 from golden.helpers import tiny_folder, tiny_model
 
-from phi3v.manifest import write_manifest
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.adapters import add_lora, save_adapter
-from phi3v.model.card import find_manifest, model_card
+from phi3v.model.card import model_card
+from phi3v.provenance.manifest import parent_file, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -71,5 +71,5 @@ def test_merge_script_refuses_in_one_line(merge_main, run_folder, tmp_path, caps
 
 
 def test_a_card_without_manifest_says_so(tmp_path):
-    assert find_manifest(tmp_path) is None
+    assert parent_file(tmp_path, ["manifest.json"]) is None
     assert "how they came about is not recorded" in model_card("m", "base", None, None)

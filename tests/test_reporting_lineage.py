@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3v.manifest import write_json, write_manifest
+from phi3v.provenance.manifest import write_json, write_manifest
 from phi3v.reporting import crate, lineage
 from phi3v.reporting.results import ResultError
 

@@ -97,7 +97,7 @@ def test_a_row_of_ours_names_a_published_row_and_has_no_figures(tree, old, new, 
 
 
 def test_settings_import_no_torch(root):
-    code = "import sys, phi3v.settings, phi3v.manifest; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, phi3v.settings, phi3v.provenance.manifest; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(root / "src")}
     )

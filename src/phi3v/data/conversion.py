@@ -27,7 +27,8 @@ from phi3v.data.leakage import leakage
 from phi3v.data.lengths import FOLDER as LENGTHS
 from phi3v.data.pictures import write_shards
 from phi3v.data.samples import Inputs, Picture, Rejection, Sample
-from phi3v.data.sources import link_or_copy, locked_files, write_json
+from phi3v.data.sources import link_or_copy, locked_files
+from phi3v.provenance.manifest import digest_file, write_json
 from phi3v.settings import CONVERTER_VERSION, Dataset
 
 OnError = Literal["stop", "skip"]
@@ -280,7 +281,7 @@ def convert(
         }
         dataset["leakage"] = leakage({split: work if split in results else output_dir for split in entries}, entries)
         _move_into_place(work, output_dir, results, bool(previous))
-        write_json(output_dir / "dataset.json", dataset)
+        write_json(output_dir / "dataset.json", dataset, indent=2)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return dataset
@@ -402,7 +403,7 @@ def convert_files(
         "url": str(source),
         "revision": None,
         "files": len(files),
-        "sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest() if source.is_dir() else _sha256(source),
+        "sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest() if source.is_dir() else digest_file(source),
         "rows": rows,
         "options": shown_options,
     }
@@ -419,9 +420,3 @@ def convert_files(
         keep_other_splits=True,
         shard_bytes=shard_bytes,
     )
-
-
-def _sha256(path: Path) -> str:
-    from phi3v.data.sources import digest_of
-
-    return digest_of(path)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from phi3v.data.sources import Remote, SourceError, digest_of, link_or_copy
+from phi3v.data.sources import Remote, SourceError, link_or_copy
 from phi3v.data.web import Transient, retry_after, status_error, with_retries
+from phi3v.provenance.manifest import digest_file
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "LICENSE*", "README.md")
 """Of a model repository: weights, configuration, tokenizer, terms. No remote code, no second copy in another format."""
@@ -180,7 +181,7 @@ def get(url: str, revision: str | None, remote: Remote, target: Path, sha256: st
         if remote.size not in (None, size):
             wrong = True
             raise Transient(f"{size} bytes; expected {remote.size}")
-        if sha256 and (seen := digest_of(path)) != sha256:
+        if sha256 and (seen := digest_file(path)) != sha256:
             wrong = True
             raise Transient(f"wrong bytes: sha256 {seen}; expected {sha256}")
         link_or_copy(path, target)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phi3v.data.processes import process_pool
-from phi3v.data.sources import digest_of
 from phi3v.data.statistics import counted
+from phi3v.provenance.manifest import digest_file
 
 if TYPE_CHECKING:
     from phi3v.data.loading import ConversationDataset
@@ -94,7 +94,7 @@ def _key(dataset: ConversationDataset) -> str:
     images = dataset.processor.image_processor
     facts = [
         VERSION,
-        digest_of(dataset.lines.path),
+        digest_file(dataset.lines.path),
         dataset.description["source"],
         dataset.turns,
         hashlib.sha256(dataset.processor.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),

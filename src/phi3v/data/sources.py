@@ -21,7 +21,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -30,6 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from phi3v.data.conversations import DataError
+from phi3v.provenance.manifest import digest_file, write_json
 
 LOCK = "sources.lock.json"
 PINS = "sources.pins.json"
@@ -99,30 +99,6 @@ def folder_name(url: str, revision: str | None) -> str:
     return f"{words[-60:].strip('-.') or 'source'}-{digest}"
 
 
-def digest_of(path: Path, bar: tqdm | None = None) -> str:
-    """sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            if bar is not None:
-                bar.update(len(block))
-    return digest.hexdigest()
-
-
-def write_json(path: Path, value: object) -> None:
-    """A JSON file that appears whole or not at all."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
-
-
 def read_lock(path: Path) -> dict[tuple[str, str | None], Source]:
     """Sources of a lock by (url, revision asked for). Raises SourceError when it is not a lock."""
     try:
@@ -134,7 +110,7 @@ def read_lock(path: Path) -> dict[tuple[str, str | None], Source]:
 
 
 def _write_lock(path: Path, sources: Iterable[Source]) -> None:
-    write_json(path, {"sources": [asdict(source) for source in sources]})
+    write_json(path, {"sources": [asdict(source) for source in sources]}, indent=2)
 
 
 def link_or_copy(original: Path, target: Path) -> None:
@@ -188,7 +164,7 @@ def _fetch_local(url: str, folder: Path) -> list[File]:
     for original, name in tqdm(_local_files(url), desc=f"linking {url}"[:60], unit="file", disable=None):
         target = folder / name
         link_or_copy(original, target)
-        files.append(File(name, target.stat().st_size, digest_of(target)))
+        files.append(File(name, target.stat().st_size, digest_file(target)))
         kept.add(target)
     for path in folder.rglob("*"):
         if path.is_file() and path not in kept:
@@ -204,7 +180,7 @@ def matches(folder: Path, files: list[File], contents: bool) -> str | None:
             return f"{path}: missing"
         if path.stat().st_size != file.size:
             return f"{path}: {path.stat().st_size} bytes; expected {file.size}"
-        if contents and (seen := digest_of(path)) != file.sha256:
+        if contents and (seen := digest_file(path)) != file.sha256:
             return f"{path}: sha256 {seen}; expected {file.sha256}"
     return None
 
@@ -275,7 +251,7 @@ class _Fetch:
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             self.reach.get(self.url, self.resolved, remote, target, promised)
-        file = File(remote.path, target.stat().st_size, digest_of(target))
+        file = File(remote.path, target.stat().st_size, digest_file(target))
         if (remote.size not in (None, file.size)) or (promised not in (None, file.sha256)):
             target.unlink()
             raise SourceError(
@@ -343,7 +319,7 @@ def _fetch_local_into(url: str, folder: Path, flat: bool) -> list[File]:
         if name in (LOCK, PINS):
             continue
         link_or_copy(original, folder / name)
-        files.append(File(name, (folder / name).stat().st_size, digest_of(folder / name)))
+        files.append(File(name, (folder / name).stat().st_size, digest_file(folder / name)))
     return files
 
 

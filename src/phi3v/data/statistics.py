@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phi3v.data.conversations import Turn, answer_text, prompt_text
-from phi3v.data.sources import write_json
 from phi3v.planning.geometry import num_image_tokens, tile_layout
+from phi3v.provenance.manifest import write_json
 
 if TYPE_CHECKING:
     from phi3v.data.loading import ConversationDataset
@@ -179,7 +179,7 @@ def write_statistics(data_dir: str | Path, processor: Any, num_crops: int | None
     statistics = {}
     for split in splits_of(Path(data_dir)):
         statistics[split] = split_statistics(ConversationDataset(data_dir, split, processor, num_crops))
-    write_json(Path(data_dir) / "statistics.json", statistics)
+    write_json(Path(data_dir) / "statistics.json", statistics, indent=2)
     (Path(data_dir) / "statistics.svg").write_text(plot(statistics), encoding="utf-8")
     return "\n".join(
         f"{split}: {values['examples']} examples, {values['tokens']['mean']} tokens on average, "

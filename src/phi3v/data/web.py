@@ -16,7 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
-from phi3v.data.sources import Remote, SourceError, digest_of
+from phi3v.data.sources import Remote, SourceError
+from phi3v.provenance.manifest import digest_file
 
 TIMEOUT = 30
 """Seconds without a byte after which a connection counts as lost."""
@@ -152,7 +153,7 @@ def get(url: str, revision: str | None, remote: Remote, target: Path, sha256: st
                     raise Transient(f"connection lost after {file.tell()} bytes ({type(error).__name__})") from None
         if expected is not None and part.stat().st_size != expected:
             raise Transient(f"connection lost: {part.stat().st_size} of {expected} bytes")
-        if sha256 and (seen := digest_of(part)) != sha256:
+        if sha256 and (seen := digest_file(part)) != sha256:
             part.unlink()
             raise Transient(f"wrong bytes: sha256 {seen}; expected {sha256}")
 

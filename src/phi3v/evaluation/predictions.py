@@ -18,7 +18,7 @@ from typing import Any
 from phi3v.data.conversations import DataError
 from phi3v.evaluation import metrics, statistics
 from phi3v.evaluation.examples import Question
-from phi3v.manifest import write_atomically, write_json
+from phi3v.provenance.manifest import write_atomically, write_json
 
 PARTIAL = "partial"
 

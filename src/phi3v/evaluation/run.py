@@ -28,8 +28,8 @@ from phi3v.evaluation.metrics import normalise
 from phi3v.evaluation.processes import Processes, join
 from phi3v.evaluation.progress import Progress
 from phi3v.evaluation.weights import folder_of, is_hub_id
-from phi3v.manifest import commit, digest_file, write_manifest
 from phi3v.model.runtime import TORCH_DTYPE, attention_implementation, attention_note
+from phi3v.provenance.manifest import commit, digest_file, write_manifest
 from phi3v.settings import EvaluateSettings, PredictSettings
 
 DEFAULT_CROPS = 16

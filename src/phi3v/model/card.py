@@ -13,18 +13,10 @@ _FIRST = (
 )  # fmt: skip
 
 
-def find_manifest(folder: str | Path) -> Path | None:
-    """The manifest of the run that wrote an adapter or checkpoint folder: in the folder or in the one above."""
-    for candidate in (Path(folder) / "manifest.json", Path(folder).resolve().parent / "manifest.json"):
-        if candidate.is_file():
-            return candidate
-    return None
-
-
 def model_card(name: str, base: str, manifest: dict[str, Any] | None, merge_report: dict[str, float] | None) -> str:
     """The card as Markdown with its YAML head.
 
-    manifest: as `phi3v.manifest.write_manifest` writes it; None says so in the card. Folders are named by their last
+    manifest: as `phi3v.provenance.manifest.write_manifest` writes it; None says so in the card. Folders are named by their last
     part, and user and host stay out: a card is published.
     """
     lines = [

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v import __version__
-from phi3v.manifest import digest_file, parent_file, write_json
+from phi3v.provenance.manifest import SOURCE, digest_file, parent_file, write_json
 from phi3v.reporting.lineage import Link, chain
 from phi3v.reporting.results import ResultError, read_json
 
@@ -24,7 +24,6 @@ PROFILES = {
     "https://w3id.org/workflowhub/workflow-ro-crate/1.0": "Workflow RO-Crate",
 }
 PROFILE_VERSION = {"https://w3id.org/workflowhub/workflow-ro-crate/1.0": "1.0"}
-SOURCE = Path(__file__).resolve().parent.parent.parent.parent
 WORKFLOW_FILES = ("Snakefile", "workflow/rules/*.smk", "LICENSE")
 SCRIPTS = {"train": "finetune.py", "evaluate": "evaluate.py", "speed": "speed.py", "report": "report.py"}
 # What a job leaves that is small: manifests and their neighbours.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phi3v.manifest import digest_file, parent_file
+from phi3v.provenance.manifest import digest_file, parent_file
 from phi3v.reporting.results import ResultError, read_json
 
 SHORT = 12

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from phi3v.manifest import digest_file
+from phi3v.provenance.manifest import digest_file
 
 # In the order of the workflow, so that the first difference is where it began. NAME is the run's name.
 REPEATED = (

@@ -20,7 +20,7 @@ import numpy as np
 from phi3v.data.conversations import DataError
 from phi3v.evaluation import statistics
 from phi3v.evaluation.predictions import ScoredLine, scored_lines
-from phi3v.manifest import scrub
+from phi3v.provenance.manifest import scrub
 
 SHOWN_EXAMPLES = 12
 CURVE_POINTS = 300

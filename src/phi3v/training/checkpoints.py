@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from phi3v.manifest import digest_file, write_json
+from phi3v.provenance.manifest import digest_file, write_json
 from phi3v.settings import FinetuneSettings
 
 SEAL = "checkpoint.json"

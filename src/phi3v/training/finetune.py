@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from phi3v.manifest import write_json, write_manifest
 from phi3v.model.fused import compiled_kernels
 from phi3v.model.runtime import attention_note
 from phi3v.planning.disk import most_checkpoints
 from phi3v.planning.utilisation import utilisation_of
+from phi3v.provenance.manifest import write_json, write_manifest
 from phi3v.settings import FinetuneSettings, SettingsError
 from phi3v.training import checkpoints
 from phi3v.training.census import Census, CensusError, census_label

@@ -24,7 +24,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from phi3v.manifest import write_json
 from phi3v.model.runtime import TORCH_DTYPE, uses_zero, weight_dtype
 from phi3v.planning.flops import example_work
 from phi3v.planning.geometry import geometry_from_config
@@ -32,6 +31,7 @@ from phi3v.planning.memory import memory, probe_bytes
 from phi3v.planning.roofline import step_time
 from phi3v.planning.setup import Constants, Setup
 from phi3v.planning.utilisation import hardware_entry
+from phi3v.provenance.manifest import write_json
 from phi3v.settings import FinetuneSettings, Hardware, SettingsError
 from phi3v.training import checkpoints
 from phi3v.training.batches import model_inputs, tiles_of

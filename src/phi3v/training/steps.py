@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from phi3v.manifest import write_json
 from phi3v.planning.utilisation import Utilisation
+from phi3v.provenance.manifest import write_json
 from phi3v.settings import FinetuneSettings
 from phi3v.training.census import Census
 from phi3v.training.lock import FolderLock, LockedError

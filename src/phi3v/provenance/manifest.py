@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +35,8 @@ CODE = ("src", "scripts", "workflow")
 LOCKS = ("requirements.txt", "envs/*.txt")
 _SECRET = re.compile(r"(hf_[A-Za-z0-9]{8,}|(?<=token=)\S+|(?<=://)[^/@\s]+:[^/@\s]+(?=@))")
 _SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL")
-_SOURCE = Path(__file__).resolve().parent.parent.parent
+SOURCE = Path(__file__).resolve().parents[3]
+"""The checkout that this module is part of."""
 
 
 def versions() -> dict[str, str]:
@@ -54,7 +56,7 @@ def environment() -> dict[str, Any]:
     `packages` is one digest over sorted `name==version` lines: equal on two machines where the same versions are installed.
     """
     locks = {
-        str(path.relative_to(_SOURCE)): digest_file(path) for pattern in LOCKS for path in sorted(_SOURCE.glob(pattern))
+        str(path.relative_to(SOURCE)): digest_file(path) for pattern in LOCKS for path in sorted(SOURCE.glob(pattern))
     }
     installed = sorted({f"{found.metadata['Name'].lower()}=={found.version}" for found in metadata.distributions()})
     return {
@@ -132,9 +134,9 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, atomically; NaN and infinity are errors."""
-    write_atomically(path, json.dumps(value, indent=1, sort_keys=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: object, indent: int = 1) -> None:
+    """Write `value` as JSON, atomically. Raises ValueError for NaN and infinity."""
+    write_atomically(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
 def write_manifest(
@@ -191,9 +193,13 @@ def _user() -> str:
         return str(os.getuid())
 
 
-def parent_file(folder: Path) -> Path | None:
-    """The file that says where a folder's content comes from: in it, or for a run's final/ or pass folder, beside it."""
-    for name in PARENT_FILES:
+def parent_file(folder: Path, names: Sequence[str] = PARENT_FILES) -> Path | None:
+    """The file that states where a folder's content comes from; None if there is none.
+
+    The first of `names` in the folder counts, else the manifest in the folder above: a run's final/ and its passes have none of
+    their own.
+    """
+    for name in names:
         if (folder / name).is_file():
             return folder / name
     beside = folder.resolve().parent / "manifest.json"
