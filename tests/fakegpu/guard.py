@@ -14,7 +14,18 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("guard.cpp")
+ROOT = SOURCE.parents[2]
 _loaded = False
+
+
+def child_environment() -> dict[str, str]:
+    """Variables of a process that pretends: nothing of this one's rendezvous, device or DeepSpeed accelerator."""
+    kept = ("PATH", "HOME", "TMPDIR", "LANG", "CC", "CXX", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES")
+    return {
+        **{name: os.environ[name] for name in kept if name in os.environ},
+        "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("src", "tests")),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def torch_folder() -> Path:

@@ -24,7 +24,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parent.parent
+from .guard import child_environment
+
 GB = 1e9
 METHODS = ("full", "frozen", "lora", "qlora", "dora")
 TRAINING = ("inputs", "forward", "backward")
@@ -244,11 +245,8 @@ def measured(jobs: list[FullSizeJob], top: int = 40) -> list[Measured]:
 
 def run_module(module: str, jobs: list[dict[str, Any]], *arguments: str) -> list[dict[str, Any]]:
     """Run `python -m MODULE --json JOBS` with this tree's package, and read its JSON lines, one for each job."""
-    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent / 'src'}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
     command = [sys.executable, "-m", module, *arguments, "--json", json.dumps(jobs)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or len(lines) != len(jobs):
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")

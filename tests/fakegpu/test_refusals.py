@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fakegpu.conftest import finetune
-from fakegpu.walk import ROOT, Walk, Walked, walks
+from fakegpu.guard import ROOT, child_environment
+from fakegpu.walk import Walk, Walked, walks
 
 LORA = ("--use_lora", "--bf16", "--use_flash_attention")
 # transformers and find_spec find a package by its name; FlashAttention 4 and wheels of another ABI share it.
@@ -72,7 +72,7 @@ def test_no_rank_reads_weights_to_gpu_0(walked: dict[str, Walked], name: str) ->
 
 def test_gpus_that_pytorch_cannot_use_are_refused(tmp_path: Path) -> None:
     """A driver that is too old, or a CPU build of PyTorch on a machine with GPUs."""
-    environment = os.environ | {"SLURM_JOB_GPUS": "0,1", "CUDA_VISIBLE_DEVICES": "0,1", "PYTHONPATH": str(ROOT / "src")}
+    environment = child_environment() | {"SLURM_JOB_GPUS": "0,1", "CUDA_VISIBLE_DEVICES": "0,1"}
     flags = ["--model_name_or_path", str(tmp_path), "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, "scripts/finetune.py", *flags, "--use_lora", "--bf16"],
@@ -80,3 +80,10 @@ def test_gpus_that_pytorch_cannot_use_are_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
     assert "CUDA" in done.stderr, done.stderr
+
+
+def test_a_pretending_process_inherits_no_accelerator_and_no_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With DS_ACCELERATOR=cpu, left behind by a job on a CPU, DeepSpeed moves the fake model to the CPU."""
+    for name in ("DS_ACCELERATOR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "SLURM_JOB_GPUS"):
+        monkeypatch.setenv(name, "cpu")
+    assert set(child_environment().values()).isdisjoint({"cpu"})

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
+from .guard import ROOT, child_environment
+
 TIMEOUT = 600
-_RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,15 @@ def walks(folder: Path, jobs: Sequence[Walk]) -> dict[str, Walked]:
     """Run the walks one after the other in FOLDER, each from the name's own result file; name to result."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "walks.json").write_text(json.dumps([asdict(job) for job in jobs]), encoding="utf-8")
-    paths = (ROOT / "src", ROOT / "tests")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-    for name in _RENDEZVOUS:
-        environment.pop(name, None)
     command = [sys.executable, "-m", "fakegpu.walk", str(folder)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=child_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}")
