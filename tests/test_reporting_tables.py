@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from reporting_examples import manifest, write_pass, write_row, write_run, write_speed
 from scipy.stats import binomtest
 
@@ -261,6 +262,52 @@ def test_verdicts_of_the_published_run(root, tmp_path):
     assert _published(root, tmp_path / "f", "phi35-docvqa-full-bf16", 200, 0.9).verdict_reason == "no published figure"
 
 
+def _published_table(root, folder: Path, **changes: str) -> dict:
+    """Settings of the published run whose accuracy table is a copy with one row changed."""
+    lines = (root / "config/accuracy.tsv").read_text().splitlines()
+    names = lines[1].split("\t")
+    for at, line in enumerate(lines):
+        if line.startswith("phi35-nlvr2-full-bf16\t"):
+            lines[at] = "\t".join(changes.get(name, cell) for name, cell in zip(names, line.split("\t"), strict=True))
+    (folder / "accuracy.tsv").write_text("\n".join(lines) + "\n")
+    values = load_run(root / "config/config.yaml", root).settings.model_dump(mode="json", exclude={"demo"})
+    return {**values, "files": {**values["files"], "accuracy": [str(folder / "accuracy.tsv")]}}
+
+
+def test_the_table_states_how_many_examples_the_published_figure_has(root, tmp_path):
+    row = "phi35-nlvr2-full-bf16"
+    for count, verdict in (("300", "inconclusive"), ("", "inconclusive"), ("500", "not comparable")):
+        run = load_run(_published_table(root, tmp_path, published_examples=count), root)
+        write_row(tmp_path / "results", run.job(row), [], "accuracy", 300, (0.3, 0.89, 0.4))
+        line = next(line for line in build_tables(run, tmp_path / "results").accuracy if line.row.row == row)
+        assert line.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("doubted", "note", "marked"), [("yes", "read from a plot", True), ("no", "needs no inference", False)]
+)
+def test_the_dagger_follows_the_column_and_not_the_note(root, tmp_path, monkeypatch, doubted, note, marked):
+    monkeypatch.chdir(root)
+    values = _published_table(root, tmp_path, published_doubted=doubted, note=note)
+    values["rows"] = {"accuracy": ["phi35-nlvr2-full-bf16"], "speed": []}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    page = (report(root, tmp_path / "results", tmp_path / "run.yaml") / "index.html").read_text()
+    assert (f'<span class="flag">†</span> full, bf16: {note}' in page) == marked
+
+
+def test_a_stand_in_is_named_by_its_device(root, tmp_path):
+    values = load_run(root / "config/config.yaml", root).settings.model_dump(mode="json", exclude={"demo"})
+    row = "phi3-a100-full-flash-8gpu"
+    values |= {
+        "hardware": [{"device": "h100", "per_node": 2, "stand_in": True}],
+        "rows": {"accuracy": [], "speed": [row]},
+    }
+    run = load_run(values, root)
+    write_speed(tmp_path, run.speed[0])
+    (line,) = build_tables(run, tmp_path).speed
+    assert line.verdict_reason == "2 NVIDIA H100 80 GB SXM stand for 8 A100"
+
+
 @pytest.mark.parametrize(
     ("own", "said"), [({"save_minutes": 5, "keep_checkpoints": 1}, ""), ({"max_grad_norm": 0.5}, "recipe: finetune")]
 )
@@ -460,8 +507,6 @@ def test_a_seed_that_is_missing_is_named_and_the_mean_is_of_the_others(root, tmp
 
 
 def test_seeds_are_shown_in_page_and_markdown(root, tmp_path, monkeypatch):
-    import yaml
-
     monkeypatch.chdir(root)
     row = "phi35-nlvr2-full-bf16"
     run, _ = _seeded(root, tmp_path, row, [42, 43, 44], [0.86, 0.9, None])

@@ -123,7 +123,7 @@ ROW = "phi35-nlvr2-full-bf16\tphi35-vision\tnlvr2\tfull\tbf16\tyes\t1e-5\t3\t\t\
         (ROW.replace("\t1e-5\t", "\t-1e-5\t"), ["field `learning_rate`", "'-1e-5'", "greater than 0"]),
         (ROW.replace("\tfull\t", "\tlora\t"), ["lora_rank", "expects an integer"]),
         (ROW.replace("\t64\t4", "\t62\t4"), ["field `batch_size`", "got 62", "multiple of 4 processes"]),
-        (ROW.replace("\t", " "), ["line 3", "fields; expected 20"]),
+        (ROW.replace("\t", " "), ["line 3", "fields; expected 21"]),
     ],
 )
 def test_wrong_row_is_refused(tree, new, said):

@@ -30,9 +30,9 @@ from phi3v.evaluation.progress import Progress
 from phi3v.evaluation.weights import folder_of, is_hub_id
 from phi3v.model.runtime import TORCH_DTYPE, attention_implementation, attention_note
 from phi3v.provenance.manifest import commit, digest_file, write_manifest
-from phi3v.settings import EvaluateSettings, PredictSettings
+from phi3v.settings import Dataset, EvaluateSettings, PredictSettings
 
-DEFAULT_CROPS = 16
+DEFAULT_CROPS = Dataset.model_fields["num_crops"].default
 _DEVICE_MEMORY = (torch.cuda.OutOfMemoryError,)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 
 from phi3v.planning.flops import FORMULA
+from phi3v.planning.published import MEAN_TOKENS, PADDED_TILES
 from phi3v.reporting import figures, provenance
 from phi3v.reporting.markdown import by_hardware, grouped
 from phi3v.reporting.pictures import Thumbnails
@@ -24,7 +25,6 @@ from phi3v.reporting.tables import (
     GB,
     HARMLESS,
     METHODS,
-    PUBLISHED_TOKENS,
     AccuracyLine,
     SpeedLine,
     Tables,
@@ -71,7 +71,9 @@ def render(tables: Tables, results: Path, code: dict[str, Any]) -> str:
             plot(figures.speed_bars(hardware, title, speed_lines, comparable and not stand_in)),
             plot(figures.scaling(hardware, title, speed_lines)),
         ]
-        stand_ins = list(dict.fromkeys(stand_in_text(line) for line in speed_lines if line.value("stand_in")))
+        stand_ins = list(
+            dict.fromkeys(stand_in_text(line, tables.run.hardware) for line in speed_lines if line.value("stand_in"))
+        )
         shown = [figure for figure in both if figure]
         speed.append(
             {
@@ -138,7 +140,8 @@ def render(tables: Tables, results: Path, code: dict[str, Any]) -> str:
         failures=_failures(tables),
         plan=provenance.plan(tables, results),
         plan_columns=provenance.PLAN_COLUMNS,
-        published_tokens=PUBLISHED_TOKENS,
+        published_tokens=MEAN_TOKENS,
+        padded_tiles=PADDED_TILES,
         formula=FORMULA,
         code=code,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

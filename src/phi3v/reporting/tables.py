@@ -20,17 +20,12 @@ from phi3v.reporting.results import (
     read_accuracy,
     read_speed,
 )
-from phi3v.settings import AccuracyRow, Job, ResolvedRun, SpeedRow
+from phi3v.settings import AccuracyRow, Hardware, Job, ResolvedRun, SpeedRow
 from phi3v.training.checkpoints import INDIFFERENT
 
-PUBLISHED_EXAMPLES = {"nlvr2": 500, "hateful_memes": 500, "docvqa": 200, "docvqa_mini": 200}
-"""Examples behind the recipe's figures (its scripts: the first 500 rows, the 200 of the mini DocVQA set)."""
 HARMLESS = frozenset({"micro_batch_size", "gradient_checkpointing", "recompute_every", "seeds"})
 """Fields that do not make it another experiment: the loss does not depend on how examples are grouped into micro-batches."""
 GB = 1e9
-PUBLISHED_TOKENS = 2443.23
-"""Mean length of an example of the recipe's speed tables, in tokens."""
-
 # Windows of a speed row that differ by more are told: on a machine of one's own they stay below.
 STEADY = 0.05
 METHODS = {"full": "full", "frozen": "vision frozen", "lora": "LoRA", "qlora": "QLoRA"}
@@ -325,7 +320,7 @@ def _accuracy_verdict(run: ResolvedRun, line: AccuracyLine) -> tuple[str, str, s
     assert line.result is not None
     after = line.result.passes["after"]
     against = statistics.against_published(
-        after.score, after.n, line.row.published, PUBLISHED_EXAMPLES.get(line.row.dataset, after.n), after.scores,
+        after.score, after.n, line.row.published, line.row.published_examples or after.n, after.scores,
         line.seed_scores,
     )  # fmt: skip
     low, high = against.interval
@@ -353,7 +348,7 @@ def _not_comparable(run: ResolvedRun, line: AccuracyLine) -> str:
         changed.discard("finetune")
     if changed:
         return f"departs from the recipe: {', '.join(sorted(changed))}"
-    expected = PUBLISHED_EXAMPLES.get(line.row.dataset)
+    expected = line.row.published_examples
     if expected is not None and line.n != expected:
         return f"{line.n} examples; the published figure has {expected}"
     return ""
@@ -399,7 +394,7 @@ def _mark_same_code(run: ResolvedRun, lines: list[Any]) -> None:
     """Note at each row the other rows that ask for something else, and ran the same code all the same."""
     asked_only = {
         "row", "model", "dtype", "flash_attention", "gpus", "published", "origin", "source", "note", "hardware", "nodes", "gpus_per_node",
-        "published_images_per_second", "published_speedup", "published_memory_gb",
+        "published_examples", "published_images_per_second", "published_speedup", "published_memory_gb",
     }  # fmt: skip
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for line in lines:
@@ -431,7 +426,7 @@ def _speedups(run: ResolvedRun, lines: list[SpeedLine]) -> None:
             continue
         assert line.job is not None
         if line.value("stand_in") or line.job.pool.stand_in:
-            line.verdict, line.verdict_reason = "not comparable", stand_in_text(line)
+            line.verdict, line.verdict_reason = "not comparable", stand_in_text(line, run.hardware)
         elif not run.settings.comparable:
             line.verdict, line.verdict_reason = "not comparable", run.settings.notice
         elif line.row.published_doubted:
@@ -448,11 +443,13 @@ def _speedups(run: ResolvedRun, lines: list[SpeedLine]) -> None:
             line.verdict, line.verdict_reason = f"{ratio:.2f} x published", "images/s over the published images/s"
 
 
-def stand_in_text(line: SpeedLine) -> str:
-    """Which processes stand for which machines."""
-    devices = line.row.nodes * line.row.gpus_per_node
-    processes = line.value("world_size") or (line.job.processes if line.job else "?")
-    return f"{processes} CPU processes stand for {devices} {hardware_name(line.row.hardware)}"
+def stand_in_text(line: SpeedLine, hardware: dict[str, Hardware]) -> str:
+    """Which devices of this run stand for which machines of the published table."""
+    assert line.job is not None
+    own = hardware[line.job.pool.device]
+    count = line.value("world_size") or line.job.processes
+    name = "CPU processes" if own.kind == "cpu" else own.title
+    return f"{count} {name} stand for {line.row.nodes * line.row.gpus_per_node} {hardware_name(line.row.hardware)}"
 
 
 def hardware_name(entry: str) -> str:

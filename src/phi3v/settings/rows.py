@@ -127,6 +127,8 @@ class AccuracyRow(Training):
     row's id, every other seed's job and folders are ROW-seedN."""
     published: float | None = Field(None, ge=0, le=100)
     """The recipe's figure, 0-100; empty where there is none."""
+    published_examples: int | None = Field(None, ge=1)
+    """Examples behind the recipe's figure: its scripts take the first 500 rows, of DocVQA the 200 of the mini set."""
     origin: Literal["published", "ours"]
     """published: hyperparameters and figure are the recipe's; ours: the recipe gives no figure."""
     source: str = ""

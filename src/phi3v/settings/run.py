@@ -231,6 +231,7 @@ def _apply_overrides(
     fixed = {
         "row",
         "published",
+        "published_examples",
         "published_doubted",
         "origin",
         "source",
