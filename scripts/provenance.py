@@ -15,8 +15,9 @@ import signal
 import sys
 from pathlib import Path
 
-from phi3v.reporting import crate, lineage
-from phi3v.reporting.results import ResultError
+from phi3v.provenance import lineage
+from phi3v.provenance.manifest import ResultError
+from phi3v.reporting import crate
 
 
 def main() -> int:

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import yaml
 
+from phi3v.provenance.digests import digests, explain, first_difference, machine
 from phi3v.provenance.manifest import commit, write_json
-from phi3v.reporting.reproduction import digests, explain, first_difference, machine
 from phi3v.settings import SettingsError, load_run
 
 ROOT = Path(__file__).resolve().parent.parent

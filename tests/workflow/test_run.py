@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from small_run import ROWS, edit, make, planned, snakemake
 
-from phi3v.reporting import reproduction
+from phi3v.provenance import digests
 
 BROKEN = "phi35-nowhere-full-bf16"
 
@@ -131,7 +131,7 @@ def test_another_folder_gives_the_same_bytes(root, copy, tmp_path):
     again = make(root, tmp_path)
     code, output, _ = snakemake(again, row)
     assert code == 0, output[-6000:]
-    first, second = (reproduction.digests(folder / "results", "demo") for folder in (copy, again))
+    first, second = (digests.digests(folder / "results", "demo") for folder in (copy, again))
     # By kind of file, so that an empty pattern cannot pass.
     for part in (
         ".jsonl",
@@ -142,8 +142,8 @@ def test_another_folder_gives_the_same_bytes(root, copy, tmp_path):
         "/before/",
     ):
         assert [name for name in second if part in name], part
-    different = reproduction.first_difference(second, {name: first[name] for name in second})
-    assert different is None, reproduction.explain(copy / "results" / different, again / "results" / different)
+    different = digests.first_difference(second, {name: first[name] for name in second})
+    assert different is None, digests.explain(copy / "results" / different, again / "results" / different)
 
 
 def test_the_planner_counts_what_the_data_are(copy):

@@ -1,7 +1,7 @@
 """What a result came from: each result folder holds a manifest.json, written last.
 
-A manifest states settings, command, commit, environment (locks, installed packages, container), device, seed, inputs with their
-digests, the results it was made from, and wall time. The report shows only what a manifest backs; docs/reproducibility.md lists the fields.
+The report shows only what a manifest backs; docs/reproducibility.md lists the fields. This module imports nothing of ours, so that
+everything that writes a result can use it; it also holds the one digest and the one atomic writer of the project.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypedDict
 
 from pydantic import BaseModel
 
@@ -39,6 +39,37 @@ SOURCE = Path(__file__).resolve().parents[3]
 """The checkout that this module is part of."""
 
 
+class ResultError(ValueError):
+    """A result file that cannot be used; the message names file, field, value and what was expected."""
+
+
+class Commit(TypedDict):
+    """The state of a source tree; both None outside a checkout."""
+
+    commit: str | None
+    dirty: str | None
+    """Digest of what differs from the commit; None if nothing does."""
+
+
+class Manifest(TypedDict, total=False):
+    """The fields of manifest.json that readers use; one that an older version wrote may lack some."""
+
+    kind: str
+    settings: dict[str, Any]
+    command: str
+    commit: str | None
+    dirty: str | None
+    versions: dict[str, str]
+    environment: dict[str, Any]
+    device: str
+    seed: int | None
+    inputs: dict[str, dict[str, str]]
+    finished: str
+    seconds: float
+    user: str
+    host: str
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that decide a result."""
     found = {"python": platform.python_version()}
@@ -50,17 +81,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def environment() -> dict[str, Any]:
-    """What the code ran in: digests of the checkout's lock files and of all installed packages, the container if there is one.
+def environment() -> dict[str, object]:
+    """What the code runs in: digests of the checkout's lock files, the installed packages, conda, container.
 
-    `packages` is one digest over sorted `name==version` lines: equal on two machines where the same versions are installed.
+    `packages` is one digest over sorted `name==version` lines: equal on two machines that have the same versions installed.
     """
-    locks = {
-        str(path.relative_to(SOURCE)): digest_file(path) for pattern in LOCKS for path in sorted(SOURCE.glob(pattern))
-    }
+    locks = sorted(path for pattern in LOCKS for path in SOURCE.glob(pattern))
     installed = sorted({f"{found.metadata['Name'].lower()}=={found.version}" for found in metadata.distributions()})
     return {
-        "locks": locks,
+        "locks": {str(path.relative_to(SOURCE)): digest_file(path) for path in locks},
         "packages": hashlib.sha256("\n".join(installed).encode()).hexdigest(),
         "packages_installed": len(installed),
         "conda": os.environ.get("CONDA_PREFIX"),
@@ -68,11 +97,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def container() -> dict[str, Any] | None:
-    """{"image", "sha256"} of the Apptainer image this runs in, else None.
+def container() -> dict[str, str | None] | None:
+    """{"image", "sha256"} of the Apptainer image that this process runs in, else None.
 
-    `make containers` writes IMAGE.sha256 beside each image, since reading gigabytes for every result is too slow; without that
-    file the digest is None.
+    The digest is read from IMAGE.sha256, which `make containers` writes: an image has gigabytes. Without that file it is None.
     """
     image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     if not image:
@@ -89,10 +117,10 @@ def scrub(text: str) -> str:
     return _SECRET.sub("***", text)
 
 
-def commit(folder: Path | None = None) -> dict[str, Any]:
-    """{"commit", "dirty"} of the source tree, `dirty` the digest of what differs from it; None outside a checkout.
+def commit(folder: Path | None = None) -> Commit:
+    """The state of the source tree around `folder` (default: this module's).
 
-    Files that git does not know count where code is. A configuration of one's own does not: the manifest states its settings.
+    Untracked files count only in the folders of code: the manifest states the settings of a configuration of one's own.
     """
     here = folder or Path(__file__).resolve().parent
 
@@ -139,6 +167,23 @@ def write_json(path: Path, value: object, indent: int = 1) -> None:
     write_atomically(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ResultError for a file that is missing, is not JSON, has NaN or infinity, or holds something else."""
+
+    def refuse(name: str) -> NoReturn:
+        raise ResultError(f"{path}: {name}; expected finite numbers")
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise ResultError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ResultError(f"{path}: got {type(value).__name__}; expected an object")
+    return value
+
+
 def write_manifest(
     folder: str | Path,
     *,
@@ -178,7 +223,7 @@ def write_manifest(
     return path
 
 
-def _scrubbed(value: Any) -> Any:
+def _scrubbed(value: object) -> object:
     if isinstance(value, dict):
         return {key: _scrubbed(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -31,7 +31,7 @@ def build_report(settings: ReportSettings) -> Tables:
     run = runnable(load_run(settings.config))
     results = Path(settings.results or f"results/{run.settings.name}")
     folder = Path(settings.output_dir or results / "report")
-    code = commit()
+    code = dict(commit())
     tables = build_tables(run, results, code)
     accuracy = as_records(tables.accuracy, ACCURACY_COLUMNS + ACCURACY_TIMES)
     speed = as_records(tables.speed, SPEED_COLUMNS)

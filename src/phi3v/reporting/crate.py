@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from phi3v import __version__
-from phi3v.provenance.manifest import SOURCE, digest_file, parent_file, write_json
-from phi3v.reporting.lineage import Link, chain
-from phi3v.reporting.results import ResultError, read_json
+from phi3v.provenance.lineage import Link, chain
+from phi3v.provenance.manifest import SOURCE, ResultError, digest_file, parent_file, read_json, write_json
 
 PROFILES = {
     "https://w3id.org/ro/wfrun/process/0.5": "Process Run Crate",

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from phi3v.reporting.results import ResultError, Work, read_json
+from phi3v.provenance.manifest import ResultError, read_json
+from phi3v.reporting.results import Work
 from phi3v.reporting.tables import GB, AccuracyLine, SpeedLine, Tables
 from phi3v.settings import dataset_key
 

@@ -20,15 +20,11 @@ import numpy as np
 from phi3v.data.conversations import DataError
 from phi3v.evaluation import statistics
 from phi3v.evaluation.predictions import ScoredLine, scored_lines
-from phi3v.provenance.manifest import scrub
+from phi3v.provenance.manifest import ResultError, read_json, scrub
 
 SHOWN_EXAMPLES = 12
 CURVE_POINTS = 300
 LOG_LINES = 15
-
-
-class ResultError(ValueError):
-    """A result file that cannot be shown; the message names file, field, value and what was expected."""
 
 
 @dataclass
@@ -97,23 +93,6 @@ class SpeedResult:
     work: Work
     speed: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ResultError: not JSON, NaN, or something else than an object."""
-
-    def no_constant(name: str) -> Any:
-        raise ResultError(f"{path}: {name}; expected finite numbers")
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constant)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResultError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise ResultError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ResultError(f"{path}: got {type(value).__name__}; expected an object")
-    return value
 
 
 def number(values: dict[str, Any], name: str, path: Path, low: float = -math.inf, high: float = math.inf) -> float:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from phi3v.provenance.manifest import write_json, write_manifest
-from phi3v.reporting import crate, lineage
-from phi3v.reporting.results import ResultError
+from phi3v.provenance import lineage
+from phi3v.provenance.manifest import ResultError, write_json, write_manifest
+from phi3v.reporting import crate
 
 ROW, OTHER = "phi35-docvqa-lora-bf16", "phi35-nlvr2-full-bf16"
 REVISION = "3f7d1c9e"

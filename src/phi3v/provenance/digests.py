@@ -1,28 +1,34 @@
-"""Same in, same out: digests of what a run must give again to the byte, and the first place where two runs part."""
+"""Digests of the files that a repeated run must write with the same bytes, and the first difference between two runs."""
 
 from __future__ import annotations
 
-import json
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from phi3v.provenance.manifest import digest_file
 
 # In the order of the workflow, so that the first difference is where it began. NAME is the run's name.
 REPEATED = (
-    "data/*/dataset.json", "data/*/*.jsonl", "demo-sources/random/*.safetensors", "demo-sources/base/final/*.safetensors",
-    "demo-sources/base/final/tokenizer.json", "NAME/train/*/final/*.safetensors", "NAME/train/*/census.json",
-    "NAME/evaluate/base/*/*/predictions.jsonl", "NAME/evaluate/*/*/predictions.jsonl", "NAME/evaluate/base/*/*/metrics.json",
-    "NAME/evaluate/*/*/metrics.json", "NAME/report/accuracy.tsv",
-)  # fmt: skip
-# Kernels are chosen by these, the widest first, and sums come out in another order.
+    "data/*/dataset.json",
+    "data/*/*.jsonl",
+    "demo-sources/random/*.safetensors",
+    "demo-sources/base/final/*.safetensors",
+    "demo-sources/base/final/tokenizer.json",
+    "NAME/train/*/final/*.safetensors",
+    "NAME/train/*/census.json",
+    "NAME/evaluate/base/*/*/predictions.jsonl",
+    "NAME/evaluate/*/*/predictions.jsonl",
+    "NAME/evaluate/base/*/*/metrics.json",
+    "NAME/evaluate/*/*/metrics.json",
+    "NAME/report/accuracy.tsv",
+)
+# The widest of these decides which kernels run, and so the order of their sums.
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
 def machine(processors: Path = Path("/proc/cpuinfo")) -> str:
-    """What digests may depend on: the processor's maker and widest instructions (as torch's libraries choose kernels), and torch's build."""
+    """What digests may depend on: the processor's maker, its widest instructions, and torch's build."""
     torch = metadata.version("torch")
     if not processors.is_file():
         return f"{platform.machine()}, torch {torch}"
@@ -34,7 +40,7 @@ def machine(processors: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def digests(results: Path, name: str) -> dict[str, str]:
-    """Path under results/ to sha256, of every file of run `name` that must repeat; a row's own folders and what all runs share."""
+    """Path under `results` to sha256, for each file of run `name` and of the shared folders that must repeat."""
     found: dict[str, str] = {}
     for pattern in REPEATED:
         for path in sorted(results.glob(pattern.replace("NAME", name))):
@@ -44,7 +50,7 @@ def digests(results: Path, name: str) -> dict[str, str]:
 
 
 def first_difference(one: dict[str, str], other: dict[str, str]) -> str | None:
-    """The first file, in the workflow's order, that differs or that one side lacks; None where all are equal."""
+    """The first file, in the workflow's order, that differs or is missing on one side; None if all are equal."""
     for name in [*one, *(name for name in other if name not in one)]:
         if one.get(name) != other.get(name):
             return name
@@ -52,7 +58,7 @@ def first_difference(one: dict[str, str], other: dict[str, str]) -> str | None:
 
 
 def explain(one: Path, other: Path) -> str:
-    """Where two files part: the line, the tensor, or the byte. Both may be missing."""
+    """The first difference between two files: a tensor, or a line and byte. Either file may be missing."""
     for path in (one, other):
         if not path.is_file():
             return f"{path} is not there"
@@ -72,24 +78,11 @@ def _around(line: bytes, column: int) -> str:
 
 
 def _tensors(one: Path, other: Path) -> str:
-    left, right = _header(one), _header(other)
-    if left[0] != right[0]:
-        names = sorted(set(left[0]) ^ set(right[0])) or [
-            name for name in left[0] if left[0][name] != right[0].get(name)
-        ]
-        return f"headers differ, first at {names[0]!r}"
-    with one.open("rb") as first, other.open("rb") as second:
-        for name in sorted(set(left[0]) - {"__metadata__"}, key=lambda name: left[0][name]["data_offsets"]):
-            start, end = left[0][name]["data_offsets"]
-            first.seek(left[1] + start)
-            second.seek(right[1] + start)
-            if first.read(end - start) != second.read(end - start):
-                return f"tensor {name!r} {left[0][name]['dtype']} {left[0][name]['shape']}"
-    return "same tensors, other bytes beside them"
+    from safetensors import deserialize
 
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header and where its data begins (https://github.com/huggingface/safetensors, Format)."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size)), 8 + size
+    left, right = (dict(deserialize(path.read_bytes())) for path in (one, other))
+    for name in sorted({*left, *right}):
+        if left.get(name) != right.get(name):
+            found = left.get(name) or right[name]
+            return f"tensor {name!r} {found['dtype']} {found['shape']}"
+    return "same tensors, other metadata"

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import pytest
 
-from phi3v.reporting import reproduction
+from phi3v.provenance import digests
 
 
 def safetensors(path, tensors):
@@ -68,11 +68,11 @@ def test_the_first_difference_is_the_earliest_of_the_workflow(root, run):
 def test_a_line_of_text_is_named(run):
     one, two = run("one").parent / "data/digits-1/train.jsonl", run("two").parent / "data/digits-1/train.jsonl"
     two.write_text('{"id": 1}\n{"id": 3}\n')
-    assert reproduction.explain(one, two).startswith("line 2, byte 8: '{\"id\": 2}'")
+    assert digests.explain(one, two).startswith("line 2, byte 8: '{\"id\": 2}'")
     two.write_text('{"id": 1}\n')
-    assert reproduction.explain(one, two).startswith("2 lines in")
+    assert digests.explain(one, two).startswith("2 lines in")
     two.unlink()
-    assert reproduction.explain(one, two).endswith("is not there")
+    assert digests.explain(one, two).endswith("is not there")
 
 
 def test_a_missing_file_is_a_difference(root, run):
@@ -107,7 +107,7 @@ def test_the_machine_is_its_maker_its_widest_instructions_and_torchs_build(tmp_p
     build = metadata.version("torch")
     text = "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: sse avx2 avx512f avx512_bf16\n\nprocessor\t: 1\n"
     (tmp_path / "cpuinfo").write_text(text)
-    assert reproduction.machine(tmp_path / "cpuinfo") == f"GenuineIntel avx512_bf16, torch {build}"
+    assert digests.machine(tmp_path / "cpuinfo") == f"GenuineIntel avx512_bf16, torch {build}"
     (tmp_path / "cpuinfo").write_text(text.replace(" avx512f avx512_bf16", ""))
-    assert reproduction.machine(tmp_path / "cpuinfo") == f"GenuineIntel avx2, torch {build}"
-    assert reproduction.machine(tmp_path / "none").endswith(f"torch {build}")
+    assert digests.machine(tmp_path / "cpuinfo") == f"GenuineIntel avx2, torch {build}"
+    assert digests.machine(tmp_path / "none").endswith(f"torch {build}")
