@@ -309,7 +309,12 @@ def test_a_stand_in_is_named_by_its_device(root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("own", "said"), [({"save_minutes": 5, "keep_checkpoints": 1}, ""), ({"max_grad_norm": 0.5}, "recipe: finetune")]
+    ("own", "said"),
+    [
+        ({"save_minutes": 5, "keep_checkpoints": 1}, ""),
+        ({"max_grad_norm": 0.5}, "recipe: max_grad_norm"),
+        ({"zero_stage": 1}, ""),
+    ],
 )
 def test_a_setting_that_changes_no_result_costs_no_verdict(root, tmp_path, own, said):
     row = "phi35-nlvr2-full-bf16"

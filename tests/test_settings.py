@@ -243,6 +243,8 @@ def test_overrides_are_recorded_and_checked(tree):
         tree(overrides={"*-nlvr2-full-*": {"learning_rate": -1}})
     with pytest.raises(SettingsError, match="`published` cannot be overridden"):
         tree(overrides={"*-nlvr2-full-*": {"published": 99}})
+    with pytest.raises(SettingsError, match="`published_speedup` cannot be overridden"):
+        tree(overrides={"phi3-a100-full-flash-8gpu": {"published_speedup": 9}})
 
 
 def test_unknown_setting_and_selection(tree):
@@ -326,6 +328,21 @@ def test_wrong_command_line_exits(flags, said, capsys):
         settings.parse(settings.FinetuneSettings, "", [*BASE, *flags])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_fields_role_decides_what_must_agree_and_what_may_depart():
+    """A new field without a role is the recipe's: it is compared, and a departure in it is reported."""
+    from phi3v.settings import FinetuneSettings, Role, SpeedRow, fields_with
+
+    roles = [set(fields_with(FinetuneSettings, role)) for role in Role]
+    assert sum(map(len, roles)) == len(FinetuneSettings.model_fields)
+    assert {"learning_rate", "use_lora", "eval_steps"} <= set(fields_with(FinetuneSettings, Role.RECIPE))
+    assert {"output_dir", "dataset", "full_train"} <= set(fields_with(FinetuneSettings, Role.IDENTITY))
+    assert {"tqdm", "save_minutes", "report_to"} <= set(fields_with(FinetuneSettings, Role.RUNTIME))
+    assert set(fields_with(settings.AccuracyRow, Role.EQUIVALENT)) == {
+        "micro_batch_size", "gradient_checkpointing", "recompute_every", "gpus", "seeds"
+    }  # fmt: skip
+    assert set(fields_with(SpeedRow, Role.NUMERICS)) == {"dtype", "flash_attention"}
 
 
 def test_generated_pages_agree_with_the_settings(root):

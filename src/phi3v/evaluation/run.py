@@ -30,7 +30,7 @@ from phi3v.evaluation.progress import Progress
 from phi3v.evaluation.weights import folder_of, is_hub_id
 from phi3v.model.runtime import TORCH_DTYPE, attention_implementation, attention_note
 from phi3v.provenance.manifest import commit, digest_file, write_manifest
-from phi3v.settings import Dataset, EvaluateSettings, PredictSettings
+from phi3v.settings import Dataset, EvaluateSettings, PredictSettings, Role, fields_with
 
 DEFAULT_CROPS = Dataset.model_fields["num_crops"].default
 _DEVICE_MEMORY = (torch.cuda.OutOfMemoryError,)
@@ -134,7 +134,7 @@ def _fingerprint(settings: EvaluateSettings, model: Path, data_dir: Path, num_cr
         "model": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
         "split": digest_file(split_file(data_dir, settings.split)),
         "settings": settings.model_dump(
-            exclude={"output_dir", "passes", "tqdm", "num_workers", "row", "dataset", "expect_device"}
+            include={*fields_with(EvaluateSettings, Role.RECIPE, Role.NUMERICS, Role.EQUIVALENT)}
         ),
         "num_crops": num_crops,
         "code": commit(),

@@ -6,11 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Settings that a reader of the card asks for first; the others follow below them.
-_FIRST = (
-    "model_name_or_path", "dataset", "data_dir", "full_train", "use_lora", "use_qlora", "lora_rank", "lora_alpha_ratio",
-    "freeze_vision_model", "learning_rate", "num_train_epochs", "batch_size", "num_crops", "bf16", "fp16", "seed",
-)  # fmt: skip
+from phi3v.settings import FinetuneSettings, Role, fields_with
 
 
 def model_card(name: str, base: str, manifest: dict[str, Any] | None, merge_report: dict[str, float] | None) -> str:
@@ -39,7 +35,8 @@ def model_card(name: str, base: str, manifest: dict[str, Any] | None, merge_repo
         lines += ["No manifest was found beside the trained weights: how they came about is not recorded.", ""]
     else:
         settings = manifest.get("settings") or {}
-        ordered = [key for key in _FIRST if key in settings] + sorted(set(settings) - set(_FIRST))
+        first = [key for key in fields_with(FinetuneSettings, *Role) if key in settings]
+        ordered = first + sorted(set(settings) - set(first))
         lines += ["| setting | value |", "|---|---|"]
         lines += [f"| {key} | {_shown(key, settings[key])} |" for key in ordered if settings[key] is not None]
         changed = " with uncommitted changes" if manifest.get("dirty") else ""

@@ -23,7 +23,6 @@ from phi3v.reporting.pictures import Thumbnails
 from phi3v.reporting.results import AccuracyResult
 from phi3v.reporting.tables import (
     GB,
-    HARMLESS,
     METHODS,
     AccuracyLine,
     SpeedLine,
@@ -34,12 +33,12 @@ from phi3v.reporting.tables import (
     plain,
     stand_in_text,
 )
-from phi3v.settings import dataset_key
+from phi3v.settings import AccuracyRow, Role, SpeedRow, dataset_key, fields_with
 
 HERE = Path(__file__).resolve().parent
 PICTURES_PER_EXAMPLE = 8
-HIDDEN_FIELDS = {"row", "note", "source", "published", "origin"}
-"""Fields of a row that its part of the page shows elsewhere than among the settings."""
+# Fields of a row that its part of the page shows elsewhere than among the settings.
+SHOWN_ELSEWHERE = {name for row in (AccuracyRow, SpeedRow) for name in fields_with(row, Role.IDENTITY, Role.PUBLISHED)}
 
 
 def render(tables: Tables, results: Path, code: dict[str, Any]) -> str:
@@ -119,8 +118,8 @@ def render(tables: Tables, results: Path, code: dict[str, Any]) -> str:
         METHODS=METHODS,
         asked=asked,
         observed=observed,
-        hidden_fields=HIDDEN_FIELDS,
-        HARMLESS=HARMLESS,
+        hidden_fields=SHOWN_ELSEWHERE,
+        harmless=fields_with(AccuracyRow, Role.EQUIVALENT),
         METRICS=figures.METRICS,
         official_figures=official_figures,
     )

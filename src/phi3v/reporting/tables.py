@@ -20,11 +20,8 @@ from phi3v.reporting.results import (
     read_accuracy,
     read_speed,
 )
-from phi3v.settings import AccuracyRow, Hardware, Job, ResolvedRun, SpeedRow
-from phi3v.training.checkpoints import INDIFFERENT
+from phi3v.settings import AccuracyRow, FinetuneSettings, Hardware, Job, ResolvedRun, Role, SpeedRow, fields_with
 
-HARMLESS = frozenset({"micro_batch_size", "gradient_checkpointing", "recompute_every", "seeds"})
-"""Fields that do not make it another experiment: the loss does not depend on how examples are grouped into micro-batches."""
 GB = 1e9
 # Windows of a speed row that differ by more are told: on a machine of one's own they stay below.
 STEADY = 0.05
@@ -343,9 +340,8 @@ def _not_comparable(run: ResolvedRun, line: AccuracyLine) -> str:
         return "legacy freezing: not what a frozen vision part means"
     if line.row.published_doubted:
         return "the published figure very likely trained less than it says (see the note)"
-    changed = set(line.job.departures) - HARMLESS
-    if line.row.finetune.keys() <= INDIFFERENT:
-        changed.discard("finetune")
+    changed = line.job.departures.keys() - {"finetune", *fields_with(AccuracyRow, Role.EQUIVALENT)}
+    changed |= line.row.finetune.keys() & {*fields_with(FinetuneSettings, Role.RECIPE, Role.NUMERICS)}
     if changed:
         return f"departs from the recipe: {', '.join(sorted(changed))}"
     expected = line.row.published_examples
@@ -392,17 +388,15 @@ def _ran(line: AccuracyLine | SpeedLine) -> tuple[Any, ...] | None:
 
 def _mark_same_code(run: ResolvedRun, lines: list[Any]) -> None:
     """Note at each row the other rows that ask for something else, and ran the same code all the same."""
-    asked_only = {
-        "row", "model", "dtype", "flash_attention", "gpus", "published", "origin", "source", "note", "hardware", "nodes", "gpus_per_node",
-        "published_examples", "published_images_per_second", "published_speedup", "published_memory_gb",
-    }  # fmt: skip
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for line in lines:
         ran = _ran(line)
         if ran is None:
             continue
         model = run.models[line.row.model]
-        same = tuple(sorted((k, str(v)) for k, v in line.row.model_dump().items() if k not in asked_only))
+        same = str(
+            line.row.model_dump(include={*fields_with(type(line.row), Role.RECIPE, Role.EQUIVALENT)} - {"model"})
+        )
         groups.setdefault((model.url, model.revision, same, ran), []).append(line)
     for group in groups.values():
         for line in group:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from phi3v.settings.entries import Dataset, Metric, Strict, dataset_key
+from phi3v.settings.entries import Dataset, Metric, Role, Strict, dataset_key
 from phi3v.settings.reading import SettingsError, read_entries, validate
 from phi3v.settings.rows import CountOrAuto, Dtype, Seed, Training, WorkersOrAuto, YesNoOrAuto, recompute_share
 
@@ -26,16 +26,16 @@ def _number_word(value: Any) -> Any:
 class Compute(Strict):
     """Where and in what a job computes. Without --bf16 in float16 mixed precision, as the recipe's flags choose it."""
 
-    bf16: bool = False
+    bf16: Annotated[bool, Role.NUMERICS] = False
     """Compute in bfloat16."""
-    fp16: bool = False
+    fp16: Annotated[bool, Role.NUMERICS] = False
     """Compute in float16 over float32 weights; what the recipe does without --bf16."""
-    fp32: bool = False
+    fp32: Annotated[bool, Role.NUMERICS] = False
     """Compute in float32 (ours)."""
-    use_flash_attention: bool = False
+    use_flash_attention: Annotated[bool, Role.NUMERICS] = False
     """Flash attention in both towers: the flash-attn package if it is installed, else PyTorch's own kernel. GPUs older
     than Ampere, and float32, run PyTorch's memory-efficient kernel instead."""
-    expect_device: Literal["cuda", "cpu"] | None = None
+    expect_device: Annotated[Literal["cuda", "cpu"] | None, Role.RUNTIME] = None
     """cuda: refuse to start without a GPU that PyTorch can use. cpu: compute on the CPU even if the machine has GPUs. Left
     out: the GPU if there is one (ours)."""
 
@@ -54,17 +54,17 @@ class Compute(Strict):
 class FinetuneSettings(Compute):
     """scripts/finetune.py"""
 
-    model_name_or_path: str
+    model_name_or_path: Annotated[str, Role.IDENTITY]
     """Checkpoint folder in the official layout."""
-    output_dir: str
+    output_dir: Annotated[str, Role.IDENTITY]
     """The row's folder."""
-    data_dir: str = ""
+    data_dir: Annotated[str, Role.IDENTITY] = ""
     """Folder with images/ and the conversations jsonl of each split; left out: the dataset's folder in results/data."""
-    dataset: str = ""
+    dataset: Annotated[str, Role.IDENTITY] = ""
     """Entry of config/datasets.yaml, or any name where data_dir is given; left out: docvqa_mini."""
-    full_train: bool = False
+    full_train: Annotated[bool, Role.IDENTITY] = False
     """Train on the full DocVQA set: the dataset docvqa instead of docvqa_mini."""
-    row: str = ""
+    row: Annotated[str, Role.IDENTITY] = ""
     """Name of the table row, for the manifest."""
     use_lora: bool = False
     """Train low-rank adapters instead of the weights."""
@@ -83,9 +83,9 @@ class FinetuneSettings(Compute):
     recipe's scripts did."""
     batch_size: int = Field(16, ge=1)
     """Examples of one optimizer step over all processes."""
-    batch_size_per_gpu: CountOrAuto = 1
+    batch_size_per_gpu: Annotated[CountOrAuto, Role.EQUIVALENT] = 1
     """Examples of one forward pass of one process; auto: the most that fit, found before training (ours)."""
-    memory_limit_gb: float | None = Field(None, gt=0)
+    memory_limit_gb: Annotated[float | None, Role.RUNTIME] = Field(None, gt=0)
     """What auto may take of a device's memory, GB of 10^9 bytes; left out: what is free (ours)."""
     num_crops: int | None = Field(None, ge=1, le=64)
     """Largest number of tiles of an image; left out: the data folder's, else 16."""
@@ -104,29 +104,29 @@ class FinetuneSettings(Compute):
     """Gradients are clipped to this norm."""
     warmup_steps: int = Field(50, ge=0)
     """Steps of linear warm-up before the linear decay."""
-    gradient_checkpointing: YesNoOrAuto = True
+    gradient_checkpointing: Annotated[YesNoOrAuto, Role.EQUIVALENT] = True
     """Recompute activations in the backward pass (non-reentrant); also as a bare flag, or --no-gradient_checkpointing.
     auto: in as few layers as the memory allows, found before training (ours)."""
-    recompute_every: int = Field(1, ge=1)
+    recompute_every: Annotated[int, Role.EQUIVALENT] = Field(1, ge=1)
     """With gradient_checkpointing: recompute every n-th layer only; 1: all layers (ours)."""
-    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_number_word)] = 2
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_number_word), Role.EQUIVALENT] = 2
     """DeepSpeed ZeRO stage of full fine-tuning; LoRA and QLoRA use none. 0: plain data parallel; 1: whole gradients on
     each GPU, reduced once per step instead of after every micro-batch (both ours)."""
-    seed: Seed = 42
+    seed: Annotated[Seed, Role.EQUIVALENT] = 42
     """Data order and initial adapters."""
-    num_workers: WorkersOrAuto = "auto"
+    num_workers: Annotated[WorkersOrAuto, Role.RUNTIME] = "auto"
     """Data loading processes of each training process; auto: one less than its CPUs on a GPU, at most 8, none on a CPU."""
-    batching: Literal["fixed", "length", "packed"] = "fixed"
+    batching: Annotated[Literal["fixed", "length", "packed"], Role.EQUIVALENT] = "fixed"
     """Micro-batches in order, of like lengths, or packed to tokens_per_pack; the gradient is the same (ours)."""
-    tokens_per_pack: int = Field(4096, ge=1)
+    tokens_per_pack: Annotated[int, Role.EQUIVALENT] = Field(4096, ge=1)
     """Tokens of one packed forward pass at most; a longer example goes alone (ours)."""
     max_length: int | None = Field(None, ge=1)
     """Longer training examples are left out, and counted; left out: no limit (ours)."""
-    save_steps: int = Field(0, ge=0)
+    save_steps: Annotated[int, Role.RUNTIME] = Field(0, ge=0)
     """Checkpoint every so many optimizer steps; 0: none between (ours)."""
-    save_minutes: float = Field(0, ge=0)
+    save_minutes: Annotated[float, Role.RUNTIME] = Field(0, ge=0)
     """Checkpoint after so many minutes; 0: off (ours)."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: Annotated[int, Role.RUNTIME] = Field(2, ge=1)
     """Newest checkpoints kept while training; all go after the final export (ours)."""
     eval_steps: int = Field(0, ge=0)
     """Validation loss every so many optimizer steps; 0: never (ours)."""
@@ -136,17 +136,17 @@ class FinetuneSettings(Compute):
     """Export the weights with the lowest validation loss instead of the last ones; needs eval_steps (ours)."""
     early_stopping_patience: int = Field(0, ge=0)
     """Stop after so many validations without a lower loss; 0: off; needs eval_steps (ours)."""
-    merge: bool = False
+    merge: Annotated[bool, Role.RUNTIME] = False
     """Also write OUTPUT_DIR/merged, the adapter folded into its base (ours)."""
-    nan_patience: int = Field(3, ge=1)
+    nan_patience: Annotated[int, Role.RUNTIME] = Field(3, ge=1)
     """Stop after so many optimizer steps in a row whose loss is not a number (ours)."""
-    deterministic: bool = False
+    deterministic: Annotated[bool, Role.EQUIVALENT] = False
     """Only kernels that repeat bit by bit; two runs on a CPU then give equal weights (ours)."""
-    report_to: list[str] = []
+    report_to: Annotated[list[str], Role.RUNTIME] = []
     """Trackers beside metrics.jsonl and TensorBoard, by the Trainer's names: wandb, mlflow, trackio … (ours)."""
-    lock_wait_minutes: float = Field(0, ge=0)
+    lock_wait_minutes: Annotated[float, Role.RUNTIME] = Field(0, ge=0)
     """How long to wait for another job that owns output_dir; 0: refuse at once (ours)."""
-    tqdm: bool = True
+    tqdm: Annotated[bool, Role.RUNTIME] = True
     """Progress bar; --no-tqdm for sparse lines."""
 
     @model_validator(mode="after")
@@ -247,63 +247,63 @@ class FinetuneSettings(Compute):
 class SpeedSettings(FinetuneSettings):
     """scripts/speed.py"""
 
-    speed_warmup_steps: int = Field(10, ge=1)
+    speed_warmup_steps: Annotated[int, Role.RUNTIME] = Field(10, ge=1)
     """Optimizer steps before the clock starts; scripts/speed.py asks for 10 at least."""
-    timed_steps: int = Field(20, ge=1)
+    timed_steps: Annotated[int, Role.RUNTIME] = Field(20, ge=1)
     """Optimizer steps of one timed window."""
-    repeats: int = Field(3, ge=1)
+    repeats: Annotated[int, Role.RUNTIME] = Field(3, ge=1)
     """Timed windows; scripts/speed.py asks for 3 at least."""
-    expect_processes: int = Field(0, ge=0)
+    expect_processes: Annotated[int, Role.RUNTIME] = Field(0, ge=0)
     """Processes the published row ran; another number here is an error unless --stand_in. 0: as many as there are."""
-    expect_hardware: str = ""
+    expect_hardware: Annotated[str, Role.RUNTIME] = ""
     """Hardware entry the published row ran on; other devices here are an error unless --stand_in. Empty: any."""
-    hardware: list[str] = ["config/hardware.yaml"]
+    hardware: Annotated[list[str], Role.RUNTIME] = ["config/hardware.yaml"]
     """Hardware files: peaks for MFU and HFU, and names of devices."""
-    stand_in: bool = False
+    stand_in: Annotated[bool, Role.RUNTIME] = False
     """These processes stand for the published machines; the result is labelled so."""
-    profile: bool = False
+    profile: Annotated[bool, Role.RUNTIME] = False
     """Then profile three more steps: a torch profiler trace and the 20 longest operators, in OUTPUT_DIR/profile."""
 
 
 class EvaluateSettings(Compute):
     """scripts/evaluate.py"""
 
-    model_name_or_path: str
+    model_name_or_path: Annotated[str, Role.IDENTITY]
     """Checkpoint folder, adapter folder (which names its base), or hub id OWNER/NAME, also OWNER/NAME@REVISION."""
-    data_dir: str
+    data_dir: Annotated[str, Role.IDENTITY]
     """Folder with images/ and the conversations jsonl of each split."""
-    output_dir: str
+    output_dir: Annotated[str, Role.IDENTITY]
     """Where predictions and metrics go, one folder a pass."""
     train_dir: str = ""
     """Data folder whose training split is searched for the same pictures; left out: data_dir."""
     split: str = "val"
     """Split to evaluate."""
-    dataset: str = ""
+    dataset: Annotated[str, Role.IDENTITY] = ""
     """Name of the data, for messages and the manifest."""
-    row: str = ""
+    row: Annotated[str, Role.IDENTITY] = ""
     """Name of the table row, for the manifest."""
     metric: Metric | None = None
     """Left out: the data folder's."""
-    passes: list[Literal["before", "after", "control"]] = ["after"]
+    passes: Annotated[list[Literal["before", "after", "control"]], Role.RUNTIME] = ["after"]
     """control: with the pictures swapped among the examples."""
     num_crops: int | None = Field(None, ge=1, le=64)
     """Largest number of tiles of an image; left out: the data folder's, else 16."""
-    batch_size_per_gpu: int = Field(8, ge=1)
+    batch_size_per_gpu: Annotated[int, Role.EQUIVALENT] = Field(8, ge=1)
     """Prompts generated together by one process."""
     max_new_tokens: int = Field(64, ge=1)
     """Longest answer."""
-    seed: Seed = 42
+    seed: Annotated[Seed, Role.EQUIVALENT] = 42
     """Order of the control's swap."""
-    num_workers: WorkersOrAuto = "auto"
+    num_workers: Annotated[WorkersOrAuto, Role.RUNTIME] = "auto"
     """Threads of each evaluating process that decode the next pictures; auto: as in training."""
-    tqdm: bool = True
+    tqdm: Annotated[bool, Role.RUNTIME] = True
     """Progress bar; --no-tqdm for sparse lines."""
 
 
 class PredictSettings(Compute):
     """scripts/predict.py"""
 
-    model_name_or_path: str
+    model_name_or_path: Annotated[str, Role.IDENTITY]
     """Checkpoint folder, adapter folder (which names its base), or hub id OWNER/NAME, also OWNER/NAME@REVISION."""
     question: str
     """What is asked; the pictures are put in front of it."""

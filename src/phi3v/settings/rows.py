@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from phi3v.settings.entries import Strict
+from phi3v.settings.entries import Role, Strict
 
 Method = Literal["full", "frozen", "lora", "qlora"]
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -50,7 +50,7 @@ def recompute_share(checkpointing: bool | Literal["auto"], every: int) -> float 
 class Training(Strict):
     """What an accuracy row and a speed row share: model, data, method and the recipe's constants."""
 
-    row: Name
+    row: Annotated[Name, Role.IDENTITY]
     """Unique id; it carries the model."""
     model: str
     """Entry of the models file."""
@@ -58,13 +58,13 @@ class Training(Strict):
     """Entry of the datasets file."""
     method: Method
     """full, frozen (full with the vision part frozen), lora or qlora."""
-    dtype: Dtype
+    dtype: Annotated[Dtype, Role.NUMERICS]
     """Compute type; fp16 is mixed precision over float32 weights."""
-    flash_attention: YesNo
+    flash_attention: Annotated[YesNo, Role.NUMERICS]
     """Flash attention in both towers; on GPUs older than Ampere PyTorch's memory-efficient kernel instead."""
     batch_size: int = Field(64, ge=1)
     """Examples of one optimizer step over all processes."""
-    micro_batch_size: CountOrAuto = 1
+    micro_batch_size: Annotated[CountOrAuto, Role.EQUIVALENT] = 1
     """Examples of one forward pass of one process; auto: the most that fit, found before training."""
     learning_rate: float = Field(4e-5, gt=0, lt=1)
     """Peak learning rate."""
@@ -82,13 +82,13 @@ class Training(Strict):
     """AdamW's decoupled weight decay."""
     warmup_steps: int = Field(50, ge=0)
     """Steps of linear warm-up before the linear decay."""
-    gradient_checkpointing: YesNoOrAuto = True
+    gradient_checkpointing: Annotated[YesNoOrAuto, Role.EQUIVALENT] = True
     """Recompute activations in the backward pass; auto: in as few layers as the memory allows."""
-    recompute_every: int = Field(1, ge=1)
+    recompute_every: Annotated[int, Role.EQUIVALENT] = Field(1, ge=1)
     """With gradient_checkpointing yes: recompute every n-th layer only; 1: all layers."""
     finetune: dict[str, Any] = {}
     """In overrides: further settings of scripts/finetune.py by their names, as {eval_steps: 100, keep_best: true}."""
-    published_doubted: YesNo = False
+    published_doubted: Annotated[YesNo, Role.PUBLISHED] = False
     """The published figure is very likely not what its row says; the note tells why, and no verdict is given."""
     legacy_freezing: YesNo = False
     """Frozen rows only: freeze the text embedding as well, as the recipe's scripts did."""
@@ -120,20 +120,20 @@ class Training(Strict):
 class AccuracyRow(Training):
     """A line of config/accuracy.tsv."""
 
-    gpus: int = Field(4, ge=1)
+    gpus: Annotated[int, Role.EQUIVALENT] = Field(4, ge=1)
     """Processes on the published hardware; a run uses what it has."""
-    seeds: Annotated[list[Seed], BeforeValidator(_table_list)] = []
+    seeds: Annotated[list[Seed], BeforeValidator(_table_list), Role.EQUIVALENT] = []
     """Train and evaluate once for each, in a cell as 42,43,44; empty: the run's seed alone. The run's seed keeps the
     row's id, every other seed's job and folders are ROW-seedN."""
-    published: float | None = Field(None, ge=0, le=100)
+    published: Annotated[float | None, Role.PUBLISHED] = Field(None, ge=0, le=100)
     """The recipe's figure, 0-100; empty where there is none."""
-    published_examples: int | None = Field(None, ge=1)
+    published_examples: Annotated[int | None, Role.PUBLISHED] = Field(None, ge=1)
     """Examples behind the recipe's figure: its scripts take the first 500 rows, of DocVQA the 200 of the mini set."""
-    origin: Literal["published", "ours"]
+    origin: Annotated[Literal["published", "ours"], Role.PUBLISHED]
     """published: hyperparameters and figure are the recipe's; ours: the recipe gives no figure."""
-    source: str = ""
+    source: Annotated[str, Role.PUBLISHED] = ""
     """Table or file the row comes from."""
-    note: str = ""
+    note: Annotated[str, Role.PUBLISHED] = ""
     """Shown with the row."""
 
     @model_validator(mode="after")
@@ -152,24 +152,24 @@ class AccuracyRow(Training):
 class SpeedRow(Training):
     """A line of config/speed.tsv."""
 
-    hardware: str
+    hardware: Annotated[str, Role.PUBLISHED]
     """Entry of the hardware file the figure was taken on."""
-    nodes: int = Field(ge=1)
+    nodes: Annotated[int, Role.PUBLISHED] = Field(ge=1)
     """Machines."""
-    gpus_per_node: int = Field(ge=1)
+    gpus_per_node: Annotated[int, Role.PUBLISHED] = Field(ge=1)
     """Devices, and processes, of each machine."""
-    published_images_per_second: float | None = Field(None, gt=0)
+    published_images_per_second: Annotated[float | None, Role.PUBLISHED] = Field(None, gt=0)
     """The recipe's figure over all GPUs."""
-    published_speedup: float | None = Field(None, gt=0)
+    published_speedup: Annotated[float | None, Role.PUBLISHED] = Field(None, gt=0)
     """Against the table's first row."""
-    published_memory_gb: float | None = Field(None, gt=0)
+    published_memory_gb: Annotated[float | None, Role.PUBLISHED] = Field(None, gt=0)
     """Peak memory of one GPU."""
-    accompanies: Name | None = None
+    accompanies: Annotated[Name | None, Role.PUBLISHED] = None
     """Published row of the same method that this row is shown beside, run as we would run it: with a micro-batch and
     recomputation of our choice. Such a row has no published figures; empty: a published row."""
-    source: str = ""
+    source: Annotated[str, Role.PUBLISHED] = ""
     """Table the row comes from."""
-    note: str = ""
+    note: Annotated[str, Role.PUBLISHED] = ""
     """Shown with the row."""
 
     @model_validator(mode="after")

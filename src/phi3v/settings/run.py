@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from phi3v.settings.commands import own_settings
-from phi3v.settings.entries import Dataset, Hardware, Model, Strict
+from phi3v.settings.entries import Dataset, Hardware, Model, Role, Strict, fields_with
 from phi3v.settings.reading import RowT, SettingsError, read_entries, read_tables, read_yaml, validate
 from phi3v.settings.rows import AccuracyRow, Name, Seed, SpeedRow, Training, WorkersOrAuto
 
@@ -228,20 +228,9 @@ def _apply_overrides(
         if fnmatch.fnmatchcase(row.row, pattern):
             used.add(pattern)
             values.update(fields)
-    fixed = {
-        "row",
-        "published",
-        "published_examples",
-        "published_doubted",
-        "origin",
-        "source",
-        "hardware",
-        "nodes",
-        "gpus_per_node",
-        "accompanies",
-    } & set(values)
+    fixed = [name for name in values if name in fields_with(type(row), Role.IDENTITY, Role.PUBLISHED)]
     if fixed:
-        raise SettingsError(f"{where}: overrides of row `{row.row}`: field `{fixed.pop()}` cannot be overridden")
+        raise SettingsError(f"{where}: overrides of row `{row.row}`: field `{fixed[0]}` cannot be overridden")
     changed = validate(type(row), {**row.model_dump(), **values}, f"{where}: overrides of row `{row.row}`")
     own_settings(changed, f"{where}: overrides of row `{row.row}`")
     before, after = row.model_dump(), changed.model_dump()

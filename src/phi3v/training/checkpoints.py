@@ -18,16 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.provenance.manifest import digest_file, write_json
-from phi3v.settings import FinetuneSettings
+from phi3v.settings import FinetuneSettings, Role, fields_with
 
 SEAL = "checkpoint.json"
 WRITING = ".writing"
-# Settings that decide neither the data, nor the updates, nor their order.
-INDIFFERENT = {
-    "tqdm", "save_steps", "save_minutes", "keep_checkpoints", "num_workers", "output_dir", "row", "report_to",
-    "lock_wait_minutes", "nan_patience", "memory_limit_gb", "merge", "data_dir", "model_name_or_path", "full_train",
-    "expect_device",
-}  # fmt: skip
 
 
 class CheckpointError(RuntimeError):
@@ -36,7 +30,7 @@ class CheckpointError(RuntimeError):
 
 def decisive(settings: FinetuneSettings) -> dict[str, Any]:
     """The settings that decide the data, the updates or their order."""
-    return {name: value for name, value in settings.model_dump().items() if name not in INDIFFERENT}
+    return settings.model_dump(include={*fields_with(FinetuneSettings, Role.RECIPE, Role.NUMERICS, Role.EQUIVALENT)})
 
 
 def fingerprint(settings: FinetuneSettings, data_dir: Path) -> dict[str, Any]:
