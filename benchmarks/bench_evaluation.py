@@ -75,13 +75,12 @@ def write_pages(folder: Path, count: int) -> Path:
     return folder
 
 
-def answer(loaded: Any, questions: list[Any], data: Path, rows: list[int], limit: int) -> tuple[Any, Any]:
+def answer(loaded: Any, questions: list[Any], data: Any, rows: list[int], limit: int) -> tuple[Any, Any]:
     """(tokens [rows, steps], logits [steps, rows, vocabulary]) that the model gives to examples in one batch."""
     import torch
 
-    from phi3v.evaluation.run import _inputs
-
-    inputs = _inputs(rows, questions, data, loaded)
+    images = [[data.open(path, path) for path in questions[i].images] for i in rows]
+    inputs = loaded.prepare([questions[i].prompt for i in rows], images)
     inputs["pixel_values"] = inputs["pixel_values"].to(loaded.model.dtype)
     with torch.inference_mode():
         made = loaded.model.generate(
@@ -106,7 +105,7 @@ def apart(left: Any, right: Any) -> float:
     return float((left - right)[finite].abs().max())
 
 
-def explain(loaded: Any, questions: list[Any], data: Path, batch: list[int], index: int, limit: int) -> dict[str, Any]:
+def explain(loaded: Any, questions: list[Any], data: Any, batch: list[int], index: int, limit: int) -> dict[str, Any]:
     """Where the answer of one example parts between its batch and the example alone."""
     together, logits = answer(loaded, questions, data, batch, limit)
     alone, alone_logits = answer(loaded, questions, data, [index], limit)
@@ -125,7 +124,7 @@ def explain(loaded: Any, questions: list[Any], data: Path, batch: list[int], ind
     }
 
 
-def first_step(loaded: Any, questions: list[Any], data: Path, batches: list[list[int]]) -> dict[str, float]:
+def first_step(loaded: Any, questions: list[Any], data: Any, batches: list[list[int]]) -> dict[str, float]:
     """Of the first token, where both ways have read the same: how far logits are apart, and the smallest gaps to be lost."""
     apart_by, gaps = [], []
     for batch in batches:
@@ -155,8 +154,9 @@ def main() -> None:
     import torch
 
     from phi3v.demo.tiny import build_tiny
-    from phi3v.evaluation import examples
-    from phi3v.evaluation.run import _load, evaluate
+    from phi3v.evaluation.generate import Predictor
+    from phi3v.evaluation.questions import pictures_of_split, plan_batches, prompt_lengths, read_questions
+    from phi3v.evaluation.run import evaluate
     from phi3v.settings import EvaluateSettings
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -176,11 +176,12 @@ def main() -> None:
             found[batch] = [json.loads(line)["prediction"] for line in lines]
             rates[batch] = json.loads((root / f"out{batch}/after/timing.json").read_text())["examples_per_second"]
         different = [i for i, pair in enumerate(zip(found[1], found[given.batch], strict=True)) if pair[0] != pair[1]]
-        questions = examples.read_questions(data, "val")
-        loaded = _load(model, settings, torch.device("cpu"), 4, questions)
-        batches = examples.plan_batches(examples.prompt_lengths(data, questions, loaded.processor, 4), given.batch)
+        questions, pictures = read_questions(data, "val"), pictures_of_split(data, "val")
+        loaded = Predictor.load(model, settings, torch.device("cpu"), given.max_new_tokens, 4)
+        lengths = prompt_lengths(pictures, questions, loaded.processor.image_processor, 4)
+        batches = plan_batches(lengths, given.batch)
         reasons = [
-            explain(loaded, questions, data, next(b for b in batches if i in b), i, given.max_new_tokens)
+            explain(loaded, questions, pictures, next(b for b in batches if i in b), i, given.max_new_tokens)
             for i in different[:8]
         ]
         print(
@@ -191,7 +192,7 @@ def main() -> None:
                     "threads": torch.get_num_threads(),
                     "examples_per_second": {"one_by_one": rates[1], "batched": rates[given.batch]},
                     "ratio": round(rates[given.batch] / rates[1], 2),
-                    "first_token": first_step(loaded, questions, data, batches),
+                    "first_token": first_step(loaded, questions, pictures, batches),
                     "different_answers": len(different),
                     "parted": reasons,
                 },

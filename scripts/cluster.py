@@ -16,9 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from phi3v import cluster
 from phi3v.cluster.machines import login_problems, probe
 from phi3v.cluster.site import site_text
+
+from phi3v import cluster
 from phi3v.planning import runnable
 from phi3v.settings import CPU, SITE_FILE, Hardware, SettingsError, load_run, load_site, read_entries
 

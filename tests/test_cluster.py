@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import yaml
+from phi3v.cluster.machines import GPU_PROBE, probe
+from phi3v.cluster.site import devices_of, site_text
 
 from phi3v.cluster import Facts, PartitionFacts, Request, check, problems
 from phi3v.cluster.facts import gpus, minutes
-from phi3v.cluster.machines import GPU_PROBE, probe
-from phi3v.cluster.site import devices_of, site_text
 from phi3v.cluster.status import COMMENT, duration, progress
 from phi3v.settings import Hardware, Partition, SettingsError, Site, load_run, read_entries, validate
 

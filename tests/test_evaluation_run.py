@@ -199,7 +199,9 @@ def test_bad_data_are_named(checkpoint, tmp_path):
         evaluate_here(checkpoint, data, tmp_path / "out")
     (data / "val.jsonl").write_text("\n".join(lines) + "\n")
     (data / "images/2-0.png").unlink()
-    with pytest.raises(DataError, match=r"val.jsonl:3.*2-0.png: no such file"):
+    with pytest.raises(
+        DataError, match=r"val.jsonl:3: field `images`: image '2-0.png': cannot be read: .*No such file"
+    ):
         evaluate_here(checkpoint, data, tmp_path / "out")
 
 
@@ -252,25 +254,15 @@ def test_predict_answers_about_ones_own_pictures(checkpoint, tmp_path):
 def test_a_model_that_would_say_the_picture_token_goes_on(checkpoint):
     import torch
 
-    from phi3v.evaluation.generate import end_token_ids, generate
-    from phi3v.model.modeling import Phi3VForCausalLM
-    from phi3v.model.processing import Phi3VProcessor
+    from phi3v.evaluation.generate import Predictor
+    from phi3v.settings import Compute
 
-    model, processor = Phi3VForCausalLM.from_pretrained(checkpoint).eval(), Phi3VProcessor.from_pretrained(checkpoint)
-    ends = end_token_ids(processor.tokenizer, model.generation_config)
-    token = model.config.image_token_id
-    model.lm_head.register_forward_hook(
+    predictor = Predictor.load(checkpoint, Compute(fp32=True), torch.device("cpu"), max_new_tokens=4)
+    token = predictor.model.config.image_token_id
+    predictor.model.lm_head.register_forward_hook(
         lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([token]), 1e4)
     )
-    (found,) = generate(
-        model,
-        processor,
-        ["<|user|>\nwhat<|end|>\n<|assistant|>\n"],
-        [[]],
-        num_crops=1,
-        max_new_tokens=4,
-        end_tokens=ends,
-    )
+    (found,) = predictor.answer(predictor.prepare(["<|user|>\nwhat<|end|>\n<|assistant|>\n"], [[]]))
     assert found.tokens >= 1
     assert "<|image|>" not in found.text
 
@@ -279,7 +271,7 @@ def test_a_hub_id_comes_through_the_lock_and_never_again(root, checkpoint, tmp_p
     from data_examples import COMMIT, HubServer
 
     from phi3v.data.sources import LOCK, PINS
-    from phi3v.evaluation.weights import folder_of
+    from phi3v.evaluation.generate import weights_folder
 
     data = write_data(tmp_path / "data", 3)
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
@@ -310,16 +302,16 @@ def test_a_hub_id_comes_through_the_lock_and_never_again(root, checkpoint, tmp_p
     assert there.read_bytes() == here.read_bytes()
     # The server is gone: what is there is used, and a file that was touched is refused.
     monkeypatch.chdir(tmp_path)
-    assert folder_of("owner/tiny").samefile(folder)
+    assert weights_folder("owner/tiny").samefile(folder)
     (folder / "config.json").write_text("{}")
     from phi3v.data.conversations import DataError
 
     with pytest.raises(DataError, match=r"config\.json: 2 bytes; expected"):
-        folder_of("owner/tiny")
+        weights_folder("owner/tiny")
 
 
 def test_a_hub_id_that_the_models_file_names_is_the_workflows_download(root):
-    from phi3v.evaluation.weights import hub_folder, is_hub_id
+    from phi3v.evaluation.generate import hub_folder, is_hub_id
     from phi3v.settings import Model, model_key, read_entries
 
     entry = read_entries(["config/models.yaml"], Model, root)["phi35-vision"]

@@ -12,7 +12,7 @@ from transformers.training_args import ParallelMode  # noqa: E402
 
 from phi3v.benchmark import speed  # noqa: E402
 from phi3v.evaluation import predict as prediction  # noqa: E402
-from phi3v.evaluation import processes  # noqa: E402
+from phi3v.evaluation.run import join  # noqa: E402
 from phi3v.model import runtime  # noqa: E402
 from phi3v.model.runtime import check_architecture, compute_device  # noqa: E402
 from phi3v.settings import (  # noqa: E402
@@ -104,7 +104,7 @@ def test_training_evaluation_and_prediction_refuse_before_they_load_anything(mac
     with pytest.raises(SettingsError, match=refused):
         build(FinetuneSettings(**folders), tmp_path)
     with pytest.raises(SettingsError, match=refused):
-        processes.join(EvaluateSettings(**folders))
+        join(EvaluateSettings(**folders))
     with pytest.raises(SettingsError, match=refused):
         prediction.predict(PredictSettings(model_name_or_path="missing", question="What?"))
 
@@ -215,7 +215,7 @@ def test_every_job_refuses_to_take_the_cpu_before_it_loads_anything(without_cuda
     jobs = [
         lambda: build(FinetuneSettings(**training), tmp_path),
         lambda: speed.measure(SpeedSettings(**training, stand_in=True)),
-        lambda: processes.join(EvaluateSettings(**training)),
+        lambda: join(EvaluateSettings(**training)),
         lambda: prediction.predict(PredictSettings(model_name_or_path="missing", question="What?")),
     ]
     for job in jobs:

@@ -1,18 +1,74 @@
-"""Greedy answers to a batch of prompts: left padded, every end token stops a row, the first token's logits kept on request.
+"""A loaded model and its greedy answers to batches of prompts: left padded, and every end token stops a row.
 
 B = prompts of a batch, T = their padded length, V = vocabulary.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
+from PIL import Image
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from phi3v.data.conversations import DataError
+from phi3v.data.sources import LOCK, fetch, locked_files
+from phi3v.model.adapters import base_of, is_adapter, load_for_inference
+from phi3v.model.half import use_float32_sums
+from phi3v.model.processing import Phi3VProcessor
+from phi3v.model.runtime import TORCH_DTYPE, attention_implementation
+from phi3v.settings import Compute, Model, SettingsError, model_key, read_entries
 
 END_TOKENS = ("<|end|>", "<|endoftext|>", "</s>")
 """Marks that end an answer: 32007, 32000 and 2 of the published tokenizer. Each must stop, or answers run to the limit."""
+MODELS = "config/models.yaml"
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder is OWNER/NAME or OWNER/NAME@REVISION."""
+    return not Path(name).is_dir() and _HUB_ID.fullmatch(name) is not None
+
+
+def hub_folder(name: str, root: Path = Path()) -> tuple[Path, Model]:
+    """The folder of a hub id's weights, and its entry: the one of config/models.yaml with the same URL, else one made of the id."""
+    match = _HUB_ID.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r}: expected OWNER/NAME or OWNER/NAME@REVISION")
+    url, revision = f"hf://{match['repo']}", match["revision"]
+    entries = read_entries([MODELS], Model, root) if (root / MODELS).is_file() else {}
+    for entry, model in entries.items():
+        if model.url == url and revision in (None, model.revision):
+            return root / "results" / "models" / model_key(entry, model), model
+    model = Model(title=name, url=url, revision=revision)
+    return root / "results" / "models" / model_key(match["repo"].replace("/", "--"), model), model
+
+
+def weights_folder(name: str, root: Path = Path(), may_fetch: bool = True) -> Path:
+    """The folder of a checkpoint, an adapter or a hub id. Nothing else in this room uses the network.
+
+    A hub id is fetched once into results/models with the lock and pins of every source, so a later fetch gives the same commit, byte for
+    byte. may_fetch: fetch a hub id that is missing (of several processes only one may). Raises FileNotFoundError for a name that is neither
+    a folder nor a hub id, SourceError (a DataError) for weights that cannot be fetched or differ from their lock.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not is_hub_id(name):
+        raise FileNotFoundError(
+            f"--model_name_or_path {name}: no such folder; expected a checkpoint, an adapter or a hub id OWNER/NAME"
+        )
+    try:
+        folder, model = hub_folder(name, root)
+    except SettingsError as error:
+        raise DataError(f"--model_name_or_path {name}: {error}") from None
+    if may_fetch and not (folder / LOCK).is_file():
+        fetch([(model.url, model.revision)], folder, kind="model", flat=True)
+    locked_files(folder, model.url, model.revision)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -21,7 +77,7 @@ class Answer:
 
     text: str
     tokens: int
-    """Generated tokens, the one that ended it included."""
+    """Generated tokens, including the one that ended it."""
     choice: float | None = None
     """P(positive) / (P(positive) + P(negative)) of the first token."""
 
@@ -33,38 +89,43 @@ class Choice:
     positive: tuple[int, ...]
     negative: tuple[int, ...]
 
-
-def end_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
-    """Ids that stop an answer: END_TOKENS that the tokenizer has, and those of the checkpoint's generation_config."""
-    known = {tokenizer.convert_tokens_to_ids(token) for token in END_TOKENS} - {None, tokenizer.unk_token_id}
-    saved = getattr(generation_config, "eos_token_id", None)
-    known.update([saved] if isinstance(saved, int) else saved or ())
-    return sorted(known)
+    def share(self, logits: torch.Tensor) -> list[float]:
+        """P(positive) / (P(positive) + P(negative)) of each row. logits: [B, V]."""
+        positive = torch.logsumexp(logits[:, list(self.positive)].double(), dim=1)
+        negative = torch.logsumexp(logits[:, list(self.negative)].double(), dim=1)
+        return torch.sigmoid(positive - negative).tolist()
 
 
-def choice_of(tokenizer: Any, positive: str = "yes", negative: str = "no") -> Choice | None:
-    """First tokens of the two words, in any case, with and without a word boundary; None where one token starts both."""
+def choice_of(tokenizer: PreTrainedTokenizerBase, positive: str = "yes", negative: str = "no") -> Choice | None:
+    """First tokens of the two words, in any case, with and without a word boundary; None if the same token starts both."""
+    # After a line break the same word has no word boundary in front of it.
+    before = tokenizer("\n", add_special_tokens=False)["input_ids"]
 
     def first(word: str) -> set[int]:
         ids = set()
         for form in (word.lower(), word.capitalize(), word.upper()):
             ids.add(tokenizer(form, add_special_tokens=False)["input_ids"][0])
-            # After a line break the same word has no word boundary in front of it.
-            before = tokenizer("\n", add_special_tokens=False)["input_ids"]
             ids.add(tokenizer("\n" + form, add_special_tokens=False)["input_ids"][len(before) :][0])
         return ids - {tokenizer.unk_token_id}
 
     yes, no = first(positive), first(negative)
-    # A boundary that is a token of its own starts both words and says nothing.
+    # A boundary that is a token of its own starts both words and does not tell them apart.
     yes, no = yes - no, no - yes
     return Choice(tuple(sorted(yes)), tuple(sorted(no))) if yes and no else None
 
 
-class _FirstLogits:
-    """A logits processor that keeps the first step's logits and changes nothing."""
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:
+    """Ids that stop an answer: END_TOKENS that the tokenizer has, and those of the checkpoint's generation_config."""
+    ids = {tokenizer.convert_tokens_to_ids(token) for token in END_TOKENS} - {None, tokenizer.unk_token_id}
+    saved = generation_config.eos_token_id
+    ids.update([saved] if isinstance(saved, int) else saved or ())
+    return sorted(ids)
 
-    def __init__(self) -> None:
-        self.logits: torch.Tensor | None = None  # [B, V]
+
+class _FirstLogits:
+    """A logits processor that keeps the first step's logits [B, V] and changes nothing."""
+
+    logits: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self.logits is None:
@@ -72,79 +133,76 @@ class _FirstLogits:
         return scores
 
 
-@torch.inference_mode()
-def generate(
-    model: Any,
-    processor: Any,
-    prompts: Sequence[str],
-    images: Sequence[Sequence[Any]],
-    *,
-    num_crops: int,
-    max_new_tokens: int,
-    end_tokens: Sequence[int],
-    choice: Choice | None = None,
-) -> list[Answer]:
-    """Greedy answers of B prompts with their pictures (PIL), at most max_new_tokens each."""
-    inputs = prepare(processor, prompts, images, num_crops)
-    return answer(
-        model, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, end_tokens=end_tokens, choice=choice
-    )
+@dataclass(frozen=True)
+class Predictor:
+    """A model in eval mode with its processor: prompts and pictures to answers."""
 
+    model: PreTrainedModel
+    processor: Phi3VProcessor
+    num_crops: int
+    """Largest number of tiles of a picture."""
+    max_new_tokens: int
+    """Longest answer."""
+    choice: Choice | None = None
+    """Set for a yes/no task: answers then carry their `choice`."""
 
-def prepare(
-    processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Any]], num_crops: int
-) -> dict[str, torch.Tensor]:
-    """Left-padded model inputs on the CPU: input_ids and attention_mask [B, T], pixel_values, image_sizes."""
-    return dict(
-        processor(
-            list(prompts), images=[list(own) for own in images] if any(images) else None, padding=True, padding_side="left",
-            num_crops=num_crops, return_tensors="pt",
+    @classmethod
+    def load(
+        cls, folder: Path, settings: Compute, device: torch.device, max_new_tokens: int, num_crops: int | None = None
+    ) -> Predictor:
+        """From a checkpoint folder, or an adapter folder on its base. num_crops: None takes the checkpoint's."""
+        disable_progress_bar()
+        if device.type == "cpu" and settings.dtype == "fp16":
+            use_float32_sums()
+        attention = attention_implementation(settings, device)
+        model = load_for_inference(folder, TORCH_DTYPE[settings.dtype], attention, device)
+        processor = Phi3VProcessor.from_pretrained(base_of(folder) if is_adapter(folder) else folder)
+        return cls(model, processor, num_crops or processor.image_processor.num_crops, max_new_tokens)
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids that stop an answer."""
+        return end_token_ids(self.processor.tokenizer, self.model.generation_config)
+
+    def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, torch.Tensor]:
+        """Left-padded model inputs on the CPU: input_ids and attention_mask [B, T], pixel_values, image_sizes."""
+        return dict(
+            self.processor(
+                list(prompts),
+                images=[list(own) for own in images] if any(images) else None,
+                padding=True,
+                padding_side="left",
+                num_crops=self.num_crops,
+                return_tensors="pt",
+            )
         )
-    )  # fmt: skip
 
-
-@torch.inference_mode()
-def answer(
-    model: Any,
-    tokenizer: Any,
-    inputs: dict[str, torch.Tensor],
-    *,
-    max_new_tokens: int,
-    end_tokens: Sequence[int],
-    choice: Choice | None = None,
-) -> list[Answer]:
-    """Greedy answers to prepared inputs."""
-    device = model.device
-    moved = {name: tensor.to(device) for name, tensor in inputs.items()}
-    if "pixel_values" in moved and moved["pixel_values"].is_floating_point():
-        moved["pixel_values"] = moved["pixel_values"].to(model.dtype)
-    first = _FirstLogits()
-    # As an answer it would mean a picture that is not there, and stop the model with an error.
-    placeholder = getattr(model.config, "image_token_id", None)
-    sequences = model.generate(
-        **moved,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(end_tokens),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-        suppress_tokens=None if placeholder is None else [placeholder],
-        logits_processor=[first] if choice else None,
-    )  # [B, T + new]
-    new = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-    shares = _shares(first.logits, choice) if choice else [None] * len(new)
-    ends = set(end_tokens)
-    answers = []
-    for row, share in zip(new, shares, strict=True):
-        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
-        text = tokenizer.decode(row[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        answers.append(Answer(text, min(stop + 1, len(row)), share))
-    return answers
-
-
-def _shares(logits: torch.Tensor | None, choice: Choice) -> list[float]:
-    assert logits is not None
-    yes = torch.logsumexp(logits[:, list(choice.positive)].double(), dim=1)
-    no = torch.logsumexp(logits[:, list(choice.negative)].double(), dim=1)
-    return torch.sigmoid(yes - no).tolist()
+    @torch.inference_mode()
+    def answer(self, inputs: dict[str, torch.Tensor]) -> list[Answer]:
+        """Greedy answers to prepared inputs, at most max_new_tokens each."""
+        moved = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        if "pixel_values" in moved and moved["pixel_values"].is_floating_point():
+            moved["pixel_values"] = moved["pixel_values"].to(self.model.dtype)
+        first, tokenizer, ends = _FirstLogits(), self.processor.tokenizer, self.end_tokens
+        sequences = self.model.generate(
+            **moved,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+            # Generated, it would stand for a picture that is missing, and stop the model with an error.
+            suppress_tokens=[self.model.config.image_token_id],
+            logits_processor=[first] if self.choice else None,
+        )  # [B, T + new]
+        new = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        shares: list[float] | list[None] = [None] * len(new)
+        if self.choice and first.logits is not None:
+            shares = self.choice.share(first.logits)
+        answers = []
+        for row, share in zip(new, shares, strict=True):
+            stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+            text = tokenizer.decode(row[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            answers.append(Answer(text, min(stop + 1, len(row)), share))
+        return answers

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import numpy as np
+from scipy import stats
 
 
 def normalise(text: str) -> str:
@@ -86,7 +88,7 @@ def mean_score(scores: Sequence[float]) -> float:
     return 100.0 * math.fsum(values) / values.size
 
 
-def auroc(truth: Sequence[bool], probability: Sequence[float]) -> float:
+def auroc(truth: Sequence[bool] | np.ndarray, probability: Sequence[float] | np.ndarray) -> float:
     """Area under the ROC curve, 0-100: the chance that a random positive is ranked above a random negative, ties half.
 
     Hateful Memes' metric (Kiela et al., 2020). Raises ValueError unless both classes are present.
@@ -99,10 +101,7 @@ def auroc(truth: Sequence[bool], probability: Sequence[float]) -> float:
     zeros = positive.size - ones
     if not ones or not zeros:
         raise ValueError(f"truth: {ones} positive and {zeros} negative examples; expected at least one of each")
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last_rank = np.cumsum(counts)
-    mean_rank = last_rank - (counts - 1) / 2.0
-    rank_sum = float(mean_rank[inverse][positive].sum())
+    rank_sum = float(stats.rankdata(values)[positive].sum())
     return 100.0 * (rank_sum - ones * (ones + 1) / 2.0) / (ones * zeros)
 
 
@@ -128,8 +127,16 @@ def nlvr2_sentence(identifier: str) -> str:
     return "-".join((parts[0], parts[1], parts[3]))
 
 
-def confusion(answers: Sequence[str], predictions: Sequence[str]) -> dict[str, object]:
-    """{"classes": [...], "counts": [[...]]}: rows are true classes, columns predicted ones and, last, anything else."""
+class Confusion(TypedDict):
+    """A confusion table."""
+
+    classes: list[str]
+    counts: list[list[int]]
+    """Rows are true classes, columns predicted ones and, last, any other answer."""
+
+
+def confusion(answers: Sequence[str], predictions: Sequence[str]) -> Confusion:
+    """How often each class was answered for each class."""
     classes = sorted({answer.strip() for answer in answers})
     column = {normalise(name): i for i, name in enumerate(classes)}
     counts = np.zeros((len(classes), len(classes) + 1), dtype=int)

@@ -1,138 +1,189 @@
 """Evaluate a checkpoint or adapter on a split: the passes `before`, `after` and `control`, over one or many processes.
 
-Each example is answered once, by one process. Batches are the same whatever the number of processes, so the predictions are too. What
-is done is kept: a run that was killed goes on where it stopped (phi3v.evaluation.predictions).
+Each example is answered once, by one process. Batches are the same for any number of processes, so the predictions are too. Finished
+batches are kept: a run that was killed continues after them (phi3v.evaluation.predictions).
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from phi3v.data.conversations import DataError
 from phi3v.data.folder import describe, split_file
-from phi3v.data.images import open_rgb
+from phi3v.data.pictures import Pictures
 from phi3v.data.processes import loader_workers
-from phi3v.evaluation import examples, predictions
-from phi3v.evaluation.examples import Question
-from phi3v.evaluation.generate import Answer, Choice, answer, choice_of, end_token_ids, prepare
+from phi3v.evaluation.generate import Answer, Predictor, choice_of, is_hub_id, weights_folder
 from phi3v.evaluation.metrics import normalise
-from phi3v.evaluation.processes import Processes, join
-from phi3v.evaluation.progress import Progress
-from phi3v.evaluation.weights import folder_of, is_hub_id
-from phi3v.model.runtime import TORCH_DTYPE, attention_implementation, attention_note
+from phi3v.evaluation.predictions import Draft, Partial, Summary, finished, merge, summarise, write_pass
+from phi3v.evaluation.questions import (
+    Question,
+    content_digests,
+    leaked,
+    pictures_of_split,
+    plan_batches,
+    prompt_lengths,
+    read_questions,
+    swap_pictures,
+)
+from phi3v.model.runtime import attention_note, compute_device
 from phi3v.provenance.manifest import commit, digest_file, write_manifest
-from phi3v.settings import Dataset, EvaluateSettings, PredictSettings, Role, fields_with
+from phi3v.settings import Compute, Dataset, EvaluateSettings, Role, fields_with
 
 DEFAULT_CROPS = Dataset.model_fields["num_crops"].default
+SECONDS_BETWEEN_LINES = 30
 _DEVICE_MEMORY = (torch.cuda.OutOfMemoryError,)
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What every pass uses."""
+class Processes:
+    """This process among the `world` that evaluate together."""
 
-    model: Any
-    processor: Any
-    num_crops: int
-    end_tokens: list[int]
-    choice: Choice | None
+    rank: int
+    world: int
+    device: torch.device
+
+    def wait(self) -> None:
+        """Return once every process has called it."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def leave(self) -> None:
+        """Close the group."""
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
+
+    @property
+    def title(self) -> str:
+        """The device in words, for manifests."""
+        if self.device.type == "cuda":
+            return f"{self.world} x {torch.cuda.get_device_name(self.device)}"
+        return f"{self.world} CPU process(es), {torch.get_num_threads()} thread(s) each"
 
 
-def evaluate(settings: EvaluateSettings) -> dict[str, dict[str, Any]]:
+def join(settings: Compute) -> Processes:
+    """Join the processes that torchrun started; alone without it.
+
+    Raises SettingsError if this process's device cannot do the job (phi3v.model.runtime.compute_device).
+    """
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        # Some libraries count the machine's cores for themselves once they are imported.
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = compute_device(settings)
+    if world > 1:
+        # The processes share files and barriers only, so gloo serves every device. One may wait long for the longest answers.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=2))
+    return Processes(rank, world, device)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The questions of one pass, and the files of its answers."""
+
+    name: str
+    folder: Path
+    questions: list[Question]
+    left_out: int
+    """Examples that the control cannot use."""
+    part: Partial
+
+
+def evaluate(settings: EvaluateSettings) -> dict[str, Summary]:
     """Run the passes and write output_dir/PASS/ and output_dir/manifest.json; returns metrics.json of each pass (process 0's view).
 
-    Raises DataError on data that cannot be asked, FileNotFoundError where the model or the data folder is not there.
+    Raises DataError on data that cannot be evaluated, FileNotFoundError if the model or the data folder is missing.
     """
     started = time.perf_counter()
     data_dir, output = Path(settings.data_dir), Path(settings.output_dir)
     if not data_dir.is_dir():
         raise FileNotFoundError(f"--data_dir {data_dir}: no such folder; expected images/ and a jsonl for each split")
-    index = describe(data_dir)
-    metric = settings.metric or index.get("metric")
-    if metric is None:
-        raise DataError(f"{data_dir}: no dataset.json that names a metric, and no --metric; expected accuracy or anls")
-    num_crops = settings.num_crops or index.get("num_crops") or DEFAULT_CROPS
-    questions = examples.read_questions(data_dir, settings.split)
+    metric, num_crops = _metric_and_crops(settings)
+    pictures, questions = pictures_of_split(data_dir, settings.split), read_questions(data_dir, settings.split)
     processes = join(settings)
     if processes.rank == 0 and (note := attention_note(settings, processes.device)):
         print(note)
     model = _weights(settings.model_name_or_path, processes)
-    fingerprint = _fingerprint(settings, model, data_dir, num_crops)
+    fingerprint = _fingerprint(settings, model, num_crops)
     if processes.rank == 0:
         (output / "manifest.json").unlink(missing_ok=True)
-    asked = {name: _questions_of(name, questions, data_dir, settings.seed) for name in settings.passes}
-    todo = [name for name in settings.passes if not predictions.finished(output / name, f"{fingerprint}-{name}")]
-    loaded = _load(model, settings, processes.device, num_crops, questions) if todo else None
-    load_seconds = time.perf_counter() - started
-    for name in todo:
-        assert loaded is not None
-        swapped, left_out = asked[name]
-        folder = output / name
-        part = predictions.Partial(folder, f"{fingerprint}-{name}", processes.rank)
-        observed, seconds = _run_pass(part, swapped, data_dir, loaded, settings, processes, name)
+    passes = [
+        _pass(name, output / name, questions, pictures, f"{fingerprint}-{name}", settings.seed, processes.rank)
+        for name in settings.passes
+    ]
+    open_passes = [each for each in passes if not finished(each.folder, each.part.fingerprint)]
+    if open_passes:
+        predictor = Predictor.load(model, settings, processes.device, settings.max_new_tokens, num_crops)
+        if {normalise(answer) for question in questions for answer in question.answers} == {"yes", "no"}:
+            predictor = replace(predictor, choice=choice_of(predictor.processor.tokenizer))
+    load_seconds = round(time.perf_counter() - started, 3)
+    for each in open_passes:
+        timing = _run_pass(each, pictures, predictor, settings, processes)
         processes.wait()
         if processes.rank == 0:
-            _finish_pass(part, folder, swapped, left_out, metric, settings, processes, observed, seconds, load_seconds)
+            _finish_pass(each, pictures, metric, settings, {"load_seconds": load_seconds, **timing})
         processes.wait()
-    summaries: dict[str, dict[str, Any]] = {}
+    summaries: dict[str, Summary] = {}
     if processes.rank == 0:
         summaries = {
-            name: json.loads((output / name / "metrics.json").read_text(encoding="utf-8")) for name in settings.passes
+            each.name: json.loads((each.folder / "metrics.json").read_text(encoding="utf-8")) for each in passes
         }
+        inputs = {"model": model, "data": data_dir, "split": split_file(data_dir, settings.split)}
         write_manifest(
             output,
             kind="evaluate",
             settings=settings,
-            inputs={
-                "model": str(model),
-                "data": str(data_dir),
-                "split": str(split_file(data_dir, settings.split)),
-            },
+            inputs={name: str(path) for name, path in inputs.items()},
             seed=settings.seed,
             seconds=time.perf_counter() - started,
             device=processes.title,
-            extra={"load_seconds": round(load_seconds, 3)},
+            extra={"load_seconds": load_seconds},
         )
     processes.leave()
     return summaries
 
 
-def _questions_of(name: str, questions: list[Question], data_dir: Path, seed: int) -> tuple[list[Question], list[str]]:
-    if name != "control":
-        return questions, []
-    swapped, left_out = examples.swap_pictures(questions, examples.content_digests(data_dir, questions), seed)
-    if not swapped:
+def _metric_and_crops(settings: EvaluateSettings) -> tuple[str, int]:
+    """Metric and num_crops: the settings', else the data folder's."""
+    index = describe(settings.data_dir)
+    metric = settings.metric or index.get("metric")
+    if metric is None:
         raise DataError(
-            f"{data_dir}: no two examples whose pictures differ; expected some, for the control with swapped pictures"
+            f"{settings.data_dir}: no dataset.json that names a metric, and no --metric; expected accuracy or anls"
         )
-    return swapped, left_out
+    return metric, settings.num_crops or index.get("num_crops") or DEFAULT_CROPS
 
 
 def _weights(name: str, processes: Processes) -> Path:
-    """The model's folder; a hub id is fetched by the first process while the others wait."""
+    """The model's folder; the first process fetches a hub id while the others wait."""
     if not is_hub_id(name):
-        return folder_of(name)
+        return weights_folder(name)
     if processes.rank == 0:
-        folder_of(name)
+        weights_folder(name)
     processes.wait()
-    return folder_of(name, may_fetch=False)
+    return weights_folder(name, may_fetch=False)
 
 
-def _fingerprint(settings: EvaluateSettings, model: Path, data_dir: Path, num_crops: int) -> str:
+def _fingerprint(settings: EvaluateSettings, model: Path, num_crops: int) -> str:
     """Digest of everything the answers depend on: model files, split, settings, code."""
     files = sorted(path for path in model.glob("*") if path.is_file())
     facts = {
         "model": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
-        "split": digest_file(split_file(data_dir, settings.split)),
+        "split": digest_file(split_file(settings.data_dir, settings.split)),
         "settings": settings.model_dump(
             include={*fields_with(EvaluateSettings, Role.RECIPE, Role.NUMERICS, Role.EQUIVALENT)}
         ),
@@ -142,106 +193,104 @@ def _fingerprint(settings: EvaluateSettings, model: Path, data_dir: Path, num_cr
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_model(folder: Path, settings: EvaluateSettings | PredictSettings, device: torch.device) -> tuple[Any, Any]:
-    """Model in eval mode, and processor, of a checkpoint folder or an adapter folder on its base."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from phi3v.model.adapters import base_of, is_adapter, load_for_inference
-    from phi3v.model.processing import Phi3VProcessor
-
-    disable_progress_bar()
-    if device.type == "cpu" and settings.dtype == "fp16":
-        from phi3v.model.half import use_float32_sums
-
-        use_float32_sums()
-    model = load_for_inference(folder, TORCH_DTYPE[settings.dtype], attention_implementation(settings, device), device)
-    return model, Phi3VProcessor.from_pretrained(base_of(folder) if is_adapter(folder) else folder)
-
-
-def _load(
-    folder: Path, settings: EvaluateSettings, device: torch.device, num_crops: int, questions: list[Question]
-) -> Loaded:
-    model, processor = load_model(folder, settings, device)
-    truths = {normalise(answer) for question in questions for answer in question.answers}
-    choice = choice_of(processor.tokenizer) if truths == {"yes", "no"} else None
-    return Loaded(model, processor, num_crops, end_token_ids(processor.tokenizer, model.generation_config), choice)
-
-
-class _Observer:
-    """What the first decoder layer really computed in."""
-
-    def __init__(self, model: Any) -> None:
-        self.dtype = ""
-        layers = [module for name, module in model.named_modules() if name.endswith("layers.0")]
-        decoder = layers[-1] if layers else model
-        self._handle = decoder.register_forward_hook(self._see)
-
-    def _see(self, module: Any, inputs: Any, output: Any) -> None:
-        tensor = output[0] if isinstance(output, tuple) else output
-        self.dtype = str(getattr(tensor, "dtype", "")).removeprefix("torch.")
-        self._handle.remove()
-
-    def close(self) -> None:
-        self._handle.remove()
+def _pass(
+    name: str, folder: Path, questions: list[Question], pictures: Pictures, fingerprint: str, seed: int, rank: int
+) -> Pass:
+    part = Partial(folder, fingerprint, rank)
+    if name != "control":
+        return Pass(name, folder, questions, 0, part)
+    swapped, left_out = swap_pictures(questions, content_digests(pictures, questions), seed)
+    if not swapped:
+        raise DataError(
+            f"{pictures.data_dir}: no two examples whose pictures differ; expected some, for the control with swapped pictures"
+        )
+    return Pass(name, folder, swapped, len(left_out), part)
 
 
 def _run_pass(
-    part: predictions.Partial,
-    questions: list[Question],
-    data_dir: Path,
-    loaded: Loaded,
-    settings: EvaluateSettings,
-    processes: Processes,
-    name: str,
-) -> tuple[dict[str, Any], float]:
-    """Answer this process' share of the batches; returns what was observed and the seconds it took."""
-    lengths = examples.prompt_lengths(data_dir, questions, loaded.processor, loaded.num_crops)
-    batches = examples.plan_batches(lengths, settings.batch_size_per_gpu)
-    part.mend()
-    done = part.read()
+    each: Pass, pictures: Pictures, predictor: Predictor, settings: EvaluateSettings, processes: Processes
+) -> dict[str, object]:
+    """Answer this process' share of the batches; returns timing.json without what needs all answers."""
+    lengths = prompt_lengths(pictures, each.questions, predictor.processor.image_processor, predictor.num_crops)
+    batches = [[each.questions[i] for i in batch] for batch in plan_batches(lengths, settings.batch_size_per_gpu)]
+    each.part.trim()
+    done = each.part.read()
     processes.wait()
     if processes.rank == 0:
-        part.drop_others()
-    open_batches = [batch for batch in batches if any(questions[i].id not in done for i in batch)]
+        each.part.drop_others()
+    open_batches = [batch for batch in batches if any(question.id not in done for question in batch)]
     mine = open_batches[processes.rank :: processes.world]
     started = time.perf_counter()
-    observer = _Observer(loaded.model)
+    dtypes: list[str] = []
+    hook = _first_decoder_layer(predictor.model).register_forward_hook(
+        lambda _module, _inputs, output: dtypes.append(_dtype(output[0] if isinstance(output, tuple) else output))
+    )
     workers = loader_workers(settings.num_workers, processes.device.type == "cuda")
-    title = f"{settings.row or settings.dataset or 'evaluate'} {name}"
-    with Progress(title, sum(len(batch) for batch in mine), settings.tqdm, silent=processes.rank != 0) as progress:
-        for batch, inputs in _prefetched(mine, questions, data_dir, loaded, workers):
-            answers = _answer_within_memory(batch, inputs, questions, data_dir, loaded, settings.max_new_tokens)
-            part.append(_records(questions, batch, answers))
-            progress.advance(len(batch))
-    observer.close()
-    observed = {
-        "activation_dtype": observer.dtype,
-        "parameter_dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "attention": getattr(loaded.model.config, "_attn_implementation", None),
-        "resumed_examples": len(questions) - sum(len(batch) for batch in open_batches),
+    title = f"{settings.row or settings.dataset or 'evaluate'} {each.name}"
+    with _progress(title, sum(map(len, mine)), settings.tqdm, silent=processes.rank != 0) as progress:
+        for batch, inputs in _prefetched(mine, pictures, predictor, workers):
+            answers = _answer_within_memory(batch, inputs, pictures, predictor)
+            each.part.append(_draft(question, answer) for question, answer in zip(batch, answers, strict=True))
+            progress.update(len(batch))
+    hook.remove()
+    seconds = time.perf_counter() - started
+    resumed = len(each.questions) - sum(map(len, open_batches))
+    return {
+        "fingerprint": each.part.fingerprint,
+        "seconds": round(seconds, 3),
+        "examples_per_second": round((len(each.questions) - resumed) / seconds, 3),
+        "processes": processes.world,
+        "batch_size_per_gpu": settings.batch_size_per_gpu,
+        "device": processes.title,
+        "threads": torch.get_num_threads(),
+        "observed": {
+            "activation_dtype": dtypes[0] if dtypes else "",
+            "parameter_dtype": _dtype(predictor.model),
+            "attention": getattr(predictor.model.config, "_attn_implementation", None),
+            "resumed_examples": resumed,
+        },
     }
-    return observed, time.perf_counter() - started
 
 
-def _inputs(batch: list[int], questions: list[Question], data_dir: Path, loaded: Loaded) -> dict[str, torch.Tensor]:
-    folder = data_dir / "images"
-    pictures = [[open_rgb(folder / path, str(folder / path)) for path in questions[i].images] for i in batch]
-    return prepare(loaded.processor, [questions[i].prompt for i in batch], pictures, loaded.num_crops)
+def _dtype(computed: torch.Tensor | PreTrainedModel) -> str:
+    return str(computed.dtype).removeprefix("torch.")
+
+
+def _first_decoder_layer(model: nn.Module) -> nn.Module:
+    layers = [module for name, module in model.named_modules() if name.endswith("layers.0")]
+    return layers[-1] if layers else model
+
+
+def _progress(title: str, total: int, bar: bool, silent: bool) -> tqdm:
+    """A bar on a terminal; in a log a line every 30 s, about this process' share."""
+    if bar and sys.stderr.isatty():
+        return tqdm(total=total, desc=title, unit="example", dynamic_ncols=True, disable=silent)
+    line = "{desc}: {n_fmt} of {total_fmt} (this process), {rate_fmt}, {remaining} left\n"
+    every = SECONDS_BETWEEN_LINES
+    return tqdm(
+        total=total, desc=title, unit="example", bar_format=line, mininterval=every, maxinterval=every, disable=silent
+    )
+
+
+def _inputs(batch: list[Question], pictures: Pictures, predictor: Predictor) -> dict[str, torch.Tensor]:
+    """Model inputs of a batch, on the CPU."""
+    own = copy.copy(pictures)  # a thread must not close another one's shards
+    images = [[own.open(path, f"{own.data_dir}: {question.id}") for path in question.images] for question in batch]
+    return predictor.prepare([question.prompt for question in batch], images)
 
 
 def _prefetched(
-    batches: list[list[int]], questions: list[Question], data_dir: Path, loaded: Loaded, workers: int
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    batches: list[list[Question]], pictures: Pictures, predictor: Predictor, workers: int
+) -> Iterator[tuple[list[Question], dict[str, torch.Tensor]]]:
     """Each batch with its inputs; `workers` threads decode and resize the next ones meanwhile."""
     if workers == 0:
         for batch in batches:
-            yield batch, _inputs(batch, questions, data_dir, loaded)
+            yield batch, _inputs(batch, pictures, predictor)
         return
     with ThreadPoolExecutor(workers) as pool:
-        waiting = []
-        upcoming = iter(batches)
-        for batch in upcoming:
-            waiting.append((batch, pool.submit(_inputs, batch, questions, data_dir, loaded)))
+        waiting: list[tuple[list[Question], Future[dict[str, torch.Tensor]]]] = []
+        for batch in batches:
+            waiting.append((batch, pool.submit(_inputs, batch, pictures, predictor)))
             if len(waiting) > workers:
                 ready, future = waiting.pop(0)
                 yield ready, future.result()
@@ -250,80 +299,46 @@ def _prefetched(
 
 
 def _answer_within_memory(
-    batch: list[int],
-    inputs: dict[str, torch.Tensor],
-    questions: list[Question],
-    data_dir: Path,
-    loaded: Loaded,
-    max_new_tokens: int,
+    batch: list[Question], inputs: dict[str, torch.Tensor], pictures: Pictures, predictor: Predictor
 ) -> list[Answer]:
-    """Answers of a batch; one that does not fit the device's memory is halved."""
+    """Answers of a batch; a batch that does not fit the device's memory is halved."""
     try:
-        return answer(
-            loaded.model, loaded.processor.tokenizer, inputs,
-            max_new_tokens=max_new_tokens, end_tokens=loaded.end_tokens, choice=loaded.choice,
-        )  # fmt: skip
+        return predictor.answer(inputs)
     except _DEVICE_MEMORY:
         if len(batch) == 1:
             raise
     torch.cuda.empty_cache()
     middle = len(batch) // 2
     return [
-        found
+        answer
         for half in (batch[:middle], batch[middle:])
-        for found in _answer_within_memory(
-            half, _inputs(half, questions, data_dir, loaded), questions, data_dir, loaded, max_new_tokens
-        )
+        for answer in _answer_within_memory(half, _inputs(half, pictures, predictor), pictures, predictor)
     ]
 
 
-def _records(questions: list[Question], batch: list[int], answers: list[Answer]) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": questions[i].id,
-            "prediction": a.text,
-            "tokens": a.tokens,
-            "choice": None if a.choice is None else round(a.choice, 6),
-        }
-        for i, a in zip(batch, answers, strict=True)
-    ]
+def _draft(question: Question, answer: Answer) -> Draft:
+    choice = None if answer.choice is None else round(answer.choice, 6)
+    return {"id": question.id, "prediction": answer.text, "tokens": answer.tokens, "choice": choice}
 
 
 def _finish_pass(
-    part: predictions.Partial,
-    folder: Path,
-    questions: list[Question],
-    left_out: list[str],
+    each: Pass,
+    pictures: Pictures,
     metric: str,
     settings: EvaluateSettings,
-    processes: Processes,
-    observed: dict[str, Any],
-    seconds: float,
-    load_seconds: float,
+    timing: dict[str, object],
 ) -> None:
-    """Merge, score and write a pass that all processes are through with."""
-    answers = part.read()
-    records = predictions.merge(questions, answers, metric)
-    summary = predictions.summarise(records, metric, settings.seed)
-    summary["left_out"] = len(left_out)
-    if folder.name != "control" and settings.split != "train":
-        summary["leaked"] = examples.leaked(settings.data_dir, questions, settings.train_dir or settings.data_dir)
-    tokens = sum(answers[question.id]["tokens"] for question in questions)
-    timing = {
-        "fingerprint": part.fingerprint,
-        "seconds": round(seconds, 3),
-        "load_seconds": round(load_seconds, 3),
-        "examples_per_second": round((len(questions) - observed["resumed_examples"]) / seconds, 3) if seconds else None,
-        "generated_tokens": tokens,
-        "processes": processes.world,
-        "batch_size_per_gpu": settings.batch_size_per_gpu,
-        "device": processes.title,
-        "threads": torch.get_num_threads(),
-        "observed": observed,
-    }
-    predictions.write_pass(folder, records, summary, timing)
-    part.remove()
+    """Merge, score and write a pass that all processes have finished."""
+    drafts = each.part.read()
+    records = merge(each.questions, drafts, metric)
+    summary = summarise(records, metric, settings.seed)
+    summary["left_out"] = each.left_out
+    if each.name != "control" and settings.split != "train":
+        summary["leaked"] = leaked(pictures, each.questions, settings.train_dir or settings.data_dir)
+    tokens = sum(drafts[question.id]["tokens"] for question in each.questions)
+    write_pass(each.folder, records, summary, {**timing, "generated_tokens": tokens})
+    each.part.remove()
     low, high = summary["interval"]
     print(
-        f"{settings.row or settings.dataset} {folder.name}: {metric} {summary['score']:.2f} [{low:.1f}, {high:.1f}], n = {summary['n']}"
+        f"{settings.row or settings.dataset} {each.name}: {metric} {summary['score']:.2f} [{low:.1f}, {high:.1f}], n = {summary['n']}"
     )

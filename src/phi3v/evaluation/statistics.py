@@ -6,12 +6,14 @@ occurs (a multinomial), which is the same distribution as drawing n scores one b
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy import stats
 
 Interval = tuple[float, float]
 Z95 = 1.959963984540054
@@ -23,22 +25,24 @@ MARGIN = 2.0
 Verdict = Literal["agrees", "above", "below", "inconclusive"]
 
 
-def wilson(correct: float, n: int, z: float = Z95) -> Interval:
+def wilson(correct: int, n: int) -> Interval:
     """Interval of a proportion, 0-100 (Wilson 1927). correct: successes out of n. Raises ValueError on n < 1."""
     if n < 1 or not 0 <= correct <= n:
         raise ValueError(f"correct, n: got {correct} of {n}; expected 0 <= correct <= n and n >= 1")
-    share = correct / n
-    scale = 1 + z * z / n
-    centre = (share + z * z / (2 * n)) / scale
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+    low, high = stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")
+    return 100 * float(low), 100 * float(high)
 
 
-def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+def _interval_of_mean(values: np.ndarray, seed: int, resamples: int) -> Interval:
+    """Percentile interval of the mean of [n] values, times 100.
+
+    `scipy.stats.bootstrap` draws example by example. This takes a third of its time on graded scores, a thousandth on scores of 0 and 1.
+    """
     distinct, counts = np.unique(values, return_counts=True)
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(values.size, counts / values.size, size=resamples)  # [resamples, distinct]
-    return drawn @ distinct / values.size
+    low, high = np.percentile(drawn @ distinct / values.size, [2.5, 97.5])
+    return 100 * float(low), 100 * float(high)
 
 
 def bootstrap(scores: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
@@ -46,25 +50,27 @@ def bootstrap(scores: Sequence[float] | np.ndarray, seed: int = 0, resamples: in
     values = np.asarray(scores, dtype=np.float64)
     if values.size == 0:
         raise ValueError("scores: empty; expected at least one")
-    low, high = np.percentile(_resampled_means(values, seed, resamples), [2.5, 97.5])
-    return 100 * float(low), 100 * float(high)
+    return _interval_of_mean(values, seed, resamples)
 
 
-def bootstrap_of(
-    statistic: Callable[[np.ndarray], float], n: int, seed: int = 0, resamples: int = RESAMPLES
+def bootstrap_paired(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    left: Sequence[float],
+    right: Sequence[float],
+    seed: int = 0,
+    resamples: int = 500,
 ) -> Interval:
-    """Percentile bootstrap interval of any statistic of n examples.
+    """Percentile bootstrap interval of a statistic of two values per example.
 
-    statistic: index array [n] to a figure; it may raise ValueError for a resample it is not defined on (AUROC with one class),
-    which is then left out.
+    statistic: two arrays [n] to a figure; it may raise ValueError for a resample that it is not defined on (AUROC with one class), which is
+    then left out. Raises ValueError if that is every resample.
     """
+    first, second = np.asarray(left), np.asarray(right)
     rng = np.random.default_rng(seed)
     figures = []
-    for _ in range(resamples):
-        try:
-            figures.append(statistic(rng.integers(0, n, n)))
-        except ValueError:
-            continue
+    for pick in rng.integers(0, first.size, (resamples, first.size)):
+        with contextlib.suppress(ValueError):
+            figures.append(statistic(first[pick], second[pick]))
     if not figures:
         raise ValueError("statistic: undefined on every resample; expected more varied examples")
     low, high = np.percentile(figures, [2.5, 97.5])
@@ -74,7 +80,7 @@ def bootstrap_of(
 def interval_of(metric: str, scores: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
     """The interval shown beside a score: Wilson where scores are right or wrong, bootstrap for graded ones."""
     if metric == "accuracy":
-        return wilson(float(np.sum(scores)), len(scores))
+        return wilson(round(float(np.sum(scores))), len(scores))
     return bootstrap(scores, seed)
 
 
@@ -93,12 +99,8 @@ def mcnemar(left: Sequence[float] | np.ndarray, right: Sequence[float] | np.ndar
     """Two-sided exact p-value that two raters of the same examples are equally often right (McNemar 1947; binomial form)."""
     a, b = np.asarray(left) > 0.5, np.asarray(right) > 0.5
     only_left, only_right = int((a & ~b).sum()), int((b & ~a).sum())
-    n, k = only_left + only_right, min(only_left, only_right)
-    if n == 0:
-        return 1.0
-    log_half = n * math.log(0.5)
-    terms = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + log_half for i in range(k + 1))
-    return min(1.0, 2 * math.fsum(math.exp(term) for term in terms))
+    discordant = only_left + only_right
+    return float(stats.binomtest(only_left, discordant).pvalue) if discordant else 1.0
 
 
 def paired(
@@ -109,14 +111,9 @@ def paired(
     if a.shape != b.shape or a.size == 0:
         raise ValueError(f"scores: {a.size} and {b.size} of them; expected the same examples, at least one")
     differences = a - b
-    low, high = np.percentile(_resampled_means(differences, seed, resamples), [2.5, 97.5])
     binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
-    return Comparison(
-        100 * float(differences.mean()),
-        (100 * float(low), 100 * float(high)),
-        a.size,
-        mcnemar(a, b) if binary else None,
-    )
+    interval = _interval_of_mean(differences, seed, resamples)
+    return Comparison(100 * float(differences.mean()), interval, a.size, mcnemar(a, b) if binary else None)
 
 
 def spread(scores: Sequence[float] | np.ndarray) -> dict[str, float]:
@@ -128,30 +125,13 @@ def spread(scores: Sequence[float] | np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "sd": deviation, "low": float(values.min()), "high": float(values.max())}
 
 
-def t_quantile(freedom: float) -> float:
-    """97.5th percentile of Student's t distribution with any number > 0 of degrees of freedom.
-
-    With t = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1): summed over a grid.
-    """
-    if not freedom > 0:
-        raise ValueError(f"freedom: got {freedom}; expected a number > 0")
-    if freedom > 1000:
-        return Z95
-    # Midpoints of cells that become finer where the density of few degrees of freedom sits.
-    edges = np.pi / 2 * (1 - np.linspace(1, 0, 200_001) ** 4)
-    middle, width = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
-    mass = np.cumsum(np.cos(middle) ** (freedom - 1) * width)
-    angle = float(np.interp(0.95 * mass[-1], mass, edges[1:]))
-    return math.sqrt(freedom) * math.tan(angle)
-
-
 def _half_width(sampling: float, seeds: float, count: int) -> float:
     """Half of a 95 % interval of a figure with a known sampling variance and one from `count` seeds (Welch and Satterthwaite)."""
     total = sampling + seeds
     if not seeds:
         return Z95 * math.sqrt(total)
     freedom = total**2 / (seeds**2 / (count - 1))
-    return t_quantile(freedom) * math.sqrt(total)
+    return float(stats.t.ppf(0.975, freedom)) * math.sqrt(total)
 
 
 def interval_over_seeds(scores: Sequence[float] | np.ndarray, seed_scores: Sequence[float] | np.ndarray) -> Interval:

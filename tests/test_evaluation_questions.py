@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3v.evaluation.examples import Question, plan_batches, swap_pictures
+from phi3v.evaluation.questions import Question, plan_batches, swap_pictures
 
 
 def _questions(pictures: list[tuple[str, ...]]) -> list[Question]:
