@@ -16,17 +16,16 @@ import sys
 import time
 from pathlib import Path
 
-from phi3v.cluster.machines import login_problems, probe
-from phi3v.cluster.site import site_text
-
-from phi3v import cluster
+from phi3v.cluster.check import Problem, login_problems, probe, problems, requests, settings_problems
+from phi3v.cluster.facts import ClusterError, look, site_text
+from phi3v.cluster.status import running_jobs, status_lines
 from phi3v.planning import runnable
 from phi3v.settings import CPU, SITE_FILE, Hardware, SettingsError, load_run, load_site, read_entries
 
 
 def site(path: str) -> int:
     """Write a first site file; an existing one stays."""
-    text = site_text(cluster.look(), read_entries(["config/hardware.yaml"], Hardware, Path()))
+    text = site_text(look(), read_entries(["config/hardware.yaml"], Hardware, Path()))
     print(text, end="")
     if Path(path).exists():
         print(f"{path} exists and was left as it is", file=sys.stderr)
@@ -39,12 +38,12 @@ def site(path: str) -> int:
 def check(config: str, probing: bool) -> int:
     """Print what is wrong and what is worth knowing."""
     run, here = runnable(load_run(config)), load_site()
-    wanted = cluster.requests(run, here)
-    found = [*login_problems(Path.cwd()), *cluster.settings_problems(run, here, wanted)]
+    wanted = requests(run, here)
+    found = [*login_problems(Path.cwd()), *settings_problems(run, here, wanted)]
     try:
-        found += cluster.problems(here, cluster.look(), wanted)
-    except cluster.ClusterError as error:
-        found.append(cluster.Problem("error", f"the cluster could not be looked at: {error}"))
+        found += problems(here, look(), wanted)
+    except ClusterError as error:
+        found.append(Problem("error", f"the cluster could not be looked at: {error}"))
     if probing and not any(problem.level == "error" for problem in found):
         used = {CPU: here.of(CPU)} | {each.device: here.of(each.device, each.partition) for each in wanted}
         for entry in {entry.partition: entry for entry in used.values()}.values():
@@ -60,10 +59,10 @@ def status(config: str) -> int:
     """Print where each row stands; without SLURM, what the rows' files say."""
     run = runnable(load_run(config))
     try:
-        jobs, silent = cluster.running_jobs(Path.cwd()), ""
-    except cluster.ClusterError as error:
+        jobs, silent = running_jobs(Path.cwd()), ""
+    except ClusterError as error:
         jobs, silent = [], f"SLURM could not be asked, jobs that run or wait are not shown: {error}"
-    print("\n".join(cluster.status_lines(run, Path(), jobs)), flush=True)
+    print("\n".join(status_lines(run, Path(), jobs)), flush=True)
     if silent:
         print(silent, file=sys.stderr)
     return 0
@@ -72,7 +71,7 @@ def status(config: str) -> int:
 def wait(seconds: float) -> int:
     """Return when no job of this folder is left; raises ClusterError."""
     said: list[str] = []
-    while running := cluster.running_jobs(Path.cwd()):
+    while running := running_jobs(Path.cwd()):
         lines = [f"job {job.id}: {job.rule} {job.wildcards}, {job.state.lower()}" for job in running]
         if lines != said:
             print("\n".join(lines), flush=True)
@@ -97,7 +96,7 @@ def main() -> int:
         if given.do == "check":
             return check(given.config, probing=not given.no_probe)
         return status(given.config) if given.do == "status" else wait(given.seconds)
-    except (SettingsError, cluster.ClusterError, OSError) as error:
+    except (SettingsError, ClusterError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -9,11 +9,10 @@ import sys
 
 import pytest
 import yaml
-from phi3v.cluster.machines import GPU_PROBE, probe
-from phi3v.cluster.site import devices_of, site_text
 
-from phi3v.cluster import Facts, PartitionFacts, Request, check, problems
-from phi3v.cluster.facts import gpus, minutes
+from phi3v.cluster import check
+from phi3v.cluster.check import GPU_PROBE, Request, probe, problems
+from phi3v.cluster.facts import Facts, PartitionFacts, devices_of, gpus, minutes, site_text
 from phi3v.cluster.status import COMMENT, duration, progress
 from phi3v.settings import Hardware, Partition, SettingsError, Site, load_run, read_entries, validate
 

@@ -20,7 +20,8 @@ SCRIPTS = "scripts" if ROOT == Path.cwd() else shlex.quote(f"{ROOT}/scripts")
 SOURCE = str(ROOT / "src")
 sys.path.insert(0, SOURCE)
 
-from phi3v import cluster, planning, settings
+from phi3v import planning, settings
+from phi3v.cluster.check import fit
 
 # The SLURM profile's default resources name an account, be it none; jobs inherit them.
 ON_SLURM = "slurm_account" in (workflow.resource_settings.default_resources or {})
@@ -149,7 +150,7 @@ def launch_training(job):
 def planned(row, kind):
     """Minutes, memory and cores of a row's job (train, evaluate or speed), from the plan; cut to the site's limits."""
     job = RUN.job(row)
-    return cluster.fit(planning.resources(RUN, job, kind=kind), site_entry(job))
+    return fit(planning.resources(RUN, job, kind=kind), site_entry(job))
 
 
 def site_entry(job):

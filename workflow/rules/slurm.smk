@@ -6,6 +6,9 @@ from snakemake.jobs import Job as SnakemakeJob
 from snakemake.logging import logger
 from snakemake.resources import Resource
 
+from phi3v.cluster.check import problems, requests, settings_problems
+from phi3v.cluster.facts import ClusterError, look
+from phi3v.cluster.status import running_jobs
 from phi3v.training.checkpoints import checkpoint_folders
 
 
@@ -32,11 +35,11 @@ def on_site(known, value):
 
 def look_at_cluster():
     """Refuse what the cluster would refuse, or keep waiting for ever."""
-    asked = cluster.requests(RUN, SITE)
-    found = cluster.settings_problems(RUN, SITE, asked)
+    asked = requests(RUN, SITE)
+    found = settings_problems(RUN, SITE, asked)
     try:
-        found += cluster.problems(SITE, cluster.look(), asked)
-    except cluster.ClusterError as error:
+        found += problems(SITE, look(), asked)
+    except ClusterError as error:
         logger.warning(f"the cluster could not be looked at: {error}")
     for problem in found:
         if problem.level == "warning":
@@ -52,8 +55,8 @@ def look_at_cluster():
 def refuse_second_writers():
     """Name the jobs of this folder that still run or wait, though no Snakemake watches them any more."""
     try:
-        running = cluster.running_jobs(Path.cwd())
-    except cluster.ClusterError as error:
+        running = running_jobs(Path.cwd())
+    except ClusterError as error:
         raise WorkflowError(
             f"the cluster could not be asked for jobs of an earlier Snakemake, nothing was started\n{error}"
         )

@@ -1,19 +1,37 @@
-"""Whether a run fits a cluster: what would be refused, or wait for ever, is said before a job is submitted."""
+"""Whether a run fits a cluster: reports what SLURM would refuse or keep waiting for ever, before any job is submitted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from phi3v.cluster.facts import Facts, PartitionFacts
 from phi3v.planning import Resources, resources
 from phi3v.settings import CPU, SITE_FILE, AccuracyRow, Partition, ResolvedRun, Site
 
+# Seconds by which SLURM may signal early (sbatch(1), --signal), and as much to start.
+SLURM_EARLY = 90
+# Most that rules without a row's hardware ask for (workflow/rules/data.smk, report.smk): MB, minutes.
+CPU_MEMORY, CPU_RUNTIME = 4000, 240
+# The demo's base model (workflow/rules/demo.smk), MB.
+DEMO_BASE_MEMORY = 6000
+# squeue must still list a job three times the profile's seconds between status checks after its end.
+LEAST_JOB_AGE = 15
+# Seconds of grace in which a pre-empted job can save a checkpoint.
+LEAST_GRACE = 30
+
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong, or worth knowing."""
+    """An error, which stops the run, or a warning."""
 
     level: Literal["error", "warning"]
     text: str
@@ -24,7 +42,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Request:
-    """What a job asks for, on each of its nodes."""
+    """What a job requests on each of its nodes."""
 
     what: str
     """Row, or a name for work on CPUs."""
@@ -39,16 +57,16 @@ class Request:
     """Minutes, before the site's max_runtime cuts it."""
 
 
-# Seconds that SLURM may signal before it was asked to (sbatch(1), --signal), and as much to start.
-SLURM_EARLY = 90
-# What rules without a row's machines ask for at most (workflow/rules/data.smk, report.smk): MB, minutes.
-CPU_MEMORY, CPU_RUNTIME = 4000, 240
-# The demo's base model (workflow/rules/demo.smk), MB.
-DEMO_BASE_MEMORY = 6000
+def _error(text: str) -> Problem:
+    return Problem("error", text)
+
+
+def _field(name: str, got: object, reason: str) -> Problem:
+    return _error(f"field `{name}`: got {got!r}: {reason}")
 
 
 def fit(wanted: Resources, entry: Partition) -> Resources:
-    """What a job asks for on this site: runtime cut to the partition's, GPUs by their type, CPUs by GPU."""
+    """What a job requests on this site: runtime cut to the partition's limit, GPUs by their type, CPUs per GPU."""
     runtime = min(wanted.runtime, entry.max_runtime or wanted.runtime)
     if not wanted.gres:
         return replace(wanted, runtime=runtime)
@@ -58,148 +76,223 @@ def fit(wanted: Resources, entry: Partition) -> Resources:
 
 
 def requests(run: ResolvedRun, site: Site) -> list[Request]:
-    """What the run's jobs ask for."""
-    used = {job.row.dataset for job in (*run.accuracy, *run.speed)}
-    cpus = max([1, *(run.datasets[name].conversion_threads for name in used)])
+    """What the run's jobs request."""
+    jobs = [*run.accuracy, *run.speed]
+    cpus = max([1, *(run.datasets[job.row.dataset].conversion_threads for job in jobs)])
     found = [Request("work on CPUs", CPU, "", 1, 0, cpus, CPU_MEMORY, CPU_RUNTIME)]
     if run.demo:
         found.append(Request("the demo's base model", CPU, "", 1, 0, run.demo.base.processes, DEMO_BASE_MEMORY, 30))
-    for job in (*run.accuracy, *run.speed):
+    for job in jobs:
+        device, partition = job.pool.device, job.pool.slurm_partition
         official = ["official"] if run.official(job) else []
         for kind in ("train", "evaluate", *official) if isinstance(job.row, AccuracyRow) else ("speed",):
             wanted = resources(run, job, kind=kind)
-            fitted = fit(wanted, site.of(job.pool.device, job.pool.slurm_partition))
-            found.append(Request(
-                f"row `{job.row.row}` ({kind})", job.pool.device, job.pool.slurm_partition, job.nodes,
-                job.processes_per_node if wanted.gres else 0, fitted.cpus, fitted.mem_mb, wanted.runtime,
-            ))  # fmt: skip
+            fitted = fit(wanted, site.of(device, partition))
+            what, gpus = f"row `{job.row.row}` ({kind})", job.processes_per_node if wanted.gres else 0
+            found.append(Request(what, device, partition, job.nodes, gpus, fitted.cpus, fitted.mem_mb, wanted.runtime))
     return found
 
 
 def settings_problems(run: ResolvedRun, site: Site, requests: Iterable[Request]) -> list[Problem]:
-    """What the site file and the run say about each other, without asking the cluster."""
+    """Contradictions between the site file and the run, found without querying the cluster."""
     found = []
-    for device in site.partitions:
-        if device != CPU and device not in run.hardware:
-            known = ", ".join(sorted(run.hardware))
-            found.append(_error(f"field `partitions`: got {device!r}: expected {CPU} or a device of the run: {known}"))
     for device, entry in site.partitions.items():
+        if device != CPU and device not in run.hardware:
+            devices = ", ".join(sorted(run.hardware))
+            found.append(_field("partitions", device, f"expected {CPU} or a device of the run: {devices}"))
         if entry.max_runtime and entry.max_runtime * 60 <= site.leave_seconds + SLURM_EARLY:
-            found.append(_error(
-                f"field `leave_seconds`: got {site.leave_seconds}: partition {entry.partition} ({device}) gives a job "
-                f"{entry.max_runtime} min; expected less, by the minute that SLURM may be early"
-            ))  # fmt: skip
+            limit = f"partition {entry.partition} ({device}) gives a job {entry.max_runtime} min"
+            expected = "expected less, since SLURM may signal a minute early"
+            found.append(_field("leave_seconds", site.leave_seconds, f"{limit}; {expected}"))
     for request in requests:
         entry = site.of(request.device, request.partition)
         if 0 < entry.gpus_per_node < request.gpus:
-            found.append(_error(
-                f"{request.what}: asks for {request.gpus} GPUs of a machine, partition {entry.partition} has "
-                f"{entry.gpus_per_node}; expected per_node of the run's hardware at most that"
-            ))  # fmt: skip
-    return _unique(found)
+            found.append(
+                _error(
+                    f"{request.what}: asks for {request.gpus} GPUs of a machine, partition {entry.partition} has "
+                    f"{entry.gpus_per_node}; expected per_node of the run's hardware at most that"
+                )
+            )
+    return list(dict.fromkeys(found))
 
 
 def problems(site: Site, facts: Facts, requests: Iterable[Request]) -> list[Problem]:
-    """Everything that the cluster would refuse or keep waiting for ever, and what is worth knowing."""
-    found = []
-    # Reason to the jobs that it stops: what is wrong with a kind of machine is wrong with many rows at once.
+    """What the cluster would refuse or keep waiting for ever, and warnings."""
+    found: list[Problem] = []
+    # Reason to the jobs that it stops: a limit of one kind of node stops many rows at once.
     stopped: dict[tuple[str, str], list[str]] = {}
     for request in requests:
         entry = site.of(request.device, request.partition)
         partition = facts.partitions.get(entry.partition) if entry.partition else facts.default
         if partition is None:
-            names = ", ".join(facts.partitions)
-            wanted = (
+            missing = (
                 f"partition {entry.partition!r}: not on this cluster" if entry.partition else "no default partition"
             )
-            found.append(_error(f"{request.device}: {wanted}; expected one of {names}"))
+            found.append(_error(f"{request.device}: {missing}; expected one of {', '.join(facts.partitions)}"))
             continue
-        found += _partition_problems(entry, partition, request.device)
+        found += _partition_problems(entry, partition, f"partitions.{request.device}")
         found += _rights_problems(site, entry, partition, facts)
         for asked, reason in _request_problems(entry, partition, request):
             stopped.setdefault((partition.name, reason), []).append(f"{request.what}: asks for {asked}")
     for (_, reason), jobs in stopped.items():
         more = f" (and {len(jobs) - 1} more jobs)" if len(jobs) > 1 else ""
         found.append(_error(f"{jobs[0]}, {reason}{more}"))
-    if facts.min_job_age < 15:
-        found.append(Problem("warning", (
-            f"MinJobAge is {facts.min_job_age} s: squeue may forget a job before its end was seen; the executor then "
-            "asks sacct, which does not tell cancelled jobs. Ask for MinJobAge of 300"
-        )))  # fmt: skip
-    return _unique(found)
+    if facts.min_job_age < LEAST_JOB_AGE:
+        found.append(
+            Problem(
+                "warning",
+                f"MinJobAge is {facts.min_job_age} s: squeue may forget a job before Snakemake sees its end; the executor then "
+                "asks sacct, which does not tell cancelled jobs. Ask your administrators for MinJobAge of 300",
+            )
+        )
+    return list(dict.fromkeys(found))
 
 
-def _partition_problems(entry: Partition, partition: PartitionFacts, device: str) -> list[Problem]:
-    found = []
+def _partition_problems(entry: Partition, partition: PartitionFacts, field: str) -> Iterator[Problem]:
+    name, limit = f"partition {partition.name}", partition.max_minutes
     if not partition.up:
-        found.append(_error(f"partition {partition.name}: is not UP"))
-    limit = partition.max_minutes
+        yield _error(f"{name}: is not UP")
     if limit is not None and entry.max_runtime is not None and entry.max_runtime > limit:
-        found.append(_error(
-            f"field `partitions.{device}.max_runtime`: got {entry.max_runtime}: partition {partition.name} ends jobs after "
-            f"{limit} min; expected at most that"
-        ))  # fmt: skip
+        reason = f"{name} ends jobs after {limit} min; expected at most that"
+        yield _field(f"{field}.max_runtime", entry.max_runtime, reason)
     if entry.constraint and entry.constraint.isidentifier() and entry.constraint not in partition.features:
-        known = ", ".join(sorted(partition.features)) or "none"
-        found.append(_error(
-            f"field `partitions.{device}.constraint`: got {entry.constraint!r}: no machine of partition {partition.name} "
-            f"has it; features there: {known}"
-        ))  # fmt: skip
+        reason = f"no machine of {name} has it; features there: {_names(partition.features)}"
+        yield _field(f"{field}.constraint", entry.constraint, reason)
     if entry.gpu_type and entry.gpu_type not in partition.gpus:
-        known = ", ".join(sorted(partition.gpus)) or "none"
-        found.append(_error(
-            f"field `partitions.{device}.gpu_type`: got {entry.gpu_type!r}: GPU types of partition {partition.name}: {known}"
-        ))  # fmt: skip
-    if partition.preempt_mode == "CANCEL" and partition.grace_seconds < 30:
-        found.append(Problem("warning", (
-            f"partition {partition.name}: pre-empted jobs are cancelled after {partition.grace_seconds} s, which is short for "
-            "saving; they lose what came after the last checkpoint"
-        )))  # fmt: skip
-    return found
+        yield _field(f"{field}.gpu_type", entry.gpu_type, f"GPU types of {name}: {_names(partition.gpus)}")
+    if partition.preempt_mode == "CANCEL" and partition.grace_seconds < LEAST_GRACE:
+        text = f"pre-empted jobs are cancelled after {partition.grace_seconds} s, which is short for saving"
+        yield Problem("warning", f"{name}: {text}; they lose what came after the last checkpoint")
 
 
-def _rights_problems(site: Site, entry: Partition, partition: PartitionFacts, facts: Facts) -> list[Problem]:
-    found = []
+def _rights_problems(site: Site, entry: Partition, partition: PartitionFacts, facts: Facts) -> Iterator[Problem]:
     account, qos = entry.account or site.account, entry.qos or site.qos
     if account and facts.accounts is not None and account not in facts.accounts:
-        known = ", ".join(sorted(facts.accounts)) or "none"
-        found.append(_error(f"field `account`: got {account!r}: not yours on this cluster; expected one of {known}"))
+        yield _field("account", account, f"not yours on this cluster; expected one of {_names(facts.accounts)}")
     if account and partition.accounts is not None and account not in partition.accounts:
-        known = ", ".join(sorted(partition.accounts))
-        found.append(_error(f"field `account`: got {account!r}: partition {partition.name} takes {known} only"))
+        yield _field("account", account, f"partition {partition.name} takes {_names(partition.accounts)} only")
     if qos and facts.qos is not None and qos not in facts.qos:
-        known = ", ".join(sorted(facts.qos)) or "none"
-        found.append(_error(f"field `qos`: got {qos!r}: not yours on this cluster; expected one of {known}"))
-    return found
+        yield _field("qos", qos, f"not yours on this cluster; expected one of {_names(facts.qos)}")
 
 
-def _request_problems(entry: Partition, partition: PartitionFacts, request: Request) -> list[tuple[str, str]]:
-    """(what is asked for, why the partition cannot give it)"""
-    found = []
-    limit = partition.max_minutes
+def _names(found: Iterable[str]) -> str:
+    return ", ".join(sorted(found)) or "none"
+
+
+def _request_problems(entry: Partition, partition: PartitionFacts, request: Request) -> Iterator[tuple[str, str]]:
+    """(what is requested, why the partition cannot give it)"""
+    name, field, limit = f"partition {partition.name}", f"partitions.{request.device}", partition.max_minutes
     if limit is not None and entry.max_runtime is None and request.runtime > limit:
-        found.append((
-            f"{request.runtime} min",
-            f"partition {partition.name} ends jobs after {limit} min; set `partitions.{request.device}.max_runtime: {limit}` "
-            f"in {SITE_FILE}: training then goes on over several jobs",
-        ))  # fmt: skip
-    for name, asked, there in (
-        ("machines", request.nodes, partition.nodes),
-        ("GPUs of a machine", request.gpus, partition.gpus_per_node),
-        ("CPUs of a machine", request.cpus, partition.cpus),
-        ("MB memory of a machine", request.mem_mb, partition.memory_mb),
+        remedy = f"set `{field}.max_runtime: {limit}` in {SITE_FILE}: training then continues over several jobs"
+        yield f"{request.runtime} min", f"{name} ends jobs after {limit} min; {remedy}"
+    fewer_cpus = f"; set `{field}.cpus_per_gpu`" if request.gpus else ""
+    for what, asked, there, remedy in (
+        ("machines", request.nodes, partition.nodes, ""),
+        ("GPUs of a machine", request.gpus, partition.gpus_per_node, ""),
+        ("CPUs of a machine", request.cpus, partition.cpus, fewer_cpus),
+        ("MB memory of a machine", request.mem_mb, partition.memory_mb, ""),
     ):
         if asked > there:
-            hint = (
-                f"; set `partitions.{request.device}.cpus_per_gpu`" if name.startswith("CPUs") and request.gpus else ""
-            )
-            found.append((f"{asked} {name}", f"partition {partition.name} has {there}{hint}"))
+            yield f"{asked} {what}", f"{name} has {there}{remedy}"
+
+
+# A small job of a minute asks on a node of the partition, since the login node cannot tell. Each line of its output is NAME VALUE.
+PROBE = r"""
+echo shared "$([ -f "$1" ] && echo yes || echo no)"
+echo python "$("$2" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo none)"
+echo apptainer "$(command -v apptainer || command -v singularity || echo none)"
+echo scratch "$([ -z "$3" ] || { mkdir -p "$3" && [ -w "$3" ] && df -Pk "$3" | awk 'NR==2 {print $4}'; } || echo none)"
+echo cache "$([ -z "$4" ] || { mkdir -p "$4" && [ -w "$4" ]; } && echo yes || echo no)"
+echo modules "$([ -z "$5" ] || { module load $5 >/dev/null 2>&1; } && echo yes || echo no)"
+[ -z "$6" ] || echo gpu "$([ -z "$5" ] || module load $5 >/dev/null 2>&1; PYTHONPATH="$6" "$2" -c "$7" 2>/dev/null || echo none)"
+"""
+# What a training job would report of its GPU: `yes`, `cpu-build REASON`, or `no REASON`; nothing without torch.
+GPU_PROBE = """
+import torch
+from phi3v.model.runtime import compute_device
+from phi3v.settings import Compute, SettingsError
+try:
+    compute_device(Compute(expect_device="cuda"))
+    print("yes")
+except SettingsError as error:
+    print("no" if torch.version.cuda or torch.version.hip else "cpu-build", error)
+"""
+
+
+def probe(site: Site, entry: Partition, folder: Path, wait_seconds: int = 60) -> list[Problem]:
+    """Problems of a node of the partition: shared folder, Python, Apptainer, scratch, cache, modules, its GPUs.
+
+    folder: the repository. On a partition with GPUs the job requests one of them. A partition without a free node
+    within `wait_seconds` gives a warning.
+    """
+    name = f"partition {entry.partition}" if entry.partition else "the default partition"
+    has_gpus = bool(entry.gpus_per_node or entry.gpu_type)
+    marker = folder / f".cluster-check-{uuid.uuid4().hex}"
+    # In double quotes, the shell of the job expands $USER and the like.
+    given = [str(marker), sys.executable, site.scratch, site.cache, " ".join(site.modules)]
+    words = " ".join(f'"{word}"' for word in [*given, str(folder / "src") if has_gpus else ""])
+    text = f'USER="${{USER:-$(id -un)}}"; set -- {words} {shlex.quote(GPU_PROBE)}\n{PROBE}'
+    command = [*_srun(site, entry, has_gpus, wait_seconds), "bash", "-lc", text]
+    marker.write_text("seen\n")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=wait_seconds + 120, check=False)
+    except subprocess.TimeoutExpired:
+        return [Problem("warning", f"{name}: its machine did not answer: not looked at")]
+    finally:
+        marker.unlink(missing_ok=True)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        return [Problem("warning", f"{name}: no machine could be looked at: {reason[0]}")]
+    seen = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    return list(_seen_problems(seen, site, folder, f"{name}: on its machines"))
+
+
+def _srun(site: Site, entry: Partition, has_gpus: bool, wait_seconds: int) -> list[str]:
+    command = ["srun", f"--immediate={wait_seconds}", "--nodes=1", "--ntasks=1", "--time=2", "--quiet"]
+    if has_gpus:
+        # Importing torch takes memory.
+        command += [f"--gres=gpu:{entry.gpu_type}:1" if entry.gpu_type else "--gres=gpu:1", "--mem=4000"]
+    else:
+        command.append("--mem=100")
+    flags = {
+        "--partition": entry.partition,
+        "--account": entry.account or site.account,
+        "--qos": entry.qos or site.qos,
+        "--constraint": entry.constraint,
+    }
+    return [*command, *(f"{flag}={value}" for flag, value in flags.items() if value)]
+
+
+def _seen_problems(seen: dict[str, str], site: Site, folder: Path, where: str) -> Iterator[Problem]:
+    """seen: the probe's output."""
+    if seen.get("shared") != "yes":
+        yield _error(f"{where} {folder} is not this folder; expected a file system that all machines share")
+    if (python := seen.get("python", "none")) != f"{sys.version_info.major}.{sys.version_info.minor}":
+        expected = "expected this Python, in a folder that all machines share"
+        yield _error(f"{where} {sys.executable} is {python}; {expected}")
+    if seen.get("apptainer", "none") == "none":
+        text = "there is no apptainer; --sdm apptainer will not work, --sdm conda will"
+        yield Problem("warning", f"{where} {text}")
+    if site.scratch and seen.get("scratch", "none") == "none":
+        yield _error(f"field `scratch`: got {site.scratch}: {where} it cannot be written")
+    if seen.get("cache") != "yes":
+        yield _error(f"field `cache`: got {site.cache}: {where} it cannot be written")
+    if seen.get("modules") != "yes":
+        yield _error(f"field `modules`: got {' '.join(site.modules)}: {where} they do not load")
+    state, _, reason = seen.get("gpu", "").partition(" ")
+    if state == "no":
+        yield _error(f"{where} training would be refused: {reason}")
+    if state == "cpu-build":
+        text = "only --sdm conda or apptainer can train, whose PyTorch for CUDA 13 needs driver 580 or newer"
+        yield Problem("warning", f"{where} {text}: {reason}")
+
+
+def login_problems(folder: Path) -> list[Problem]:
+    """Problems of the machine that Snakemake runs on."""
+    found = []
+    if shutil.which("snakemake", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}") is None:
+        found.append(_error("snakemake was not found; expected it in this environment: make venv"))
+    if (free := shutil.disk_usage(folder).free / 1e9) < 100:
+        text = f"{free:.0f} GB free; the published run wants more (snakemake -c1 plan)"
+        found.append(Problem("warning", f"{folder}: {text}"))
     return found
-
-
-def _error(text: str) -> Problem:
-    return Problem("error", text)
-
-
-def _unique(found: list[Problem]) -> list[Problem]:
-    return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""What sinfo, scontrol and sacctmgr say about a cluster."""
+"""What sinfo, scontrol and sacctmgr report about a cluster, and a first site file from it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import shutil
 import subprocess
 from dataclasses import dataclass, field
 
+from phi3v.settings import CPU, Hardware
+
 
 class ClusterError(RuntimeError):
-    """SLURM could not be asked; the message says what it answered."""
+    """A SLURM command failed; the message holds its answer."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class PartitionFacts:
     cpus: int
     memory_mb: int
     gpus: dict[str, int] = field(default_factory=dict)
-    """GRES type to GPUs of a node; "" where the cluster gives no type."""
+    """GRES type to GPUs of a node; "" if the cluster gives no type."""
     features: frozenset[str] = frozenset()
     preempt_mode: str = "OFF"
     grace_seconds: int = 0
@@ -46,9 +48,9 @@ class Facts:
     accounts: frozenset[str] | None
     """The user's accounts; None: the cluster keeps no accounts."""
     qos: frozenset[str] | None
-    """Quality-of-service names that the user may ask for; None: the cluster keeps none."""
+    """Quality-of-service names that the user may request; None: the cluster keeps none."""
     min_job_age: int
-    """Seconds that squeue still knows an ended job."""
+    """Seconds for which squeue still lists an ended job."""
 
     @property
     def default(self) -> PartitionFacts | None:
@@ -57,15 +59,14 @@ class Facts:
 
 def minutes(text: str) -> int | None:
     """SLURM's time (`30`, `30:00`, `4:00:00`, `1-00:00:00`) in minutes, rounded down; None for no limit."""
-    if text.strip().lower() in ("infinite", "unlimited", "n/a", "none", "(null)", ""):
+    text = text.strip().lower()
+    if text in ("infinite", "unlimited", "n/a", "none", "(null)", ""):
         return None
-    days, _, rest = text.strip().rpartition("-")
+    days, _, rest = text.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
-    if days:
-        parts += [0] * (3 - len(parts))
-    elif len(parts) < 3:
-        parts = [0, *parts, *([0] if len(parts) == 1 else [])]
-    return (int(days or 0) * 24 + parts[0]) * 60 + parts[1]
+    # Hours lead if there are days, or three parts.
+    hours, mins = [*parts, 0][:2] if days or len(parts) == 3 else (0, parts[0])
+    return (int(days or 0) * 24 + hours) * 60 + mins
 
 
 def gpus(gres: str) -> dict[str, int]:
@@ -89,49 +90,102 @@ def ask(*command: str) -> str:
     return done.stdout
 
 
-def _fields(line: str) -> dict[str, str]:
-    return dict(word.split("=", 1) for word in line.split() if "=" in word)
-
-
 def look() -> Facts:
-    """Ask the cluster; raises ClusterError."""
+    """Query the cluster; raises ClusterError."""
     config = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", ask("scontrol", "show", "config"), re.M))
-    described = [_fields(line) for line in ask("scontrol", "--oneliner", "show", "partition").splitlines() if line]
     shapes: dict[str, list[list[str]]] = {}
     for line in ask("sinfo", "--noheader", "-o", "%R|%D|%c|%m|%G|%f").splitlines():
         name, *shape = line.strip().split("|")
         shapes.setdefault(name, []).append(shape)
     partitions = {}
-    for entry in described:
-        name, groups = entry["PartitionName"], shapes.get(entry["PartitionName"], [])
-        allowed = entry.get("AllowAccounts", "ALL")
-        types: dict[str, int] = {}
-        for group in groups:
-            types = {kind: max(count, types.get(kind, 0)) for kind, count in {**types, **gpus(group[3])}.items()}
-        partitions[name] = PartitionFacts(
-            name=name,
-            up=entry.get("State") == "UP",
-            default=entry.get("Default") == "YES",
-            max_minutes=minutes(entry.get("MaxTime", "")),
-            nodes=sum(int(group[0]) for group in groups),
-            cpus=max((int(group[1].rstrip("+")) for group in groups), default=0),
-            memory_mb=max((int(group[2].rstrip("+")) for group in groups), default=0),
-            gpus=types,
-            features=frozenset(name for group in groups for name in group[4].split(",") if name != "(null)"),
-            preempt_mode=entry.get("PreemptMode", "OFF"),
-            grace_seconds=int(entry.get("GraceTime", "0")),
-            accounts=None if allowed == "ALL" else frozenset(allowed.split(",")),
-        )
-    accounts, qos = _rights(config)
+    for line in ask("scontrol", "--oneliner", "show", "partition").splitlines():
+        entry = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        if entry:
+            partitions[entry["PartitionName"]] = _partition(entry, shapes.get(entry["PartitionName"], []))
+    accounts, qos = _rights(config.get("AccountingStorageEnforce", "none"))
     return Facts(partitions, accounts, qos, min_job_age=int(config.get("MinJobAge", "300").split()[0]))
 
 
-def _rights(config: dict[str, str]) -> tuple[frozenset[str] | None, frozenset[str] | None]:
-    """(accounts, qos) of this user; None each where the cluster does not enforce them."""
-    enforced = config.get("AccountingStorageEnforce", "none")
+def _partition(entry: dict[str, str], shapes: list[list[str]]) -> PartitionFacts:
+    """entry: fields of `scontrol show partition`. shapes: sinfo's nodes, CPUs, MB, GRES and features of each kind of node."""
+    counts = [gpus(gres) for *_, gres, _ in shapes]
+    allowed = entry.get("AllowAccounts", "ALL")
+    return PartitionFacts(
+        name=entry["PartitionName"],
+        up=entry.get("State") == "UP",
+        default=entry.get("Default") == "YES",
+        max_minutes=minutes(entry.get("MaxTime", "")),
+        nodes=sum(int(shape[0]) for shape in shapes),
+        cpus=max((int(shape[1].rstrip("+")) for shape in shapes), default=0),
+        memory_mb=max((int(shape[2].rstrip("+")) for shape in shapes), default=0),
+        gpus={kind: max(found.get(kind, 0) for found in counts) for found in counts for kind in found},
+        features=frozenset(name for shape in shapes for name in shape[4].split(",") if name != "(null)"),
+        preempt_mode=entry.get("PreemptMode", "OFF"),
+        grace_seconds=int(entry.get("GraceTime", "0")),
+        accounts=None if allowed == "ALL" else frozenset(allowed.split(",")),
+    )
+
+
+def _rights(enforced: str) -> tuple[frozenset[str] | None, frozenset[str] | None]:
+    """(accounts, qos) of this user; None for each that the cluster does not enforce."""
     if "associations" not in enforced:
         return None, None
     lines = ask("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=account,qos").splitlines()
     rows = [line.split("|") for line in lines if line.strip()]
     allowed = frozenset(name for row in rows for name in row[1].split(",") if name)
     return frozenset(row[0] for row in rows), allowed if "qos" in enforced else None
+
+
+def devices_of(gres_type: str, hardware: dict[str, Hardware]) -> list[str]:
+    """Entries of the hardware file that a GRES type may be: `a100` is a100-80gb or a100-40gb, `l40` is not l40s."""
+    plain = re.sub(r"[^a-z0-9]", "", gres_type.lower().replace("nvidia", "").replace("tesla", ""))
+    names = [name for name, entry in hardware.items() if plain and entry.kind != "cpu"]
+    if same := [name for name in names if name.split("-")[0] == plain]:
+        return same
+    return [name for name in names if re.sub(r"[^a-z0-9]", "", name.lower()).startswith(plain)]
+
+
+def site_text(facts: Facts, hardware: dict[str, Hardware]) -> str:
+    """config/site.yaml for this cluster; every choice that is left to the reader is a comment."""
+    lines = ["# Written by scripts/cluster.py from what this cluster reports; fields: config/README.md, a cluster."]
+    if facts.accounts:
+        first, *others = sorted(facts.accounts)
+        lines.append(f"account: {first}" + (f"  # or {', '.join(others)}" if others else ""))
+    lines.append("partitions:")
+    # The longest jobs first.
+    up = sorted(
+        (found for found in facts.partitions.values() if found.up), key=lambda found: -(found.max_minutes or 10**9)
+    )
+    if for_cpu := [partition for partition in up if not partition.gpus] or up:
+        chosen = facts.default if facts.default in for_cpu else for_cpu[0]
+        lines.append(_entry(CPU, chosen, "", for_cpu))
+    written: set[str] = set()
+    for partition in up:
+        for kind in partition.gpus:
+            names = devices_of(kind, hardware)
+            if not names:
+                kind = kind or "(none given)"
+                lines.append(f"  # partition {partition.name}: GPU type {kind} is no entry of the hardware file")
+            elif names[0] not in written:
+                written.add(names[0])
+                entry = _entry(names[0], partition, kind, [other for other in up if kind in other.gpus])
+                lines.append(entry + (f"  # {kind}: or {', '.join(names[1:])}" if names[1:] else ""))
+    lines += [
+        "# modules: [apptainer]           # environment modules that each job loads; PyTorch brings its own CUDA",
+        "# cache: /scratch/$USER/phi3v    # off the home quota",
+        "# scratch: /tmp                  # on the node's own disk: pictures are copied there before training",
+        "# offline: true                  # nodes have no network",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _entry(device: str, partition: PartitionFacts, kind: str, alike: list[PartitionFacts]) -> str:
+    """A line of `partitions`; alike: partitions that could stand there."""
+    fields = [f"partition: {partition.name}"]
+    if device != CPU:
+        count = partition.gpus[kind]
+        fields += [f"gpus_per_node: {count}", *([f"gpu_type: {kind}"] if kind else [])]
+        fields += [f"cpus_per_gpu: {max(1, min(8, partition.cpus // count))}"]
+    fields += [f"max_runtime: {partition.max_minutes}"] if partition.max_minutes else []
+    others = ", ".join(other.name for other in alike if other != partition)
+    return f"  {device}: {{{', '.join(fields)}}}" + (f"  # also: {others}" if others else "")

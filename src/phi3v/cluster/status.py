@@ -1,4 +1,4 @@
-"""Where a run stands: each row's state, SLURM job, step and time left, from result files, metrics and squeue."""
+"""Progress of a run: each row's state, SLURM job, step and time left, from result files, metrics and squeue."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from phi3v.settings import AccuracyRow, Job, ResolvedRun
 
 # The executor's comment on each of its jobs.
 COMMENT = re.compile(r"^rule_(?P<rule>\w+?)(?:_wildcards_(?P<wildcards>.*))?$")
+# What a row's job does, by its rule.
+ACTIVITY = {"finetune": "training", "speed_row": "timing", "evaluate_official": "official"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class RunningJob:
     wildcards: str
     """Row, or key of the data; "" for rules without."""
     nodes: str
-    """Machines, or why it waits."""
+    """Nodes, or why it waits."""
     elapsed: str
 
     def __str__(self) -> str:
@@ -36,7 +39,7 @@ class RunningJob:
 
 
 def running_jobs(folder: Path) -> list[RunningJob]:
-    """This user's unfinished jobs that were submitted by a Snakemake in `folder`; raises ClusterError."""
+    """This user's unfinished jobs that a Snakemake in `folder` submitted; raises ClusterError."""
     found = []
     for line in ask("squeue", "--noheader", "--user", getpass.getuser(), "-o", "%i|%T|%Z|%M|%R|%k").splitlines():
         job, state, where, elapsed, nodes, comment = line.split("|", 5)
@@ -59,29 +62,23 @@ class Progress:
 def progress(folder: Path) -> Progress | None:
     """Step and time left of a training folder; None before its first step.
 
-    All steps follow from the epochs asked for and the epoch reached; time from the median of the last 50 steps.
+    The number of steps follows from the epochs set and the epoch reached; the time from the median of the last 50 steps.
     """
     try:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
-    lines = []
-    for line in text.splitlines()[-60:]:
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue  # being written
-        if "seconds" in values and values.get("epoch"):
-            lines.append(values)
+    # The last line may still be in writing.
+    lines = [json.loads(line) for line in text.splitlines()[-60:] if line.endswith("}")]
+    lines = [line for line in lines if "seconds" in line and line.get("epoch")]
     if not lines:
         return None
-    last = lines[-1]
-    steps = settings["max_steps"]
+    last, steps = lines[-1], settings["max_steps"]
     if steps < 1:
         steps = max(last["step"], round(settings["num_train_epochs"] * last["step"] / last["epoch"]))
-    each = statistics.median(line["seconds"] for line in lines[-50:])
-    return Progress(last["step"], steps, each * (steps - last["step"]))
+    seconds = statistics.median(line["seconds"] for line in lines[-50:])
+    return Progress(last["step"], steps, seconds * (steps - last["step"]))
 
 
 def duration(seconds: float) -> str:
@@ -91,41 +88,36 @@ def duration(seconds: float) -> str:
 
 
 def status_lines(run: ResolvedRun, root: Path, jobs: list[RunningJob]) -> list[str]:
-    """A line a row: state, SLURM jobs, progress; then jobs that belong to no row."""
+    """A line per row: state, SLURM job, progress; then jobs that belong to no row."""
     results = root / "results" / run.settings.name
     rows = [*run.accuracy, *run.speed]
     width = max((len(job.row.row) for job in rows), default=3)
     lines = [f"{'row':{width}}  {'state':9}  {'job':>10}  {'on':14}  {'step':>13}  {'left':>9}  elapsed"]
-    shown: set[str] = set()
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for job in rows:
-        mine = [found for found in jobs if job.row.row == found.wildcards]
-        shown |= {found.id for found in mine}
-        state, step, left = _row_state(job, results, mine, accuracy=isinstance(job.row, AccuracyRow))
-        counts[state] = counts.get(state, 0) + 1
-        at = mine[0] if mine else None
-        lines.append(
-            f"{job.row.row:{width}}  {state:9}  {at.id if at else '':>10}  {at.nodes if at else '':14}  {step:>13}  "
-            f"{left:>9}  {at.elapsed if at else ''}".rstrip()
-        )
-    lines += [str(found) for found in jobs if found.id not in shown]
-    lines.append(", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
-    return lines
+        at = next((found for found in jobs if found.wildcards == job.row.row), None)
+        state, step, left = _row_state(job, results, at)
+        counts[state] += 1
+        number, nodes, elapsed = (at.id, at.nodes, at.elapsed) if at else ("", "", "")
+        line = f"{job.row.row:{width}}  {state:9}  {number:>10}  {nodes:14}  {step:>13}  {left:>9}  {elapsed}"
+        lines.append(line.rstrip())
+    names = {job.row.row for job in rows}
+    lines += [str(found) for found in jobs if found.wildcards not in names]
+    return [*lines, ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))]
 
 
-def _row_state(job: Job, results: Path, mine: list[RunningJob], accuracy: bool) -> tuple[str, str, str]:
+def _row_state(job: Job, results: Path, at: RunningJob | None) -> tuple[str, str, str]:
     """(state, step, time left) of a row."""
-    row = job.row.row
+    row, accuracy = job.row.row, isinstance(job.row, AccuracyRow)
     if (results / ("evaluate" if accuracy else "speed") / row / "manifest.json").is_file():
         return "done", "", ""
     train = results / "train" / row
-    at = progress(train) if accuracy and not (train / "manifest.json").is_file() else None
-    step = f"{at.step}/{at.steps}" if at else ""
-    if not mine:
+    trained = (train / "manifest.json").is_file()
+    reached = progress(train) if accuracy and not trained else None
+    step = f"{reached.step}/{reached.steps}" if reached else ""
+    if at is None:
         stopped = (train / "checkpoints" / "stopped.json").is_file()
-        return ("stopped" if stopped else "trained" if (train / "manifest.json").is_file() else "open"), step, ""
-    words = {"finetune": "training", "speed_row": "timing", "evaluate_official": "official"}
-    doing = words.get(mine[0].rule, mine[0].rule)
-    running = mine[0].state == "RUNNING"
-    left = duration(at.seconds_left) if at and running else ""
-    return (doing if running else mine[0].state.lower()[:9]), step, left
+        return "stopped" if stopped else "trained" if trained else "open", step, ""
+    if at.state != "RUNNING":
+        return at.state.lower()[:9], step, ""
+    return ACTIVITY.get(at.rule, at.rule), step, duration(reached.seconds_left) if reached else ""
