@@ -72,13 +72,31 @@ check: $(VENV)/installed  ## formatting, lint, types, workflow lint
 	mypy
 	snakemake --lint --configfile config/demo.yaml
 	git ls-files -z | xargs -0 detect-secrets-hook --exclude-files '^(envs/.*\.txt|envs/train-cuda\.yaml|requirements\.txt|config/demo/digests\.json|tests/golden/.*|.*\.min\.js)$$'
-	python scripts/audit.py
+	for lock in requirements.txt envs/train-cuda.txt; do \
+	  pip-audit -r $$lock --no-deps --disable-pip --progress-spinner off --timeout 5 || exit 1; \
+	done
 
 format: $(VENV)/installed  ## format everything
 	ruff format . && ruff check --fix . && snakefmt Snakefile workflow
 
-lock: $(VENV)/installed  ## write requirements.txt and the environments' lock files from pyproject.toml
-	python scripts/lock.py
+# uv reads the package index, never pip's configuration, and keeps the versions of a lock that still fit. Torch on the package
+# index needs the packages of cuda-only.in; its CPU build, of the same version, needs none of them.
+UV_COMPILE := uv pip compile --quiet --no-config --no-annotate --custom-compile-command 'make lock' \
+  --python-version 3.11 --python-platform x86_64-manylinux_2_28 pyproject.toml
+# A conda environment takes Python and pip from conda-forge, and gcc for Triton's kernels on GPUs; pip takes the rest from the lock.
+lock: $(VENV)/installed  ## write requirements.txt and envs/ from pyproject.toml; ARGS="--upgrade-package NAME" takes its newest version
+	$(UV_COMPILE) --extra workflow --extra train --extra report --extra dev --excludes envs/cuda-only.in -o requirements.txt $(ARGS)
+	$(UV_COMPILE) --extra train --constraints requirements.txt --generate-hashes -o envs/train-cuda.txt $(ARGS)
+	for name in workflow data report train-cpu; do \
+	  $(UV_COMPILE) --extra $${name%-cpu} --excludes envs/cuda-only.in --constraints requirements.txt -o envs/$$name.txt || exit 1; \
+	done
+	for name in workflow data report train-cpu train-cuda; do \
+	  { printf '%s\n' '# Written by `make lock`.' 'channels: [conda-forge, nodefaults]' 'dependencies:' '  - python=3.11'; \
+	    test $$name != train-cuda || echo '  - gcc'; \
+	    printf '%s\n' '  - pip' '  - pip:'; \
+	    sed -e ':join' -e '/\\$$/ { N; s/ *\\\n */ /; b join' -e '}' -e '/^#/d' -e 's/^/      - /' envs/$$name.txt; \
+	  } > envs/$$name.yaml; \
+	done
 
 containers: $(VENV)/installed  ## build the Apptainer images, their digests and bills of materials (needs apptainer and the internet)
 	for name in workflow report train; do \

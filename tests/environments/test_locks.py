@@ -1,7 +1,6 @@
 """The lock files follow from pyproject.toml, agree with each other, leave nothing out and carry nothing along."""
 
 import re
-import sys
 import tomllib
 from importlib import metadata
 
@@ -15,15 +14,17 @@ LINUX |= {"os_name": "posix", "platform_machine": "x86_64", "implementation_name
 LINUX |= {"platform_python_implementation": "CPython"}
 
 
+# Lock's name to extras of pyproject.toml, as the Makefile's target `lock` gives them.
+EXTRAS = {name: (name,) for name in ("workflow", "data", "report")} | {
+    "train-cpu": ("train",),
+    "train-cuda": ("train",),
+}
+
+
 @pytest.fixture(scope="module")
-def locking(root):
-    """scripts/lock.py as a module."""
-    sys.path.insert(0, str(root / "scripts"))
-    try:
-        import lock
-    finally:
-        sys.path.pop(0)
-    return lock
+def cuda_only(root):
+    """Packages that torch needs on CUDA alone."""
+    return set((root / "envs/cuda-only.in").read_text().split())
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,10 @@ def asked(project, extras):
 
 
 @pytest.fixture(scope="module")
-def locks(root, locking):
+def locks(root):
     """Lock's name to (extras, pins)."""
-    files = {name: (extras, f"envs/{name}.txt") for name, (extras, *_) in locking.ENVIRONMENTS.items()}
-    files["requirements"] = (locking.REQUIREMENTS, "requirements.txt")
+    files = {name: (extras, f"envs/{name}.txt") for name, extras in EXTRAS.items()}
+    files["requirements"] = (("workflow", "train", "report", "dev"), "requirements.txt")
     return {name: (extras, pins((root / path).read_text())) for name, (extras, path) in files.items()}
 
 
@@ -71,7 +72,7 @@ def test_a_package_has_one_version_everywhere(locks):
     assert {package: versions for package, versions in everywhere.items() if len(versions) > 1} == {}
 
 
-def test_a_lock_is_all_that_is_needed_and_no_more(locks, project, locking):
+def test_a_lock_is_all_that_is_needed_and_no_more(locks, project, cuda_only):
     """Walks what each installed package says it needs. CUDA's own libraries are not installed here and end the walk."""
     for name, (extras, found) in locks.items():
         reached, waiting = set(), [(requirement, requirement.extras) for requirement in asked(project, extras)]
@@ -81,7 +82,7 @@ def test_a_lock_is_all_that_is_needed_and_no_more(locks, project, locking):
             if (package, *sorted(wanted)) in reached:
                 continue
             reached.add((package, *sorted(wanted)))
-            if locking.CUDA_ONLY.match(package):
+            if package in cuda_only:
                 continue
             assert package in found, f"{name}: {package} is needed and not pinned: run `make lock`"
             for text in metadata.requires(package) or []:
@@ -90,7 +91,7 @@ def test_a_lock_is_all_that_is_needed_and_no_more(locks, project, locking):
                     needed.marker.evaluate({**LINUX, "extra": extra}) for extra in ["", *wanted]
                 ):
                     waiting.append((needed, needed.extras))
-        extra = {package for package in found if not locking.CUDA_ONLY.match(package)} - {entry[0] for entry in reached}
+        extra = set(found) - cuda_only - {entry[0] for entry in reached}
         # torch's CUDA build asks for setuptools under a marker that its CPU build's metadata may not have.
         assert extra <= {"setuptools"}, f"{name}: pinned and not needed: {sorted(extra)}: run `make lock`"
 
@@ -100,20 +101,20 @@ def test_the_environment_of_the_tests_is_the_locked_one(locks):
         assert metadata.version(package).split("+")[0] == version, f"{package}: run `make venv`"
 
 
-def test_conda_and_pip_install_the_same(root, locking):
-    for name, (_, hashes, _, purpose) in locking.ENVIRONMENTS.items():
+def test_conda_and_pip_install_the_same(root):
+    for name in EXTRAS:
         text = (root / f"envs/{name}.txt").read_text()
         environment = yaml.safe_load((root / f"envs/{name}.yaml").read_text())
         lines = [line for line in text.replace(" \\\n", " ").splitlines() if not line.startswith("#")]
         # Triton and torch.compile call it for kernels on GPUs.
         assert ("gcc" in environment["dependencies"]) == (name == "train-cuda")
         assert environment["dependencies"][-1]["pip"] == [" ".join(line.split()) for line in lines]
-        assert purpose in (root / f"envs/{name}.yaml").read_text()
-        assert [bool(re.search(r"--hash=sha256:[0-9a-f]{64}", line)) for line in lines] == [hashes] * len(lines)
+        hashed = [bool(re.search(r"--hash=sha256:[0-9a-f]{64}", line)) for line in lines]
+        assert hashed == [name == "train-cuda"] * len(lines)
 
 
-def test_only_the_cuda_set_holds_cuda_libraries(locks, locking):
-    holders = {name for name, (_, found) in locks.items() if any(locking.CUDA_ONLY.match(package) for package in found)}
-    assert holders == {"train-cuda"}
+def test_only_the_cuda_set_holds_cuda_libraries(locks, cuda_only):
+    assert {name for name, (_, found) in locks.items() if cuda_only & set(found)} == {"train-cuda"}
     cuda, cpu = locks["train-cuda"][1], locks["train-cpu"][1]
-    assert {package for package in cuda if not locking.CUDA_ONLY.match(package)} == set(cpu)
+    assert set(cuda) - set(cpu) == cuda_only
+    assert set(cpu) <= set(cuda)

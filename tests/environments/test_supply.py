@@ -1,4 +1,4 @@
-"""What is shipped: bills of materials, the look-up of vulnerabilities, and the bundle for clusters without internet."""
+"""What is shipped: bills of materials, and the bundle for clusters without internet."""
 
 import hashlib
 import json
@@ -60,19 +60,6 @@ def test_make_containers_builds_each_with_its_commit_and_bill(root, tmp_path):
         assert (copy / f"containers/{name}.sif.sha256").read_text().split()[0] == hashlib.sha256(b"image\n").hexdigest()
         values = json.loads((copy / f"containers/{name}.cdx.json").read_text())
         assert values["metadata"]["component"]["name"] == f"phi3v-{lock}"
-
-
-def test_a_vulnerability_is_named_and_silence_is_counted(scripts):
-    import audit
-
-    entries = [
-        {"name": "a", "version": "1", "vulns": []},
-        {"name": "b", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2.1"]}]},
-        {"name": "c", "skip_reason": "not found"},
-    ]
-    known, text = audit.judge(entries)
-    assert known == ["b 2: PYSEC-1, mended in 2.1"]
-    assert text == "2 of 3 packages looked up, 1 vulnerabilities; 1 NOT looked up: the advisory service did not answer"
 
 
 def test_a_bundle_installs_and_plans_without_an_index(root, tmp_path):
