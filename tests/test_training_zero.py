@@ -6,26 +6,12 @@ import pytest
 import torch
 
 from phi3v.settings import FinetuneSettings, SettingsError, validate
-from phi3v.training.job import adamw_implementation, check_automatic
+from phi3v.training.job import check_automatic
 from phi3v.training.zero import zero_config
 
 
 def settings(**values: object) -> FinetuneSettings:
     return validate(FinetuneSettings, {"model_name_or_path": "m", "output_dir": "o"} | values, "test")
-
-
-@pytest.mark.parametrize(
-    ("values", "cuda", "name"),
-    [
-        ({"bf16": True}, True, "adamw_torch_fused"),
-        ({"fp16": True}, True, "adamw_torch_fused"),
-        ({"bf16": True, "use_lora": True}, True, "adamw_torch_fused"),
-        ({"fp16": True, "use_lora": True}, True, "adamw_torch"),
-        ({"bf16": True}, False, "adamw_torch"),
-    ],
-)
-def test_adamw_is_fused_on_cuda_but_for_float16_adapters(values, cuda, name):
-    assert adamw_implementation(settings(**values), cuda) == name
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,16 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from phi3v.settings.entries import Dataset, Metric, Role, Strict, dataset_key
 from phi3v.settings.reading import SettingsError, read_entries, validate
-from phi3v.settings.rows import CountOrAuto, Dtype, Seed, Training, WorkersOrAuto, YesNoOrAuto, recompute_share
+from phi3v.settings.rows import (
+    CountOrAuto,
+    Dtype,
+    Optimizer,
+    Seed,
+    Training,
+    WorkersOrAuto,
+    YesNoOrAuto,
+    recompute_share,
+)
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -104,6 +113,10 @@ class FinetuneSettings(Compute):
     """Gradients are clipped to this norm."""
     warmup_steps: int = Field(50, ge=0)
     """Steps of linear warm-up before the linear decay."""
+    optimizer: Optimizer = "adamw"
+    """adamw: AdamW with float32 states. adamw_8bit: 8-bit states (bitsandbytes), without ZeRO. paged_adamw_8bit: the
+    same in memory that moves to the host when the GPU is full. adamw_offload: float32 states and master weights in
+    the host's memory (DeepSpeed ZeRO 3); for full fine-tuning (ours)."""
     gradient_checkpointing: Annotated[YesNoOrAuto, Role.EQUIVALENT] = True
     """Recompute activations in the backward pass (non-reentrant); also as a bare flag, or --no-gradient_checkpointing.
     auto: in as few layers as the memory allows, found before training (ours)."""
@@ -111,7 +124,8 @@ class FinetuneSettings(Compute):
     """With gradient_checkpointing: recompute every n-th layer only; 1: all layers (ours)."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_number_word), Role.EQUIVALENT] = 2
     """DeepSpeed ZeRO stage of full fine-tuning; LoRA and QLoRA use none. 0: plain data parallel; 1: whole gradients on
-    each GPU, reduced once per step instead of after every micro-batch (both ours)."""
+    each GPU, reduced once per step instead of after every micro-batch (both ours). The optimizer decides it unless it
+    is adamw."""
     seed: Annotated[Seed, Role.EQUIVALENT] = 42
     """Data order and initial adapters."""
     num_workers: Annotated[WorkersOrAuto, Role.RUNTIME] = "auto"
@@ -154,6 +168,24 @@ class FinetuneSettings(Compute):
         if self.use_qlora:
             # In place: a copy would be lost where the constructor is called. The class is frozen.
             object.__setattr__(self, "use_lora", True)
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_decides_the_zero_stage(self) -> FinetuneSettings:
+        if self.optimizer == "adamw":
+            return self
+        if self.optimizer == "adamw_offload":
+            if self.use_lora:
+                raise ValueError("optimizer: adamw_offload, with adapters, whose states are small; expected adamw")
+            stage, why = 3, "which sums the gradients of micro-batches in float32"
+        else:
+            stage, why = (
+                0,
+                "because bitsandbytes updates tensors below 2^31 elements and ZeRO joins all weights into one",
+            )
+        if "zero_stage" in self.model_fields_set and self.zero_stage != stage and not self.use_lora:
+            raise ValueError(f"zero_stage: {self.zero_stage}, with optimizer {self.optimizer}; expected {stage}, {why}")
+        object.__setattr__(self, "zero_stage", stage)
         return self
 
     @model_validator(mode="after")
@@ -373,6 +405,7 @@ def training_flags(row: Training, num_crops: int) -> list[str]:
     flags += ["--num_crops", str(num_crops), "--num_train_epochs", _number(row.epochs)]
     flags += ["--learning_rate", _number(row.learning_rate), "--wd", _number(row.weight_decay)]
     flags += ["--warmup_steps", str(row.warmup_steps)]
+    flags += ["--optimizer", row.optimizer] if row.optimizer != "adamw" else []
     if row.gradient_checkpointing == "auto":
         flags += ["--gradient_checkpointing", "auto"]
     else:
@@ -394,7 +427,7 @@ DECIDED = frozenset({
     "model_name_or_path", "output_dir", "data_dir", "dataset", "full_train", "row", "use_lora", "use_qlora",
     "lora_rank", "lora_alpha_ratio", "lora_dropout", "freeze_vision_model", "bf16", "fp16", "fp32",
     "use_flash_attention", "expect_device", "batch_size", "batch_size_per_gpu", "num_crops", "num_train_epochs",
-    "learning_rate", "wd", "warmup_steps", "gradient_checkpointing", "recompute_every", "seed", "num_workers", "tqdm",
+    "learning_rate", "wd", "warmup_steps", "optimizer", "gradient_checkpointing", "recompute_every", "seed", "num_workers", "tqdm",
 })  # fmt: skip
 
 
@@ -413,7 +446,8 @@ def own_settings(row: Training, where: str) -> FinetuneSettings:
     own = {
         "model_name_or_path": row.model, "output_dir": row.row, row.dtype: True, "use_lora": adapters,
         "use_qlora": row.method == "qlora", "batch_size_per_gpu": row.micro_batch_size,
-        "gradient_checkpointing": row.gradient_checkpointing, "recompute_every": row.recompute_every, **frozen,
+        "gradient_checkpointing": row.gradient_checkpointing, "recompute_every": row.recompute_every,
+        "optimizer": row.optimizer, **frozen,
     }  # fmt: skip
     return validate(FinetuneSettings, own | row.finetune, where)
 

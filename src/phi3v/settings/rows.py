@@ -13,6 +13,7 @@ from phi3v.settings.entries import Role, Strict
 
 Method = Literal["full", "frozen", "lora", "qlora"]
 Dtype = Literal["bf16", "fp16", "fp32"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adamw_offload"]
 
 
 def _table_bool(value: Any) -> Any:
@@ -82,6 +83,8 @@ class Training(Strict):
     """AdamW's decoupled weight decay."""
     warmup_steps: int = Field(50, ge=0)
     """Steps of linear warm-up before the linear decay."""
+    optimizer: Optimizer = "adamw"
+    """Where AdamW keeps its states and in how many bits; see docs/training.md, "Full fine-tuning on one GPU"."""
     gradient_checkpointing: Annotated[YesNoOrAuto, Role.EQUIVALENT] = True
     """Recompute activations in the backward pass; auto: in as few layers as the memory allows."""
     recompute_every: Annotated[int, Role.EQUIVALENT] = Field(1, ge=1)

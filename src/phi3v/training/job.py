@@ -194,16 +194,6 @@ def read_data(settings: FinetuneSettings, processor: Any, split: str) -> tuple[A
     return dataset, folder, dataset.num_crops
 
 
-def adamw_implementation(settings: FinetuneSettings, cuda: bool) -> str:
-    """The Trainer's name of the AdamW to use: fused on CUDA, where it needs no temporary copies; torch's default on a CPU.
-
-    float16 adapters keep the default: the fused kernel itself leaves out a step that overflowed, so accelerate cannot
-    see it and would advance the learning rate anyway. ZeRO scales the loss itself.
-    """
-    scaler = settings.dtype == "fp16" and not uses_zero(settings)
-    return "adamw_torch_fused" if cuda and not scaler else "adamw_torch"
-
-
 def training_arguments(
     settings: FinetuneSettings, folder: Path, accumulation: int, trackers: bool, device: torch.device
 ) -> Any:
@@ -227,7 +217,6 @@ def training_arguments(
         max_grad_norm=settings.max_grad_norm,
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type="linear",
-        optim=adamw_implementation(settings, cuda),
         bf16=settings.dtype == "bf16",
         fp16=settings.dtype == "fp16",
         seed=settings.seed,
@@ -281,6 +270,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     from phi3v.training import micro_batch
     from phi3v.training.batches import Collator, PickedExamples, bundled
     from phi3v.training.meter import Meter
+    from phi3v.training.optimizers import build_optimizer
     from phi3v.training.trainer import RecipeTrainer
 
     processor = Phi3VProcessor.from_pretrained(settings.model_name_or_path)
@@ -333,7 +323,8 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     trainer = RecipeTrainer(
         plan=plan, meter=Meter(args.device), model=model, args=args,
         data_collator=Collator(collate, pad, settings.batching, model.config), train_dataset=examples,
-        keep_checkpoints=settings.keep_checkpoints, **validation,
+        keep_checkpoints=settings.keep_checkpoints, optimizers=(build_optimizer(settings, model, args.device), None),
+        **validation,
     )  # fmt: skip
     from transformers.trainer_callback import PrinterCallback
 

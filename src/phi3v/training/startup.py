@@ -15,7 +15,7 @@ def leave_out_unused(settings: FinetuneSettings) -> None:
     For scripts only: it holds for the whole process.
     """
     unused = ["datasets"]
-    if not settings.use_qlora:
+    if not settings.use_qlora and "8bit" not in settings.optimizer:
         unused.append("bitsandbytes")
     if settings.method in ("lora", "qlora") or settings.zero_stage == 0:
         unused.append("deepspeed")

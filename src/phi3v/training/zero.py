@@ -50,6 +50,8 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
         # ZeRO 3 scatters in any case, and without this it would all-reduce first.
         "reduce_scatter": not (cuda and not several_machines and settings.dtype == "bf16" and settings.zero_stage < 3),
     }
+    if settings.optimizer == "adamw_offload":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     if settings.zero_stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_prefetch_bucket_size": bucket}
     # bfloat16 keeps 8 bits: a sum over many micro-steps would lose the small gradients. ZeRO 1 sums whole gradients in
@@ -65,7 +67,7 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
         "bf16": {"enabled": settings.dtype == "bf16"},
         "fp16": {"enabled": settings.dtype == "fp16", "initial_scale_power": 16, "loss_scale_window": 1000},
         "zero_optimization": zero,
-        # DeepSpeed's own CPU Adam would be compiled on first use; torch's is there and needs no compiler.
+        # DeepSpeed's own CPU Adam would be compiled on first use. torch's fused AdamW runs there too, without a compiler.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
