@@ -108,7 +108,7 @@ containers: $(VENV)/installed  ## build the Apptainer images, their digests and 
 	done
 
 offline-bundle: $(VENV)/installed  ## pack source, wheels, images, data and weights for a cluster without internet
-	python scripts/bundle.py --output_dir phi3v-offline $(ARGS)
+	scripts/bundle.sh phi3v-offline $(ARGS)
 
 docs: $(VENV)/installed  ## write config/README.md and the schemas from the settings
 	python -m phi3v.settings.docs

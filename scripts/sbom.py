@@ -9,57 +9,50 @@
 from __future__ import annotations
 
 import argparse
-import json
-import re
+import hashlib
 import sys
 import uuid
 from pathlib import Path
-from typing import Any
+
+from cyclonedx.model import ExternalReference, ExternalReferenceType, HashAlgorithm, HashType, XsUri
+from cyclonedx.model.bom import Bom, BomMetaData
+from cyclonedx.model.component import Component, ComponentType
+from cyclonedx.output.json import JsonV1Dot6
+from packageurl import PackageURL
+from pip_requirements_parser import RequirementsFile
 
 from phi3v import __version__
-from phi3v.provenance.manifest import digest_file, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def components(lock: str) -> list[dict[str, Any]]:
-    """CycloneDX components of a lock file's text."""
-    found = []
-    for line in lock.replace(" \\\n", " ").splitlines():
-        pin = re.match(r"([A-Za-z0-9._-]+)==(\S+)", line)
-        if pin is None:
-            continue
-        # Package URL, https://github.com/package-url/purl-spec: the type pypi has names in lower case with dashes.
-        purl = f"pkg:pypi/{re.sub(r'[._-]+', '-', pin[1]).lower()}@{pin[2]}"
-        component: dict[str, Any] = {
-            "type": "library",
-            "bom-ref": purl,
-            "name": pin[1],
-            "version": pin[2],
-            "purl": purl,
-        }
-        hashes = re.findall(r"--hash=sha256:([0-9a-f]{64})", line)
-        if hashes:
-            # One version has many files; CycloneDX's `hashes` is of one, so each file is a reference of its own.
-            component["externalReferences"] = [
-                {"type": "distribution", "url": f"{purl}#{number}", "hashes": [{"alg": "SHA-256", "content": digest}]}
-                for number, digest in enumerate(hashes, 1)
-            ]
-        found.append(component)
-    return found
+def component(name: str, version: str, hashes: list[str]) -> Component:
+    """A locked package. hashes: `sha256:…`; a version has many files, so each hash is a reference to a distribution of its own."""
+    purl = PackageURL("pypi", None, name, version)
+    files = [
+        ExternalReference(
+            type=ExternalReferenceType.DISTRIBUTION,
+            url=XsUri(f"{purl}#{number}"),
+            hashes=[HashType(alg=HashAlgorithm.SHA_256, content=digest.removeprefix("sha256:"))],
+        )
+        for number, digest in enumerate(hashes, 1)
+    ]
+    return Component(name=name, version=version, purl=purl, bom_ref=str(purl), external_references=files)
 
 
-def bill(environment: str) -> dict[str, Any]:
-    """The bill of envs/ENVIRONMENT.txt. Its serial number follows from the lock, so that equal locks have equal bills."""
+def bill(environment: str) -> str:
+    """The bill of envs/ENVIRONMENT.txt. The serial number follows from the lock, so equal locks differ in their time only."""
     lock = ROOT / f"envs/{environment}.txt"
-    return {
-        "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
-        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, digest_file(lock))}",
-        "version": 1,
-        "metadata": {"component": {"type": "application", "name": f"phi3v-{environment}", "version": __version__}},
-        "components": components(lock.read_text()),
-    }
+    name = f"phi3v-{environment}"
+    root = Component(type=ComponentType.APPLICATION, name=name, version=__version__, bom_ref=name)
+    pins = RequirementsFile.from_file(str(lock)).requirements
+    bom = Bom(
+        components=[component(pin.name, pin.get_pinned_version, pin.hash_options) for pin in pins],
+        serial_number=uuid.uuid5(uuid.NAMESPACE_URL, hashlib.sha256(lock.read_bytes()).hexdigest()),
+        metadata=BomMetaData(component=root),
+    )
+    bom.register_dependency(root, bom.components)
+    return JsonV1Dot6(bom).output_as_string(indent=1)
 
 
 def main() -> int:
@@ -68,9 +61,7 @@ def main() -> int:
     parser.add_argument("environment", choices=sorted(path.stem for path in (ROOT / "envs").glob("*.txt")))
     parser.add_argument("output", type=Path)
     given = parser.parse_args()
-    values = bill(given.environment)
-    write_atomically(given.output, json.dumps(values, indent=1) + "\n")
-    print(f"{given.output}: {len(values['components'])} packages")
+    given.output.write_text(bill(given.environment) + "\n")
     return 0
 
 

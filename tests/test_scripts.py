@@ -18,7 +18,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(root, name):
     assert process.communicate()[1] == b""
 
 
-@pytest.mark.parametrize("name", ["bundle", "reproduce", "sbom"])
+@pytest.mark.parametrize("name", ["reproduce", "sbom"])
 def test_help_is_the_scripts_first_page_and_does_no_work(root, name):
     done = subprocess.run(
         [sys.executable, str(root / f"scripts/{name}.py"), "--help"], capture_output=True, text=True, timeout=60, check=False,
