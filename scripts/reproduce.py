@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TypedDict
 
 import yaml
 
@@ -32,22 +33,22 @@ ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "config/demo/digests.json"
 
 
+class Stored(TypedDict):
+    """Digests of one kind of machine."""
+
+    commit: str
+    files: dict[str, str]
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--rows", nargs="+", default=[], metavar="ROW", help="accuracy rows (default: all rows of the demo)"
-    )
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="accuracy rows (default: all of the demo)")
     other = parser.add_mutually_exclusive_group()
-    other.add_argument(
-        "--twice", action="store_true",
-        help="a second run in another folder in place of the stored digests; with --results the finished run against a fresh one",
-    )  # fmt: skip
-    parser.add_argument("--store", action="store_true", help="store the digests for this kind of machine")
+    other.add_argument("--twice", action="store_true", help="compare with a second run, not with the stored digests")
+    other.add_argument("--against", type=Path, metavar="FOLDER", help="compare with another finished run's folder")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="a finished run's folder in place of a run")
-    other.add_argument(
-        "--against", type=Path, metavar="FOLDER", help="another finished run's folder, in place of the stored digests"
-    )
+    parser.add_argument("--store", action="store_true", help="store the digests for this kind of machine")
     return parser.parse_args()
 
 
@@ -99,11 +100,9 @@ def made_by(results: Path) -> str:
 
 
 def compare(found: dict[str, str], wanted: dict[str, str], results: Path, other: Path | None) -> int:
-    """Exit code of comparing digests; a file that one side lacks is a difference."""
+    """Exit code of comparing digests; a file that one side lacks is a difference. other: the folder of `wanted`, if it exists."""
     if not found:
-        print(
-            f"{results}: none of its files is among the stored ones; expected rows of the stored run", file=sys.stderr
-        )
+        print(f"{results}: none of its files is stored; expected rows of the stored run", file=sys.stderr)
         return 2
     different = first_difference(found, wanted)
     if different is None:
@@ -113,55 +112,55 @@ def compare(found: dict[str, str], wanted: dict[str, str], results: Path, other:
     if other is not None:
         print(explain(results.parent / different, other.parent / different), file=sys.stderr)
     else:
-        print(
-            f"got {found.get(different, 'no such file')}, expected {wanted.get(different, 'no such file')}",
-            file=sys.stderr,
-        )
+        got, expected = (digests.get(different, "no such file") for digests in (found, wanted))
+        print(f"got {got}, expected {expected}", file=sys.stderr)
     return 1
 
 
+def compare_with_stored(found: dict[str, str], stored: Stored, results: Path, part: bool) -> int:
+    """Exit code. part: files that only the stored list has are no difference, and neither is the table of a part of the rows."""
+    files = stored["files"]
+    shared = {name for name in files if name in found and not name.endswith("accuracy.tsv")}
+    print(f"{len(found)} files, {len(shared)} of them among the {len(files)} stored at {stored['commit'][:12]}")
+    names = shared if part else set(files)
+    return compare(
+        {n: found[n] for n in found if n in names}, {n: files[n] for n in files if n in names}, results, None
+    )
+
+
+def reproduce(given: argparse.Namespace, folder: Path) -> int:
+    """Run below `folder`, compare and store; returns the exit code. Raises SettingsError before anything runs."""
+    kind, part = machine(), bool(given.rows or given.results)
+    stored: dict[str, Stored] = json.loads(STORED.read_text()) if STORED.is_file() else {}
+    check_rows(given.rows)
+    for finished in filter(None, (given.against, given.results)):
+        digests_of(finished)
+    results = given.results or run_demo(folder / "one", given.rows)
+    found = digests_of(results)
+    if other := given.against or (run_demo(folder / "two", given.rows) if given.twice else None):
+        code = compare(found, digests_of(other), results, other)
+    elif kind in stored:
+        code = compare_with_stored(found, stored[kind], results, part)
+    else:
+        code = 0 if given.store else 3
+        print(f"{STORED.name} has no digests for {kind!r}, only for {', '.join(stored) or 'none'}", file=sys.stderr)
+    if code == 0 and given.store:
+        files = {name: value for name, value in found.items() if not (part and name.endswith("accuracy.tsv"))}
+        made_at = made_by(results) if given.results else commit(ROOT)["commit"]
+        write_json(STORED, {**stored, kind: {"commit": made_at, "files": files}})
+        print(f"{STORED}: {len(files)} digests stored for {kind}")
+    return code
+
+
 def main() -> int:
-    """Run and compare; the exit code says how it ended."""
+    """Parse the command line and reproduce; the exit code tells the result."""
     given = arguments()
-    kind = machine()
-    stored = json.loads(STORED.read_text()) if STORED.is_file() else {}
-    part = bool(given.rows or given.results)
     try:
-        check_rows(given.rows)
-        wanted = digests_of(given.against) if given.against else None
-        before = digests_of(given.results) if given.results else None
+        with tempfile.TemporaryDirectory(prefix="phi3v-") as folder:
+            return reproduce(given, Path(folder))
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory(prefix="phi3v-") as one, tempfile.TemporaryDirectory(prefix="phi3v-again-") as two:
-        results = given.results or run_demo(Path(one), given.rows)
-        found = before or digests_of(results)
-        other = given.against or (run_demo(Path(two), given.rows) if given.twice else None)
-        if other is not None:
-            code = compare(found, wanted or digests_of(other), results, other)
-        elif kind in stored:
-            # accuracy.tsv holds the whole run; rows of it are compared by what they and the stored run share.
-            known = stored[kind]["files"]
-            shared = {name for name in known if name in found and not name.endswith("accuracy.tsv")}
-            print(
-                f"{len(found)} files, {len(shared)} of them among the {len(known)} stored at {stored[kind]['commit'][:12]}"
-            )
-            only = shared if part else set(known)
-            code = compare(
-                {n: d for n, d in found.items() if n in only}, {n: known[n] for n in known if n in only}, results, None
-            )
-        else:
-            code = 0 if given.store else 3
-            print(f"{STORED.name} has no digests for {kind!r}, only for {', '.join(stored) or 'none'}", file=sys.stderr)
-    if code == 0 and given.store:
-        # The table of some rows is not the whole demo's.
-        kept = {name: value for name, value in found.items() if not (part and name.endswith("accuracy.tsv"))}
-        write_json(
-            STORED,
-            {**stored, kind: {"commit": made_by(results) if given.results else commit(ROOT)["commit"], "files": kept}},
-        )
-        print(f"{STORED}: {len(kept)} digests stored for {kind}")
-    return code
 
 
 if __name__ == "__main__":
