@@ -19,7 +19,7 @@ from pathlib import Path
 from phi3v.cluster.check import Problem, login_problems, probe, problems, requests, settings_problems
 from phi3v.cluster.facts import ClusterError, look, site_text
 from phi3v.cluster.status import running_jobs, status_lines
-from phi3v.planning import runnable
+from phi3v.planning.fits import runnable
 from phi3v.settings import CPU, SITE_FILE, Hardware, SettingsError, load_run, load_site, read_entries
 
 

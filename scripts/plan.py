@@ -6,7 +6,6 @@ python scripts/plan.py --config config/demo.yaml --output_dir results/demo/plan
 python scripts/plan.py --row phi35-nlvr2-full-bf16                        # everything about one row
 python scripts/plan.py --gpu V100-32GB --count 8 --dataset hateful_memes  # what to run on 8 V100
 python scripts/plan.py --gpu A100-80GB --count 8 --nodes 4                # and on four machines of 8 A100
-python scripts/plan.py --published                                        # predictions beside the published tables
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ import sys
 from pathlib import Path
 
 from phi3v.planning.advice import Advice, advise
-from phi3v.planning.calibration import compare, constants_table, plot, published_rows, table
-from phi3v.planning.disk import check_disk
 from phi3v.planning.geometry import model_geometry
-from phi3v.planning.page import plan_html
 from phi3v.planning.plan import plan_run
+from phi3v.planning.resources import check_disk
 from phi3v.settings import Dataset, Hardware, Model, SettingsError, load_run, read_entries
 
 # Flags that only advice takes.
@@ -33,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, plan, print; exit 2 with the reason where a setting is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output_dir", help="also write there: plan.json, plan.txt and plan.html (advice.*, planner.*)"
+        "--output_dir", help="also write there: plan.json, plan.txt and plan.html (advice.json, advice.txt)"
     )
     run = parser.add_argument_group("the plan of a run")
     run.add_argument("--config", help="run configuration to plan; default config/config.yaml")
@@ -47,30 +44,21 @@ def main(arguments: list[str] | None = None) -> int:
     gpus.add_argument("--model", help="entry of config/models.yaml; default phi35-vision")
     gpus.add_argument("--hardware", action="append", help="further hardware file with your own entries")
     gpus.add_argument("--datasets", action="append", help="further datasets file with your own entries")
-    published = parser.add_argument_group("the published tables, instead")
-    published.add_argument("--published", action="store_true", default=None, help="predictions beside them")
     given = parser.parse_args(arguments)
     _check(parser, given)
     try:
-        if given.published:
-            rows = published_rows()
-            compared = compare(rows)
-            text = f"{constants_table(rows)}\n\n{table(compared)}\n"
-            if given.output_dir:
-                _write(Path(given.output_dir), {"planner.txt": text, "planner.svg": plot(compared)})
-            print(text, end="")
-        elif given.gpu is not None:
+        if given.gpu is not None:
             advice = _advice(given)
             if given.output_dir:
-                values = json.dumps(advice.as_dict(), indent=1) + "\n"
+                values = json.dumps(advice.values(), indent=1) + "\n"
                 _write(Path(given.output_dir), {"advice.json": values, "advice.txt": advice.text() + "\n"})
             print(advice.text())
         else:
             plan = plan_run(load_run(given.config or "config/config.yaml"))
             shown = plan.table() if given.row is None else plan.detail(given.row)
             if given.output_dir:
-                values = json.dumps(plan.as_dict(), indent=1) + "\n"
-                files = {"plan.json": values, "plan.txt": plan.table() + "\n", "plan.html": plan_html(plan.as_dict())}
+                values = json.dumps(plan.values(), indent=1) + "\n"
+                files = {"plan.json": values, "plan.txt": plan.table() + "\n", "plan.html": plan.page()}
                 _write(Path(given.output_dir), files)
             print(shown)
             if given.check_disk is not None:
@@ -83,16 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """End with the parser's error where a flag would have no effect."""
-    what = "--gpu" if given.gpu is not None else "--published" if given.published else "the plan of a run"
-    taken = {
-        "--gpu": {"gpu", *ADVICE},
-        "--published": {"published"},
-        "the plan of a run": {"config", "row", "check_disk"},
-    }[what]
+    advice = given.gpu is not None
+    taken = {"gpu", *ADVICE} if advice else {"config", "row", "check_disk"}
     unused = [flag for flag, value in vars(given).items() if value is not None and flag not in {*taken, "output_dir"}]
     if unused:
-        needed = " without --gpu" if what != "--gpu" and set(unused) <= set(ADVICE) else f" beside {what}"
-        parser.error(f"{', '.join('--' + flag for flag in unused)}: without effect{needed}")
+        flags = ", ".join(f"--{flag}" for flag in unused)
+        parser.error(f"{flags}: without effect {'beside' if advice else 'without'} --gpu")
     for flag in ("count", "nodes"):
         value = getattr(given, flag)
         if value is not None and value < 1:

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from phi3v.planning import Constants, parameters, step_time
-from phi3v.planning.choice import setup_of
-from phi3v.planning.geometry import geometry_from_config, quantised_parameters
+from phi3v.planning.fits import setup_of
+from phi3v.planning.geometry import geometry_from_config, parameters, quantised_parameters
+from phi3v.planning.step_time import step_time
 from phi3v.settings import load_run
 
 
@@ -42,7 +42,7 @@ def test_measured_demo_rows_and_their_predictions(root, demo):
     measured, predicted = {}, {}
     for row, computing, plan, error in found:
         setup, _ = setup_of(demo, demo.job(row), root / "nowhere")
-        predicted[row] = setup.batch_size / step_time(setup, Constants()).seconds
+        predicted[row] = setup.batch_size / step_time(setup).seconds
         measured[row] = float(computing)
         assert float(plan) == pytest.approx(predicted[row], rel=0.005), row
         assert float(error) == pytest.approx(100 * (predicted[row] / measured[row] - 1), abs=0.6), row

@@ -4,8 +4,15 @@ import math
 
 import pytest
 
-from phi3v.planning import example_work, geometry_from_config, parameters, training_flops, utilisation
-from phi3v.planning.geometry import adapter_parameters, num_image_tokens, quantised_parameters, tile_grid
+from phi3v.planning.flops import example_work, training_flops, utilisation
+from phi3v.planning.geometry import (
+    adapter_parameters,
+    geometry_from_config,
+    num_image_tokens,
+    parameters,
+    quantised_parameters,
+    tile_grid,
+)
 from phi3v.settings import load_run
 
 torch = pytest.importorskip("torch")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from fakegpu.traced import Traced, read_traced
 
-from phi3v.planning import memory, quantised_parameters, traffic_of
+from phi3v.planning.geometry import quantised_parameters
+from phi3v.planning.memory import memory
+from phi3v.planning.step_time import traffic_of
 from phi3v.settings import Geometry, Hardware, Model, read_entries
 
 ROWS = read_traced()

@@ -12,19 +12,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from training_fixtures import train_here, write_data, write_model
 
+from phi3v.planning.fits import Choice, micro_batches
 from phi3v.settings import FinetuneSettings, SettingsError, validate
 from phi3v.training import micro_batch
 from phi3v.training.checkpoints import decisive
 from phi3v.training.memory import GB, OutOfMemoryError, held_bytes, peak
-from phi3v.training.micro_batch import Way, candidates, fastest_that_fits, largest_that_fits
+from phi3v.training.micro_batch import fastest_that_fits, largest_that_fits
 
 CPU = torch.device("cpu")
 
 
 def test_sizes_divide_a_processs_share_of_the_batch():
-    assert candidates(64, 4) == [1, 2, 4, 8, 16]
-    assert candidates(24, 2) == [1, 2, 3, 4, 6, 12]
-    assert candidates(2, 2) == [1]
+    assert micro_batches(64, 4) == [1, 2, 4, 8, 16]
+    assert micro_batches(24, 2) == [1, 2, 3, 4, 6, 12]
+    assert micro_batches(2, 2) == [1]
 
 
 @settings(max_examples=500, deadline=None)
@@ -35,7 +36,7 @@ def test_sizes_divide_a_processs_share_of_the_batch():
 @example(share=96, fixed=4.0, each=1.0, capacity=7.0, wrong=0.25, runs_out=True, fatal=False)
 def test_the_largest_is_found_whatever_the_estimate_says(share, fixed, each, capacity, wrong, runs_out, fatal):
     """Memory that grows in a straight line, with a constant part that nobody knows of beside the 2 that are known."""
-    sizes, tried = candidates(share, 1), []
+    sizes, tried = micro_batches(share, 1), []
 
     def need(size: int) -> float:
         return 2 + fixed + each * size
@@ -60,7 +61,7 @@ def test_the_largest_is_found_whatever_the_estimate_says(share, fixed, each, cap
         assert found.size in (truth, at_most)
 
 
-WAYS = [Way(size, interval) for interval in (0, 8, 4, 2, 1) for size in (8, 4, 2, 1)]
+WAYS = [Choice(size, interval) for interval in (0, 8, 4, 2, 1) for size in (8, 4, 2, 1)]
 
 
 @settings(max_examples=500, deadline=None)
@@ -70,12 +71,12 @@ WAYS = [Way(size, interval) for interval in (0, 8, 4, 2, 1) for size in (8, 4, 2
 )  # fmt: skip
 def test_the_fastest_way_is_found(each, kept, capacity, wrong, runs_out, fatal, order):
     """An example takes `each` GB, of which a recomputed layer keeps the share `kept`; 2 GB rest on the device."""
-    tried: list[Way] = []
+    tried: list[Choice] = []
 
-    def passing(way: Way) -> float:
-        return each * way.size * (1 - (1 - kept) * way.share)
+    def passing(way: Choice) -> float:
+        return each * way.micro_batch * (1 - (1 - kept) * way.recompute)
 
-    def probe(way: Way) -> float:
+    def probe(way: Choice) -> float:
         tried.append(way)
         return math.inf if runs_out and 2 + passing(way) > capacity else 2 + passing(way)
 
@@ -215,8 +216,8 @@ def test_a_job_that_goes_on_keeps_its_size(tmp_path, monkeypatch):
     }
     (tmp_path / micro_batch.FILE).write_text(json.dumps(values))
     monkeypatch.setattr(micro_batch, "device_name", lambda device: "CPU (x)")
-    assert micro_batch._kept(asked(), tmp_path, 2, CPU) == Way(8, 4)
-    assert micro_batch._kept(asked(save_steps=7), tmp_path, 2, CPU) == Way(8, 4)
+    assert micro_batch._kept(asked(), tmp_path, 2, CPU) == Choice(8, 4)
+    assert micro_batch._kept(asked(save_steps=7), tmp_path, 2, CPU) == Choice(8, 4)
     assert micro_batch._kept(asked(), tmp_path, 4, CPU) is None
     # Of another batch it might not even be a divisor.
     assert micro_batch._kept(asked(batch_size=4), tmp_path, 2, CPU) is None

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from phi3v.planning import Setup, example_work
+from phi3v.planning.flops import Setup, example_work
 from phi3v.settings import Geometry, Hardware
 
 FILE = Path(__file__).with_suffix(".tsv")

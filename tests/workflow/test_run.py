@@ -151,7 +151,7 @@ def test_the_planner_counts_what_the_data_are(copy):
     from phi3v.data.loading import ConversationDataset
     from phi3v.data.statistics import split_statistics
     from phi3v.model import Phi3VProcessor
-    from phi3v.planning.workload import mean_and_longest
+    from phi3v.planning.fits import mean_and_longest
     from phi3v.settings import dataset_key, load_run, model_key
 
     run = load_run(copy / "config/demo.yaml", copy)

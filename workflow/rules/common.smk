@@ -20,14 +20,17 @@ SCRIPTS = "scripts" if ROOT == Path.cwd() else shlex.quote(f"{ROOT}/scripts")
 SOURCE = str(ROOT / "src")
 sys.path.insert(0, SOURCE)
 
-from phi3v import planning, settings
+from phi3v import settings
 from phi3v.cluster.check import fit
+from phi3v.planning.fits import runnable
+from phi3v.planning.resources import check_room
+from phi3v.planning.resources import resources as planned_resources
 
 # The SLURM profile's default resources name an account, be it none; jobs inherit them.
 ON_SLURM = "slurm_account" in (workflow.resource_settings.default_resources or {})
 
 try:
-    RUN = planning.runnable(settings.load_run(dict(config)))
+    RUN = runnable(settings.load_run(dict(config)))
     SITE = settings.load_site() if ON_SLURM else settings.Site()
 except settings.SettingsError as error:
     raise WorkflowError(f"wrong settings, nothing was started\n{error}")
@@ -150,7 +153,7 @@ def launch_training(job):
 def planned(row, kind):
     """Minutes, memory and cores of a row's job (train, evaluate or speed), from the plan; cut to the site's limits."""
     job = RUN.job(row)
-    return fit(planning.resources(RUN, job, kind=kind), site_entry(job))
+    return fit(planned_resources(RUN, job, kind=kind), site_entry(job))
 
 
 def site_entry(job):
@@ -307,6 +310,6 @@ def check_room():
     if trains or fetches:
         rows = trains or {job.row.row for job in JOBS}
         try:
-            planning.check_room(RUN, rows, downloads_only=not trains)
+            check_room(RUN, rows, downloads_only=not trains)
         except settings.SettingsError as error:
             raise WorkflowError(f"not enough disk, nothing was started\n{error}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from phi3v.cluster.facts import Facts, PartitionFacts
-from phi3v.planning import Resources, resources
+from phi3v.planning.resources import Resources, resources
 from phi3v.settings import CPU, SITE_FILE, AccuracyRow, Partition, ResolvedRun, Site
 
 # Seconds by which SLURM may signal early (sbatch(1), --signal), and as much to start.

@@ -1,7 +1,7 @@
 """Statistics of a data folder: examples, pictures, tokens, tiles and answer lengths of each split, and a small plot.
 
 Tokens are counted from texts and picture headers alone, exactly as loading would make them, without decoding a picture.
-The recipe's mean length of DocVQA is phi3v.planning.published.MEAN_TOKENS.
+The recipe's mean length of DocVQA is phi3v.planning.fits.MEAN_TOKENS.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Floating point operations of a training step, counted from the layer sizes. No torch.
+"""The work of a training job, and its floating point operations, counted from the layer sizes. No torch.
 
 Two counts, and the ratios that speed measurements print from them:
 
@@ -18,17 +18,19 @@ products count, as in PyTorch's FlopCounterMode (Chowdhery et al. 2022, PaLM, ap
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from phi3v.planning.geometry import (
+    Linears,
     clip_layer_linears,
     decoder_layer_linears,
+    parameters,
     patches_per_tile,
     projector_linears,
+    trainable_parameters,
 )
-from phi3v.settings import Geometry
+from phi3v.settings import Geometry, Hardware
 
 Method = Literal["full", "frozen", "frozen_forward_only", "lora", "qlora"]
 
@@ -76,17 +78,109 @@ def example_work(geometry: Geometry, tokens: float, tiles: float, labels: float)
 
 
 @dataclass(frozen=True)
+class Setup:
+    """A training job on devices, as the formulas see it."""
+
+    geometry: Geometry
+    hardware: Hardware
+    method: Method
+    dtype: str
+    flash: bool
+    work: Work
+    """Of one mean example."""
+    longest: Work
+    """Of the example that decides the peak."""
+    batch_size: int
+    nodes: int = 1
+    per_node: int = 1
+    micro_batch: int = 1
+    rank: int = 0
+    as_published: bool = False
+    """Count what the recipe's scripts ran: whole layers recomputed, logits at every position (work says the tiles)."""
+    recompute: float = 1.0
+    """Share of the layers whose activations are recomputed in the backward pass: 1 all, 0 none, every n-th layer 1/n."""
+
+    @property
+    def devices(self) -> int:
+        """Processes, one a device."""
+        return self.nodes * self.per_node
+
+    @property
+    def accumulation(self) -> float:
+        """Micro-steps of an optimizer step on each device."""
+        return self.batch_size / (self.devices * self.micro_batch)
+
+    @property
+    def adapters(self) -> bool:
+        """LoRA or QLoRA: only adapters train, and plain data parallelism is used instead of ZeRO."""
+        return self.method in ("lora", "qlora")
+
+    @property
+    def trains_by(self) -> str:
+        """The method whose parameters the optimizer holds."""
+        return "frozen" if self.method == "frozen_forward_only" else self.method
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether gradients reach the vision tower."""
+        return self.method in ("full", "lora", "qlora")
+
+    @property
+    def trains_decoder(self) -> bool:
+        """Whether gradients reach the decoder's layers."""
+        return self.method != "frozen_forward_only"
+
+    @property
+    def trained(self) -> int:
+        """Parameters that the optimizer holds, of all devices together."""
+        return sum(trainable_parameters(self.geometry, self.trains_by, self.rank).values())
+
+    @property
+    def with_gradient(self) -> int:
+        """Parameters that have a gradient."""
+        return self.trained if self.trains_decoder else parameters(self.geometry)["head"]
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of the compute type."""
+        return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def fused(self) -> bool:
+        """Whether this project's fused kernels run: on GPUs from Ampere on, the first with bfloat16 (phi3v.model.fused)."""
+        return not self.as_published and self.hardware.kind != "cpu" and self.hardware.bf16
+
+    @property
+    def float32_weights(self) -> bool:
+        """Whether the weights are held in float32 under autocast.
+
+        The recipe's scripts did so for fp16; that they did it for every adapter run without flash attention is inferred
+        from its memory table: LoRA takes 18 GB more than QLoRA there, and 6 GB more with flash attention. DeepSpeed,
+        which runs full fine-tuning, casts the weights to the compute type.
+        """
+        published = self.as_published and self.adapters and (self.dtype == "fp16" or not self.flash)
+        return self.dtype == "fp32" or published
+
+
+@dataclass(frozen=True)
 class Flops:
     """FLOP of forward, backward and repeated forward passes (recompute), for one choice of counting attention."""
 
-    forward: float
-    backward: float
+    forward: float = 0
+    backward: float = 0
     recompute: float = 0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.recompute + other.recompute)
 
     @property
     def total(self) -> float:
         """All that runs."""
         return self.forward + self.backward + self.recompute
+
+    def forward_only(self) -> Flops:
+        """The same without gradients."""
+        return Flops(self.forward)
 
 
 @dataclass(frozen=True)
@@ -125,94 +219,90 @@ class Linear:
         return Flops(self.count * (base + down + up), self.count * backward, self.count * again * recompute)
 
 
-def _sum(parts: Iterable[Flops]) -> Flops:
-    listed = list(parts)
-    return Flops(
-        sum(part.forward for part in listed),
-        sum(part.backward for part in listed),
-        sum(part.recompute for part in listed),
-    )
+@dataclass(frozen=True)
+class _Counting:
+    """What is counted of a step: the arguments of training_flops."""
 
+    method: Method
+    rank: int
+    flash: bool
+    causal: bool
+    """Whether the masked half of the decoder's scores is left out."""
+    recompute: float
+    reentrant: bool
+    vision_adapters: bool
 
-def _tower(
-    linears: dict[str, tuple[int, int]], readers: int, rows: float, layers: int, rank: int, weights: bool,
-    recompute: float, reentrant: bool, first_has_input_gradient: bool,
-) -> Flops:  # fmt: skip
-    """Linear layers of `layers` like layers; the first `readers` of each read the layer's own input."""
-    parts = []
-    for index, (inputs, outputs) in enumerate(linears.values()):
-        stops_here = not reentrant and index == len(linears) - 1
-        first_differs = index < readers and not first_has_input_gradient
-        for count, needs in ((layers - first_differs, True), (int(first_differs), False)):
-            parts.append(Linear(inputs, outputs, rows, count, weights, needs, rank).flops(recompute, stops_here))
-    return _sum(parts)
+    @property
+    def adapters(self) -> bool:
+        return self.method in ("lora", "qlora")
 
+    def layers(
+        self, linears: Linears, readers: int, rows: float, count: int, rank: int, first_has_input_gradient: bool
+    ) -> Flops:
+        """Linear layers of `count` like layers; the first `readers` of each read the layer's own input."""
+        # bitsandbytes' product is a custom function, which saves its inputs after it has run.
+        reentrant = self.reentrant or self.method == "qlora"
+        total = Flops()
+        for index, (inputs, outputs) in enumerate(linears.values()):
+            stops_here = not reentrant and index == len(linears) - 1
+            first_differs = index < readers and not first_has_input_gradient
+            for layers, needs in ((count - first_differs, True), (int(first_differs), False)):
+                product = Linear(inputs, outputs, rows, layers, not self.adapters, needs, rank)
+                total += product.flops(self.recompute, stops_here)
+        return total
 
-def _attention(width: int, pairs: float, layers: int, flash: bool, recompute: float) -> Flops:
-    """Scores and weighted values: two products of `pairs` x width a layer, four in the backward pass."""
-    product = 2.0 * width * pairs * layers
-    # A flash kernel computes the scores again in its backward pass (Dao 2023, FlashAttention-2, section 3.1.2).
-    return Flops(2 * product, (5 if flash else 4) * product, 2 * product * recompute)
+    def attention(self, width: int, pairs: float, layers: int) -> Flops:
+        """Scores and weighted values: two products of `pairs` x width a layer, four in the backward pass."""
+        product = 2.0 * width * pairs * layers
+        # A flash kernel computes the scores again in its backward pass (Dao 2023, FlashAttention-2, section 3.1.2).
+        return Flops(2 * product, (5 if self.flash else 4) * product, 2 * product * self.recompute)
 
+    def trains_vision(self) -> bool:
+        return self.method == "full" or (self.adapters and self.vision_adapters)
 
-def _count(
-    geometry: Geometry, work: Work, method: Method, rank: int, flash: bool, causal: bool,
-    recompute: float, reentrant: bool, vision_adapters: bool,
-) -> dict[str, Flops]:  # fmt: skip
-    vision, adapters = geometry.vision, method in ("lora", "qlora")
-    trains_vision = method == "full" or (adapters and vision_adapters)
-    trains_decoder = method != "frozen_forward_only"
-    weights = not adapters
-    vision_rank = rank if adapters and vision_adapters else 0
-    decoder_rank = rank if adapters else 0
-    # bitsandbytes' product is a custom function, which saves its inputs after it has run.
-    reentrant = reentrant or method == "qlora"
-    layers = vision.num_hidden_layers - 1
-    patches = patches_per_tile(vision)
-    rows = work.tiles * (patches + 1)
+    def vision(self, geometry: Geometry, work: Work) -> tuple[Flops, Flops, Flops]:
+        """The tower, its attention, and the projector."""
+        vision, trains = geometry.vision, self.trains_vision()
+        layers, patches = vision.num_hidden_layers - 1, patches_per_tile(vision)
+        rank = self.rank if self.adapters and self.vision_adapters else 0
+        patch = Flops(2.0 * work.tiles * patches * 3 * vision.patch_size**2 * vision.hidden_size)
+        if self.method == "full":
+            patch += Flops(0, patch.forward)
+        rows = work.tiles * (patches + 1)
+        tower = self.layers(clip_layer_linears(vision), 3, rows, layers, rank, not self.adapters)
+        attention = self.attention(vision.hidden_size, work.tiles * (patches + 1) ** 2, layers)
+        projector = Flops()
+        for inputs, outputs in projector_linears(geometry):
+            projector += Linear(inputs, outputs, work.projected, 1, not self.adapters, trains, rank).flops()
+        if not trains:
+            patch, tower, attention, projector = (part.forward_only() for part in (patch, tower, attention, projector))
+        return patch + tower, attention, projector
 
-    patch = Flops(2.0 * work.tiles * patches * 3 * vision.patch_size**2 * vision.hidden_size, 0.0)
-    if method == "full":
-        patch = Flops(patch.forward, patch.forward)
-    tower = _tower(
-        clip_layer_linears(vision),
-        3,
-        rows,
-        layers,
-        vision_rank,
-        weights,
-        recompute,
-        reentrant,
-        first_has_input_gradient=weights,
-    )
-    tower_attention = _attention(vision.hidden_size, work.tiles * (patches + 1) ** 2, layers, flash, recompute)
-    projector = _sum(
-        Linear(i, o, work.projected, 1, weights, trains_vision, vision_rank).flops()
-        for i, o in projector_linears(geometry)
-    )
-    if not trains_vision:
-        patch, tower, tower_attention, projector = (
-            Flops(part.forward, 0.0) for part in (patch, tower, tower_attention, projector)
-        )
+    def language(self, geometry: Geometry, work: Work) -> tuple[Flops, Flops, Flops]:
+        """The decoder, its attention, and the head."""
+        rank, layers = self.rank if self.adapters else 0, geometry.num_hidden_layers
+        # Under frozen inputs a decoder whose norms train still needs every input gradient; one with adapters only does
+        # not, unless PEFT makes the embeddings require gradients, which it does for checkpointing.
+        first = not self.adapters or self.trains_vision() or self.recompute > 0
+        decoder = self.layers(decoder_layer_linears(geometry), 1, work.tokens, layers, rank, first)
+        pairs = (work.tokens_squared + work.tokens) / 2 if self.causal else work.tokens_squared
+        attention = self.attention(geometry.hidden_size, pairs, layers)
+        if self.method == "frozen_forward_only":
+            decoder, attention = decoder.forward_only(), attention.forward_only()
+        head = Linear(geometry.hidden_size, geometry.vocab_size, work.labels, 1, not self.adapters, True, rank).flops()
+        return decoder, attention, head
 
-    # Under frozen inputs a decoder whose norms train still needs every input gradient; one with adapters only does not,
-    # unless PEFT makes the embeddings require gradients, which it does for checkpointing.
-    decoder = _tower(
-        decoder_layer_linears(geometry), 1, work.tokens, geometry.num_hidden_layers, decoder_rank, weights,
-        recompute, reentrant, first_has_input_gradient=weights or trains_vision or recompute > 0,
-    )  # fmt: skip
-    pairs = (work.tokens_squared + work.tokens) / 2 if causal else work.tokens_squared
-    attention = _attention(geometry.hidden_size, pairs, geometry.num_hidden_layers, flash, recompute)
-    if not trains_decoder:
-        decoder, attention = Flops(decoder.forward, 0.0), Flops(attention.forward, 0.0)
-    head = Linear(geometry.hidden_size, geometry.vocab_size, work.labels, 1, weights, True, decoder_rank).flops()
-    return {
-        "vision": _sum([patch, tower]),
-        "projector": projector,
-        "decoder": decoder,
-        "attention": _sum([tower_attention, attention]),
-        "head": head,
-    }
+    def parts(self, geometry: Geometry, work: Work) -> dict[str, Flops]:
+        """FLOP by part, both attentions as one."""
+        tower, tower_attention, projector = self.vision(geometry, work)
+        decoder, attention, head = self.language(geometry, work)
+        return {
+            "vision": tower,
+            "projector": projector,
+            "decoder": decoder,
+            "attention": tower_attention + attention,
+            "head": head,
+        }
 
 
 def training_flops(
@@ -237,15 +327,9 @@ def training_flops(
     if method in ("lora", "qlora") and not rank:
         raise ValueError(f"rank: {rank!r}; method {method} expects an integer >= 1")
     r = rank or 0
-    needed = _count(geometry, work, method, r, False, True, 0.0, False, vision_adapters)
-    run = _count(geometry, work, method, r, flash, flash, recompute, reentrant, vision_adapters)
+    needed = _Counting(method, r, False, True, 0.0, False, vision_adapters).parts(geometry, work)
+    run = _Counting(method, r, flash, flash, recompute, reentrant, vision_adapters).parts(geometry, work)
     return TrainingFlops(sum(part.total for part in needed.values()), sum(part.total for part in run.values()), run)
-
-
-def forward_flops(geometry: Geometry, work: Work, causal: bool = True) -> dict[str, float]:
-    """FLOP of a forward pass by part, for evaluation and for checking the recipe's figures."""
-    parts = _count(geometry, work, "full", 0, False, causal, 0.0, False, False)
-    return {name: part.forward for name, part in parts.items()}
 
 
 def utilisation(flops: float, seconds: float, peak_tflops: float, devices: int = 1) -> float:

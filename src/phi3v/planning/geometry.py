@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from phi3v.settings import Geometry, Model, SettingsError, VisionGeometry, validate
 
@@ -27,11 +28,11 @@ CLIP_VIT_L_14_336 = VisionGeometry(
 )
 
 
-def geometry_from_config(config: dict[str, Any], where: str = "config.json") -> Geometry:
+def geometry_from_config(config: Mapping[str, object], where: str = "config.json") -> Geometry:
     """The geometry of a config.json's values, or of `model.config.to_dict()`; raises SettingsError naming `where`."""
     vision = config.get("vision_config")
     tower = CLIP_VIT_L_14_336.model_dump()
-    if vision:
+    if isinstance(vision, Mapping):
         tower |= {name: vision[name] for name in tower if name in vision}
     fields = {name: config[name] for name in Geometry.model_fields if name in config and name != "vision"}
     fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
@@ -55,14 +56,18 @@ def model_geometry(name: str, model: Model, root: Path = Path()) -> Geometry:
     )
 
 
+# Name to (inputs, outputs) of the linear layers of a layer, in the order they run.
+Linears = dict[str, tuple[int, int]]
+
+
 def clip_layer_parameters(vision: VisionGeometry) -> int:
     """Weights and biases of one layer of the tower."""
     width, inner = vision.hidden_size, vision.intermediate_size
     return 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
 
 
-def decoder_layer_linears(geometry: Geometry) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the four linear layers of a decoder layer, in the order they run."""
+def decoder_layer_linears(geometry: Geometry) -> Linears:
+    """The four linear layers of a decoder layer."""
     width, inner = geometry.hidden_size, geometry.intermediate_size
     head = width // geometry.num_attention_heads
     return {
@@ -73,8 +78,8 @@ def decoder_layer_linears(geometry: Geometry) -> dict[str, tuple[int, int]]:
     }
 
 
-def clip_layer_linears(vision: VisionGeometry) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the six linear layers of a layer of the tower, in the order they run."""
+def clip_layer_linears(vision: VisionGeometry) -> Linears:
+    """The six linear layers of a layer of the tower."""
     width, inner = vision.hidden_size, vision.intermediate_size
     square = (width, width)
     return {

@@ -1,7 +1,7 @@
-"""Memory of one device while this project's code trains, counted from the lifetimes of its tensors. No torch.
+"""Memory of one device while it trains: this project's code, counted from the lifetimes of its tensors. No torch.
 
     need = memory(setup)
-    need.allocated_gb, need.reserved_gb, need.context_gb, need.parts(), fits(setup)
+    need.allocated_gb, need.reserved_gb, need.context_gb, need.parts(), need.verdict(setup.hardware.memory_gb)
 
 Three numbers that GPU tools report separately:
 
@@ -10,22 +10,20 @@ Three numbers that GPU tools report separately:
 - context: what the process takes beside the allocator: CUDA context, kernels, NCCL. nvidia-smi shows reserved + context.
 
 A step has several moments at which memory peaks. Each holds what rests on the device (weights, optimizer states) and
-what lives at that moment; the largest decides. What the published code took is in phi3v.planning.published.
+what lives at that moment; the largest decides.
+
+Below stands a second model, of the memory that the published code took (published_memory). The recipe's scripts cannot
+be run here; that model is fitted to the peaks of the published tables, which are readings of whole devices (inferred:
+they are round numbers that reach a V100's full 32 GB, so they include the context and what the allocator keeps cached).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from phi3v.planning.flops import Work
-from phi3v.planning.geometry import (
-    parameters,
-    patches_per_tile,
-    quantised_parameters,
-    trainable_parameters,
-)
-from phi3v.planning.setup import Setup
+from phi3v.planning.flops import Setup, Work
+from phi3v.planning.geometry import decoder_layer_linears, parameters, patches_per_tile, quantised_parameters
 
 GB = 1e9
 # nf4: half a byte, and a float32 scale for each block of 64 weights (bitsandbytes, double quantisation off).
@@ -68,7 +66,9 @@ FRAGMENTATION = 0.15
 # What a CPU process holds once PyTorch, transformers and the Trainer are imported, bytes: 0.50 GB measured.
 CPU_RUNTIME = 0.5e9
 
-Fit = Literal["yes", "tight", "no"]
+Verdict = Literal["yes", "tight", "no"]
+"""Whether a job fits a device: yes: reserved and context do; tight: only if PyTorch frees cached memory, which is
+slower; no."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,12 @@ class Memory:
         """What the job cannot do without, GB: allocated and context."""
         return self.allocated_gb + self.context_gb
 
+    def verdict(self, capacity_gb: float | None) -> Verdict:
+        """Whether a device of `capacity_gb` holds it; None: a CPU, which always fits."""
+        if capacity_gb is None or self.device_gb <= capacity_gb:
+            return "yes"
+        return "tight" if self.least_gb <= capacity_gb else "no"
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -134,47 +140,53 @@ class Tower:
 NOTHING = Tower(0.0, 0.0)
 
 
-def _width(setup: Setup) -> int:
-    """Bytes of an element of the compute type."""
-    return 4 if setup.dtype == "fp32" else 2
+@dataclass(frozen=True)
+class Layers:
+    """The like layers of a tower, and what goes through them in a micro-batch."""
 
+    count: int
+    rows: float
+    widths: tuple[int, int]
+    """Width and feed-forward width."""
+    scores: float
+    """Elements of one layer's attention."""
+    saved: tuple[int, int]
+    """Bytes per row as (width, feed-forward width) in half precision; likewise `working`."""
+    working: tuple[int, int]
 
-def _tower(
-    setup: Setup, rows: float, widths: tuple[int, int], layers: int, scores: float, saved: tuple[int, int],
-    working: tuple[int, int],
-) -> Tower:  # fmt: skip
-    """saved, working: bytes per row as (width, feed-forward width). scores: elements of a layer's eager attention."""
-    wider = _width(setup) / 2
-    width, inner = widths
-    eager = 0.0 if setup.flash else wider * scores
-    inputs = rows * wider * 2 * width
-    plain = PLAIN_ACTIVATIONS if setup.hardware.kind != "cpu" and not setup.fused else 1.0
-    held = plain * rows * wider * (saved[0] * width + saved[1] * inner) + SCORES_SAVED * eager
-    passing = plain * rows * wider * (working[0] * width + working[1] * inner)
-    each = FLOAT16_SCORES_WORKING if setup.dtype == "fp16" else SCORES_WORKING
-    attention = rows * wider * ATTENTION_WORKING * width + each * eager
-    recomputed = layers * setup.recompute
-    # Layers that are not recomputed free what they saved on the way to the first that is.
-    layer = max(held - inputs + passing, attention) if setup.recompute == 1 else max(passing, attention - held)
-    return Tower(recomputed * inputs + (layers - recomputed) * held, layer)
+    def tower(self, setup: Setup) -> Tower:
+        """What they hold when they train."""
+        wider = setup.element_bytes / 2
+        width, inner = self.widths
+        eager = 0.0 if setup.flash else wider * self.scores
+        inputs = self.rows * wider * 2 * width
+        plain = PLAIN_ACTIVATIONS if setup.hardware.kind != "cpu" and not setup.fused else 1.0
+        saved, working = (each[0] * width + each[1] * inner for each in (self.saved, self.working))
+        held = plain * self.rows * wider * saved + SCORES_SAVED * eager
+        passing = plain * self.rows * wider * working
+        each = FLOAT16_SCORES_WORKING if setup.dtype == "fp16" else SCORES_WORKING
+        attention = self.rows * wider * ATTENTION_WORKING * width + each * eager
+        recomputed = self.count * setup.recompute
+        # Layers that are not recomputed free what they saved on the way to the first that is.
+        layer = max(held - inputs + passing, attention) if setup.recompute == 1 else max(passing, attention - held)
+        return Tower(recomputed * inputs + (self.count - recomputed) * held, layer)
 
 
 def _towers(setup: Setup, work: Work) -> tuple[Tower, Tower, float]:
     """Vision tower, decoder, and the bytes that are kept between the two: embeddings, projector, image features."""
     geometry, vision = setup.geometry, setup.geometry.vision
-    positions, width = patches_per_tile(vision) + 1, _width(setup)
+    positions, width = patches_per_tile(vision) + 1, setup.element_bytes
     tower, decoder, between = NOTHING, NOTHING, float(width * work.tokens * geometry.hidden_size)
-    if setup.method != "frozen_forward_only":
-        decoder = _tower(
-            setup, work.tokens, (geometry.hidden_size, geometry.intermediate_size), geometry.num_hidden_layers,
-            geometry.num_attention_heads * work.tokens_squared, DECODER_SAVED, DECODER_WORKING,
-        )  # fmt: skip
-    if setup.method in ("full", "lora", "qlora"):
-        tower = _tower(
-            setup, work.tiles * positions, (vision.hidden_size, vision.intermediate_size),
-            vision.num_hidden_layers - 1, vision.num_attention_heads * work.tiles * positions**2, TOWER_SAVED,
-            TOWER_WORKING,
-        )  # fmt: skip
+    if setup.trains_decoder:
+        widths = (geometry.hidden_size, geometry.intermediate_size)
+        scores = geometry.num_attention_heads * work.tokens_squared
+        layers = Layers(geometry.num_hidden_layers, work.tokens, widths, scores, DECODER_SAVED, DECODER_WORKING)
+        decoder = layers.tower(setup)
+    if setup.trains_vision:
+        widths = (vision.hidden_size, vision.intermediate_size)
+        scores = vision.num_attention_heads * work.tiles * positions**2
+        rows = work.tiles * positions
+        tower = Layers(vision.num_hidden_layers - 1, rows, widths, scores, TOWER_SAVED, TOWER_WORKING).tower(setup)
         # The projector's input, its hidden layer before and after the activation, and its output; if the embeddings
         # train, pixels and embedded patches as well.
         pixels = 3 * vision.image_size**2 + positions * vision.hidden_size if setup.method == "full" else 0
@@ -183,26 +195,23 @@ def _towers(setup: Setup, work: Work) -> tuple[Tower, Tower, float]:
 
 
 def _weights(setup: Setup) -> float:
-    held = sum(parameters(setup.geometry).values())
+    """Bytes of the weights, adapters apart."""
+    held, width = sum(parameters(setup.geometry).values()), 4 if setup.float32_weights else 2
     if setup.method != "qlora":
-        return float(held * _width(setup))
+        return float(held * width)
     quantised = quantised_parameters(setup.geometry)
-    return quantised * NF4_BYTES + (held - quantised) * _width(setup)
-
-
-def _trained(setup: Setup) -> int:
-    return sum(trainable_parameters(setup.geometry, setup.trains_by, setup.rank).values())
+    return quantised * NF4_BYTES + (held - quantised) * width
 
 
 def _resting(setup: Setup) -> dict[str, float]:
     """Bytes held between optimizer steps."""
     resting = {"weights": _weights(setup)}
     if setup.adapters:
-        resting["adapters"] = (STATE_BYTES + FACTOR_COPY_BYTES) * float(_trained(setup))
+        resting["adapters"] = (STATE_BYTES + FACTOR_COPY_BYTES) * float(setup.trained)
         if setup.devices > 1:
-            resting["buckets"] = DDP_BYTES * float(_trained(setup))
+            resting["buckets"] = DDP_BYTES * float(setup.trained)
     else:
-        resting["optimizer"] = STATE_BYTES * _trained(setup) / setup.devices
+        resting["optimizer"] = STATE_BYTES * setup.trained / setup.devices
     if setup.hardware.kind == "cpu":
         resting["runtime"] = CPU_RUNTIME
     return resting
@@ -214,7 +223,7 @@ def _buckets(setup: Setup) -> float:
     if setup.adapters or (cpu and alone):
         return 0.0
     in_place = setup.nodes == 1 and setup.dtype == "bf16" and not cpu
-    copies = (BUCKETS if in_place else BUCKETS + 1) * _width(setup) + (GRADIENT_BYTES if alone else 0)
+    copies = (BUCKETS if in_place else BUCKETS + 1) * setup.element_bytes + (GRADIENT_BYTES if alone else 0)
     return float((CPU_BUCKET if cpu else BUCKET) * copies)
 
 
@@ -222,37 +231,37 @@ def memory(setup: Setup) -> Memory:
     """Bytes of the setup on one device, for its longest example times the micro-batch."""
     geometry, work = setup.geometry, setup.longest.scaled(setup.micro_batch)
     tower, decoder, between = _towers(setup, work)
-    gradients = GRADIENT_BYTES * _trained(setup) / (1 if setup.adapters else setup.devices)
+    gradients = GRADIENT_BYTES * setup.trained / (1 if setup.adapters else setup.devices)
     # Sums of earlier micro-steps are there from the start, those of the only one grow during its backward pass.
     earlier = gradients if setup.accumulation > 1 else 0.0
     head, largest = parameters(geometry)["head"], geometry.hidden_size * geometry.intermediate_size
-    fresh = 0.0 if setup.adapters else float(_width(setup))
+    fresh = 0.0 if setup.adapters else float(setup.element_bytes)
     # The weight after the feed-forward block's activation: expanded when the most is alive.
     expanded = 2.0 * largest if setup.method == "qlora" else 0.0
     logits = {"logits": work.labels * geometry.vocab_size * LOGIT_BYTES, "weight gradient": fresh * head}
     both, passing = tower.kept + decoder.kept, {"buckets": _buckets(setup), "embeddings": between}
     backward = {**passing, "weight gradient": fresh * largest, "4-bit expansion": expanded}
+    running = {**backward, "gradients": gradients, "layer inputs": tower.kept}
     moments = {
         "backward of the head": {**passing, "gradients": earlier, "layer inputs": both, **logits},
         "backward of the decoder": {
-            **backward, "gradients": earlier, "layer inputs": both, "activations": decoder.layer,
+            **running,
+            "gradients": earlier,
+            "layer inputs": both,
+            "activations": decoder.layer,
         },
-        "end of the decoder's backward": {
-            **backward, "gradients": gradients, "layer inputs": tower.kept, "activations": decoder.layer,
-        },
-        "backward of the tower": {
-            **backward, "gradients": gradients, "layer inputs": tower.kept, "activations": tower.layer,
-        },
+        "end of the decoder's backward": {**running, "activations": decoder.layer},
+        "backward of the tower": {**running, "activations": tower.layer},
         "optimizer step": {"gradients": gradients},
-    }  # fmt: skip
+    }
     cpu = setup.hardware.kind == "cpu"
     return Memory(_resting(setup), moments, 0.0 if cpu else FRAGMENTATION, 0.0 if cpu else CONTEXT)
 
 
 def probe_bytes(setup: Setup) -> float:
     """Allocated bytes at the peak of a forward and backward pass alone, without optimizer and with whole gradients."""
-    need, trained = memory(setup), _trained(setup)
-    each = GRADIENT_BYTES if setup.adapters else _width(setup)
+    need, trained = memory(setup), setup.trained
+    each = GRADIENT_BYTES if setup.adapters else setup.element_bytes
     started = {"backward of the head", "backward of the decoder"}
     passing = [
         sum(size for part, size in parts.items() if part not in ("gradients", "buckets"))
@@ -263,12 +272,98 @@ def probe_bytes(setup: Setup) -> float:
     return _weights(setup) + need.resting.get("runtime", 0.0) + adapters + max(passing)
 
 
-def fits(setup: Setup) -> Fit:
-    """yes: reserved and context fit the device; tight: only if PyTorch frees cached memory, which is slower; no.
+# Published code --------------------------------------------------------------------------------------------------------
 
-    A CPU always fits.
+# ZeRO's shard while it rests: float32 weight, two moments, float32 gradient.
+PUBLISHED_SHARD_BYTES = 16
+# Adapters are float32 with float32 gradients and moments, whole on each device.
+PUBLISHED_ADAPTER_BYTES = 16
+# Reduction and gather buckets in 2 bytes, one of them doubled to overlap: 2e8 elements, as DeepSpeed's examples.
+PUBLISHED_BUCKET_BYTES = 3 * 2 * 200_000_000
+# Largest tensors alive while one decoder layer runs backward, per token: width x (layer input and two norms in both
+# precisions 18, queries to output 14), feed-forward width x (gate, up, product 8 and their gradients 6).
+DECODER_LAYER_BYTES = (32, 14)
+# The same of the tower: width x 16, feed-forward width x 14.
+CLIP_LAYER_BYTES = (16, 14)
+# Eager scores alive in one layer's backward pass. Decoder: float32 and half probabilities 6, gradients 10; CLIP: 8.
+DECODER_SCORE_LIVE_BYTES, CLIP_SCORE_LIVE_BYTES = 16, 8
+# Logits: half precision 2, float32 4, its shifted copy 4, log-softmax 4, gradient 4.
+LOGIT_LIVE_BYTES = 18
+
+
+@dataclass(frozen=True)
+class MemoryConstants:
+    """Three numbers fitted to the memory peaks of the published A100 rows (benchmarks/calibrate.py)."""
+
+    runtime_gb: float = field(default=3.02, metadata={"unit": "GB a device"})
+    """CUDA context, communication buffers, workspaces and the allocator's slack: what is held beside the tensors."""
+    optimizer_bytes: float = field(default=24.5, metadata={"unit": "bytes per trained parameter, divided by devices"})
+    """ZeRO's shard at its peak, in the optimizer step: float32 weight, moments and gradient (16), and temporaries."""
+    cached_scores: float = field(default=3.28, metadata={"unit": "bytes per attention score and decoder layer"})
+    """Eager attention without ZeRO (adapters): score blocks that the allocator keeps while the device has room."""
+
+
+@dataclass(frozen=True)
+class PublishedMemory:
+    """Memory of one device as the published code takes it, GB."""
+
+    total_gb: float
+    """Peak if the device has room for everything at once."""
+    floor_gb: float
+    """The least the job runs in, if everything that can be freed is freed."""
+
+
+def _published_activations(setup: Setup, work: Work) -> tuple[float, float, float]:
+    """(layer inputs kept, largest layer alive, largest layer's eager scores) of one micro-batch, bytes."""
+    geometry, vision = setup.geometry, setup.geometry.vision
+    positions = patches_per_tile(vision) + 1
+    rows = work.tiles * positions
+    decoder_layer = DECODER_LAYER_BYTES[0] * geometry.hidden_size + DECODER_LAYER_BYTES[1] * geometry.intermediate_size
+    clip_layer = CLIP_LAYER_BYTES[0] * vision.hidden_size + CLIP_LAYER_BYTES[1] * vision.intermediate_size
+    kept = work.tokens * geometry.num_hidden_layers * 2 * geometry.hidden_size * setup.trains_decoder
+    kept += rows * (vision.num_hidden_layers - 1) * 2 * vision.hidden_size * setup.trains_vision
+    alive = max(work.tokens * decoder_layer, rows * clip_layer)
+    scores = 0.0
+    if not setup.flash:
+        decoder_scores = geometry.num_attention_heads * work.tokens_squared * DECODER_SCORE_LIVE_BYTES
+        clip_scores = vision.num_attention_heads * work.tiles * positions**2 * CLIP_SCORE_LIVE_BYTES
+        scores = max(decoder_scores, clip_scores)
+    return kept, alive, scores
+
+
+def published_memory(setup: Setup, constants: MemoryConstants | None = None) -> PublishedMemory:
+    """Memory of the published code on one device, for its longest example times the micro-batch.
+
+    setup: what the recipe's scripts ran (phi3v.planning.fits.published_setup).
     """
-    capacity, need = setup.hardware.memory_gb, memory(setup)
-    if capacity is None or need.device_gb <= capacity:
-        return "yes"
-    return "tight" if need.least_gb <= capacity else "no"
+    constants = constants or MemoryConstants()
+    geometry, work = setup.geometry, setup.longest.scaled(setup.micro_batch)
+    trained, layers = setup.trained, geometry.num_hidden_layers
+    kept, alive, scores = _published_activations(setup, work)
+    piled = 0.0
+    if setup.adapters:
+        gradients, optimizer, resting = (
+            0.0,
+            float(PUBLISHED_ADAPTER_BYTES * trained),
+            float(PUBLISHED_ADAPTER_BYTES * trained),
+        )
+        if not setup.flash:
+            piled = constants.cached_scores * geometry.num_attention_heads * work.tokens_squared * layers
+    else:
+        gradients = 2.0 * setup.with_gradient
+        optimizer = constants.optimizer_bytes * trained / setup.devices
+        resting = PUBLISHED_SHARD_BYTES * trained / setup.devices
+    buckets = 0.0 if setup.adapters or setup.devices == 1 else float(PUBLISHED_BUCKET_BYTES)
+    weights = _weights(setup)
+    logits = work.labels * geometry.vocab_size * LOGIT_LIVE_BYTES
+    # The largest 4-bit weight while it is expanded.
+    largest = max(inputs * outputs for inputs, outputs in decoder_layer_linears(geometry).values())
+    expanded = largest * 6.0 if setup.method == "qlora" else 0.0
+    runtime = constants.runtime_gb * GB
+    # One layer's gradients stay: they are reduced together.
+    backward = (
+        weights + gradients / (layers + 1) + resting + kept + alive + scores + logits + buckets + expanded + runtime
+    )
+    stepping = weights + optimizer + buckets + runtime
+    parts = (weights, gradients, optimizer, kept, alive, scores + piled, logits, buckets, expanded, runtime)
+    return PublishedMemory(sum(size / GB for size in parts), max(backward, stepping) / GB)

@@ -1,40 +1,60 @@
-"""The plan of a run: each row on the hardware it was placed on, before anything starts.
+"""The plan of a run: each row on the hardware it was placed on, before anything starts. No torch.
 
 plan = plan_run(load_run("config/config.yaml"))
-print(plan.table()); plan.as_dict()
-resources(run, job)                 # what a cluster job should ask for
+plan.values()                               # plan.json
+print(plan.table()); plan.page()            # the same for people: text, and a web page
 """
 
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from html import escape
 from pathlib import Path
-from typing import Any
 
-from phi3v.planning import text
-from phi3v.planning.choice import largest_micro_batch, setup_of
-from phi3v.planning.disk import DOWNLOADS, check_disk, disk, row_gb
+from phi3v.planning.fits import Fit, misfit, named, published_setup, setup_of, what_fits
 from phi3v.planning.flops import utilisation
 from phi3v.planning.geometry import parameters, trainable_parameters
-from phi3v.planning.memory import GB, Fit, fits, memory
-from phi3v.planning.misfit import needs, refused
-from phi3v.planning.published import MemoryConstants, published_memory, published_setup
-from phi3v.planning.roofline import images_per_second, peak_tflops, step_time
-from phi3v.planning.setup import Constants, Setup
-from phi3v.planning.workload import workload
-from phi3v.settings import AccuracyRow, Job, ResolvedRun, SettingsError, SpeedRow, Workload
-from phi3v.settings.commands import own_settings
+from phi3v.planning.memory import Verdict, published_memory
+from phi3v.planning.resources import (
+    Resources,
+    disk_needed,
+    evaluation_seconds,
+    resources,
+    row_gb,
+    training_steps,
+)
+from phi3v.planning.step_time import CONSTANTS, images_per_second, peak_tflops, step_time
+from phi3v.settings import AccuracyRow, Geometry, Job, ResolvedRun, SettingsError, SpeedRow, Workload
 
-# Three passes of an accuracy row: before (shared by rows), after, control.
-EVALUATION_PASSES = 3
-# A job's time limit over its predicted time, and minutes for start, loading and saving.
-MARGIN, START_MINUTES = 1.5, 30
 JOB_KINDS = {"accuracy": ("train", "evaluate"), "speed": ("speed",)}
-# CPU peaks are those of one machine.
-CPU_MARGIN = 4.0
+LEGEND = """\
+n: devices. Memory of one device, GB, predicted for this project's code: alloc: live tensors at the peak; resvd: what
+PyTorch's allocator holds; ctx: CUDA context and NCCL. A reading of the device (nvidia-smi) shows resvd + ctx.
+fits: yes; tight (works only if PyTorch frees cached memory; slower); no. micro: largest micro-batch that fits. img/s: over all devices. MFU, HFU: share of the dense peak, without and with recomputation.
+A CPU's peak is calibrated on one machine (docs/planner.md), so its figures are rough elsewhere.
+time: training (or timing) and evaluation. device-h: time x devices. kWh: at the boards' full power."""
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Plan of {name}</title>
+<style>body {{ font-family: sans-serif; margin: 2em }} pre {{ overflow-x: auto }}</style>
+</head>
+<body>
+<h1>Plan of {name}</h1>
+<p>Predicted before anything ran: FLOP and bytes are counted from the layer sizes, with constants calibrated on the
+published speed tables. The published memory is very likely a reading of the whole device (an inference), so compare it
+with resvd + ctx. Published code: the prediction for what the recipe's scripts ran on the published hardware; frozen
+rows there very likely ran the decoder forward only (an inference).</p>
+<pre>{table}</pre>
+<h2>Each row part by part</h2>
+<pre>{details}</pre>
+</body>
+</html>
+"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +84,7 @@ class Planned:
     """Memory that PyTorch's allocator holds, cached blocks included. An estimate on top of allocated_gb."""
     context_gb: float | None = None
     """What the process takes beside the allocator: CUDA context, NCCL. An estimate."""
-    fits: Fit | None = None
+    fits: Verdict | None = None
     micro_batch: int | None = None
     """What the row runs with."""
     recompute: float | None = None
@@ -91,127 +111,136 @@ class Planned:
     """At the boards' full power: an upper bound, without the rest of the machine."""
     disk_gb: float | None = None
     """Final weights or adapters, and checkpoints while training."""
-    jobs: dict[str, dict[str, Any]] | None = None
-    """What the rules ask a cluster for (Resources), by kind of job; a site's limits may cut it."""
+    jobs: dict[str, Resources] | None = None
+    """What the rules ask a cluster for, by kind of job; a site's limits may cut it."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is planned and will run."""
+        return self.hours is not None and not self.status.startswith("not run")
+
+    def detail(self) -> str:
+        """Parameters, memory, time and cluster jobs, part by part."""
+        if self.hours is None:
+            return f"{self.row}: {self.status}"
+        flash = "flash attention" if self.flash_attention else "eager attention"
+        lines = [f"{self.row}: {self.status}; {self.method}, {self.dtype}, {flash} on {self.devices} x {self.device}"]
+        millions, trained = (
+            {name: count / 1e6 for name, count in (counts or {}).items()}
+            for counts in (self.parameters, self.trainable)
+        )
+        lines += [
+            _parts("parameters, millions", millions),
+            _parts("of these trained, millions", trained),
+            _parts("allocated per device, GB", self.memory_gb),
+            f"  peak in: {self.peak_moment}; reserved {self.reserved_gb:.4g} GB, context {self.context_gb:.4g} GB; "
+            f"micro-batch {self.micro_batch}, {100 * (self.recompute or 0):.0f} % of the layers recomputed",
+        ]
+        if self.as_published_gb is not None:
+            published = "" if self.published_memory_gb is None else f", published {self.published_memory_gb:.4g} GB"
+            lines.append(
+                f"  published code: {self.as_published_gb:.4g} GB predicted for the whole device{published};"
+                f" {self.as_published:.4g} images/s predicted, published {self.published_images_per_second:.4g}"
+            )
+        disk = "" if self.disk_gb is None else f", {self.disk_gb:.1f} GB of disk"
+        lines += [
+            _parts("an optimizer step, s", self.step_seconds),
+            f"  {self.steps} steps, {duration(self.hours)} with evaluation, {self.gpu_hours:.2f} device-hours{disk}",
+        ]
+        for name, job in (self.jobs or {}).items():
+            asked = ", ".join(f"{key} {value}" for key, value in asdict(job).items() if value not in ("", None))
+            lines.append(f"  {name} job: {asked}")
+        return "\n".join(lines)
 
 
-def evaluation_seconds(setup: Setup, load: Workload, constants: Constants, passes: int = EVALUATION_PASSES) -> float:
-    """Seconds of the passes: prompts as forward passes, then each answer token reads the weights once."""
-    forward = replace(setup, method="frozen_forward_only", recompute=0.0, batch_size=setup.devices, micro_batch=1)
-    flops = step_time(forward, constants)
-    prompt = flops.matmul + flops.attention + flops.elementwise
-    weights = 2 * sum(parameters(setup.geometry).values())
-    bandwidth = float(setup.hardware.bandwidth_gb_s or 0) * GB * constants.bandwidth_efficiency
-    return passes * load.evaluation / setup.devices * (prompt + load.labels * weights / bandwidth)
+def _parts(title: str, values: Mapping[str, float] | None) -> str:
+    """A line: the sum, and the parts that are not zero."""
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in (values or {}).items() if value)
+    return f"  {title:30} {sum((values or {}).values()):>9.4g} = {listed}"
 
 
-def training_steps(row: AccuracyRow | SpeedRow, load: Workload, run: ResolvedRun) -> int:
-    """Optimizer steps of the job: the row's own max_steps, epochs over the data, or the timing's."""
-    if isinstance(row, SpeedRow):
-        timing = run.settings.speed
-        return timing.warmup_steps + timing.timed_steps * timing.repeats
-    limit = own_settings(row, f"row `{row.row}`").max_steps
-    return limit if limit > 0 else math.ceil(load.train / row.batch_size) * math.ceil(row.epochs)
+def duration(hours: float) -> str:
+    """Hours, minutes or seconds, whichever reads best: "12.3 h", "45 min", "20 s"."""
+    if hours >= 2:
+        return f"{hours:.1f} h"
+    return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
 
 
-def _published_code(job: Job, run: ResolvedRun, setup: Setup, constants: Constants) -> dict[str, float | None]:
-    """Published figures of a speed row, and the predictions for the published code; empty for other rows."""
-    row = job.row
-    if not isinstance(row, SpeedRow):
-        return {}
-    published = {
-        "published_images_per_second": row.published_images_per_second, "published_memory_gb": row.published_memory_gb,
-    }  # fmt: skip
-    if job.pool.stand_in or row.published_images_per_second is None:
-        return published
-    theirs = published_setup(row, setup.geometry, run.hardware[row.hardware])
-    return published | {
-        "as_published": images_per_second(theirs, constants),
-        "as_published_gb": published_memory(theirs, MemoryConstants()).total_gb,
-    }
-
-
-def plan_job(run: ResolvedRun, job: Job, root: Path = Path(), constants: Constants | None = None) -> Planned:
+def plan_job(run: ResolvedRun, job: Job, root: Path = Path()) -> Planned:
     """The plan of one placed row."""
-    constants = constants or Constants()
-    row, kind = job.row, "accuracy" if isinstance(job.row, AccuracyRow) else "speed"
+    row = job.row
+    kind = "accuracy" if isinstance(row, AccuracyRow) else "speed"
+    planned = Planned(row.row, job.table_row, kind, "run", job.pool.device)
     try:
         setup, load = setup_of(run, job, root)
-        time, peak = step_time(setup, constants), peak_tflops(setup)
+        time, peak = step_time(setup), peak_tflops(setup)
     except SettingsError as error:
-        return Planned(row.row, job.table_row, kind, f"not planned: {error}", job.pool.device)
-    need, state = memory(setup), fits(setup)
+        return replace(planned, status=f"not planned: {error}")
+    planned = _with_memory(planned, what_fits(setup), run, job, load)
+    devices, power, price = setup.devices, setup.hardware.power_w, job.pool.price_per_hour
     steps = training_steps(row, load, run)
     seconds = steps * time.seconds
-    if kind == "accuracy":
-        seconds += evaluation_seconds(setup, load, constants)
+    if isinstance(row, AccuracyRow):
+        seconds += evaluation_seconds(setup, load)
+        planned = replace(planned, disk_gb=sum(row_gb(setup, row, run.settings.save_minutes)))
+    elif isinstance(row, SpeedRow):
+        planned = _with_published(planned, row, job, run, setup.geometry)
     hours = seconds / 3600
-    hardware, devices = setup.hardware, setup.devices
-    parts = asdict(time)
-    parts.pop("flops")
-    return Planned(
-        row=row.row, table_row=job.table_row, kind=kind,
-        status="run" if state != "no" else f"{refused(run, job)} {needs(setup, load, job)}",
-        device=job.pool.device, nodes=job.nodes, devices=devices, method=row.method, dtype=row.dtype,
-        flash_attention=row.flash_attention, parameters=parameters(setup.geometry),
-        trainable=trainable_parameters(setup.geometry, setup.trains_by, setup.rank, row.legacy_freezing),
-        memory_gb=need.parts(), peak_moment=need.peak_moment, allocated_gb=need.allocated_gb,
-        reserved_gb=need.reserved_gb, context_gb=need.context_gb, fits=state, micro_batch=setup.micro_batch,
-        recompute=setup.recompute, largest_micro_batch=largest_micro_batch(setup),
-        images_per_second=setup.batch_size / time.seconds, step_seconds=parts,
+    return replace(
+        planned,
+        images_per_second=setup.batch_size / time.seconds,
+        step_seconds={item.name: getattr(time, item.name) for item in fields(time) if item.name != "flops"},
         mfu=utilisation(time.flops.model, time.seconds, peak, devices),
-        hfu=utilisation(time.flops.hardware, time.seconds, peak, devices), steps=steps, hours=hours,
-        gpu_hours=hours * devices, price=job.pool.price_per_hour and job.pool.price_per_hour * hours * devices,
-        energy_kwh=hardware.power_w and hardware.power_w * hours * devices / 1000,
-        disk_gb=sum(row_gb(setup, row, run.settings.save_minutes)) if kind == "accuracy" else None,
-        jobs={name: asdict(resources(run, job, root, name)) for name in JOB_KINDS[kind]},
-        **_published_code(job, run, setup, constants),
-    )  # fmt: skip
+        hfu=utilisation(time.flops.hardware, time.seconds, peak, devices),
+        steps=steps,
+        hours=hours,
+        gpu_hours=hours * devices,
+        price=price and price * hours * devices,
+        energy_kwh=power and power * hours * devices / 1000,
+        jobs={name: resources(run, job, root, name) for name in JOB_KINDS[kind]},
+    )
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What a cluster job should ask for, per machine where it has several."""
+def _with_memory(planned: Planned, fit: Fit, run: ResolvedRun, job: Job, load: Workload) -> Planned:
+    """With the setup, its memory and whether it fits."""
+    setup, need, row = fit.setup, fit.memory, job.row
+    status = planned.status
+    if fit.verdict == "no":
+        refused = "running it anyway because you named this row:" if named(run, job) else "not run:"
+        status = f"{refused} {misfit(fit, load, job)}"
+    return replace(
+        planned,
+        status=status,
+        nodes=job.nodes,
+        devices=setup.devices,
+        method=row.method,
+        dtype=row.dtype,
+        flash_attention=row.flash_attention,
+        parameters=parameters(setup.geometry),
+        trainable=trainable_parameters(setup.geometry, setup.trains_by, setup.rank, row.legacy_freezing),
+        memory_gb=need.parts(),
+        peak_moment=need.peak_moment,
+        allocated_gb=need.allocated_gb,
+        reserved_gb=need.reserved_gb,
+        context_gb=need.context_gb,
+        fits=fit.verdict,
+        micro_batch=setup.micro_batch,
+        recompute=setup.recompute,
+        largest_micro_batch=fit.largest_micro_batch,
+    )
 
-    runtime: int
-    """Minutes."""
-    mem_mb: int
-    cpus: int
-    nodes: int
-    gres: str
-    """SLURM's per-node devices, empty on a CPU."""
-    partition: str
 
-
-def resources(run: ResolvedRun, job: Job, root: Path = Path(), kind: str = "train") -> Resources:
-    """Defaults for a job of a placed row: kind `train` (accuracy row), `evaluate`, `official` (the evaluation on the
-    authors' own split), or `speed`.
-
-    Times are the plan's with a margin of a half (CPU: fourfold, never under an hour) and half an hour for start and
-    saving, rounded up to ten minutes. Where the row cannot be planned yet (no geometry, data not converted): a day.
-    """
-    cpu = run.hardware[job.pool.device].kind == "cpu"
-    processes = job.processes_per_node
-    cores, gres = processes * (1 if cpu else 8), "" if cpu else f"gpu:{processes}"
-    try:
-        setup, load = setup_of(run, job, root)
-        constants = Constants()
-        if kind == "evaluate":
-            seconds = evaluation_seconds(setup, load, constants)
-        elif kind == "official":
-            name = run.datasets[job.row.dataset].official
-            seconds = evaluation_seconds(setup, workload(name, run.datasets[name], root), constants, passes=1)
-        else:
-            seconds = training_steps(job.row, load, run) * step_time(setup, constants).seconds
-        minutes = seconds / 60 * (CPU_MARGIN if cpu else MARGIN) + START_MINUTES
-        # A process holds its libraries, the weights it reads and those it gathers to save; a CPU one all its tensors.
-        weights = 2 * sum(parameters(setup.geometry).values()) / 1e6
-        tensors = memory(setup).allocated_gb * 1000 if cpu else 2 * weights
-        mem_mb = processes * (3_000 + tensors if cpu else 12_000 + tensors)
-    except SettingsError:
-        minutes, mem_mb = 24 * 60.0, processes * (3_000.0 if cpu else 48_000.0)
-    minutes = max(minutes, 60.0) if cpu else minutes
-    return Resources(10 * math.ceil(minutes / 10), math.ceil(mem_mb), cores, job.nodes, gres, job.pool.slurm_partition)
+def _with_published(planned: Planned, row: SpeedRow, job: Job, run: ResolvedRun, geometry: Geometry) -> Planned:
+    """With a speed row's published figures, and the predictions for the published code."""
+    planned = replace(
+        planned,
+        published_images_per_second=row.published_images_per_second,
+        published_memory_gb=row.published_memory_gb,
+    )
+    if job.pool.stand_in or row.published_images_per_second is None:
+        return planned
+    theirs = published_setup(row, geometry, run.hardware[row.hardware])
+    return replace(planned, as_published=images_per_second(theirs), as_published_gb=published_memory(theirs).total_gb)
 
 
 @dataclass(frozen=True)
@@ -221,32 +250,72 @@ class Plan:
     name: str
     rows: list[Planned]
     disk: dict[str, float]
-    """GB by kind (phi3v.planning.disk), of all rows that run."""
+    """GB by kind (phi3v.planning.resources.disk_needed), of all rows that run."""
     disk_missing: dict[str, float]
     """The same without what is there already."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """JSON values; units as in Planned, the constants in use beside them."""
-        listed = [{key: value for key, value in asdict(row).items() if value is not None} for row in self.rows]
-        sizes = {"disk_gb": self.disk, "disk_missing_gb": self.disk_missing}
-        words = {"notes": text.notes(self), "details": [text.detail(row) for row in self.rows if row.hours is not None]}
         return {
-            "name": self.name, "constants": asdict(Constants()), "totals": self.totals(), **sizes, **words,
-            "rows": listed,
-        }  # fmt: skip
+            "name": self.name,
+            "constants": asdict(CONSTANTS),
+            "totals": self.totals(),
+            "disk_gb": self.disk,
+            "disk_missing_gb": self.disk_missing,
+            "rows": [{key: value for key, value in asdict(row).items() if value is not None} for row in self.rows],
+        }
 
     def totals(self) -> dict[str, float | None]:
-        """Sums over the rows that run; None for a sum of which a part is not known, as a price that is not set."""
-        run = [row for row in self.rows if row.hours is not None and not row.status.startswith("not run")]
+        """Totals over the rows that will run. A total is None if any row's value is unknown, as an unset price."""
         sums: dict[str, float | None] = {}
         for name in ("gpu_hours", "price", "energy_kwh"):
-            values = [getattr(row, name) for row in run]
+            values = [getattr(row, name) for row in self.rows if row.runs]
             sums[name] = None if None in values else sum(values)
         return sums
 
     def table(self) -> str:
         """A line a row, then the sums, the disk, and the rows that cannot run."""
-        return text.table(self)
+        head = f"{'row':32} {'device':11} {'n':>3} {'alloc':>6} {'resvd':>6} {'ctx':>4} {'fits':5} {'micro':>5} {'img/s':>8}"
+        lines = [f"{head} {'MFU':>5} {'HFU':>5} {'time':>8} {'device-h':>8} {'kWh':>6} {'price':>8}".rstrip()]
+        for row in self.rows:
+            if row.hours is None:
+                continue
+            energy, price = ("" if value is None else f"{value:.1f}" for value in (row.energy_kwh, row.price))
+            lines.append(
+                f"{row.row:32} {row.device:11} {row.devices:3} {row.allocated_gb:6.1f} {row.reserved_gb:6.1f}"
+                f" {row.context_gb:4.1f} {row.fits:5} {row.largest_micro_batch or '-':>5} {row.images_per_second:8.2f}"
+                f" {100 * (row.mfu or 0):4.0f}% {100 * (row.hfu or 0):4.0f}% {duration(row.hours):>8}"
+                f" {row.gpu_hours:8.2f} {energy:>6} {price:>8}".rstrip()
+            )
+        lines += [LEGEND, *self.notes()]
+        lines += [f"{row.row}: {row.status}" for row in self.rows if row.status != "run"]
+        return "\n".join(lines)
+
+    def notes(self) -> list[str]:
+        """Sums, price and disk as sentences."""
+        totals = self.totals()
+        device_hours, energy, price = totals["gpu_hours"], totals["energy_kwh"], totals["price"]
+        unplanned = sum(row.status.startswith("not planned") for row in self.rows)
+        used = f"rows that run: {sum(row.runs for row in self.rows)}, together {device_hours or 0:.1f} device-hours"
+        used += (
+            f", {energy:.0f} kWh" if energy is not None else ", energy: not known (no board power in the hardware file)"
+        )
+        if unplanned:
+            used += f"; rows that could not be planned and are in no sum: {unplanned}"
+        unset = "price: not set (`price_per_hour` of each entry under `hardware` in your configuration)"
+        sizes = ", ".join(f"{name} {size:.2f} GB" for name, size in self.disk.items())
+        total, missing = sum(self.disk.values()), sum(self.disk_missing.values())
+        return [
+            used,
+            f"price: {price:.2f} in the currency of price_per_hour" if price is not None else unset,
+            f"disk: {total:.1f} GB ({sizes}); still to be written: {missing:.1f} GB",
+        ]
+
+    def page(self) -> str:
+        """A web page of its own, without scripts or outside files: the table, then every row part by part."""
+        details = "\n\n".join(row.detail() for row in self.rows if row.hours is not None)
+        texts = {"name": self.name, "table": self.table(), "details": details}
+        return PAGE.format(**{key: escape(text, quote=False) for key, text in texts.items()})
 
     def detail(self, row: str) -> str:
         """Everything the plan knows of one row; raises SettingsError for a row that is not in it."""
@@ -256,37 +325,16 @@ class Plan:
             raise SettingsError(
                 f"row {row!r}: not in the plan of {self.name}; expected one of its rows, the closest: {', '.join(close)}"
             )
-        return "\n\n".join(text.detail(item) for item in found)
+        return "\n\n".join(item.detail() for item in found)
 
 
-def plan_run(run: ResolvedRun, root: Path = Path(), constants: Constants | None = None) -> Plan:
+def plan_run(run: ResolvedRun, root: Path = Path()) -> Plan:
     """The plan of every selected row, those that cannot run included with their reason."""
-    jobs = [*run.accuracy, *run.speed]
-    rows = [plan_job(run, job, root, constants) for job in jobs]
+    rows = [plan_job(run, job, root) for job in (*run.accuracy, *run.speed)]
     for skipped in run.not_run:
         kind = "accuracy" if isinstance(skipped.row, AccuracyRow) else "speed"
         rows.append(Planned(skipped.row.row, skipped.row.row, kind, f"not run: {skipped.reason}"))
-    running = {row.row for row in rows if row.hours is not None and not row.status.startswith("not run")}
+    running = {row.row for row in rows if row.runs}
     return Plan(
         run.settings.name, rows, disk_needed(run, running, root), disk_needed(run, running, root, missing_only=True)
     )
-
-
-def disk_needed(
-    run: ResolvedRun, rows: Collection[str], root: Path = Path(), missing_only: bool = False
-) -> dict[str, float]:
-    """phi3v.planning.disk for the rows named; those that cannot be planned yet count nothing."""
-    placed = []
-    for job in (*run.accuracy, *run.speed):
-        if job.row.row in rows:
-            try:
-                placed.append((job, setup_of(run, job, root)[0]))
-            except SettingsError:
-                continue
-    return disk(run, placed, root, missing_only)
-
-
-def check_room(run: ResolvedRun, rows: Collection[str], root: Path = Path(), downloads_only: bool = False) -> None:
-    """Raises SettingsError where the disk cannot hold what the rows named still write under ROOT/results."""
-    needed = disk_needed(run, rows, root, missing_only=True)
-    check_disk({kind: needed[kind] for kind in DOWNLOADS} if downloads_only else needed, root / "results")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from phi3v.planning import runnable
+from phi3v.planning.fits import runnable
 from phi3v.provenance.manifest import commit, write_atomically, write_manifest
 from phi3v.reporting.markdown import as_markdown
 from phi3v.reporting.page import render

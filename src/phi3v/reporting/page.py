@@ -15,8 +15,8 @@ from typing import Any
 
 import jinja2
 
+from phi3v.planning.fits import MEAN_TOKENS, PADDED_TILES
 from phi3v.planning.flops import FORMULA
-from phi3v.planning.published import MEAN_TOKENS, PADDED_TILES
 from phi3v.reporting import figures, provenance
 from phi3v.reporting.markdown import by_hardware, grouped
 from phi3v.reporting.pictures import Thumbnails

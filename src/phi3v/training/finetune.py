@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from phi3v.model.fused import compiled_kernels
 from phi3v.model.runtime import attention_note
-from phi3v.planning.disk import most_checkpoints
+from phi3v.planning.fits import interval_of, recomputation
+from phi3v.planning.resources import most_checkpoints
 from phi3v.planning.utilisation import utilisation_of
 from phi3v.provenance.manifest import write_json, write_manifest
 from phi3v.settings import FinetuneSettings, SettingsError
@@ -33,7 +34,6 @@ from phi3v.training.memory import (
     reserved_bytes,
 )
 from phi3v.training.observe import Observer, device_name, linear4bit, size_of
-from phi3v.training.recompute import interval_of, recomputation
 from phi3v.training.signals import REQUEUE_EXIT_CODE, StopRequest, parents_command, seconds_to_save
 from phi3v.training.steps import NotANumberError, StepCallback
 from phi3v.training.watching import MetricsFile, Progress, say

@@ -14,9 +14,10 @@ import torch
 
 from phi3v.data.processes import loader_workers
 from phi3v.model.runtime import attention_implementation, compute_device, uses_zero, weight_dtype
+from phi3v.planning.fits import interval_of
 from phi3v.settings import FinetuneSettings, SettingsError
 from phi3v.training.batching import BatchPlan, packs_needed
-from phi3v.training.recompute import interval_of, recompute_layers
+from phi3v.training.recompute import recompute_layers
 from phi3v.training.zero import prepare_deepspeed, zero_config
 
 # Seconds that a process may wait for the others. At resume one process reads and hashes whole checkpoints (58 GB each in

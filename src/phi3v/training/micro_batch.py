@@ -25,11 +25,10 @@ import torch
 import torch.distributed as dist
 
 from phi3v.model.runtime import TORCH_DTYPE, uses_zero, weight_dtype
-from phi3v.planning.flops import example_work
+from phi3v.planning.fits import Choice, choices, fastest_first, micro_batches
+from phi3v.planning.flops import Setup, example_work
 from phi3v.planning.geometry import geometry_from_config
 from phi3v.planning.memory import memory, probe_bytes
-from phi3v.planning.roofline import step_time
-from phi3v.planning.setup import Constants, Setup
 from phi3v.planning.utilisation import hardware_entry
 from phi3v.provenance.manifest import write_json
 from phi3v.settings import FinetuneSettings, Hardware, SettingsError
@@ -45,39 +44,12 @@ from phi3v.training.memory import (
     processes_on_this_machine,
 )
 from phi3v.training.observe import device_name
-from phi3v.training.recompute import INTERVALS, interval_of, recomputation, recompute_layers
+from phi3v.training.recompute import recompute_layers
 from phi3v.training.watching import say
 
 FILE = "micro_batch.json"
 PROBES = 8
 """Real passes at most while faster ways are looked for."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a step can run."""
-
-    size: int
-    """Examples of one forward pass."""
-    interval: int
-    """Every which layer is recomputed in the backward pass; 0: none."""
-
-    @property
-    def share(self) -> float:
-        """Share of the layers that are recomputed."""
-        return 1 / self.interval if self.interval else 0.0
-
-    def __str__(self) -> str:
-        return f"micro-batch {self.size}, {recomputation(self.interval)}"
-
-    def applied(self, setup: Setup) -> Setup:
-        """The planner's setup run this way."""
-        return replace(setup, micro_batch=self.size, recompute=self.share)
-
-    def settings(self) -> dict[str, Any]:
-        """The settings in place of `auto`."""
-        how = {"gradient_checkpointing": self.interval > 0, "recompute_every": max(1, self.interval)}
-        return {"batch_size_per_gpu": self.size, **how}
 
 
 @dataclass(frozen=True)
@@ -91,19 +63,19 @@ class Found:
 
 
 def fastest_that_fits(
-    ways: Sequence[Way],
-    estimate: Callable[[Way], float],
-    probe: Callable[[Way], float],
+    ways: Sequence[Choice],
+    estimate: Callable[[Choice], float],
+    probe: Callable[[Choice], float],
     resting: float,
     capacity: float,
     fatal: bool,
-) -> tuple[Way | None, dict[Way, float]]:
+) -> tuple[Choice | None, dict[Choice, float]]:
     """(the first of `ways`, fastest first, that was found to stay within `capacity`, bytes of all that were tried).
 
     None: nothing fits. estimate, probe, resting, fatal: as in `largest_that_fits`. Every measurement corrects the
     estimates of what is not resting; what takes no less than a way that failed is not tried.
     """
-    peaks: dict[Way, float] = {}
+    peaks: dict[Choice, float] = {}
     correction = 1.0
     while True:
         best = next((way for way in ways if peaks.get(way, math.inf) <= capacity), None)
@@ -181,12 +153,6 @@ def largest_that_fits(
         peaks[size] = probe(size)
 
 
-def candidates(batch_size: int, processes: int) -> list[int]:
-    """Micro-batches that divide a process's share of the batch, ascending."""
-    share = batch_size // processes
-    return [size for size in range(1, share + 1) if share % size == 0]
-
-
 @dataclass(frozen=True)
 class Trial:
     """What the search asks of the job: the planner's estimate of a way, and a real pass."""
@@ -199,29 +165,29 @@ class Trial:
     setup: Setup
     device: torch.device
 
-    def estimate(self, way: Way) -> float:
+    def estimate(self, way: Choice) -> float:
         """Bytes at the peak of training, before anything was measured."""
         return memory(way.applied(self.setup)).reserved_gb * GB
 
-    def later(self, way: Way) -> float:
+    def later(self, way: Choice) -> float:
         """What training's peak adds to a probe's: states, shards and buckets, less the gradients that ZeRO frees."""
         setup = way.applied(self.setup)
         return memory(setup).allocated_gb * GB - probe_bytes(setup)
 
-    def measure(self, way: Way) -> float:
+    def measure(self, way: Choice) -> float:
         """Bytes at the peak of training from a real pass, of the process that takes most; a collective call."""
-        recompute_layers(self.model, way.interval)
-        batch = self.collate(list(self.examples[: way.size]))
+        recompute_layers(self.model, way.recompute_every)
+        batch = self.collate(list(self.examples[: way.micro_batch]))
         return _agreed(_probe(self.settings, self.model, batch, self.device) + self.later(way), "MAX", self.device)
 
-    def search(self, ways: Sequence[Way], capacity: float) -> tuple[Way | None, dict[Way, float]]:
+    def search(self, ways: Sequence[Choice], capacity: float) -> tuple[Choice | None, dict[Choice, float]]:
         """The fastest of `ways` that fits, and what was measured; of one recomputation the largest micro-batch."""
         # Agreed, like every number that decides which collective call comes next.
         resting = _agreed(max(held_bytes(self.device), sum(memory(self.setup).resting.values())), "MAX", self.device)
         fatal = self.device.type != "cuda"
         if self.settings.gradient_checkpointing == "auto":
             return fastest_that_fits(ways, self.estimate, self.measure, resting, capacity, fatal)
-        of_size = {way.size: way for way in ways}
+        of_size = {way.micro_batch: way for way in ways}
         found = largest_that_fits(
             sorted(of_size), lambda size: self.estimate(of_size[size]), lambda size: self.measure(of_size[size]),
             resting, capacity, fatal,
@@ -239,7 +205,7 @@ def choose(
     lengths: Sequence[int],
     processes: int,
     device: torch.device,
-) -> Way:
+) -> Choice:
     """What `auto` stands for, written to OUTPUT/micro_batch.json with what was measured; a collective call.
 
     A job that resumes from a checkpoint keeps the choice it began with. The model is left with its layers recomputed as
@@ -248,7 +214,7 @@ def choose(
     way = _kept(settings, output, processes, device)
     if way is not None:
         say(f"{way}: as this job began with ({output / FILE})")
-        recompute_layers(model, way.interval)
+        recompute_layers(model, way.recompute_every)
         return way
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     largest = max(_sizes(settings, processes))
@@ -269,7 +235,7 @@ def choose(
             )
             raise MemoryError(f"{what} fits: {numbers}")
     say(f"{way}: {numbers}")
-    recompute_layers(model, way.interval)
+    recompute_layers(model, way.recompute_every)
     if dist.is_initialized():
         dist.barrier()  # everybody has looked for the file
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -287,30 +253,29 @@ def choose(
     return way
 
 
-def _values(way: Way) -> dict[str, int]:
-    return {"batch_size_per_gpu": way.size, "recompute_every": way.interval}
+def _values(way: Choice) -> dict[str, int]:
+    return {"batch_size_per_gpu": way.micro_batch, "recompute_every": way.recompute_every}
 
 
 def _sizes(settings: FinetuneSettings, processes: int) -> list[int]:
     if settings.batch_size_per_gpu == "auto":
-        return candidates(settings.batch_size, processes)
+        return micro_batches(settings.batch_size, processes)
     return [settings.batch_size_per_gpu]
 
 
-def ways_of(settings: FinetuneSettings, setup: Setup, device: torch.device) -> list[Way]:
+def ways_of(settings: FinetuneSettings, setup: Setup, device: torch.device) -> list[Choice]:
     """The ways that `auto` chooses from, fastest first by the planner's step time; a collective call.
 
     On a device without figures in the hardware file: fewest recomputed layers first, then largest micro-batch.
     """
-    intervals = INTERVALS if settings.recompute is None else (interval_of(settings.recompute),)
-    ways = [Way(size, interval) for size in _sizes(settings, setup.devices) for interval in intervals]
-    ways.sort(key=lambda way: (way.share, -way.size))
+    ways = choices(setup, _sizes(settings, setup.devices), settings.recompute)
+    ways.sort(key=lambda way: (way.recompute, -way.micro_batch))
     entry = hardware_entry(device_name(device))
     if entry is not None:
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         placed = replace(setup, hardware=entry[1], nodes=nodes, per_node=setup.devices // nodes)
         with contextlib.suppress(SettingsError):  # a figure is missing
-            ways.sort(key=lambda way: step_time(way.applied(placed), Constants()).seconds)
+            ways = fastest_first(placed, ways)
     if dist.is_initialized():
         # Machines may have different devices; every process has to try the same.
         shared: list[Any] = [ways]
@@ -323,9 +288,9 @@ def _gb(value: float) -> str:
     return f"{value / GB:.2f} GB" if math.isfinite(value) else "out of memory"
 
 
-def _kept(settings: FinetuneSettings, output: Path, processes: int, device: torch.device) -> Way | None:
+def _kept(settings: FinetuneSettings, output: Path, processes: int, device: torch.device) -> Choice | None:
     """What the checkpoints of `output` were written with; the first process decides for all of them."""
-    kept: list[Way | None] = [None]
+    kept: list[Choice | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         kept[0] = _written(settings, output, processes, device)
     if dist.is_initialized():
@@ -333,7 +298,7 @@ def _kept(settings: FinetuneSettings, output: Path, processes: int, device: torc
     return kept[0]
 
 
-def _written(settings: FinetuneSettings, output: Path, processes: int, device: torch.device) -> Way | None:
+def _written(settings: FinetuneSettings, output: Path, processes: int, device: torch.device) -> Choice | None:
     """The choice in OUTPUT/micro_batch.json, if it is of this machine and of these settings and a checkpoint is there."""
     if not checkpoints.checkpoint_folders(output / "checkpoints"):
         return None
@@ -341,7 +306,7 @@ def _written(settings: FinetuneSettings, output: Path, processes: int, device: t
         values = json.loads((output / FILE).read_text(encoding="utf-8"))
         here = (processes, device_name(device), checkpoints.decisive(settings))
         same = (values["processes"], values["device"], values["settings"]) == here
-        return Way(int(values["batch_size_per_gpu"]), int(values["recompute_every"])) if same else None
+        return Choice(int(values["batch_size_per_gpu"]), int(values["recompute_every"])) if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

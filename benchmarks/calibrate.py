@@ -1,31 +1,30 @@
-"""The constants' fit to the published speed tables, and how well it holds: residuals, leaving each row out, too.
+#!/usr/bin/env python3
+"""Fit the planner's constants to the published speed tables, and show how well that holds, leaving each row out, too.
 
-    python scripts/plan.py --published                      # the fit, the comparison, the residuals
-    python scripts/plan.py --published --output_dir FOLDER  # and as files, with a plot
+    python benchmarks/calibrate.py                         # the fit, the comparison, the residuals
+    python benchmarks/calibrate.py --output_dir FOLDER     # and as files, with a plot
 
 Throughput: the 12 rows that are physically plausible fit four constants; the three frozen rows are not fitted but
 predicted, as the published legacy (only the final norm and the head have gradients) and as correct. Memory: the 10 A100
 rows fit three constants; the V100 rows show the cards' capacity and are explained, not fitted. Residuals are relative:
-predicted over published, less one.
+predicted over published, less one. The constants in use stand in phi3v.planning (Constants, MemoryConstants).
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-from phi3v.planning.published import (
-    MemoryConstants,
-    device_reading_gb,
-    device_state,
-    published_memory,
-    published_setup,
-)
-from phi3v.planning.roofline import images_per_second
-from phi3v.planning.setup import Constants, Setup
+from scipy.optimize import least_squares
+
+from phi3v.planning.fits import published_setup
+from phi3v.planning.flops import Setup
+from phi3v.planning.memory import MemoryConstants, published_memory
+from phi3v.planning.step_time import Constants, images_per_second
 from phi3v.settings import Hardware, Model, SpeedRow, read_entries, read_table
 
 SPEED_CONSTANTS = ("matmul_efficiency", "bandwidth_efficiency", "layer_seconds", "link_efficiency")
@@ -68,45 +67,17 @@ Fitted = TypeVar("Fitted", Constants, MemoryConstants)
 def fit(
     rows: Sequence[Published], names: Sequence[str], residual: Callable[[Published, Fitted], float], start: Fitted
 ) -> Fitted:
-    """Constants `names` with the least sum of squared residuals: Gauss-Newton on their logarithms, step halving."""
-    values = [math.log(getattr(start, name)) for name in names]
+    """Constants `names` with the least sum of squared residuals, found in their logarithms."""
 
-    def at(logs: Sequence[float]) -> list[float]:
-        constants = replace(start, **{name: math.exp(value) for name, value in zip(names, logs, strict=True)})
-        return [residual(row, constants) for row in rows]
+    def constants(logs: Sequence[float]) -> Fitted:
+        return replace(start, **{name: math.exp(value) for name, value in zip(names, logs, strict=True)})
 
-    for _ in range(30):
-        here = at(values)
-        slopes = []
-        for index in range(len(values)):
-            moved = [value + 1e-4 * (index == i) for i, value in enumerate(values)]
-            slopes.append([(b - a) / 1e-4 for a, b in zip(here, at(moved), strict=True)])
-        # A little damping keeps a constant that no row of the rest depends on where it was.
-        normal = [
-            [sum(map(float.__mul__, p, q)) + 1e-3 * (i == k) for k, q in enumerate(slopes)]
-            for i, p in enumerate(slopes)
-        ]
-        step = _solve(normal, [-sum(map(float.__mul__, slope, here)) for slope in slopes])
-        base, size = sum(r * r for r in here), 1.0
-        while size > 1e-3 and sum(r * r for r in at([v + size * d for v, d in zip(values, step, strict=True)])) > base:
-            size /= 2
-        values = [v + size * d for v, d in zip(values, step, strict=True)]
-        if max(abs(size * d) for d in step) < 1e-7:
-            break
-    return replace(start, **{name: math.exp(value) for name, value in zip(names, values, strict=True)})
-
-
-def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """Gaussian elimination of a small positive definite system."""
-    rows = [[*line, value] for line, value in zip(matrix, right, strict=True)]
-    for i, pivot in enumerate(rows):
-        for k in range(i + 1, len(rows)):
-            factor = rows[k][i] / pivot[i]
-            rows[k] = [x - factor * y for x, y in zip(rows[k], pivot, strict=True)]
-    found = [0.0] * len(rows)
-    for i in reversed(range(len(rows))):
-        found[i] = (rows[i][-1] - sum(rows[i][k] * found[k] for k in range(i + 1, len(rows)))) / rows[i][i]
-    return found
+    found = least_squares(
+        lambda logs: [residual(row, constants(logs)) for row in rows],
+        [math.log(getattr(start, name)) for name in names],
+        xtol=1e-10,
+    )
+    return constants(found.x.tolist())
 
 
 @dataclass(frozen=True)
@@ -186,6 +157,19 @@ def _peaks(rows: Sequence[Published], constants: MemoryConstants) -> list[Compar
     return listed
 
 
+def device_state(setup: Setup, constants: MemoryConstants) -> Literal["fits", "the card is full", "does not fit"]:
+    """How the published code fits its device: with room, with the device full, or not at all."""
+    need, capacity = published_memory(setup, constants), setup.hardware.memory_gb
+    if capacity is None or need.total_gb <= capacity:
+        return "fits"
+    return "the card is full" if need.floor_gb <= capacity else "does not fit"
+
+
+def device_reading_gb(setup: Setup, constants: MemoryConstants) -> float:
+    """What a reading of the device shows at the published code's peak: the total, or the capacity if the job fills it."""
+    return min(published_memory(setup, constants).total_gb, setup.hardware.memory_gb or math.inf)
+
+
 def v100_note(setup: Setup, constants: MemoryConstants) -> str:
     """Why a card's published peak is what it is."""
     need = published_memory(setup, constants)
@@ -251,3 +235,22 @@ def _lines(used: Fitted, found: Fitted) -> list[str]:
         fresh = f"{getattr(found, item.name):.4g}" if item.metadata.get("fitted", True) else "chosen"
         listed.append(f"{item.name:22} {getattr(used, item.name):<8.4g} fit {fresh:8} {item.metadata['unit']}")
     return listed
+
+
+def main() -> None:
+    """Parse, fit, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, help="also write planner.txt and planner.svg there")
+    given = parser.parse_args()
+    rows = published_rows()
+    compared = compare(rows)
+    text = f"{constants_table(rows)}\n\n{table(compared)}\n"
+    if given.output_dir:
+        given.output_dir.mkdir(parents=True, exist_ok=True)
+        (given.output_dir / "planner.txt").write_text(text, encoding="utf-8")
+        (given.output_dir / "planner.svg").write_text(plot(compared), encoding="utf-8")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,25 +1,61 @@
-"""Bytes that cross a device's memory for one mean example, of plain operators and of fused kernels. No torch.
+"""Seconds of an optimizer step: matrix products, memory traffic and communication, each against its peak. No torch.
 
-    traffic = traffic_of(setup)
-    traffic.elementwise, traffic.scores                  # bytes of an example, forward and backward
+    time = step_time(setup)
+    time.seconds, time.elementwise, time.flops.model
 
-Two implementations. PLAIN runs transformers' and PEFT's operators one by one: the published code, and this project on a
-CPU. FUSED runs a norm, a gate, an activation or a rotation as one kernel for each direction, and adds an adapter's
-product inside a matrix product: this project on a GPU that Triton supports (phi3v.model.fused, phi3v.model.lora). Its bytes are those that
-a traced run moves. Bytes are for 2-byte activations; float32 doubles them.
+Every kernel is either bound by matrix products or by memory: FLOP from phi3v.planning.flops over peak x efficiency,
+plus bytes over bandwidth x efficiency, plus a fixed time a layer.
+
+Bytes are counted for two implementations. PLAIN runs transformers' and PEFT's operators one by one: the published code,
+and this project on a CPU. FUSED runs a norm, a gate, an activation or a rotation as one kernel for each direction, and
+adds an adapter's product inside a matrix product: this project on a GPU that Triton supports (phi3v.model.fused,
+phi3v.model.lora). Its bytes are those that a traced run moves. Bytes are for 2-byte activations; float32 doubles them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from phi3v.planning.geometry import clip_layer_linears, decoder_layer_linears, patches_per_tile
-from phi3v.planning.setup import Setup
+from phi3v.planning.flops import Setup, TrainingFlops, training_flops
+from phi3v.planning.geometry import (
+    clip_layer_linears,
+    decoder_layer_linears,
+    parameters,
+    patches_per_tile,
+    quantised_parameters,
+)
+from phi3v.settings import SettingsError
 
+# Casting a float32 weight under autocast, once a pass: read 4, write 2.
+CAST_BYTES = 6
 # Logits: to float32, shifted copy, log-softmax, and their backward passes, per logit.
 LOGIT_BYTES = 40
 # A backward pass reads the gradient and what was saved and writes a gradient: twice the forward traffic.
 BACKWARD_OVER_FORWARD = 2.0
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What turns FLOP and bytes into seconds: four numbers fitted to the published tables, one chosen.
+
+    `benchmarks/calibrate.py` prints the fit. Efficiencies are shares of a datasheet's peak, the same for every
+    device: what differs between devices is in config/hardware.yaml.
+    """
+
+    matmul_efficiency: float = field(default=0.613, metadata={"unit": "share of dense peak"})
+    """What matrix products reach of the dense tensor peak, over all shapes of a batch-1 step."""
+    bandwidth_efficiency: float = field(default=0.420, metadata={"unit": "share of peak bandwidth"})
+    """What kernels over large tensors reach of the memory bandwidth: eager scores (rows of odd length, which no vector
+    load fits), 4-bit expansion, gradients, optimizer."""
+    elementwise_efficiency: float = field(default=0.8, metadata={"unit": "share of peak bandwidth", "fitted": False})
+    """The same for norms, activations and residuals. Not fitted: what streaming kernels usually reach."""
+    layer_seconds: float = field(default=0.0008, metadata={"unit": "s a layer pass"})
+    """Time of a layer's pass that grows with neither FLOP nor bytes: launches, tails of kernels, the host."""
+    link_efficiency: float = field(default=0.247, metadata={"unit": "share of peak link bandwidth"})
+    """What a collective reaches of the link that bounds it, within or between machines."""
+
+
+CONSTANTS = Constants()
 
 
 @dataclass(frozen=True)
@@ -163,14 +199,9 @@ def implementation(setup: Setup) -> Implementation:
     return FUSED if setup.nodes == 1 else FUSED_MACHINES
 
 
-def trains_vision(setup: Setup) -> bool:
-    """Whether gradients reach the vision tower."""
-    return setup.method in ("full", "lora", "qlora")
-
-
 def runs(setup: Setup) -> tuple[Runs, Runs]:
     """How often the tower and the decoder run in a micro-step."""
-    tower, decoder = float(trains_vision(setup)), float(setup.method != "frozen_forward_only")
+    tower, decoder = float(setup.trains_vision), float(setup.trains_decoder)
     return Runs(1, setup.recompute * tower, tower), Runs(1, setup.recompute * decoder, decoder)
 
 
@@ -232,3 +263,136 @@ def _scores(setup: Setup) -> float:
 
 def _both(each: tuple[float, float], counted: Runs, saved: float) -> float:
     return (each[0] - saved) * (counted.forward + counted.again) + (each[1] - saved) * counted.backward
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step on one device by cause; they add up."""
+
+    matmul: float
+    attention: float
+    """Products of both attentions, and the scores' memory traffic where attention is eager."""
+    elementwise: float
+    dequantisation: float
+    communication: float
+    """What the backward pass does not hide."""
+    optimizer: float
+    flops: TrainingFlops
+    """Of all devices together, for MFU and HFU."""
+
+    @property
+    def seconds(self) -> float:
+        """The step's length."""
+        return (
+            self.matmul + self.attention + self.elementwise + self.dequantisation + self.communication + self.optimizer
+        )
+
+
+def peak_tflops(setup: Setup) -> float:
+    """Dense peak of the setup's dtype; raises SettingsError where the entry has none: a peak is never guessed."""
+    peak = getattr(setup.hardware.peak_tflops, setup.dtype)
+    if peak is None or setup.hardware.bandwidth_gb_s is None:
+        field = f"peak_tflops.{setup.dtype}" if peak is None else "bandwidth_gb_s"
+        raise _empty(setup, field, "expected the datasheet's figure (dense, one device)")
+    return peak
+
+
+def _empty(setup: Setup, field: str, expected: str) -> SettingsError:
+    return SettingsError(
+        f"hardware `{setup.hardware.title}`: field `{field}`: empty; {expected}: copy the entry with the field to your "
+        "own hardware file, under a name of its own (fields: config/README.md, Hardware); name both in `files.hardware` "
+        "and `hardware` of your run, or with scripts/plan.py --hardware FILE --gpu NAME"
+    )
+
+
+def layer_passes(setup: Setup) -> float:
+    """Layers run through in a micro-step: forward, recomputed, and backward as two, both towers."""
+    tower, decoder = (each.forward + each.again + BACKWARD_OVER_FORWARD * each.backward for each in runs(setup))
+    return (setup.geometry.vision.num_hidden_layers - 1) * tower + setup.geometry.num_hidden_layers * decoder
+
+
+def _flash_seconds(setup: Setup) -> float:
+    """Seconds that a flash kernel spends on starting one sequence and head after the other, for one mean example."""
+    if not setup.flash or setup.hardware.flash_head_seconds is None:
+        return 0.0
+    geometry, vision = setup.geometry, setup.geometry.vision
+    tower_runs, decoder_runs = runs(setup)
+    forward, backward = setup.hardware.flash_head_seconds
+    decoder = geometry.num_attention_heads * geometry.num_hidden_layers * setup.work.examples
+    tower = vision.num_attention_heads * (vision.num_hidden_layers - 1) * setup.work.tiles
+    return sum(
+        heads * (forward * (each.forward + each.again) + backward * each.backward)
+        for heads, each in ((tower, tower_runs), (decoder, decoder_runs))
+    )
+
+
+def _collective_seconds(setup: Setup, size: float, constants: Constants) -> float:
+    """Seconds to reduce-scatter or to gather `size` bytes over all devices: the slower of the links it crosses.
+
+    A ring moves (n - 1) / n of the data over each device's links in a machine, (N - 1) / N over each machine's network.
+    """
+    per_node, nodes = setup.per_node, setup.nodes
+    hardware = setup.hardware
+    seconds = 0.0
+    if per_node > 1:
+        if hardware.link_gb_s is None:
+            raise _empty(setup, "link_gb_s", f"{per_node} devices of a machine need it, GB/s in one direction")
+        seconds = size * (per_node - 1) / per_node / (hardware.link_gb_s * 1e9)
+    if nodes > 1:
+        if hardware.network_gb_s is None:
+            raise _empty(setup, "network_gb_s", f"{nodes} machines need it, GB/s in one direction")
+        seconds = max(seconds, size * (nodes - 1) / nodes / (hardware.network_gb_s * 1e9))
+    return seconds / constants.link_efficiency
+
+
+def step_time(setup: Setup, constants: Constants = CONSTANTS) -> StepTime:
+    """Seconds of one optimizer step; raises SettingsError where the hardware entry lacks a figure it needs."""
+    geometry, micro = setup.geometry, setup.micro_batch
+    way, traffic, (_, decoder_runs) = implementation(setup), traffic_of(setup), runs(setup)
+    again = decoder_runs.forward + decoder_runs.again
+    peak = peak_tflops(setup) * 1e12 * constants.matmul_efficiency
+    memory = float(setup.hardware.bandwidth_gb_s or 0) * 1e9
+    bandwidth, streaming = memory * constants.bandwidth_efficiency, memory * constants.elementwise_efficiency
+    flops = training_flops(
+        geometry, setup.work, setup.method, setup.rank or None, setup.flash, setup.recompute, setup.as_published
+    )
+    width = setup.element_bytes
+    held = sum(parameters(geometry).values())
+    quantised = quantised_parameters(geometry) if setup.method == "qlora" else 0
+    trained, reduced = setup.trained, setup.with_gradient
+
+    attention = flops.parts["attention"].total
+    # Products of a few rows are bound by reading the weights: one read a pass.
+    matmul = max(micro * (flops.hardware - attention) / peak, width * held * (2 + again) / bandwidth)
+    attending = micro * (attention / peak + traffic.scores / bandwidth + _flash_seconds(setup))
+    elementwise = micro * (traffic.elementwise + traffic.adapters) / streaming
+    elementwise += constants.layer_seconds * way.operators.get(setup.method, 1.0) * layer_passes(setup)
+    if setup.float32_weights and setup.dtype != "fp32":
+        elementwise += CAST_BYTES * (held - quantised) * again / streaming
+    if not setup.adapters:
+        elementwise += way.gradient * reduced * width / 2 / bandwidth
+    dequantisation = way.dequantisation * quantised * (again + decoder_runs.backward) / bandwidth
+
+    # ZeRO-2 reduces every micro-step's gradients beside the backward pass; plain data parallelism the last one's.
+    busy = matmul + attending + elementwise + dequantisation
+    backward = sum(part.backward + part.recompute for part in flops.parts.values()) / flops.hardware
+    reduction = way.reduce_over_gather * _collective_seconds(setup, width * reduced, constants)
+    reductions = 1.0 if setup.adapters else setup.accumulation
+    communication = reductions * max(0.0, reduction - busy * backward)
+    if not setup.adapters:
+        communication += _collective_seconds(setup, width * trained, constants)
+    shards = 1 if setup.adapters else setup.devices
+    return StepTime(
+        matmul=setup.accumulation * matmul,
+        attention=setup.accumulation * attending,
+        elementwise=setup.accumulation * elementwise,
+        dequantisation=setup.accumulation * dequantisation,
+        communication=communication,
+        optimizer=way.optimizer * trained / shards / bandwidth,
+        flops=TrainingFlops(flops.model * setup.batch_size, flops.hardware * setup.batch_size, flops.parts),
+    )
+
+
+def images_per_second(setup: Setup, constants: Constants = CONSTANTS) -> float:
+    """Examples a second over all devices, the recipe's img/s."""
+    return setup.batch_size / step_time(setup, constants).seconds

@@ -1,0 +1,374 @@
+"""What fits: the peak of a training job, whether its device holds it, how it runs fastest, and what else would fit.
+
+    setup, load = setup_of(run, job)            # a placed row as the formulas see it
+    found = what_fits(setup)                    # found.memory, found.verdict, found.need
+    what_fits(setup, choices(setup)).setup      # with the fastest micro-batch and recomputation that fit
+    runnable(run)                               # the run without the rows that cannot fit
+
+The plan, the advice on GPUs, `auto` and the workflow's selection of rows all ask here. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from phi3v.planning.flops import Method, Setup, Work, example_work
+from phi3v.planning.geometry import model_geometry, num_image_tokens, tile_grid, tile_layout
+from phi3v.planning.memory import Memory, Verdict, memory
+from phi3v.planning.step_time import step_time
+from phi3v.settings import (
+    AccuracyRow,
+    Dataset,
+    Geometry,
+    Hardware,
+    Job,
+    NotRun,
+    ResolvedRun,
+    SettingsError,
+    SpeedRow,
+    Workload,
+    dataset_key,
+)
+from phi3v.settings.run import place_accuracy
+
+# What a dataset without `workload` is taken for, per example: square pictures fill the largest grid there is.
+UNKNOWN = {"shapes": [(1000, 1000, 1.0)], "text": 100, "labels": 12, "picture_bytes": 3e5}
+# RECIPE: mean length of DocVQA at num_crops 16; the scripts pad every picture to 17 tiles, and run the tower on all.
+MEAN_TOKENS, PADDED_TILES = 2443.23, 17
+# Recompute no layer, every eighth, fourth, third, second, or all (transformers' every_n_layers; 0 leaves it off).
+RECOMPUTE_EVERY = (0, 8, 4, 3, 2, 1)
+# The recipe's rank, for adapters that a row of another method could use instead.
+LORA_RANK = 64
+
+
+# From a row to a setup -------------------------------------------------------------------------------------------------
+
+
+def workload(name: str, dataset: Dataset, root: Path = Path()) -> Workload:
+    """The workload of a datasets entry; counts come from its converted folder where there is one.
+
+    An entry without the field counts as pictures of the largest grid an example, once it is converted. root: repository
+    root, where results/ is. Raises SettingsError for an entry without the field that is not converted.
+    """
+    file = root / "results" / "data" / dataset_key(name, dataset) / "dataset.json"
+    if not file.is_file():
+        if dataset.workload is None:
+            raise SettingsError(
+                f"dataset `{name}`: field `workload`: empty, and not converted yet ({file} is missing); expected the "
+                "field in the datasets file, or `snakemake -c2 data` first"
+            )
+        return dataset.workload
+    splits = json.loads(file.read_text(encoding="utf-8"))["splits"]
+    counts = {"train": splits.get("train", {}).get("examples", 0), "evaluation": splits["val"]["examples"]}
+    if dataset.workload is not None:
+        return dataset.workload.model_copy(update=counts)
+    fullest = splits["train" if counts["train"] else "val"]
+    pictures = round(fullest.get("images", 0) / max(1, fullest["examples"]))
+    return Workload(**counts, **UNKNOWN, pictures=pictures, source=f"{file}; largest grid assumed")
+
+
+def mean_and_longest(load: Workload, geometry: Geometry, num_crops: int) -> tuple[Work, Work]:
+    """Work of a mean training example, and of the longest that its pictures' shapes make."""
+    mean, longest = Work(), Work()
+    for width, height, share in load.shapes:
+        _, _, down, across = tile_layout(width, height, num_crops, geometry.vision.image_size)
+        tokens = load.pictures * num_image_tokens(down, across, tile_grid(geometry.vision)) + load.text
+        work = example_work(geometry, tokens, load.pictures * (down * across + 1), load.labels)
+        mean = mean + work.scaled(share)
+        longest = max(longest, work, key=lambda item: item.tokens)
+    return mean, longest
+
+
+def setup_of(run: ResolvedRun, job: Job, root: Path = Path()) -> tuple[Setup, Workload]:
+    """The setup and workload of a placed row as this project runs it, `auto` replaced by the predicted choice.
+
+    Raises SettingsError for a model or a dataset whose sizes are not known yet.
+    """
+    row = job.row
+    geometry = model_geometry(row.model, run.models[row.model], root)
+    load = workload(row.dataset, run.datasets[row.dataset], root)
+    mean, longest = mean_and_longest(load, geometry, job.num_crops)
+    setup = Setup(
+        geometry,
+        run.hardware[job.pool.device],
+        row.method,
+        row.dtype,
+        row.flash_attention,
+        mean,
+        longest,
+        row.batch_size,
+        job.nodes,
+        job.processes_per_node,
+        row.known_micro_batch,
+        row.lora_rank or 0,
+        recompute=1.0 if row.recompute is None else row.recompute,
+    )
+    if "auto" in (row.micro_batch_size, row.gradient_checkpointing):
+        sizes = None if row.micro_batch_size == "auto" else [row.micro_batch_size]
+        setup = what_fits(setup, choices(setup, sizes, row.recompute)).setup
+    return setup, load
+
+
+def published_setup(row: SpeedRow, geometry: Geometry, hardware: Hardware) -> Setup:
+    """What the recipe's scripts ran for a speed row: padded tiles, the head at every position, whole layers recomputed.
+
+    Frozen rows as the legacy: only the final norm and the head have gradients.
+    """
+    image_tokens = min(MEAN_TOKENS, float(num_image_tokens(4, 4, tile_grid(geometry.vision))))
+    work = Work(1, MEAN_TOKENS, MEAN_TOKENS**2, PADDED_TILES, image_tokens, MEAN_TOKENS)
+    method: Method = "frozen_forward_only" if row.method == "frozen" else row.method
+    return Setup(
+        geometry,
+        hardware,
+        method,
+        row.dtype,
+        row.flash_attention,
+        work,
+        work,
+        row.batch_size,
+        row.nodes,
+        row.gpus_per_node,
+        row.known_micro_batch,
+        row.lora_rank or 0,
+        as_published=True,
+    )
+
+
+# What fits -------------------------------------------------------------------------------------------------------------
+
+
+def interval_of(share: float) -> int:
+    """n if every n-th layer is recomputed; 0 for none."""
+    return round(1 / share) if share else 0
+
+
+def recomputation(interval: int) -> str:
+    """Every which layer is recomputed, in words, for logs."""
+    if interval <= 1:
+        return "all layers recomputed" if interval else "no layer recomputed"
+    return f"1 of {interval} layers recomputed"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a step can run."""
+
+    micro_batch: int
+    """Examples of one forward pass."""
+    recompute_every: int
+    """Every which layer is recomputed in the backward pass; 0: none."""
+
+    @property
+    def recompute(self) -> float:
+        """Share of the layers that are recomputed, as Setup.recompute."""
+        return 1 / self.recompute_every if self.recompute_every else 0.0
+
+    def __str__(self) -> str:
+        return f"micro-batch {self.micro_batch}, {recomputation(self.recompute_every)}"
+
+    def applied(self, setup: Setup) -> Setup:
+        """The setup run this way."""
+        return replace(setup, micro_batch=self.micro_batch, recompute=self.recompute)
+
+    def settings(self) -> dict[str, int]:
+        """The fields of FinetuneSettings in place of `auto`."""
+        return {
+            "batch_size_per_gpu": self.micro_batch,
+            "gradient_checkpointing": self.recompute_every > 0,
+            "recompute_every": max(1, self.recompute_every),
+        }
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A setup on its device."""
+
+    setup: Setup
+    memory: Memory
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the device holds it."""
+        return self.memory.verdict(self.setup.hardware.memory_gb)
+
+    @property
+    def need(self) -> str:
+        """Memory of one device that it asks for, in words: its peak, or what it needs at least if it is tight."""
+        if self.verdict == "yes":
+            return f"{self.memory.device_gb:.0f} GB"
+        return f"tight, {self.memory.least_gb:.0f} GB at least"
+
+    @property
+    def largest_micro_batch(self) -> int | None:
+        """The largest that fits without being tight; None if not even one example does, and on a CPU."""
+        if self.setup.hardware.memory_gb is None:
+            return None
+        for size in reversed(micro_batches(self.setup.batch_size, self.setup.devices)):
+            if what_fits(replace(self.setup, micro_batch=size)).verdict == "yes":
+                return size
+        return None
+
+
+def micro_batches(batch_size: int, devices: int) -> list[int]:
+    """Micro-batches that divide a device's share of the batch, ascending."""
+    return [size for size in range(1, batch_size // devices + 1) if batch_size % (devices * size) == 0]
+
+
+def choices(setup: Setup, sizes: Sequence[int] | None = None, recompute: float | None = None) -> list[Choice]:
+    """The choices of a job. sizes, recompute: micro-batches and share of recomputed layers where they are set."""
+    intervals = RECOMPUTE_EVERY if recompute is None else (interval_of(recompute),)
+    return [
+        Choice(size, every) for size in sizes or micro_batches(setup.batch_size, setup.devices) for every in intervals
+    ]
+
+
+def fastest_first(setup: Setup, among: Iterable[Choice]) -> list[Choice]:
+    """The choices by predicted step time; of equal times the earlier one stays first."""
+    return sorted(among, key=lambda choice: step_time(choice.applied(setup)).seconds)
+
+
+def what_fits(setup: Setup, among: Sequence[Choice] = ()) -> Fit:
+    """Peak and verdict of a setup, run as the fastest of the choices `among` that fits without being tight.
+
+    The setup as it is if there is no choice, if none fits, or if the device's memory is not known (a CPU).
+    """
+    if among and setup.hardware.memory_gb is not None:
+        possible = [choice for choice in among if what_fits(choice.applied(setup)).verdict == "yes"]
+        if possible:
+            setup = fastest_first(setup, possible)[0].applied(setup)
+    return Fit(setup, memory(setup))
+
+
+# What else would fit ---------------------------------------------------------------------------------------------------
+
+
+def first_that_fits(candidates: Iterable[Setup]) -> Fit | None:
+    """The first that fits, tight included; None if none does."""
+    return next((found for found in map(what_fits, candidates) if found.verdict != "no"), None)
+
+
+def other_methods(setup: Setup) -> list[Fit]:
+    """Cheaper ways on the same devices, in the recipe's order; only those that the hardware can do and that fit."""
+    found = []
+    methods: tuple[Method, ...] = ("full", "frozen", "lora", "qlora")
+    for method in methods:
+        rank = (setup.rank or LORA_RANK) if "lora" in method else 0
+        other = replace(setup, method=method, rank=rank, micro_batch=1, flash=setup.hardware.flash_attention)
+        if (
+            (other.method, other.flash) != (setup.method, setup.flash)
+            and can_run(other)
+            and (fit := first_that_fits([other]))
+        ):
+            found.append(fit)
+    return found
+
+
+def can_run(setup: Setup) -> bool:
+    """Whether the hardware has the kernels of the method."""
+    return setup.method != "qlora" or setup.hardware.quantisation
+
+
+def fewer_crops(setup: Setup, load: Workload, num_crops: int) -> tuple[int, Fit] | None:
+    """The largest num_crops below `num_crops` with which the setup fits; None where none does."""
+    for crops in range(num_crops - 1, 0, -1):
+        mean, longest = mean_and_longest(load, setup.geometry, crops)
+        if fit := first_that_fits([replace(setup, work=mean, longest=longest)]):
+            return crops, fit
+    return None
+
+
+def more_devices(setup: Setup) -> Fit | None:
+    """The fewest machines, of 2 to 32 times as many, on which the setup fits; None for adapters, which are not sharded.
+
+    The batch is the next multiple of the devices.
+    """
+    if setup.adapters:
+        return None
+    many = (setup.devices * times for times in (2, 4, 8, 16, 32))
+    return first_that_fits(
+        replace(setup, nodes=devices // setup.per_node, batch_size=-(-setup.batch_size // devices) * devices)
+        for devices in many
+    )
+
+
+def more_of_the_pool(setup: Setup, job: Job) -> Fit | None:
+    """An accuracy row on the fewest of its pool's devices on which it fits; None where none helps."""
+    if setup.adapters or not isinstance(job.row, AccuracyRow):
+        return None
+
+    def wider(pool_row: Job) -> Iterator[Setup]:
+        for gpus in range(setup.devices + 1, setup.batch_size // setup.micro_batch + 1):
+            nodes, per_node = place_accuracy(gpus, pool_row.pool)
+            if nodes * per_node == gpus and setup.batch_size % (gpus * setup.micro_batch) == 0:
+                yield replace(setup, nodes=nodes, per_node=per_node)
+
+    return first_that_fits(wider(job))
+
+
+# Rows that do not fit --------------------------------------------------------------------------------------------------
+
+
+def misfit(fit: Fit, load: Workload, job: Job) -> str:
+    """By how much a row exceeds its device, and what would fit."""
+    setup, need, capacity = fit.setup, fit.memory, float(fit.setup.hardware.memory_gb or 0)
+    ways = []
+    if setup.micro_batch > 1 and first_that_fits([replace(setup, micro_batch=1)]):
+        ways.append("micro_batch_size 1")
+    own = more_of_the_pool(setup, job)
+    if own:
+        count = own.setup.devices
+        ways.append(
+            f"{count} devices, which this run has: `overrides: {{{job.table_row}: {{gpus: {count}}}}}` ({own.need})"
+        )
+    for other in other_methods(setup):
+        flash = " with flash attention" if other.setup.flash and not setup.flash else ""
+        ways.append(f"{other.setup.method}{flash} ({other.need})")
+    if smaller := fewer_crops(setup, load, job.num_crops):
+        ways.append(f"num_crops {smaller[0]} instead of {job.num_crops} ({smaller[1].need})")
+    if not own and (more := more_devices(setup)):
+        ways.append(f"{more.setup.devices} devices ({more.need})")
+    ways.append(f"a device with {math.ceil(need.device_gb)} GB, or tight, {math.ceil(need.least_gb)} GB")
+    return (
+        f"predicted peak {need.least_gb:.0f} GB per device, {need.least_gb - capacity:.0f} GB more than "
+        f"{setup.hardware.title} has ({capacity:.0f} GB); would fit: {', '.join(ways)}"
+    )
+
+
+def named(run: ResolvedRun, job: Job) -> bool:
+    """Whether the run asks for the job's row by its exact name: such a row is tried even if it does not fit."""
+    return job.table_row in (*run.settings.rows.accuracy, *run.settings.rows.speed)
+
+
+def _reason(run: ResolvedRun, job: Job) -> str | None:
+    """Why a row is left out; None if it fits, or if nothing is known.
+
+    Nothing is known of a model without `geometry` or a dataset without `workload`: their sizes come with the download,
+    and which rows run must not change in the middle of a run.
+    """
+    unknown = run.models[job.row.model].geometry is None or run.datasets[job.row.dataset].workload is None
+    if unknown or named(run, job):
+        return None
+    setup, load = setup_of(run, job)
+    fit = what_fits(setup)
+    return misfit(fit, load, job) if fit.verdict == "no" else None
+
+
+def runnable(run: ResolvedRun) -> ResolvedRun:
+    """The run without the rows that cannot fit their device: they join `not_run`, with what they need.
+
+    A row that the run names exactly stays: the prediction may be wrong, and training reports what would help.
+    """
+    jobs = (*run.accuracy, *run.speed)
+    missing = {job.row.row: reason for job in jobs if (reason := _reason(run, job)) is not None}
+    left_out = [NotRun(row=job.row, reason=missing[job.row.row]) for job in jobs if job.row.row in missing]
+    kept = {
+        "accuracy": [job for job in run.accuracy if job.row.row not in missing],
+        "speed": [job for job in run.speed if job.row.row not in missing],
+        "not_run": [*run.not_run, *left_out],
+    }
+    # A new object, not a copy: a copy would keep the index of jobs of the old one.
+    return ResolvedRun.model_construct(**{**dict(run), **kept})

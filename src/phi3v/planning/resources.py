@@ -1,0 +1,190 @@
+"""What jobs ask for: time, memory and cores of a cluster job; disk of a run, and whether it is free. No torch.
+
+resources(run, job, kind="train")           # for a rule's `resources`
+check_room(run, rows)                       # raises if results/ cannot hold what the rows still write
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from phi3v.planning.fits import setup_of, workload
+from phi3v.planning.flops import Setup
+from phi3v.planning.geometry import model_geometry, parameters
+from phi3v.planning.memory import GB, memory
+from phi3v.planning.step_time import CONSTANTS, step_time
+from phi3v.settings import (
+    AccuracyRow,
+    Job,
+    ResolvedRun,
+    SettingsError,
+    SpeedRow,
+    Training,
+    Workload,
+    dataset_key,
+    model_key,
+)
+from phi3v.settings.commands import own_settings
+
+# Three passes of an accuracy row: before (shared by rows), after, control.
+EVALUATION_PASSES = 3
+# A job's time limit over its predicted time, and minutes for start, loading and saving.
+MARGIN, START_MINUTES = 1.5, 30
+# CPU peaks are those of one machine.
+CPU_MARGIN = 4.0
+DOWNLOADS = ("models", "datasets")
+
+
+# Jobs of a cluster ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a cluster job should ask for, per machine where it has several."""
+
+    runtime: int
+    """Minutes."""
+    mem_mb: int
+    cpus: int
+    nodes: int
+    gres: str
+    """SLURM's per-node devices, empty on a CPU."""
+    partition: str
+
+
+def evaluation_seconds(setup: Setup, load: Workload, passes: int = EVALUATION_PASSES) -> float:
+    """Seconds of the passes: prompts as forward passes, then each answer token reads the weights once."""
+    forward = replace(setup, method="frozen_forward_only", recompute=0.0, batch_size=setup.devices, micro_batch=1)
+    time = step_time(forward)
+    prompt = time.matmul + time.attention + time.elementwise
+    weights = 2 * sum(parameters(setup.geometry).values())
+    bandwidth = float(setup.hardware.bandwidth_gb_s or 0) * GB * CONSTANTS.bandwidth_efficiency
+    return passes * load.evaluation / setup.devices * (prompt + load.labels * weights / bandwidth)
+
+
+def training_steps(row: AccuracyRow | SpeedRow, load: Workload, run: ResolvedRun) -> int:
+    """Optimizer steps of the job: the row's own max_steps, epochs over the data, or the timing's."""
+    if isinstance(row, SpeedRow):
+        timing = run.settings.speed
+        return timing.warmup_steps + timing.timed_steps * timing.repeats
+    limit = own_settings(row, f"row `{row.row}`").max_steps
+    return limit if limit > 0 else math.ceil(load.train / row.batch_size) * math.ceil(row.epochs)
+
+
+def resources(run: ResolvedRun, job: Job, root: Path = Path(), kind: str = "train") -> Resources:
+    """Defaults for a job of a placed row: kind `train` (accuracy row), `evaluate`, `official` (the evaluation on the
+    authors' own split), or `speed`.
+
+    Times are the plan's with a margin of a half (CPU: fourfold, never under an hour) and half an hour for start and
+    saving, rounded up to ten minutes. Where the row cannot be planned yet (no geometry, data not converted): a day.
+    """
+    cpu = run.hardware[job.pool.device].kind == "cpu"
+    processes = job.processes_per_node
+    cores, gres = processes * (1 if cpu else 8), "" if cpu else f"gpu:{processes}"
+    try:
+        setup, load = setup_of(run, job, root)
+        if kind == "evaluate":
+            seconds = evaluation_seconds(setup, load)
+        elif kind == "official":
+            name = run.datasets[job.row.dataset].official
+            seconds = evaluation_seconds(setup, workload(name, run.datasets[name], root), passes=1)
+        else:
+            seconds = training_steps(job.row, load, run) * step_time(setup).seconds
+        minutes = seconds / 60 * (CPU_MARGIN if cpu else MARGIN) + START_MINUTES
+        # A process holds its libraries, the weights it reads and those it gathers to save; a CPU one all its tensors.
+        weights = 2 * sum(parameters(setup.geometry).values()) / 1e6
+        tensors = memory(setup).allocated_gb * 1000 if cpu else 2 * weights
+        mem_mb = processes * (3_000 + tensors if cpu else 12_000 + tensors)
+    except SettingsError:
+        minutes, mem_mb = 24 * 60.0, processes * (3_000.0 if cpu else 48_000.0)
+    minutes = max(minutes, 60.0) if cpu else minutes
+    return Resources(10 * math.ceil(minutes / 10), math.ceil(mem_mb), cores, job.nodes, gres, job.pool.slurm_partition)
+
+
+# Disk -------------------------------------------------------------------------------------------------------------------
+
+
+def most_checkpoints(keep: int, keep_best: bool) -> int:
+    """Checkpoints on the disk while the next is written: the newest `keep`, the best one, and that one."""
+    return keep + keep_best + 1
+
+
+def row_gb(setup: Setup, row: Training, save_minutes: float) -> tuple[float, float]:
+    """(what an accuracy row leaves behind, the most that its checkpoints take beside it while it trains)
+
+    Final weights: 2 bytes each, or adapters in 4; a merged row has both. A checkpoint: weights in 2 bytes, float32
+    copies and two moments. save_minutes: the run's, for a row without a setting of its own.
+    """
+    own = own_settings(row, f"row `{row.row}`")
+    if not {"save_minutes", "save_steps"} & row.finetune.keys():
+        own = own.model_copy(update={"save_minutes": save_minutes})
+    # Without any of these only a job that is told to leave saves, once.
+    saves = own.save_minutes or own.save_steps or own.keep_best
+    count = most_checkpoints(own.keep_checkpoints, own.keep_best) if saves else 1
+    whole, trained = 2 * sum(parameters(setup.geometry).values()), setup.trained
+    if not setup.adapters:
+        return whole / GB, count * (12 * trained + whole) / GB
+    return 4 * trained / GB + (whole / GB if own.merge else 0.0), count * 12 * trained / GB
+
+
+def disk_needed(
+    run: ResolvedRun, rows: Collection[str], root: Path = Path(), missing_only: bool = False
+) -> dict[str, float]:
+    """GB by kind for the rows named: models, datasets (downloads and pictures), final weights, checkpoints of the
+    largest row. Rows that cannot be planned yet count nothing.
+
+    missing_only: without what lies under ROOT/results already. One row trains at a time on a machine; a cluster that
+    trains several at once needs their checkpoints too.
+    """
+    found = {"models": 0.0, "datasets": 0.0, "final weights": 0.0, "checkpoints of one row": 0.0}
+    results, seen = root / "results", set()
+    for job in (*run.accuracy, *run.speed):
+        if job.row.row not in rows:
+            continue
+        try:
+            setup, load = setup_of(run, job, root)
+        except SettingsError:
+            continue
+        model, dataset = job.row.model, job.row.dataset
+        lock = results / "models" / model_key(model, run.models[model]) / "sources.lock.json"
+        if lock not in seen and not (missing_only and lock.is_file()):
+            found["models"] += 2 * sum(parameters(model_geometry(model, run.models[model], root)).values()) / GB
+        done = results / "data" / dataset_key(dataset, run.datasets[dataset]) / "dataset.json"
+        if done not in seen and not (missing_only and done.is_file()):
+            # The downloaded source and the pictures taken out of it.
+            found["datasets"] += 2 * (load.train + load.evaluation) * load.pictures * load.picture_bytes / GB
+        seen |= {lock, done}
+        trained = results / run.settings.name / "train" / job.row.row
+        if isinstance(job.row, AccuracyRow) and not (missing_only and (trained / "manifest.json").is_file()):
+            final, checkpoints = row_gb(setup, job.row, run.settings.save_minutes)
+            found["final weights"] += final
+            # A row that resumes has some of its checkpoints already; the next ones take their place.
+            held = _size_gb(trained / "checkpoints") if missing_only else 0.0
+            found["checkpoints of one row"] = max(found["checkpoints of one row"], checkpoints - held)
+    return found
+
+
+def _size_gb(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / GB
+
+
+def check_disk(needed: dict[str, float], folder: Path) -> None:
+    """Raises SettingsError where the file system of `folder` (or its nearest parent) has less free than needed, GB."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    need, free = sum(needed.values()), shutil.disk_usage(there).free / GB
+    if need > free:
+        raise SettingsError(
+            f"{folder}: {free:.0f} GB free, this run still writes about {need:.0f} GB "
+            f"({', '.join(f'{name} {size:.0f}' for name, size in needed.items())}): {need - free:.0f} GB too "
+            "little; select fewer rows (`rows` in the configuration), or put results/ on a larger file system"
+        )
+
+
+def check_room(run: ResolvedRun, rows: Collection[str], root: Path = Path(), downloads_only: bool = False) -> None:
+    """Raises SettingsError where the disk cannot hold what the rows named still write under ROOT/results."""
+    needed = disk_needed(run, rows, root, missing_only=True)
+    check_disk({kind: needed[kind] for kind in DOWNLOADS} if downloads_only else needed, root / "results")
