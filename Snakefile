@@ -37,7 +37,7 @@ rule data:
     """Downloads and conversions of every dataset and model that the selected rows need."""
     input:
         [dataset_file(job.row.dataset) for job in JOBS],
-        [dataset_file(name) for job in RUN.accuracy if (name := official_dataset(job))],
+        [dataset_file(name) for job in RUN.accuracy if (name := RUN.official(job))],
         [model_file(job.row.model) for job in JOBS],
 
 

@@ -1,5 +1,6 @@
 """Settings: the tables hold the recipe's numbers, and a wrong value is refused with file, row, field and expectation."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from phi3v import settings
-from phi3v.settings import SettingsError, load_run
+from phi3v.settings import SettingsError, jobs, load_run
 
 # RECIPE: method -> (bf16, fp16), as published.
 DOCVQA = {"full": (83.65, 82.60), "frozen": (79.19, 78.74), "lora": (82.46, 82.34), "qlora": (81.85, 81.85)}
@@ -230,7 +231,7 @@ def test_a_row_that_asks_for_flash_attention_runs_where_there_is_none(tree):
     )
     run = tree(hardware=V100, rows={"accuracy": ["phi3-docvqa-full-fp16"], "speed": []})
     assert run.job("phi3-docvqa-full-fp16").pool.device == "v100-32gb"
-    assert "--use_flash_attention" in settings.precision_flags(run.job("phi3-docvqa-full-fp16").row)
+    assert "--use_flash_attention" in settings.flags(jobs.finetune(run, run.job("phi3-docvqa-full-fp16")))
 
 
 def test_overrides_are_recorded_and_checked(tree):
@@ -276,11 +277,12 @@ def test_an_accuracy_row_takes_several_machines_where_one_is_too_small(tree, per
 
 def test_flags_are_the_recipes(published):
     job = published.job("phi3-docvqa-qlora-bf16")
-    flags = " ".join(settings.training_flags(job.row, job.num_crops))
-    assert flags == (
-        "--dataset docvqa --row phi3-docvqa-qlora-bf16 --use_lora --use_qlora --lora_rank 32 --lora_alpha_ratio 0.5 --bf16 "
-        "--use_flash_attention --batch_size 64 --batch_size_per_gpu auto --num_crops 16 --num_train_epochs 2 "
-        "--learning_rate 0.0002 --wd 0.01 --warmup_steps 50 --gradient_checkpointing auto"
+    model, data = published.model_folder("phi3-vision"), published.data_folder("docvqa")
+    assert " ".join(settings.flags(jobs.finetune(published, job))) == (
+        f"--model_name_or_path {model} --output_dir results/published/train/phi3-docvqa-qlora-bf16 --data_dir {data} "
+        "--dataset docvqa --row phi3-docvqa-qlora-bf16 --use_lora --use_qlora --lora_rank 32 --lora_alpha_ratio 0.5 "
+        "--batch_size 64 --num_crops 16 --num_train_epochs 2 --learning_rate 0.0002 --bf16 --use_flash_attention "
+        "--batch_size_per_gpu auto --gradient_checkpointing auto --expect_device cuda --no-tqdm --save_minutes 30"
     )
 
 
@@ -289,14 +291,57 @@ BASE = ["--model_name_or_path", "m", "--data_dir", "d", "--output_dir", "o"]
 
 def test_command_line_round_trip(published):
     for job in published.accuracy:
-        flags = settings.training_flags(job.row, job.num_crops)
-        parsed = settings.parse(settings.FinetuneSettings, "", [*BASE, *flags])
+        written = jobs.finetune(published, job)
+        parsed = settings.parse(settings.FinetuneSettings, "", settings.flags(written))
+        assert parsed == written
         assert parsed.dtype == job.row.dtype
         assert parsed.learning_rate == job.row.learning_rate
         assert parsed.use_lora == (job.row.method in ("lora", "qlora"))
         assert (parsed.freeze_vision_model != "no") == (job.row.method == "frozen")
         if parsed.use_lora:
             assert parsed.lora_rank * parsed.lora_alpha_ratio == job.row.lora_alpha
+
+
+def test_evaluations_and_timings_are_read_back_from_their_flags(published):
+    for job in published.accuracy[::6]:
+        for what in ("base", "trained"):
+            written = jobs.evaluate(published, job, what)
+            assert settings.parse(settings.EvaluateSettings, "", settings.flags(written)) == written
+    for job in published.speed[::6]:
+        timing = jobs.speed(published, job)
+        assert settings.parse(settings.SpeedSettings, "", settings.flags(timing)) == timing
+    official = jobs.evaluate(published, published.job("phi3-docvqa-lora-bf16"), "official")
+    assert (official.dataset, official.train_dir) == ("docvqa_official", published.data_folder("docvqa"))
+
+
+def test_environment_variables_are_no_settings(monkeypatch):
+    monkeypatch.setenv("seed", "7")
+    monkeypatch.setenv("SEED", "7")
+    assert settings.parse(settings.FinetuneSettings, "", BASE).seed == 42
+
+
+def test_a_list_takes_several_values_and_a_comma_is_part_of_one():
+    question = ["--model_name_or_path", "m", "--question", "What?"]
+    parsed = settings.parse(settings.PredictSettings, "", [*question, "--image", "a, b.png", "ü.png", "3.0"])
+    assert parsed.image == ["a, b.png", "ü.png", "3.0"]
+
+
+def test_the_tables_names_are_flags_too():
+    flags = ["--epochs", "2", "--weight_decay", "0.1", "--micro_batch_size", "4", "--flash_attention"]
+    parsed = settings.parse(settings.FinetuneSettings, "", [*BASE, *flags])
+    assert (parsed.num_train_epochs, parsed.wd, parsed.batch_size_per_gpu) == (2, 0.1, 4)
+    assert parsed.use_flash_attention
+
+
+def test_help_groups_the_flags_and_gives_type_limits_and_default(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        settings.parse(settings.FinetuneSettings, "Fine-tune.", ["--help"])
+    assert stop.value.code == 0
+    page = capsys.readouterr().out
+    assert re.search(r"--lora_rank int +Rank of the adapters\. \(integer ≥ 1; default: 64\)", page)
+    assert re.search(r"--zero_stage \{0,1,2,3\}\s", page)
+    assert page.index("model, data and results:") < page.index("what decides the result:") < page.index("how it runs")
 
 
 def test_bare_flags_mean_what_the_recipe_means():
@@ -438,9 +483,9 @@ def test_a_row_takes_any_further_setting_of_finetune(tree, empty):
     }
     if empty:
         wanted |= {"max_length": None, "report_to": []}
-    job = tree(overrides={"phi35-nlvr2-full-bf16": {"finetune": wanted}}).job("phi35-nlvr2-full-bf16")
-    flags = settings.training_flags(job.row, job.num_crops)
-    parsed = settings.parse(settings.FinetuneSettings, "", [*flags, "--model_name_or_path", "m", "--output_dir", "o"])
+    run = tree(overrides={"phi35-nlvr2-full-bf16": {"finetune": wanted}})
+    job = run.job("phi35-nlvr2-full-bf16")
+    parsed = settings.parse(settings.FinetuneSettings, "", settings.flags(jobs.finetune(run, job)))
     assert {name: getattr(parsed, name) for name in wanted} == wanted
     assert job.departures["finetune"] == ({}, wanted)
 
@@ -461,8 +506,8 @@ def test_a_wrong_further_setting_is_refused(tree, row, values, said):
 
 
 def test_an_automatic_micro_batch_is_a_rows_setting(tree):
-    job = tree(overrides={"phi35-nlvr2-full-bf16": {"micro_batch_size": "auto"}}).job("phi35-nlvr2-full-bf16")
-    flags = settings.training_flags(job.row, job.num_crops)
+    run = tree(overrides={"phi35-nlvr2-full-bf16": {"micro_batch_size": "auto"}})
+    flags = settings.flags(jobs.finetune(run, run.job("phi35-nlvr2-full-bf16")))
     assert flags[flags.index("--batch_size_per_gpu") + 1] == "auto"
     with pytest.raises(SettingsError, match="expected an integer >= 1, or auto"):
         tree(overrides={"phi35-nlvr2-full-bf16": {"micro_batch_size": 0}})

@@ -25,6 +25,7 @@ from phi3v.cluster.check import fit
 from phi3v.planning.fits import runnable
 from phi3v.planning.resources import check_room
 from phi3v.planning.resources import resources as planned_resources
+from phi3v.settings import jobs
 
 # The SLURM profile's default resources name an account, be it none; jobs inherit them.
 ON_SLURM = "slurm_account" in (workflow.resource_settings.default_resources or {})
@@ -46,7 +47,7 @@ shell.prefix(
 )
 
 JOBS = [*RUN.accuracy, *RUN.speed]
-RESULTS = f"results/{RUN.settings.name}"
+RESULTS = RUN.results
 
 # The smallest environments that serve: a run on CPUs alone needs no CUDA libraries.
 KINDS = {RUN.hardware[pool.device].kind for pool in RUN.settings.hardware}
@@ -88,22 +89,14 @@ wildcard_constraints:
     baseline="[A-Za-z0-9_.-]+",
 
 
-def data_folder(dataset):
-    return f"results/data/{settings.dataset_key(dataset, RUN.datasets[dataset])}"
-
-
-def model_folder(model):
-    return f"results/models/{settings.model_key(model, RUN.models[model])}"
-
-
 def dataset_file(dataset):
     """Written last by the converter: the dataset is complete."""
-    return f"{data_folder(dataset)}/dataset.json"
+    return f"{RUN.data_folder(dataset)}/dataset.json"
 
 
 def model_file(model):
     """Written last by the download: the weights are complete."""
-    return f"{model_folder(model)}/sources.lock.json"
+    return f"{RUN.model_folder(model)}/sources.lock.json"
 
 
 def local_source(url):
@@ -118,7 +111,7 @@ def row_results(job):
         return [f"{RESULTS}/speed/{job.row.row}/manifest.json"]
     official = (
         [f"{RESULTS}/evaluate/official/{job.row.row}/manifest.json"]
-        if official_dataset(job)
+        if RUN.official(job)
         else []
     )
     return [f"{RESULTS}/evaluate/{job.row.row}/manifest.json", *official]
@@ -127,11 +120,6 @@ def row_results(job):
 def model_on(dataset):
     """The model of the first row on a dataset."""
     return next(job.row.model for job in JOBS if job.row.dataset == dataset)
-
-
-def official_dataset(job):
-    """Entry of the authors' own split for a row, or None where there is none or its files are not there."""
-    return RUN.official(job)
 
 
 def launch(job, patience=()):
@@ -161,122 +149,52 @@ def site_entry(job):
     return SITE.of(job.pool.device, job.pool.slurm_partition)
 
 
-def on_plan(kind, resource):
-    """A resources function of the row in the wildcards."""
-    return lambda wildcards: getattr(planned(wildcards.row, kind), resource)
+def job_of(wildcards):
+    """The job that the wildcards name: a row's own, or the first of those that start from a baseline."""
+    if "row" in wildcards.keys():
+        return RUN.job(wildcards.row)
+    return BASELINES[wildcards.baseline]
 
 
-def common_run_flags(seed):
-    """What the run, not the row, decides; training takes the job's seed."""
-    return [
-        "--seed",
-        seed,
-        "--num_workers",
-        RUN.settings.num_workers,
-        "--no-tqdm",
-    ]
+def on_job(function):
+    """An input, params or resources function of the job that the wildcards name."""
+    return lambda wildcards: function(job_of(wildcards))
 
 
-def device_flags(kind):
-    """No job for a GPU may take the CPU, nor one for CPUs a GPU; `kind`: of a hardware entry. PyTorch calls ROCm cuda."""
-    return ["--expect_device", "cpu" if kind == "cpu" else "cuda"]
+def machines(kind):
+    """Resources of a row's job, of which `kind` is its part of the plan: train, evaluate, official or speed."""
+
+    def plan(resource):
+        return on_job(lambda job: getattr(planned(job.row.row, kind), resource))
+
+    nodes = on_job(lambda job: job.nodes)
+    return {
+        "mem_mb": plan("mem_mb"),
+        "runtime": plan("runtime"),
+        "accelerators": on_job(lambda job: job.processes_per_node),
+        # An empty `mpi` leaves launching to the rule's command, on one node or many.
+        "mpi": "",
+        "nodes": nodes,
+        "tasks": nodes,
+        "gres": plan("gres"),
+        "tasks_per_gpu": 0,
+        "slurm_partition": on_job(lambda job: job.pool.slurm_partition),
+    }
 
 
-def job_device_flags(job):
-    """The same for the machines of a row."""
-    return device_flags(RUN.hardware[job.pool.device].kind)
+def cpus(kind):
+    """Threads of a row's job, as `machines`."""
+    return on_job(lambda job: planned(job.row.row, kind).cpus)
 
 
-def training_run_flags(job):
-    """The same for training; a row may say itself when it saves."""
-    saves = {"save_minutes", "save_steps"} & job.row.finetune.keys()
-    every = [] if saves else ["--save_minutes", f"{RUN.settings.save_minutes:g}"]
-    return [*job_device_flags(job), *every, *common_run_flags(job.seed)]
+def command(script, settings_of, launch=launch, **more):
+    """Params of a row's job: its command line without the pipe to the log."""
 
+    def line(job):
+        flags = settings.flags(settings_of(RUN, job, **more))
+        return f"{launch(job)} {SCRIPTS}/{script}.py {shlex.join(flags)}"
 
-def base_flags():
-    """Training of the demo's base model, by the same script as every row."""
-    base = RUN.demo.base
-    batch = [
-        "--batch_size",
-        base.batch_size,
-        "--batch_size_per_gpu",
-        base.micro_batch_size,
-    ]
-    steps = ["--num_train_epochs", base.epochs, "--learning_rate", base.learning_rate]
-    how = [
-        "--bf16",
-        "--no-gradient_checkpointing",
-        "--zero_stage",
-        0,
-        *device_flags("cpu"),
-    ]
-    named = ["--dataset", RUN.demo.mixture, "--row", "base"]
-    return [
-        *named,
-        *how,
-        *batch,
-        *steps,
-        "--num_crops",
-        base.num_crops,
-        "--seed",
-        RUN.demo.seed,
-        "--no-tqdm",
-    ]
-
-
-def speed_flags(job):
-    timing = RUN.settings.speed
-    flags = [
-        "--speed_warmup_steps",
-        timing.warmup_steps,
-        "--timed_steps",
-        timing.timed_steps,
-        "--repeats",
-        timing.repeats,
-    ]
-    expected = [
-        "--expect_processes",
-        job.row.nodes * job.row.gpus_per_node,
-        "--expect_hardware",
-        job.row.hardware,
-        "--hardware",
-        *RUN.settings.files.hardware,
-    ]
-    return [
-        *flags,
-        *expected,
-        *(["--stand_in"] if job.pool.stand_in else []),
-        *job_device_flags(job),
-        *common_run_flags(RUN.settings.seed),
-    ]
-
-
-def evaluation_flags(job, dataset=None):
-    """dataset: another one than the row's."""
-    how = RUN.settings.evaluation
-    dataset = dataset or job.row.dataset
-    inputs = [
-        "--dataset",
-        dataset,
-        "--metric",
-        RUN.datasets[dataset].metric,
-        *settings.precision_flags(job.row),
-        "--num_crops",
-        job.num_crops,
-    ]
-    limits = [
-        "--batch_size_per_gpu",
-        how.batch_size_per_gpu,
-        "--max_new_tokens",
-        how.max_new_tokens,
-    ]
-    return [
-        *inputs,
-        *limits,
-        *job_device_flags(job),
-        *common_run_flags(RUN.settings.seed),
-    ]
+    return on_job(line)
 
 
 def tables_digest():
@@ -289,17 +207,7 @@ def threads_each(job):
     return planned(job.row.row, "train").cpus // job.processes_per_node
 
 
-def on_baseline(function):
-    """As on_job, of the first row that starts from the baseline in the wildcards."""
-    return lambda wildcards: function(BASELINES[wildcards.baseline])
-
-
-def on_job(function):
-    """An input, params or resources function of the row in the wildcards."""
-    return lambda wildcards: function(RUN.job(wildcards.row))
-
-
-def check_room():
+def check_disk():
     """Hours of downloads and training should not end at a full disk; a plan or a report alone needs no room."""
     waiting = list(workflow.dag.needrun_jobs())
     trains = {job.wildcards.row for job in waiting if job.rule.name == "finetune"}

@@ -87,7 +87,7 @@ if DEMO:
             runtime=10,
         params:
             scripts=SCRIPTS,
-            data=[data_folder(name) for name in DEMO.texts],
+            data=[RUN.data_folder(name) for name in DEMO.texts],
             seed=DEMO.seed,
             geometry=" ".join(
                 f"--geometry {name}={size}" for name, size in DEMO.geometry.items()
@@ -125,12 +125,10 @@ if DEMO:
             tasks=1,
         params:
             scripts=SCRIPTS,
-            data=lambda wildcards, input: Path(input.data).parent,
-            folder=lambda wildcards, output: Path(output[1]).parent,
             processes=DEMO.base.processes,
-            flags=base_flags(),
+            flags=settings.flags(jobs.demo_base(RUN)),
         message:
             "train the tiny base model a little"
         shell:
-            "OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node={params.processes} {params.scripts}/finetune.py {params.flags}"
-            " --model_name_or_path {input.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"
+            "OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node={params.processes} {params.scripts}/finetune.py"
+            " {params.flags} 2>&1 | tee {log}"

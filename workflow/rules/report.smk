@@ -34,7 +34,7 @@ rule report:
         plan=rules.plan_run.output.json,
         rows=[row_results(job) for job in JOBS],
         data=[
-            f"{data_folder(name)}/statistics.json"
+            f"{RUN.data_folder(name)}/statistics.json"
             for name in dict.fromkeys(job.row.dataset for job in JOBS)
         ],
     output:

@@ -17,20 +17,11 @@ def belongs_to_row(known):
     return "gres" in known.resources
 
 
-def placed(wildcards):
-    """The row's job that the wildcards name, of itself or of its baseline."""
-    return (
-        RUN.job(wildcards.row)
-        if "row" in wildcards.keys()
-        else BASELINES[wildcards.baseline]
-    )
-
-
 def on_site(known, value):
     """A resources function: `value` of the site's entry for where the rule's job goes; None leaves it to SLURM."""
     if not belongs_to_row(known):
         return lambda wildcards: value(SITE.of(settings.CPU)) or None
-    return lambda wildcards: value(site_entry(placed(wildcards))) or None
+    return lambda wildcards: value(site_entry(job_of(wildcards))) or None
 
 
 def look_at_cluster():
@@ -128,6 +119,6 @@ if ON_SLURM:
 
 # Snakemake keeps the last onstart alone, so there is one for all.
 onstart:
-    check_room()
+    check_disk()
     if ON_SLURM:
         refuse_second_writers()

@@ -13,29 +13,13 @@ rule finetune:
         TRAIN_ENV
     container:
         TRAIN_IMAGE
-    threads: on_plan("train", "cpus")
+    threads: cpus("train")
     resources:
-        mem_mb=on_plan("train", "mem_mb"),
-        runtime=on_plan("train", "runtime"),
-        accelerators=on_job(lambda job: job.processes_per_node),
-        # An empty `mpi` leaves launching to the command below, on one node or many.
-        mpi="",
-        nodes=on_job(lambda job: job.nodes),
-        tasks=on_job(lambda job: job.nodes),
-        gres=on_plan("train", "gres"),
-        tasks_per_gpu=0,
-        slurm_partition=on_job(lambda job: job.pool.slurm_partition),
+        **machines("train"),
     params:
-        scripts=SCRIPTS,
-        launch=on_job(launch_training),
-        flags=on_job(lambda job: settings.training_flags(job.row, job.num_crops)),
-        run=on_job(training_run_flags),
-        model=on_job(lambda job: model_folder(job.row.model)),
-        data=on_job(lambda job: data_folder(job.row.dataset)),
-        folder=f"{RESULTS}/train/{{row}}",
         omp=on_job(threads_each),
+        command=command("finetune", jobs.finetune, launch_training),
     message:
         "train {wildcards.row}"
     shell:
-        "OMP_NUM_THREADS={params.omp} {params.launch} {params.scripts}/finetune.py {params.flags} {params.run}"
-        " --model_name_or_path {params.model} --data_dir {params.data} --output_dir {params.folder} 2>&1 | tee {log}"
+        "OMP_NUM_THREADS={params.omp} {params.command} 2>&1 | tee {log}"

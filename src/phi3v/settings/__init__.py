@@ -1,5 +1,6 @@
 """Every setting: names, types, defaults, ranges and the rules between fields. Imports no torch."""
 
+from phi3v.settings.command_line import flags, parse
 from phi3v.settings.commands import (
     Compute,
     EvaluateSettings,
@@ -7,9 +8,6 @@ from phi3v.settings.commands import (
     PredictSettings,
     ReportSettings,
     SpeedSettings,
-    parse,
-    precision_flags,
-    training_flags,
 )
 from phi3v.settings.entries import (
     CONVERTER_VERSION,
@@ -66,15 +64,14 @@ __all__ = [
     "dataset_key",
     "explain",
     "fields_with",
+    "flags",
     "load_run",
     "load_site",
     "local_source",
     "model_key",
     "parse",
-    "precision_flags",
     "read_entries",
     "read_table",
     "read_yaml",
-    "training_flags",
     "validate",
 ]

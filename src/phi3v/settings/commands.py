@@ -1,17 +1,18 @@
-"""The command lines: one settings model a script, and the flags that a row's rule types for it.
+"""The settings of the scripts, one model for each, and how a table's row becomes those of its commands.
 
 Names and defaults are those of the recipe's scripts where they have them; the rest are ours and say so.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from phi3v.settings.entries import Dataset, Metric, Role, Strict, dataset_key
+from phi3v.settings.command_line import Bare
+from phi3v.settings.entries import Dataset, Metric, Role, Strict, accepted_names, dataset_key
 from phi3v.settings.reading import SettingsError, read_entries, validate
 from phi3v.settings.rows import (
     CountOrAuto,
@@ -24,15 +25,33 @@ from phi3v.settings.rows import (
     recompute_share,
 )
 
-C = TypeVar("C", bound=BaseModel)
-
 
 def _number_word(value: Any) -> Any:
     """A command line's digits as a number, which a Literal does not make of them."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-class Compute(Strict):
+class Command(BaseSettings):
+    """Settings of a script: a flag for each field. Nothing is read from environment variables."""
+
+    model_config = SettingsConfigDict(
+        **Strict.model_config,
+        cli_implicit_flags=True, cli_enforce_required=True, cli_avoid_json=True, cli_hide_none_type=True,
+    )  # fmt: skip
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+class Compute(Command):
     """Where and in what a job computes. Without --bf16 in float16 mixed precision, as the recipe's flags choose it."""
 
     bf16: Annotated[bool, Role.NUMERICS] = False
@@ -41,7 +60,9 @@ class Compute(Strict):
     """Compute in float16 over float32 weights; what the recipe does without --bf16."""
     fp32: Annotated[bool, Role.NUMERICS] = False
     """Compute in float32 (ours)."""
-    use_flash_attention: Annotated[bool, Role.NUMERICS] = False
+    use_flash_attention: Annotated[bool, Role.NUMERICS] = Field(
+        False, validation_alias=AliasChoices("use_flash_attention", "flash_attention")
+    )
     """Flash attention in both towers: the flash-attn package if it is installed, else PyTorch's own kernel. GPUs older
     than Ampere, and float32, run PyTorch's memory-efficient kernel instead."""
     expect_device: Annotated[Literal["cuda", "cpu"] | None, Role.RUNTIME] = None
@@ -60,8 +81,8 @@ class Compute(Strict):
         return "bf16" if self.bf16 else "fp32" if self.fp32 else "fp16"
 
 
-class FinetuneSettings(Compute):
-    """scripts/finetune.py"""
+class RowOptions(Compute):
+    """Settings of scripts/finetune.py that a table's row, the run or the rule decides."""
 
     model_name_or_path: Annotated[str, Role.IDENTITY]
     """Checkpoint folder in the official layout."""
@@ -85,51 +106,61 @@ class FinetuneSettings(Compute):
     """Scale of the adapters over their rank."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the adapters."""
-    use_dora: bool = False
-    """Weight-decomposed adapters (DoRA); needs --use_lora (ours)."""
-    freeze_vision_model: Literal["no", "vision", "legacy"] = "no"
+    # The recipe's flag is bare.
+    freeze_vision_model: Annotated[Literal["no", "vision", "legacy"], Bare("vision")] = "no"
     """vision (also as a bare flag): freeze CLIP, projector and separators. legacy: the text embedding too, as the
     recipe's scripts did."""
     batch_size: int = Field(16, ge=1)
     """Examples of one optimizer step over all processes."""
-    batch_size_per_gpu: Annotated[CountOrAuto, Role.EQUIVALENT] = 1
+    batch_size_per_gpu: Annotated[CountOrAuto, Role.EQUIVALENT] = Field(
+        1, validation_alias=AliasChoices("batch_size_per_gpu", "micro_batch_size")
+    )
     """Examples of one forward pass of one process; auto: the most that fit, found before training (ours)."""
-    memory_limit_gb: Annotated[float | None, Role.RUNTIME] = Field(None, gt=0)
-    """What auto may take of a device's memory, GB of 10^9 bytes; left out: what is free (ours)."""
     num_crops: int | None = Field(None, ge=1, le=64)
     """Largest number of tiles of an image; left out: the data folder's, else 16."""
-    num_train_epochs: float = Field(1, gt=0)
+    num_train_epochs: float = Field(1, gt=0, validation_alias=AliasChoices("num_train_epochs", "epochs"))
     """Passes over the training split."""
-    max_steps: int = Field(-1, ge=-1)
-    """Optimizer steps, instead of epochs; -1: off (ours)."""
     learning_rate: float = Field(4e-5, gt=0, lt=1)
     """Peak learning rate."""
-    wd: float = Field(0.01, ge=0)
+    wd: float = Field(0.01, ge=0, validation_alias=AliasChoices("wd", "weight_decay"))
     """AdamW's decoupled weight decay."""
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-7, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are clipped to this norm."""
     warmup_steps: int = Field(50, ge=0)
     """Steps of linear warm-up before the linear decay."""
     optimizer: Optimizer = "adamw"
     """adamw: AdamW with float32 states. adamw_8bit: 8-bit states (bitsandbytes), without ZeRO. paged_adamw_8bit: the
     same in memory that moves to the host when the GPU is full. adamw_offload: float32 states and master weights in
     the host's memory (DeepSpeed ZeRO 3); for full fine-tuning (ours)."""
-    gradient_checkpointing: Annotated[YesNoOrAuto, Role.EQUIVALENT] = True
+    gradient_checkpointing: Annotated[YesNoOrAuto, Role.EQUIVALENT, Bare("yes", no="no")] = True
     """Recompute activations in the backward pass (non-reentrant); also as a bare flag, or --no-gradient_checkpointing.
     auto: in as few layers as the memory allows, found before training (ours)."""
     recompute_every: Annotated[int, Role.EQUIVALENT] = Field(1, ge=1)
     """With gradient_checkpointing: recompute every n-th layer only; 1: all layers (ours)."""
-    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_number_word), Role.EQUIVALENT] = 2
-    """DeepSpeed ZeRO stage of full fine-tuning; LoRA and QLoRA use none. 0: plain data parallel; 1: whole gradients on
-    each GPU, reduced once per step instead of after every micro-batch (both ours). The optimizer decides it unless it
-    is adamw."""
     seed: Annotated[Seed, Role.EQUIVALENT] = 42
     """Data order and initial adapters."""
     num_workers: Annotated[WorkersOrAuto, Role.RUNTIME] = "auto"
     """Data loading processes of each training process; auto: one less than its CPUs on a GPU, at most 8, none on a CPU."""
+    tqdm: Annotated[bool, Role.RUNTIME] = True
+    """Progress bar; --no-tqdm for sparse lines."""
+
+
+class FurtherOptions(Command):
+    """Settings of scripts/finetune.py that no column of a table has; a row's `finetune` may set them."""
+
+    use_dora: bool = False
+    """Weight-decomposed adapters (DoRA); needs --use_lora (ours)."""
+    memory_limit_gb: Annotated[float | None, Role.RUNTIME] = Field(None, gt=0)
+    """What auto may take of a device's memory, GB of 10^9 bytes; left out: what is free (ours)."""
+    max_steps: int = Field(-1, ge=-1)
+    """Optimizer steps, instead of epochs; -1: off (ours)."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-7, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_number_word), Role.EQUIVALENT] = 2
+    """DeepSpeed ZeRO stage of full fine-tuning; LoRA and QLoRA use none. 0: plain data parallel; 1: whole gradients on
+    each GPU, reduced once per step instead of after every micro-batch (both ours). The optimizer decides it unless it
+    is adamw."""
     batching: Annotated[Literal["fixed", "length", "packed"], Role.EQUIVALENT] = "fixed"
     """Micro-batches in order, of like lengths, or packed to tokens_per_pack; the gradient is the same (ours)."""
     tokens_per_pack: Annotated[int, Role.EQUIVALENT] = Field(4096, ge=1)
@@ -160,8 +191,10 @@ class FinetuneSettings(Compute):
     """Trackers beside metrics.jsonl and TensorBoard, by the Trainer's names: wandb, mlflow, trackio … (ours)."""
     lock_wait_minutes: Annotated[float, Role.RUNTIME] = Field(0, ge=0)
     """How long to wait for another job that owns output_dir; 0: refuse at once (ours)."""
-    tqdm: Annotated[bool, Role.RUNTIME] = True
-    """Progress bar; --no-tqdm for sparse lines."""
+
+
+class FinetuneSettings(FurtherOptions, RowOptions):
+    """scripts/finetune.py"""
 
     @model_validator(mode="after")
     def _qlora_is_lora(self) -> FinetuneSettings:
@@ -347,7 +380,7 @@ class PredictSettings(Compute):
     """Longest answer."""
 
 
-class ReportSettings(Strict):
+class ReportSettings(Command):
     """scripts/report.py"""
 
     config: str
@@ -358,100 +391,33 @@ class ReportSettings(Strict):
     """Where the report goes; left out: RESULTS/report."""
 
 
-def parse(settings: type[C], description: str, arguments: list[str] | None = None) -> C:
-    """The settings of a command line, a flag for each field; a wrong one prints usage and reason, and exits with 2."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    for name, field in settings.model_fields.items():
-        default = "" if field.is_required() or field.default in (None, "") else f" (default: {field.default})"
-        options: dict[str, object] = {"default": argparse.SUPPRESS, "required": field.is_required()}
-        options["help"] = f"{field.description or ''}{default}".replace("%", "%%")
-        if field.annotation is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif name == "gradient_checkpointing":
-            options.update(nargs="?", const="yes", metavar="yes|no|auto")
-            parser.add_argument(f"--no-{name}", dest=name, action="store_const", const="no", default=argparse.SUPPRESS)
-        else:
-            options["metavar"] = name.upper()
-        if get_origin(field.annotation) is list:
-            options["nargs"] = "+"
-        if name == "freeze_vision_model":
-            # The recipe's flag is bare; bare means the mended freezing.
-            options.update(nargs="?", const="vision")
-        parser.add_argument(f"--{name}", **options)  # type: ignore[arg-type]
-    try:
-        return validate(settings, vars(parser.parse_args(arguments)), "command line")
-    except SettingsError as error:
-        parser.error(str(error))
-
-
-def _number(value: float) -> str:
-    return f"{value:g}"
-
-
-def training_flags(row: Training, num_crops: int) -> list[str]:
-    """The flags of scripts/finetune.py (and speed.py) that make it run this row, in the recipe's names."""
-    flags = ["--dataset", row.dataset, "--row", row.row]
-    if row.method in ("lora", "qlora"):
-        assert row.lora_rank is not None and row.lora_alpha is not None
-        flags += ["--use_lora"] if row.method == "lora" else ["--use_lora", "--use_qlora"]
-        flags += ["--lora_rank", str(row.lora_rank), "--lora_alpha_ratio", _number(row.lora_alpha / row.lora_rank)]
-        flags += ["--lora_dropout", _number(row.lora_dropout)] if row.lora_dropout else []
+def row_values(row: Training) -> dict[str, Any]:
+    """What a row says of scripts/finetune.py's settings; the columns of other names are converted here, once."""
+    columns = {
+        name: getattr(row, name)
+        for name, field in type(row).model_fields.items()
+        if name in accepted_names(FinetuneSettings) and getattr(row, name) is not None
+    }
+    adapters = row.method in ("lora", "qlora")
+    if row.lora_rank is not None and row.lora_alpha is not None:
+        columns["lora_alpha_ratio"] = row.lora_alpha / row.lora_rank
+    freezing: Literal["no", "vision", "legacy"] = "no"
     if row.method == "frozen":
-        flags += ["--freeze_vision_model"] + (["legacy"] if row.legacy_freezing else [])
-    flags += precision_flags(row)
-    flags += ["--batch_size", str(row.batch_size), "--batch_size_per_gpu", str(row.micro_batch_size)]
-    flags += ["--num_crops", str(num_crops), "--num_train_epochs", _number(row.epochs)]
-    flags += ["--learning_rate", _number(row.learning_rate), "--wd", _number(row.weight_decay)]
-    flags += ["--warmup_steps", str(row.warmup_steps)]
-    flags += ["--optimizer", row.optimizer] if row.optimizer != "adamw" else []
-    if row.gradient_checkpointing == "auto":
-        flags += ["--gradient_checkpointing", "auto"]
-    else:
-        flags += [] if row.gradient_checkpointing else ["--no-gradient_checkpointing"]
-    flags += ["--recompute_every", str(row.recompute_every)] if row.recompute_every > 1 else []
-    return flags + [flag for name, value in row.finetune.items() for flag in _flag(name, value)]
+        freezing = "legacy" if row.legacy_freezing else "vision"
+    return columns | {
+        row.dtype: True, "use_lora": adapters, "use_qlora": row.method == "qlora", "freeze_vision_model": freezing
+    }  # fmt: skip
 
 
-def _flag(name: str, value: Any) -> list[str]:
-    if value is None or value == []:  # what a flag that is left out means
-        return []
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+def own_settings(row: Training, where: str, /, **decided: Any) -> FinetuneSettings:
+    """A row's settings of scripts/finetune.py, with its `finetune`; `decided`: what the run and the rule say.
 
-
-# Settings of finetune.py that a row's own fields, the run or the rule decide.
-DECIDED = frozenset({
-    "model_name_or_path", "output_dir", "data_dir", "dataset", "full_train", "row", "use_lora", "use_qlora",
-    "lora_rank", "lora_alpha_ratio", "lora_dropout", "freeze_vision_model", "bf16", "fp16", "fp32",
-    "use_flash_attention", "expect_device", "batch_size", "batch_size_per_gpu", "num_crops", "num_train_epochs",
-    "learning_rate", "wd", "warmup_steps", "optimizer", "gradient_checkpointing", "recompute_every", "seed", "num_workers", "tqdm",
-})  # fmt: skip
-
-
-def own_settings(row: Training, where: str) -> FinetuneSettings:
-    """A row's `finetune` over the defaults.
-
-    Raises SettingsError where it names what is no setting, or is decided elsewhere, or a wrong value.
+    Raises SettingsError where `finetune` names no setting, or one that is decided elsewhere, or has a wrong value.
     """
     for name in row.finetune:
-        if name in DECIDED or name not in FinetuneSettings.model_fields:
-            kind = "has a field of the row or run" if name in DECIDED else "unknown"
-            expected = ", ".join(sorted(FinetuneSettings.model_fields.keys() - DECIDED))
+        if name not in FurtherOptions.model_fields:
+            kind = "has a field of the row or run" if name in accepted_names(FinetuneSettings) else "unknown"
+            expected = ", ".join(sorted(FurtherOptions.model_fields))
             raise SettingsError(f"{where}: field `finetune.{name}`: {kind}; expected one of {expected}")
-    adapters = row.method in ("lora", "qlora")
-    frozen = {"freeze_vision_model": "legacy" if row.legacy_freezing else "vision"} if row.method == "frozen" else {}
-    own = {
-        "model_name_or_path": row.model, "output_dir": row.row, row.dtype: True, "use_lora": adapters,
-        "use_qlora": row.method == "qlora", "batch_size_per_gpu": row.micro_batch_size,
-        "gradient_checkpointing": row.gradient_checkpointing, "recompute_every": row.recompute_every,
-        "optimizer": row.optimizer, **frozen,
-    }  # fmt: skip
-    return validate(FinetuneSettings, own | row.finetune, where)
-
-
-def precision_flags(row: Training) -> list[str]:
-    """Compute type and attention of a row."""
-    return [f"--{row.dtype}"] + (["--use_flash_attention"] if row.flash_attention else [])
+    folders = {"model_name_or_path": row.model, "output_dir": row.row}
+    return validate(FinetuneSettings, {**folders, **row_values(row), **decided, **row.finetune}, where)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from phi3v.settings.command_line import type_text
 from phi3v.settings.commands import EvaluateSettings, FinetuneSettings, PredictSettings, ReportSettings, SpeedSettings
 from phi3v.settings.entries import Dataset, Geometry, Hardware, Model, Peak, Split, VisionGeometry, Workload
 from phi3v.settings.rows import AccuracyRow, SpeedRow
@@ -55,24 +56,6 @@ starts, with file, row, field, value and what was expected.
 """
 
 
-def _type(schema: dict[str, object]) -> str:
-    if "$ref" in schema:
-        return str(schema["$ref"]).rsplit("/", 1)[-1]
-    if "enum" in schema:
-        return " or ".join(f"`{value}`" for value in schema["enum"])  # type: ignore[attr-defined]
-    if "const" in schema:
-        return f"`{schema['const']}`"
-    if "anyOf" in schema:
-        return " or ".join(_type(option) for option in schema["anyOf"] if option.get("type") != "null")  # type: ignore[attr-defined]
-    if "prefixItems" in schema:
-        return f"[{', '.join(_type(item) for item in schema['prefixItems'])}]"  # type: ignore[attr-defined]
-    if schema.get("type") == "array":
-        return f"list of {_type(schema['items'])}"  # type: ignore[arg-type]
-    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {schema[key]:.12g}" for key, sign in limits.items() if key in schema]
-    return " ".join([str(schema.get("type", "any")), *bounds])
-
-
 def _table(model: type[BaseModel], shown: set[str]) -> list[str]:
     schema = model.model_json_schema()
     required = set(schema.get("required", ()))
@@ -85,7 +68,7 @@ def _table(model: type[BaseModel], shown: set[str]) -> list[str]:
             "required" if name in required else f"`{json.dumps(field['default'])}`" if "default" in field else "empty"
         )
         meaning = " ".join(str(field.get("description", "")).split()).replace("|", "\\|")
-        lines.append(f"| `{name}` | {_type(field)} | {default} | {meaning} |")
+        lines.append(f"| `{name}` | {type_text(field)} | {default} | {meaning} |")
     return [*lines, ""]
 
 

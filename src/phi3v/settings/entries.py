@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 Turns = Literal["all", "draw", "first"]
 Metric = Literal["accuracy", "anls"]
@@ -43,6 +43,15 @@ def fields_with(model: type[BaseModel], *roles: Role) -> tuple[str, ...]:
         return next((mark for mark in model.model_fields[name].metadata if isinstance(mark, Role)), Role.RECIPE)
 
     return tuple(name for wanted in roles for name in model.model_fields if role(name) is wanted)
+
+
+def accepted_names(model: type[BaseModel]) -> set[str]:
+    """Names under which a model takes its fields: their own and their aliases."""
+    names = set(model.model_fields)
+    for field in model.model_fields.values():
+        if isinstance(field.validation_alias, AliasChoices):
+            names |= {choice for choice in field.validation_alias.choices if isinstance(choice, str)}
+    return names
 
 
 class Strict(BaseModel):

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from phi3v.settings.commands import own_settings
-from phi3v.settings.entries import Dataset, Hardware, Model, Role, Strict, fields_with
+from phi3v.settings.entries import Dataset, Hardware, Model, Role, Strict, dataset_key, fields_with, model_key
 from phi3v.settings.reading import RowT, SettingsError, read_entries, read_tables, read_yaml, validate
 from phi3v.settings.rows import AccuracyRow, Name, Seed, SpeedRow, Training, WorkersOrAuto
 
@@ -187,6 +187,19 @@ class ResolvedRun(BaseModel):
     @functools.cached_property
     def _by_id(self) -> dict[str, Job]:
         return {job.row.row: job for job in (*self.accuracy, *self.speed)}
+
+    @property
+    def results(self) -> str:
+        """Folder of the run's results."""
+        return f"results/{self.settings.name}"
+
+    def data_folder(self, dataset: str) -> str:
+        """Folder of a converted dataset, which all runs share."""
+        return f"results/data/{dataset_key(dataset, self.datasets[dataset])}"
+
+    def model_folder(self, model: str) -> str:
+        """Folder of a downloaded checkpoint, which all runs share."""
+        return f"results/models/{model_key(model, self.models[model])}"
 
     def job(self, row: str) -> Job:
         """The job of an id; raises KeyError."""

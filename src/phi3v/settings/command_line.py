@@ -1,0 +1,127 @@
+"""Settings as a command line and back: `flags` writes what `parse` reads.
+
+pydantic-settings parses. Added to it here: lists as `--image a.png b.png` with values that may hold commas, flags that
+may stand without a value, limits in the help text, and its groups by role.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pydantic_settings
+from pydantic import ValidationError
+
+from phi3v.settings.entries import Role, fields_with
+from phi3v.settings.reading import explain
+
+if TYPE_CHECKING:
+    from phi3v.settings.commands import Command
+
+C = TypeVar("C", bound="Command")
+
+GROUPS = {
+    Role.IDENTITY: "model, data and results",
+    Role.RECIPE: "what decides the result",
+    Role.NUMERICS: "precision and kernels",
+    Role.EQUIVALENT: "same result up to rounding, or another seed's",
+    Role.RUNTIME: "how it runs; the result is the same",
+}
+
+
+@dataclass(frozen=True)
+class Bare:
+    """Mark of a field whose flag may stand without a value."""
+
+    yes: str
+    """What the bare flag means."""
+    no: str | None = None
+    """What --no-FLAG means; None: there is no such flag."""
+
+
+def type_text(schema: dict[str, Any]) -> str:
+    """A field's type, choices and limits, from its JSON schema."""
+    if "$ref" in schema:
+        return str(schema["$ref"]).rsplit("/", 1)[-1]
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "anyOf" in schema:
+        return " or ".join(type_text(option) for option in schema["anyOf"] if option.get("type") != "null")
+    if "prefixItems" in schema:
+        return f"[{', '.join(type_text(item) for item in schema['prefixItems'])}]"
+    if schema.get("type") == "array":
+        return f"list of {type_text(schema['items'])}"
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[key]:.12g}" for key, sign in limits.items() if key in schema]
+    return " ".join([str(schema.get("type", "any")), *bounds])
+
+
+def _add_argument(settings: type[Command], parser: argparse.ArgumentParser) -> Callable[..., None]:
+    """How a field of the settings becomes an argument of the parser."""
+    schemas = settings.model_json_schema()["properties"]
+    groups = {
+        name: group
+        for role, title in GROUPS.items()
+        if (names := fields_with(settings, role))
+        for group in [parser.add_argument_group(title)]
+        for name in names
+    }
+
+    def add(_: argparse.ArgumentParser, *flags: str, **options: Any) -> None:
+        name = options["dest"]
+        field, limits = settings.model_fields[name], type_text(schemas[name])
+        facts = [limits] if set(limits) & set("≥>≤<") else []
+        if field.is_required():
+            facts.append("required")
+        elif field.default not in (None, "", []):
+            facts.append(f"default: {field.default}")
+        options["help"] = f"{field.description or ''} ({'; '.join(facts)})".removesuffix(" ()").replace("%", "%%")
+        if options.get("action") == "append":
+            # Quoted, a comma is part of the value.
+            options.update(action="store", nargs="+", metavar="VALUE", type=lambda value: f'"{value}"')
+        for bare in field.metadata:
+            if isinstance(bare, Bare):
+                options.update(nargs="?", const=bare.yes)
+                if bare.no is not None:
+                    groups[name].add_argument(
+                        f"--no-{name}", dest=name, action="store_const", const=bare.no, default=argparse.SUPPRESS
+                    )
+        groups[name].add_argument(*flags, **options)
+
+    return add
+
+
+def parse(settings: type[C], description: str, arguments: list[str] | None = None) -> C:
+    """The settings of a command line, a flag for each field; a wrong one prints usage and reason, and exits with 2."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage="%(prog)s --FLAG VALUE …",
+    )  # fmt: skip
+    source = pydantic_settings.CliSettingsSource[Any](
+        settings, root_parser=parser, add_argument_method=_add_argument(settings, parser)
+    )
+    try:
+        return pydantic_settings.CliApp.run(settings, arguments, cli_settings_source=source)
+    except ValidationError as error:
+        parser.error(str(explain(error, "command line")))
+    except pydantic_settings.SettingsError as error:
+        parser.error(f"command line: {error}")
+
+
+def flags(settings: Command) -> list[str]:
+    """The flags that make `parse` give these settings; a setting at its default has none."""
+    written = []
+    for name in fields_with(type(settings), *Role):
+        value = getattr(settings, name)
+        if value == type(settings).model_fields[name].default:
+            continue
+        if isinstance(value, bool):
+            written.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            written += [f"--{name}", *(str(value).removesuffix(".0") for value in values)]
+    return written
