@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from phi3v.planning.flops import Method, Setup, Work, example_work
@@ -237,10 +238,15 @@ def what_fits(setup: Setup, among: Sequence[Choice] = ()) -> Fit:
     The setup as it is if there is no choice, if none fits, or if the device's memory is not known (a CPU).
     """
     if among and setup.hardware.memory_gb is not None:
-        possible = [choice for choice in among if what_fits(choice.applied(setup)).verdict == "yes"]
-        if possible:
-            setup = fastest_first(setup, possible)[0].applied(setup)
+        setup = _fastest_that_fits(setup, tuple(among))
     return Fit(setup, memory(setup))
+
+
+@lru_cache
+def _fastest_that_fits(setup: Setup, among: tuple[Choice, ...]) -> Setup:
+    """Cached: a plan asks several times for a row, and rows share setups."""
+    possible = [choice for choice in among if what_fits(choice.applied(setup)).verdict == "yes"]
+    return fastest_first(setup, possible)[0].applied(setup) if possible else setup
 
 
 # What else would fit ---------------------------------------------------------------------------------------------------

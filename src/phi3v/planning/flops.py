@@ -78,6 +78,34 @@ def example_work(geometry: Geometry, tokens: float, tiles: float, labels: float)
 
 
 @dataclass(frozen=True)
+class Stack:
+    """The like layers of a tower that run, and what goes through one of them."""
+
+    layers: int
+    width: int
+    inner: int
+    """Width of the feed-forward layer."""
+    heads: int
+    linears: Linears
+    sequences: float
+    """Tiles, or examples."""
+    rows: float
+    """Positions of all sequences."""
+    pairs: float
+    """Pairs of positions of a sequence, summed over the sequences: one head's scores."""
+
+
+def stacks(geometry: Geometry, work: Work) -> tuple[Stack, Stack]:
+    """The vision tower without its last layer, which never runs, and the decoder."""
+    vision, positions = geometry.vision, patches_per_tile(geometry.vision) + 1
+    widths = [(of.hidden_size, of.intermediate_size, of.num_attention_heads) for of in (vision, geometry)]
+    tiles, layers, linears = work.tiles, vision.num_hidden_layers - 1, clip_layer_linears(vision)
+    tower = Stack(layers, *widths[0], linears, tiles, tiles * positions, tiles * positions**2)
+    layers, linears = geometry.num_hidden_layers, decoder_layer_linears(geometry)
+    return tower, Stack(layers, *widths[1], linears, work.examples, work.tokens, work.tokens_squared)
+
+
+@dataclass(frozen=True)
 class Setup:
     """A training job on devices, as the formulas see it."""
 
@@ -236,71 +264,67 @@ class _Counting:
     def adapters(self) -> bool:
         return self.method in ("lora", "qlora")
 
-    def layers(
-        self, linears: Linears, readers: int, rows: float, count: int, rank: int, first_has_input_gradient: bool
-    ) -> Flops:
-        """Linear layers of `count` like layers; the first `readers` of each read the layer's own input."""
-        # bitsandbytes' product is a custom function, which saves its inputs after it has run.
-        reentrant = self.reentrant or self.method == "qlora"
-        total = Flops()
-        for index, (inputs, outputs) in enumerate(linears.values()):
-            stops_here = not reentrant and index == len(linears) - 1
-            first_differs = index < readers and not first_has_input_gradient
-            for layers, needs in ((count - first_differs, True), (int(first_differs), False)):
-                product = Linear(inputs, outputs, rows, layers, not self.adapters, needs, rank)
-                total += product.flops(self.recompute, stops_here)
-        return total
-
-    def attention(self, width: int, pairs: float, layers: int) -> Flops:
-        """Scores and weighted values: two products of `pairs` x width a layer, four in the backward pass."""
-        product = 2.0 * width * pairs * layers
-        # A flash kernel computes the scores again in its backward pass (Dao 2023, FlashAttention-2, section 3.1.2).
-        return Flops(2 * product, (5 if self.flash else 4) * product, 2 * product * self.recompute)
-
+    @property
     def trains_vision(self) -> bool:
         return self.method == "full" or (self.adapters and self.vision_adapters)
 
-    def vision(self, geometry: Geometry, work: Work) -> tuple[Flops, Flops, Flops]:
+    def layers(self, stack: Stack, readers: int, rank: int, first_has_input_gradient: bool) -> Flops:
+        """Linear layers of a stack; the first `readers` of each layer read the layer's own input."""
+        # bitsandbytes' product is a custom function, which saves its inputs after it has run.
+        reentrant = self.reentrant or self.method == "qlora"
+        total = Flops()
+        for index, (inputs, outputs) in enumerate(stack.linears.values()):
+            stops_here = not reentrant and index == len(stack.linears) - 1
+            first_differs = index < readers and not first_has_input_gradient
+            for count, needs in ((stack.layers - first_differs, True), (int(first_differs), False)):
+                product = Linear(inputs, outputs, stack.rows, count, not self.adapters, needs, rank)
+                total += product.flops(self.recompute, stops_here)
+        return total
+
+    def attention(self, stack: Stack, pairs: float) -> Flops:
+        """Scores and weighted values: two products of `pairs` x width a layer, four in the backward pass."""
+        product = 2.0 * stack.width * pairs * stack.layers
+        # A flash kernel computes the scores again in its backward pass (Dao 2023, FlashAttention-2, section 3.1.2).
+        return Flops(2 * product, (5 if self.flash else 4) * product, 2 * product * self.recompute)
+
+    def vision(self, geometry: Geometry, work: Work, tower: Stack) -> tuple[Flops, Flops, Flops]:
         """The tower, its attention, and the projector."""
-        vision, trains = geometry.vision, self.trains_vision()
-        layers, patches = vision.num_hidden_layers - 1, patches_per_tile(vision)
         rank = self.rank if self.adapters and self.vision_adapters else 0
-        patch = Flops(2.0 * work.tiles * patches * 3 * vision.patch_size**2 * vision.hidden_size)
+        inputs = patches_per_tile(geometry.vision) * 3 * geometry.vision.patch_size**2
+        patch = Flops(2.0 * work.tiles * inputs * tower.width)
         if self.method == "full":
             patch += Flops(0, patch.forward)
-        rows = work.tiles * (patches + 1)
-        tower = self.layers(clip_layer_linears(vision), 3, rows, layers, rank, not self.adapters)
-        attention = self.attention(vision.hidden_size, work.tiles * (patches + 1) ** 2, layers)
-        projector = Flops()
+        layers = self.layers(tower, 3, rank, not self.adapters)
+        attention, projector = self.attention(tower, tower.pairs), Flops()
         for inputs, outputs in projector_linears(geometry):
-            projector += Linear(inputs, outputs, work.projected, 1, not self.adapters, trains, rank).flops()
-        if not trains:
-            patch, tower, attention, projector = (part.forward_only() for part in (patch, tower, attention, projector))
-        return patch + tower, attention, projector
+            linear = Linear(inputs, outputs, work.projected, 1, not self.adapters, self.trains_vision, rank)
+            projector += linear.flops()
+        if self.trains_vision:
+            return patch + layers, attention, projector
+        return (patch + layers).forward_only(), attention.forward_only(), projector.forward_only()
 
-    def language(self, geometry: Geometry, work: Work) -> tuple[Flops, Flops, Flops]:
+    def language(self, geometry: Geometry, work: Work, decoder: Stack) -> tuple[Flops, Flops, Flops]:
         """The decoder, its attention, and the head."""
-        rank, layers = self.rank if self.adapters else 0, geometry.num_hidden_layers
+        rank = self.rank if self.adapters else 0
         # Under frozen inputs a decoder whose norms train still needs every input gradient; one with adapters only does
         # not, unless PEFT makes the embeddings require gradients, which it does for checkpointing.
-        first = not self.adapters or self.trains_vision() or self.recompute > 0
-        decoder = self.layers(decoder_layer_linears(geometry), 1, work.tokens, layers, rank, first)
-        pairs = (work.tokens_squared + work.tokens) / 2 if self.causal else work.tokens_squared
-        attention = self.attention(geometry.hidden_size, pairs, layers)
+        layers = self.layers(decoder, 1, rank, not self.adapters or self.trains_vision or self.recompute > 0)
+        attention = self.attention(decoder, (decoder.pairs + work.tokens) / 2 if self.causal else decoder.pairs)
         if self.method == "frozen_forward_only":
-            decoder, attention = decoder.forward_only(), attention.forward_only()
-        head = Linear(geometry.hidden_size, geometry.vocab_size, work.labels, 1, not self.adapters, True, rank).flops()
-        return decoder, attention, head
+            layers, attention = layers.forward_only(), attention.forward_only()
+        head = Linear(geometry.hidden_size, geometry.vocab_size, work.labels, 1, not self.adapters, True, rank)
+        return layers, attention, head.flops()
 
     def parts(self, geometry: Geometry, work: Work) -> dict[str, Flops]:
         """FLOP by part, both attentions as one."""
-        tower, tower_attention, projector = self.vision(geometry, work)
-        decoder, attention, head = self.language(geometry, work)
+        tower, decoder = stacks(geometry, work)
+        vision, vision_attention, projector = self.vision(geometry, work, tower)
+        layers, attention, head = self.language(geometry, work, decoder)
         return {
-            "vision": tower,
+            "vision": vision,
             "projector": projector,
-            "decoder": decoder,
-            "attention": tower_attention + attention,
+            "decoder": layers,
+            "attention": vision_attention + attention,
             "head": head,
         }
 

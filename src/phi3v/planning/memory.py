@@ -22,8 +22,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from phi3v.planning.flops import Setup, Work
-from phi3v.planning.geometry import decoder_layer_linears, parameters, patches_per_tile, quantised_parameters
+from phi3v.planning.flops import Setup, Stack, Work, stacks
+from phi3v.planning.geometry import decoder_layer_linears, parameters, quantised_parameters
 
 GB = 1e9
 # nf4: half a byte, and a float32 scale for each block of 64 weights (bitsandbytes, double quantisation off).
@@ -140,57 +140,38 @@ class Tower:
 NOTHING = Tower(0.0, 0.0)
 
 
-@dataclass(frozen=True)
-class Layers:
-    """The like layers of a tower, and what goes through them in a micro-batch."""
-
-    count: int
-    rows: float
-    widths: tuple[int, int]
-    """Width and feed-forward width."""
-    scores: float
-    """Elements of one layer's attention."""
-    saved: tuple[int, int]
-    """Bytes per row as (width, feed-forward width) in half precision; likewise `working`."""
-    working: tuple[int, int]
-
-    def tower(self, setup: Setup) -> Tower:
-        """What they hold when they train."""
-        wider = setup.element_bytes / 2
-        width, inner = self.widths
-        eager = 0.0 if setup.flash else wider * self.scores
-        inputs = self.rows * wider * 2 * width
-        plain = PLAIN_ACTIVATIONS if setup.hardware.kind != "cpu" and not setup.fused else 1.0
-        saved, working = (each[0] * width + each[1] * inner for each in (self.saved, self.working))
-        held = plain * self.rows * wider * saved + SCORES_SAVED * eager
-        passing = plain * self.rows * wider * working
-        each = FLOAT16_SCORES_WORKING if setup.dtype == "fp16" else SCORES_WORKING
-        attention = self.rows * wider * ATTENTION_WORKING * width + each * eager
-        recomputed = self.count * setup.recompute
-        # Layers that are not recomputed free what they saved on the way to the first that is.
-        layer = max(held - inputs + passing, attention) if setup.recompute == 1 else max(passing, attention - held)
-        return Tower(recomputed * inputs + (self.count - recomputed) * held, layer)
+def _tower(setup: Setup, stack: Stack, saved: tuple[int, int], working: tuple[int, int]) -> Tower:
+    """What a stack holds when it trains. saved, working: bytes per row as (width, feed-forward width), as above."""
+    wider = setup.element_bytes / 2
+    eager = 0.0 if setup.flash else wider * stack.heads * stack.pairs
+    inputs = stack.rows * wider * 2 * stack.width
+    plain = PLAIN_ACTIVATIONS if setup.hardware.kind != "cpu" and not setup.fused else 1.0
+    held, passing = (
+        plain * stack.rows * wider * (each[0] * stack.width + each[1] * stack.inner) for each in (saved, working)
+    )
+    held += SCORES_SAVED * eager
+    per_score = FLOAT16_SCORES_WORKING if setup.dtype == "fp16" else SCORES_WORKING
+    attention = stack.rows * wider * ATTENTION_WORKING * stack.width + per_score * eager
+    recomputed = stack.layers * setup.recompute
+    # Layers that are not recomputed free what they saved on the way to the first that is.
+    layer = max(held - inputs + passing, attention) if setup.recompute == 1 else max(passing, attention - held)
+    return Tower(recomputed * inputs + (stack.layers - recomputed) * held, layer)
 
 
 def _towers(setup: Setup, work: Work) -> tuple[Tower, Tower, float]:
     """Vision tower, decoder, and the bytes that are kept between the two: embeddings, projector, image features."""
-    geometry, vision = setup.geometry, setup.geometry.vision
-    positions, width = patches_per_tile(vision) + 1, setup.element_bytes
-    tower, decoder, between = NOTHING, NOTHING, float(width * work.tokens * geometry.hidden_size)
+    vision, language = stacks(setup.geometry, work)
+    tower, decoder, width = NOTHING, NOTHING, setup.element_bytes
+    between = float(width * work.tokens * language.width)
     if setup.trains_decoder:
-        widths = (geometry.hidden_size, geometry.intermediate_size)
-        scores = geometry.num_attention_heads * work.tokens_squared
-        layers = Layers(geometry.num_hidden_layers, work.tokens, widths, scores, DECODER_SAVED, DECODER_WORKING)
-        decoder = layers.tower(setup)
+        decoder = _tower(setup, language, DECODER_SAVED, DECODER_WORKING)
     if setup.trains_vision:
-        widths = (vision.hidden_size, vision.intermediate_size)
-        scores = vision.num_attention_heads * work.tiles * positions**2
-        rows = work.tiles * positions
-        tower = Layers(vision.num_hidden_layers - 1, rows, widths, scores, TOWER_SAVED, TOWER_WORKING).tower(setup)
+        tower = _tower(setup, vision, TOWER_SAVED, TOWER_WORKING)
         # The projector's input, its hidden layer before and after the activation, and its output; if the embeddings
         # train, pixels and embedded patches as well.
-        pixels = 3 * vision.image_size**2 + positions * vision.hidden_size if setup.method == "full" else 0
-        between += width * (work.tiles * pixels + work.projected * (4 * vision.hidden_size + 3 * geometry.hidden_size))
+        pixels = 3 * setup.geometry.vision.image_size**2 * work.tiles + vision.rows * vision.width
+        between += width * (pixels if setup.method == "full" else 0)
+        between += width * work.projected * (4 * vision.width + 3 * language.width)
     return tower, decoder, between
 
 
@@ -315,20 +296,16 @@ class PublishedMemory:
 
 def _published_activations(setup: Setup, work: Work) -> tuple[float, float, float]:
     """(layer inputs kept, largest layer alive, largest layer's eager scores) of one micro-batch, bytes."""
-    geometry, vision = setup.geometry, setup.geometry.vision
-    positions = patches_per_tile(vision) + 1
-    rows = work.tiles * positions
-    decoder_layer = DECODER_LAYER_BYTES[0] * geometry.hidden_size + DECODER_LAYER_BYTES[1] * geometry.intermediate_size
-    clip_layer = CLIP_LAYER_BYTES[0] * vision.hidden_size + CLIP_LAYER_BYTES[1] * vision.intermediate_size
-    kept = work.tokens * geometry.num_hidden_layers * 2 * geometry.hidden_size * setup.trains_decoder
-    kept += rows * (vision.num_hidden_layers - 1) * 2 * vision.hidden_size * setup.trains_vision
-    alive = max(work.tokens * decoder_layer, rows * clip_layer)
-    scores = 0.0
-    if not setup.flash:
-        decoder_scores = geometry.num_attention_heads * work.tokens_squared * DECODER_SCORE_LIVE_BYTES
-        clip_scores = vision.num_attention_heads * work.tiles * positions**2 * CLIP_SCORE_LIVE_BYTES
-        scores = max(decoder_scores, clip_scores)
-    return kept, alive, scores
+    tower, decoder = stacks(setup.geometry, work)
+    kept = decoder.rows * decoder.layers * 2 * decoder.width * setup.trains_decoder
+    kept += tower.rows * tower.layers * 2 * tower.width * setup.trains_vision
+    alive = max(
+        decoder.rows * (DECODER_LAYER_BYTES[0] * decoder.width + DECODER_LAYER_BYTES[1] * decoder.inner),
+        tower.rows * (CLIP_LAYER_BYTES[0] * tower.width + CLIP_LAYER_BYTES[1] * tower.inner),
+    )
+    decoder_scores = decoder.heads * decoder.pairs * DECODER_SCORE_LIVE_BYTES
+    tower_scores = tower.heads * tower.pairs * CLIP_SCORE_LIVE_BYTES
+    return kept, alive, 0.0 if setup.flash else max(decoder_scores, tower_scores)
 
 
 def published_memory(setup: Setup, constants: MemoryConstants | None = None) -> PublishedMemory:

@@ -32,7 +32,8 @@ JOB_KINDS = {"accuracy": ("train", "evaluate"), "speed": ("speed",)}
 LEGEND = """\
 n: devices. Memory of one device, GB, predicted for this project's code: alloc: live tensors at the peak; resvd: what
 PyTorch's allocator holds; ctx: CUDA context and NCCL. A reading of the device (nvidia-smi) shows resvd + ctx.
-fits: yes; tight (works only if PyTorch frees cached memory; slower); no. micro: largest micro-batch that fits. img/s: over all devices. MFU, HFU: share of the dense peak, without and with recomputation.
+fits: yes; tight (works only if PyTorch frees cached memory; slower); no. micro: largest micro-batch that fits.
+img/s: over all devices. MFU, HFU: share of the dense peak, without and with recomputation.
 A CPU's peak is calibrated on one machine (docs/planner.md), so its figures are rough elsewhere.
 time: training (or timing) and evaluation. device-h: time x devices. kWh: at the boards' full power."""
 PAGE = """\
@@ -40,11 +41,11 @@ PAGE = """\
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<title>Plan of {name}</title>
+<title>Plan of run {name}</title>
 <style>body {{ font-family: sans-serif; margin: 2em }} pre {{ overflow-x: auto }}</style>
 </head>
 <body>
-<h1>Plan of {name}</h1>
+<h1>Plan of run {name}</h1>
 <p>Predicted before anything ran: FLOP and bytes are counted from the layer sizes, with constants calibrated on the
 published speed tables. The published memory is very likely a reading of the whole device (an inference), so compare it
 with resvd + ctx. Published code: the prediction for what the recipe's scripts ran on the published hardware; frozen

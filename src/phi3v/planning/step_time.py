@@ -16,14 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from phi3v.planning.flops import Setup, TrainingFlops, training_flops
-from phi3v.planning.geometry import (
-    clip_layer_linears,
-    decoder_layer_linears,
-    parameters,
-    patches_per_tile,
-    quantised_parameters,
-)
+from phi3v.planning.flops import Setup, TrainingFlops, stacks, training_flops
+from phi3v.planning.geometry import parameters, quantised_parameters
 from phi3v.settings import SettingsError
 
 # Casting a float32 weight under autocast, once a pass: read 4, write 2.
@@ -207,62 +201,26 @@ def runs(setup: Setup) -> tuple[Runs, Runs]:
 
 def traffic_of(setup: Setup) -> Traffic:
     """Bytes of one mean example."""
-    wider = 2 if setup.dtype == "fp32" else 1
-    scores = 0.0 if setup.flash else _scores(setup)
-    return Traffic(wider * _elementwise(setup), wider * _adapters(setup), wider * scores)
-
-
-def _rows(setup: Setup) -> tuple[float, float]:
-    """Rows times layers of a mean example in the tower and in the decoder."""
-    geometry, vision, work = setup.geometry, setup.geometry.vision, setup.work
-    tower = work.tiles * (patches_per_tile(vision) + 1) * (vision.num_hidden_layers - 1)
-    return tower, work.tokens * geometry.num_hidden_layers
-
-
-def _linears(setup: Setup) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(inputs, outputs) of the linear layers of a layer of the tower and of the decoder."""
-    tower, decoder = clip_layer_linears(setup.geometry.vision), decoder_layer_linears(setup.geometry)
-    return list(tower.values()), list(decoder.values())
-
-
-def _elementwise(setup: Setup) -> float:
-    geometry, vision, way = setup.geometry, setup.geometry.vision, implementation(setup)
-    tower_runs, decoder_runs = runs(setup)
-    tower = way.tower.per_row((vision.hidden_size, vision.intermediate_size), tower_runs, not setup.adapters)
-    decoder = way.decoder.per_row((geometry.hidden_size, geometry.intermediate_size), decoder_runs, not setup.adapters)
-    if setup.method == "qlora":
-        tower, decoder = (
-            each + way.quantised_sum * sum(inputs for inputs, _ in linears)
-            for each, linears in zip((tower, decoder), _linears(setup), strict=True)
-        )
-    rows = _rows(setup)
-    return rows[0] * tower + rows[1] * decoder + setup.work.labels * geometry.vocab_size * LOGIT_BYTES
-
-
-def _adapters(setup: Setup) -> float:
-    if not setup.adapters:
-        return 0.0
-    forward, backward = implementation(setup).adapter
-    total = 0.0
-    for rows, linears, counted in zip(_rows(setup), _linears(setup), runs(setup), strict=True):
+    way, saved = implementation(setup), 0.0
+    if setup.dtype == "fp16":
+        saved = way.float16_scores
+    elementwise = adapters = scores = 0.0
+    kinds = ((way.tower, way.tower_scores), (way.decoder, way.decoder_scores))
+    for stack, counted, (layer, per_score) in zip(stacks(setup.geometry, setup.work), runs(setup), kinds, strict=True):
         passes = counted.forward + counted.again
-        inputs, outputs = (passes * f + b for f, b in zip(forward, backward, strict=True))
-        total += rows * sum(inputs * i + outputs * o for i, o in linears)
-    return total
-
-
-def _scores(setup: Setup) -> float:
-    geometry, vision, work = setup.geometry, setup.geometry.vision, setup.work
-    way, (tower_runs, decoder_runs) = implementation(setup), runs(setup)
-    decoder = geometry.num_attention_heads * geometry.num_hidden_layers * work.tokens_squared
-    tiles = work.tiles * (patches_per_tile(vision) + 1) ** 2
-    tower = vision.num_attention_heads * (vision.num_hidden_layers - 1) * tiles
-    saved = way.float16_scores if setup.dtype == "fp16" else 0.0
-    return decoder * _both(way.decoder_scores, decoder_runs, saved) + tower * _both(way.tower_scores, tower_runs, saved)
-
-
-def _both(each: tuple[float, float], counted: Runs, saved: float) -> float:
-    return (each[0] - saved) * (counted.forward + counted.again) + (each[1] - saved) * counted.backward
+        row = layer.per_row((stack.width, stack.inner), counted, not setup.adapters)
+        if setup.method == "qlora":
+            row += way.quantised_sum * sum(inputs for inputs, _ in stack.linears.values())
+        elementwise += stack.rows * stack.layers * row
+        inputs, outputs = (passes * f + b for f, b in zip(*way.adapter, strict=True))
+        adapters += stack.rows * stack.layers * sum(inputs * i + outputs * o for i, o in stack.linears.values())
+        each = (per_score[0] - saved) * passes + (per_score[1] - saved) * counted.backward
+        scores += stack.heads * stack.layers * stack.pairs * each
+    elementwise += setup.work.labels * setup.geometry.vocab_size * LOGIT_BYTES
+    wider = 2 if setup.dtype == "fp32" else 1
+    return Traffic(
+        wider * elementwise, wider * adapters if setup.adapters else 0.0, 0.0 if setup.flash else wider * scores
+    )
 
 
 @dataclass(frozen=True)
@@ -307,22 +265,23 @@ def _empty(setup: Setup, field: str, expected: str) -> SettingsError:
 
 def layer_passes(setup: Setup) -> float:
     """Layers run through in a micro-step: forward, recomputed, and backward as two, both towers."""
-    tower, decoder = (each.forward + each.again + BACKWARD_OVER_FORWARD * each.backward for each in runs(setup))
-    return (setup.geometry.vision.num_hidden_layers - 1) * tower + setup.geometry.num_hidden_layers * decoder
+    return sum(
+        stack.layers * (each.forward + each.again + BACKWARD_OVER_FORWARD * each.backward)
+        for stack, each in zip(stacks(setup.geometry, setup.work), runs(setup), strict=True)
+    )
 
 
 def _flash_seconds(setup: Setup) -> float:
     """Seconds that a flash kernel spends on starting one sequence and head after the other, for one mean example."""
     if not setup.flash or setup.hardware.flash_head_seconds is None:
         return 0.0
-    geometry, vision = setup.geometry, setup.geometry.vision
-    tower_runs, decoder_runs = runs(setup)
     forward, backward = setup.hardware.flash_head_seconds
-    decoder = geometry.num_attention_heads * geometry.num_hidden_layers * setup.work.examples
-    tower = vision.num_attention_heads * (vision.num_hidden_layers - 1) * setup.work.tiles
     return sum(
-        heads * (forward * (each.forward + each.again) + backward * each.backward)
-        for heads, each in ((tower, tower_runs), (decoder, decoder_runs))
+        stack.heads
+        * stack.layers
+        * stack.sequences
+        * (forward * (each.forward + each.again) + backward * each.backward)
+        for stack, each in zip(stacks(setup.geometry, setup.work), runs(setup), strict=True)
     )
 
 
