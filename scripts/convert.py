@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 from phi3v.data.conversations import DataError
-from phi3v.data.conversion import convert_dataset, convert_files
-from phi3v.data.converters import FORMATS
+from phi3v.data.convert import convert_dataset, convert_files
+from phi3v.data.formats import FORMATS
 from phi3v.settings import Dataset, SettingsError, read_entries
 
 

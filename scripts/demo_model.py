@@ -26,7 +26,7 @@ def setting(text: str) -> tuple[str, int]:
 def texts(folders: list[str]) -> Iterator[str]:
     """Questions and answers of the training splits."""
     from phi3v.data.conversations import read_conversations
-    from phi3v.data.loading import split_file
+    from phi3v.data.folder import split_file
 
     for folder in folders:
         for number, record in enumerate(read_conversations(split_file(folder, "train"))):

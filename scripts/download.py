@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from phi3v.data.sources import SourceError, fetch
+from phi3v.data.fetch import SourceError, fetch
 from phi3v.settings import Dataset, Model, SettingsError, read_entries
 
 

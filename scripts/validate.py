@@ -14,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
+from phi3v.data.check import validate_folder
 from phi3v.data.conversations import DataError
-from phi3v.data.validation import validate_folder
 
 
 def arguments() -> argparse.Namespace:
@@ -55,7 +55,7 @@ def main() -> int:
             print(f"{pair}: {count} pictures in common", file=sys.stderr)
         print(f"{given.data_dir}: {problems.total or 'no'} problems", file=sys.stderr)
         if given.model and not problems.total:
-            from phi3v.data.statistics import write_statistics
+            from phi3v.data.lengths import write_statistics
             from phi3v.model.processing import Phi3VProcessor
 
             processor = Phi3VProcessor.from_pretrained(given.model)

@@ -163,7 +163,7 @@ def unpack(folder: Path, disk: Path) -> None:
     what = ("--format", "ucf101", "--input", archive, "--output_dir", disk / "out")
     done = script("convert.py", *what)
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
-    assert "room for" in done.stderr or "the disk is full" in done.stderr, done.stderr
+    assert "free space" in done.stderr or "the disk is full" in done.stderr, done.stderr
     assert not files(disk / "out")
     filler.unlink()
     assert script("convert.py", *what).returncode == 0

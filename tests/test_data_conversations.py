@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3v.data import conversations
+from phi3v.data.check import _LINE
 from phi3v.data.conversations import (
     Conversation,
     DataError,
@@ -26,7 +27,6 @@ from phi3v.data.conversations import (
     record_problem,
     write_conversations,
 )
-from phi3v.data.validation import _LINE
 
 SCHEMA = json.loads(Path(__file__).parents[1].joinpath("workflow/schemas/conversations.schema.json").read_text())
 RECIPE_LINE = (

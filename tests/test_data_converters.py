@@ -19,14 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from phi3v.data import conversion, converters_video
+from phi3v.data import convert, formats
 from phi3v.data.conversations import Conversation, DataError, read_conversations
-from phi3v.data.conversion import convert_dataset, convert_files, row_slice
-from phi3v.data.converters import FORMATS
-from phi3v.data.converters_files import json_items
-from phi3v.data.samples import Inputs, Rejection, Sample
-from phi3v.data.sources import fetch
-from phi3v.data.video import frame_indices, sample_frames
+from phi3v.data.convert import convert_dataset, convert_files, row_slice
+from phi3v.data.fetch import fetch
+from phi3v.data.formats import FORMATS
+from phi3v.data.pictures import frame_indices, sample_frames
+from phi3v.data.rows import Inputs, Rejection, Sample, json_items
 from phi3v.settings import Dataset, SettingsError, dataset_key, validate
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +97,7 @@ def test_rows_are_a_python_slice_and_shards_follow_each_other(tmp_path: Path) ->
     rows = cauldron_rows(10)
     write_parquet(source / "a.parquet", rows[:6])
     write_parquet(source / "b.parquet", rows[6:])
-    assert [row_slice(rows) for rows in (":", "500:", "0:500")] == [(0, None), (500, None), (0, 500)]
+    assert [row_slice(rows) for rows in (":", "500:", "0:500")] == [slice(0, None), slice(500, None), slice(0, 500)]
     tail = converted(tmp_path / "tail", "cauldron", source, rows="4:8")
     assert [example.turns[0].user for example in tail] == [f"Question {row}.0?" for row in (4, 5, 6, 7)]
 
@@ -446,7 +445,7 @@ def test_damaged_archives_and_clips(tmp_path: Path) -> None:
 
 def test_a_clip_that_ends_its_decoder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = ucf_archive(tmp_path, {"train": 2})
-    monkeypatch.setattr(converters_video, "sample_frames", lambda *_: os._exit(7))
+    monkeypatch.setattr(formats, "sample_frames", lambda *_: os._exit(7))
     with pytest.raises(DataError, match=r"a process ended while it decoded a clip; --workers 1 tells which"):
         converted(tmp_path / "out", "ucf101", archive, workers=2)
     assert not tree(tmp_path / "out")
@@ -609,7 +608,7 @@ def test_a_full_disk_midway_leaves_the_old_folder(tmp_path: Path, monkeypatch: p
             raise OSError(errno.ENOSPC, "No space left on device")
         return "train/x.jpg"
 
-    monkeypatch.setattr(conversion.PictureWriter, "write", full)
+    monkeypatch.setattr(convert.PictureWriter, "write", full)
     with pytest.raises(OSError, match="No space left"):
         converted(tmp_path / "out", "cauldron", source)
     assert tree(tmp_path / "out") == before
@@ -626,7 +625,7 @@ def test_ones_own_files_in_the_output_folder_are_not_replaced(tmp_path: Path) ->
 
 def test_a_killed_conversion_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "a.parquet", cauldron_rows(3000))
-    code = "import sys; from phi3v.data.conversion import convert_files; from pathlib import Path;" \
+    code = "import sys; from phi3v.data.convert import convert_files; from pathlib import Path;" \
         "convert_files('cauldron', Path(sys.argv[1]), sys.argv[2], 'train')"  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     process = subprocess.Popen([sys.executable, "-c", code, str(source), str(tmp_path / "out")], env=environment)

@@ -18,7 +18,6 @@ from data_examples import cauldron_rows, picture_bytes, write_parquet
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from phi3v.data import lengths
 from phi3v.data.conversations import (
     Conversation,
     DataError,
@@ -29,10 +28,10 @@ from phi3v.data.conversations import (
     prompt_text,
     write_conversations,
 )
-from phi3v.data.conversion import convert_files
-from phi3v.data.loading import ConversationDataset, LineIndex, collate, split_file
-from phi3v.data.pictures import shard_order
-from phi3v.data.statistics import count_turns, padding_share, plot, write_statistics
+from phi3v.data.convert import convert_files
+from phi3v.data.dataset import ConversationDataset, collate
+from phi3v.data.folder import LENGTHS, LineIndex, shard_order, split_file
+from phi3v.data.lengths import count, count_turns, lengths, plot, write_statistics
 from phi3v.demo.tiny import train_tokenizer
 from phi3v.model.image_processing import Phi3VImageProcessor
 from phi3v.model.processing import Phi3VProcessor
@@ -161,61 +160,61 @@ def test_collate_weighs_every_example_the_same() -> None:
 def test_lengths_are_those_of_the_loaded_examples(data: Path, processor: Phi3VProcessor) -> None:
     for turns in ("all", "first"):
         dataset = ConversationDataset(data, "train", processor, turns=turns)
-        assert dataset.lengths() == [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+        assert lengths(dataset) == [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
     drawn = ConversationDataset(data, "train", processor)
     longest = [0] * len(drawn)
     for epoch in range(20):
         drawn.set_epoch(epoch)
         longest = [max(longest[index], len(drawn[index]["input_ids"])) for index in range(len(drawn))]
-    assert drawn.lengths() == longest
+    assert lengths(drawn) == longest
 
 
 def test_lengths_are_counted_once_and_by_several_processes(
     data: Path, processor: Phi3VProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = ConversationDataset(data, "train", processor)
-    alone = lengths.count(dataset).tolist()
+    alone = count(dataset).tolist()
     with monkeypatch.context() as several:
-        several.setattr(lengths, "PART", 5)
-        assert lengths.count(dataset, processes=2).tolist() == alone
-    assert dataset.lengths() == alone
-    (kept,) = (data / lengths.FOLDER).glob("*.npy")
+        several.setattr("phi3v.data.lengths.PART", 5)
+        assert count(dataset, processes=2).tolist() == alone
+    assert lengths(dataset) == alone
+    (kept,) = (data / LENGTHS).glob("*.npy")
 
     def never(*arguments: object) -> None:
         raise AssertionError("counted again")
 
     with monkeypatch.context() as no_more:
-        no_more.setattr(lengths, "count", never)
-        assert ConversationDataset(data, "train", processor).lengths() == alone
+        no_more.setattr("phi3v.data.lengths.count", never)
+        assert lengths(ConversationDataset(data, "train", processor)) == alone
         # Anything that changes a length is another file.
         for other in ({"num_crops": 1}, {"turns": "first"}):
             with pytest.raises(AssertionError, match="counted again"):
-                ConversationDataset(data, "train", processor, **other).lengths()
+                lengths(ConversationDataset(data, "train", processor, **other))
         lines = (data / "train.jsonl").read_bytes()
         (data / "train.jsonl").write_bytes(lines.replace(b"Question 3", b"Quest 3"))
         with pytest.raises(AssertionError, match="counted again"):
-            ConversationDataset(data, "train", processor).lengths()
+            lengths(ConversationDataset(data, "train", processor))
         (data / "train.jsonl").write_bytes(lines)
         kept.write_bytes(kept.read_bytes()[:-8])
         with pytest.raises(AssertionError, match="counted again"):
-            ConversationDataset(data, "train", processor).lengths()
-    assert dataset.lengths() == alone
+            lengths(ConversationDataset(data, "train", processor))
+    assert lengths(dataset) == alone
     assert np.load(kept).tolist() == alone
 
 
 def test_lengths_of_a_folder_made_by_hand_are_not_kept(data: Path, processor: Phi3VProcessor) -> None:
     (data / "dataset.json").unlink()
     dataset = ConversationDataset(data, "train", processor, turns="all")
-    assert dataset.lengths() == [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
-    assert not (data / lengths.FOLDER).exists()
+    assert lengths(dataset) == [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+    assert not (data / LENGTHS).exists()
 
 
 def test_lengths_are_counted_where_nothing_can_be_kept(
     data: Path, processor: Phi3VProcessor, capsys: pytest.CaptureFixture
 ) -> None:
-    (data / lengths.FOLDER).write_bytes(b"a file where the folder should be")
+    (data / LENGTHS).write_bytes(b"a file where the folder should be")
     dataset = ConversationDataset(data, "train", processor)
-    assert dataset.lengths() == lengths.count(dataset).tolist()
+    assert lengths(dataset) == count(dataset).tolist()
     assert "every process counts the lengths for itself" in capsys.readouterr().err
 
 
@@ -246,11 +245,6 @@ def test_tiles_are_counted_as_the_processor_cuts_them(processor: Phi3VProcessor,
     cut = processor.image_processor(Image.new("RGB", size))
     assert counts.tiles == len(cut["pixel_values"])
     assert counts.image == cut["num_img_tokens"][0]
-
-
-def test_padding_share() -> None:
-    assert padding_share([10, 10, 5], [[0, 1], [2]]) == 0
-    assert padding_share([10, 5], [[0, 1]]) == pytest.approx(0.25)
 
 
 def test_lines_by_number(tmp_path: Path) -> None:
@@ -335,7 +329,7 @@ def test_shards_hold_the_same_records(data: Path, tmp_path: Path, processor: Phi
     assert not (tmp_path / "sharded" / "images" / "train").exists()
     for split in ("train", "val"):
         files, shards = (ConversationDataset(tmp_path / name, split, processor) for name in ("data", "sharded"))
-        assert files.lengths() == shards.lengths()
+        assert lengths(files) == lengths(shards)
         for index in range(len(files)):
             one, other = files[index], shards[index]
             assert one.pop("id") == other.pop("id")
@@ -380,7 +374,7 @@ def test_seed_epoch_and_position_are_all_that_resuming_needs(
         assert bool(dataset.shard_starts()) == sharded
         plan = BatchPlan(
             examples=21, batch_size=8, micro_batch_size=2, processes=2, seed=5, grouping=grouping, packs=2,
-            lengths=dataset.lengths(), token_budget=500, shard_starts=dataset.shard_starts(),
+            lengths=lengths(dataset), token_budget=500, shard_starts=dataset.shard_starts(),
         )  # fmt: skip
         examples = Counted(dataset)
         sampler = PlannedBatches(plan, rank)

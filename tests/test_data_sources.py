@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from data_examples import COMMIT, HubServer
 
-from phi3v.data import sources, web
-from phi3v.data.sources import LOCK, PINS, SourceError, fetch, folder_name, locked_files
+from phi3v.data import fetch as room
+from phi3v.data.fetch import LOCK, PINS, SourceError, fetch, folder_name, locked_files
 
 ROOT = Path(__file__).parents[1]
 SHARD = bytes(range(256)) * 4096  # 1 MiB
@@ -218,14 +218,14 @@ def test_a_final_refusal_is_not_tried_again(tmp_path: Path, hub: HubServer, stat
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:
-    assert web.retry_after("7") == 7
-    assert web.retry_after("Fri, 01 Jan 1990 00:00:00 GMT") == 0
-    assert web.retry_after("soon") is None
-    assert web.retry_after(None) is None
+    assert room.retry_after("7") == 7
+    assert room.retry_after("Fri, 01 Jan 1990 00:00:00 GMT") == 0
+    assert room.retry_after("soon") is None
+    assert room.retry_after(None) is None
 
 
 def test_room_is_checked_before_the_first_byte(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.shutil, "disk_usage", lambda folder: sources.shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: room.shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(SourceError, match="GB free; expected room"):
         fetch([(f"{hub.address}/files/UCF.tar.gz", None)], tmp_path)
     assert hub.gets("UCF.tar.gz") == 0

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from data_examples import cauldron_rows, picture_bytes, write_parquet
 
+from phi3v.data.check import KEPT_OF_A_KIND, Level, validate_folder
 from phi3v.data.conversations import Conversation, DataError, Turn, format_line
-from phi3v.data.conversion import convert_files
-from phi3v.data.validation import KEPT_OF_A_KIND, Level, validate_folder
+from phi3v.data.convert import convert_files
 
 ROOT = Path(__file__).parents[1]
 
@@ -196,7 +196,7 @@ def test_folders_without_data_and_descriptions_that_do_not_fit(tmp_path: Path) -
         json.dumps({"splits": {"train": {"file": "train.jsonl", "examples": 2}, "val": {"file": "val.jsonl"}}})
     )
     assert [line.rpartition("/")[2] for line in problems(data)] == [
-        "train.jsonl: 1 lines; expected 2, as dataset.json says",
+        "train.jsonl: 1 lines; expected 2, as dataset.json states",
         "val.jsonl: missing; dataset.json names it as split val",
     ]
     (data / "dataset.json").write_text('{"splits": {"train": {"file": "../x.jsonl"}}}')

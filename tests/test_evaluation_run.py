@@ -188,7 +188,7 @@ def test_an_adapter_is_evaluated_on_its_base(checkpoint, tmp_path):
 
 
 def test_pictures_in_shards_give_the_same_answers(checkpoint, tmp_path):
-    from phi3v.data.pictures import write_shards
+    from phi3v.data.folder import write_shards
 
     data = write_data(tmp_path / "data", 6)
     evaluate_here(checkpoint, data, tmp_path / "files", batch_size_per_gpu=2)
@@ -286,7 +286,7 @@ def test_a_model_that_would_say_the_picture_token_goes_on(checkpoint):
 def test_a_hub_id_comes_through_the_lock_and_never_again(root, checkpoint, tmp_path, monkeypatch):
     from data_examples import COMMIT, HubServer
 
-    from phi3v.data.sources import LOCK, PINS
+    from phi3v.data.fetch import LOCK, PINS
     from phi3v.evaluation.generate import weights_folder
 
     data = write_data(tmp_path / "data", 3)
@@ -339,7 +339,7 @@ def test_a_hub_id_that_the_models_file_names_is_the_workflows_download(root):
 
 
 def test_the_official_splits_have_their_authors_metrics(checkpoint, tmp_path):
-    from phi3v.data.conversion import convert_files
+    from phi3v.data.convert import convert_files
 
     pictures = write_data(tmp_path / "pictures", 4) / "images"
     for pair in (0, 1):

@@ -13,7 +13,7 @@ UNSAFE_CALLS = {
     "yaml.unsafe_load", "yaml.full_load", "tempfile.mktemp", "torch.hub.load", "pandas.read_pickle",
 }  # fmt: skip
 UNPACKERS = {"extractall", "extract", "unpack_archive"}
-UNPACKING = {"src/phi3v/data/archives.py"}
+UNPACKING = {"src/phi3v/data/rows.py"}
 """Where archives are opened, path by path (tests/test_data_sources.py shows what is refused)."""
 
 

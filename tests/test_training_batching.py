@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3v.data.loading import collate
+from phi3v.data.dataset import collate
 from phi3v.model import Phi3VConfig
 from phi3v.training.batches import Collator, TensorBundle
 from phi3v.training.batching import BatchPlan, Pick, PlannedBatches, epoch_order, packs_needed

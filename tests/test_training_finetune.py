@@ -76,7 +76,7 @@ def test_the_loss_curve_does_not_depend_on_grouping(folders, tmp_path):
 
 def test_the_step_loss_is_the_mean_of_the_examples_means(folders, tmp_path):
     """Against the definition, computed example by example with the untrained model."""
-    from phi3v.data.loading import ConversationDataset
+    from phi3v.data.dataset import ConversationDataset
     from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
     from phi3v.training.batching import epoch_order
 
@@ -365,12 +365,13 @@ def test_a_layer_that_should_train_and_does_not_stops_the_job(folders, tmp_path,
 
 
 def test_longer_examples_are_left_out_and_counted(folders, tmp_path, capfd):
-    from phi3v.data.loading import ConversationDataset
+    from phi3v.data.dataset import ConversationDataset
+    from phi3v.data.lengths import lengths
     from phi3v.model import Phi3VProcessor
 
     dataset = ConversationDataset(folders[1], "train", Phi3VProcessor.from_pretrained(folders[0]))
-    limit = sorted(dataset.lengths())[-5]
-    longer = sum(length > limit for length in dataset.lengths())
+    limit = sorted(lengths(dataset))[-5]
+    longer = sum(length > limit for length in lengths(dataset))
     assert longer
     train(folders, tmp_path, fp32=True, max_steps=1, max_length=limit)
     assert f"{20 - longer} examples, {longer} longer than {limit} tokens left out" in capfd.readouterr().err

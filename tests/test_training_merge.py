@@ -36,7 +36,7 @@ def adapters(base) -> dict[str, Path]:
 
 def batch(base: Path) -> dict[str, torch.Tensor]:
     """The validation split's pictures and questions."""
-    from phi3v.data.loading import ConversationDataset, collate
+    from phi3v.data.dataset import ConversationDataset, collate
     from phi3v.model import Phi3VProcessor
 
     processor = Phi3VProcessor.from_pretrained(base / "model")

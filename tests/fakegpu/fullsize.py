@@ -25,7 +25,7 @@ _FACTORS = Path(__file__).resolve().parent.parent / "golden" / "rope_factors.jso
 
 def write_folders(folder: Path) -> None:
     """FOLDER/model without weights, and FOLDER/data with `EXAMPLES` equal examples."""
-    from phi3v.data.loading import ConversationDataset
+    from phi3v.data.dataset import ConversationDataset
     from phi3v.demo.tiny import train_tokenizer
     from phi3v.model import Phi3VConfig, Phi3VProcessor
     from phi3v.model.image_processing import Phi3VImageProcessor

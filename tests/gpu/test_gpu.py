@@ -62,7 +62,7 @@ def loss_and_gradient(base: Path, attention: str, batch: dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_flash_attention_computes_what_eager_attention_does(tmp_path: Path, packed: bool) -> None:
-    from phi3v.data.loading import ConversationDataset, collate
+    from phi3v.data.dataset import ConversationDataset, collate
     from phi3v.model import Phi3VProcessor
     from phi3v.training.batches import pack
 

@@ -148,8 +148,8 @@ def test_another_folder_gives_the_same_bytes(root, copy, tmp_path):
 
 def test_the_planner_counts_what_the_data_are(copy):
     """Tokens, tiles and labels of the datasets' `workload` against the converted data."""
-    from phi3v.data.loading import ConversationDataset
-    from phi3v.data.statistics import split_statistics
+    from phi3v.data.dataset import ConversationDataset
+    from phi3v.data.lengths import split_statistics
     from phi3v.model import Phi3VProcessor
     from phi3v.planning.fits import mean_and_longest
     from phi3v.settings import dataset_key, load_run, model_key

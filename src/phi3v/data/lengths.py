@@ -1,7 +1,10 @@
-"""Tokens of every example of a split: counted once, by all cores, and kept beside the data.
+"""Tokens and tiles of a data folder's examples: lengths for batches, and statistics with a small plot.
 
-What they depend on (the jsonl, which turns train, the tokenizer, the sizes of tiles and grids) is the name of the file
-they are kept in, so a change of any of it counts anew.
+Tokens are counted from texts and picture headers alone, exactly as loading makes them, without decoding a picture. The
+recipe's mean length of DocVQA is phi3v.planning.fits.MEAN_TOKENS.
+
+Lengths are counted once, by all cores, and kept beside the data. What they depend on (the jsonl, which turns train, the
+tokenizer, the sizes of tiles and grids) names their file, so a change of any of it counts anew.
 """
 
 from __future__ import annotations
@@ -11,29 +14,125 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
+from phi3v.data.conversations import Turn, answer_text, prompt_text
+from phi3v.data.dataset import ConversationDataset
+from phi3v.data.folder import LENGTHS, splits_of
 from phi3v.data.processes import process_pool
-from phi3v.data.statistics import counted
-from phi3v.provenance.manifest import digest_file
+from phi3v.planning.geometry import num_image_tokens, tile_layout
+from phi3v.provenance.manifest import digest_file, write_json
 
 if TYPE_CHECKING:
-    from phi3v.data.loading import ConversationDataset
-
-FOLDER = ".lengths"
-"""In the data folder: what was counted before."""
+    from transformers import ProcessorMixin
 
 PART = 4096
 """Examples that a process counts at a time; fewer than two parts are not worth starting processes for."""
 
 VERSION = 1
 """Raised when the same data and tokenizer count differently."""
+
+CHUNK = 256
+"""Examples tokenised together."""
+
+_TAG = re.compile(r"<\|image_\d+\|>")
+
+
+class SplitStatistics(TypedDict):
+    """What statistics.json holds of a split. Summaries have mean, median, p95 and max; the histogram counts tokens."""
+
+    examples: int
+    turns: int
+    images: int
+    text_only: int
+    num_crops: int
+    tokens: dict[str, float]
+    answer_tokens: dict[str, float]
+    tiles: dict[str, float]
+    histogram: dict[str, list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Tokens of one turn."""
+
+    text: int
+    """Of the prompt, beginnings of sequence included."""
+    image: int
+    answer: int
+    """Label tokens, end marks included."""
+    tiles: int
+    """Tiles of its pictures, the global views included."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.text + self.image + self.answer
+
+
+def count_turns(
+    processor: ProcessorMixin, turns: Sequence[Turn], sizes: Sequence[Sequence[tuple[int, int]]]
+) -> list[Counts]:
+    """Tokens of each turn as a conversation's first; sizes: (width, height) of each turn's pictures."""
+    texts: list[str] = []
+    for turn in turns:
+        texts += [*_TAG.split(prompt_text(turn)), answer_text(turn)]
+    # Prompts begin alike and answers repeat: each text is tokenised once. The backend leaves out what only counts need.
+    unique = list(dict.fromkeys(texts))
+    encodings = processor.tokenizer.backend_tokenizer.encode_batch_fast(unique)
+    length_of = dict(zip(unique, map(len, encodings), strict=True))
+    bos = len(processor.tokenizer("")["input_ids"])
+    images = processor.image_processor
+    counts, place = [], 0
+    for turn, own in zip(turns, sizes, strict=True):
+        pieces = len(turn.images) + 1
+        prompt = sum(length_of[text] for text in texts[place : place + pieces])
+        answer = length_of[texts[place + pieces]] - bos
+        place += pieces + 1
+        grids = [tile_layout(width, height, images.num_crops, images.tile_size)[2:] for width, height in own]
+        image = sum(num_image_tokens(*grid, images.tile_grid) for grid in grids)
+        counts.append(Counts(prompt, image, answer, sum(down * across + 1 for down, across in grids)))
+    return counts
+
+
+def counted(dataset: ConversationDataset, start: int = 0, stop: int | None = None) -> Iterator[list[Counts]]:
+    """Counts of the turns of examples start … stop-1, in order; with `draw` each turn that could be drawn, pictures and
+    all."""
+    bos = len(dataset.processor.tokenizer("")["input_ids"])
+    stop = len(dataset) if stop is None else stop
+    for first in range(start, stop, CHUNK):
+        turns: list[Turn] = []
+        sizes: list[list[tuple[int, int]]] = []
+        groups: list[int] = []
+        for index in range(first, min(first + CHUNK, stop)):
+            conversation = dataset.conversation(index)
+            where = f"{dataset.lines.path}:{index + 1}"
+            choices = conversation.turns[:1] if dataset.turns == "first" else conversation.turns
+            drawn = dataset.turns == "draw" and len(conversation.turns) > 1
+            if drawn:
+                choices = tuple(Turn(conversation.images, t.user, t.assistant, t.answers) for t in choices)
+            paths = {path for turn in choices for path in turn.images}
+            known = {path: dataset.pictures.size(path, where) for path in paths}
+            turns += choices
+            sizes += [[known[path] for path in turn.images] for turn in choices]
+            groups.append(len(choices))
+        counts = count_turns(dataset.processor, turns, sizes)
+        place = 0
+        for group in groups:
+            own = counts[place : place + group]
+            place += group
+            if dataset.turns == "all":
+                # Later turns go on without a beginning of sequence in front.
+                own = own[:1] + [Counts(c.text - bos, c.image, c.answer, c.tiles) for c in own[1:]]
+            yield own
 
 
 def lengths(dataset: ConversationDataset, processes: int | None = None) -> list[int]:
@@ -45,7 +144,7 @@ def lengths(dataset: ConversationDataset, processes: int | None = None) -> list[
     # Pictures of a folder made by hand may change while the jsonl stays; the converter's do not.
     if "source" not in dataset.description:
         return count(dataset, processes).tolist()
-    folder = dataset.data_dir / FOLDER
+    folder = dataset.data_dir / LENGTHS
     file = folder / f"{dataset.lines.path.stem}-{_key(dataset)}.npy"
     with _alone(folder):
         found = _read(file, len(dataset))
@@ -129,13 +228,80 @@ def _read(file: Path, examples: int) -> np.ndarray | None:
 
 def _write(file: Path, values: np.ndarray) -> None:
     """A file that appears whole or, on a full or read-only disk, not at all: it only saves time."""
-    part = ""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        handle, part = tempfile.mkstemp(dir=file.parent, suffix=".part")
-        with os.fdopen(handle, "wb") as out:
+        with open(part, "wb") as out:
             np.save(out, values)
-        os.chmod(part, 0o644)
         os.replace(part, file)
     except OSError:
         with contextlib.suppress(OSError):
-            os.unlink(part)
+            part.unlink()
+
+
+def _summary(values: Sequence[float]) -> dict[str, float]:
+    array = np.asarray(values, np.float64)
+    return {
+        "mean": round(float(array.mean()), 2),
+        "median": float(np.median(array)),
+        "p95": float(np.percentile(array, 95)),
+        "max": float(array.max()),
+    }
+
+
+def split_statistics(dataset: ConversationDataset) -> SplitStatistics:
+    """Statistics of a split. If one turn of several is drawn, tokens are the mean over the turns."""
+    tokens, answers, tiles = [], [], []
+    for own in counted(dataset):
+        weight = len(own) if dataset.turns == "draw" else 1
+        tokens.append(sum(count.total for count in own) / weight)
+        tiles.append(sum(count.tiles for count in own) / weight)
+        answers += [count.answer for count in own]
+    counts, edges = np.histogram(tokens, bins=24)
+    return {
+        "examples": len(dataset),
+        "turns": len(answers),
+        "images": sum(len(dataset.conversation(index).images) for index in range(len(dataset))),
+        "text_only": tiles.count(0),
+        "num_crops": dataset.num_crops,
+        "tokens": _summary(tokens),
+        "answer_tokens": _summary(answers),
+        "tiles": _summary(tiles),
+        "histogram": {"edges": [round(float(edge), 1) for edge in edges], "counts": counts.tolist()},
+    }
+
+
+def plot(statistics: dict[str, SplitStatistics]) -> str:
+    """Histograms of tokens, the splits side by side, as SVG."""
+    parts: list[str] = []
+    left = 0
+    for split, values in statistics.items():
+        counts, edges = values["histogram"]["counts"], values["histogram"]["edges"]
+        title = f"{escape(split)}: {values['examples']} examples"
+        parts.append(f'<g transform="translate({left},0)"><text x="10" y="16">{title}</text>')
+        parts.append(f'<text x="10" y="32" fill="#555">{values["tokens"]["mean"]:g} tokens on average</text>')
+        for place, count in enumerate(counts):
+            height = 100 * count / max(counts)
+            bar = f'x="{10 + 10 * place}" y="{145 - height:.1f}" width="9" height="{height:.1f}"'
+            parts.append(f'<rect {bar} fill="#3b6ea5"/>')
+        parts.append(
+            f'<text x="10" y="162">{edges[0]:g}</text><text x="250" y="162" text-anchor="end">{edges[-1]:g}</text></g>'
+        )
+        left += 270
+    style = 'height="170" font-family="sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{left}" {style}>{"".join(parts)}</svg>\n'
+
+
+def write_statistics(data_dir: str | Path, processor: ProcessorMixin, num_crops: int | None = None) -> str:
+    """statistics.json and statistics.svg of a data folder, counted with a model's processor; returns a line a split."""
+    statistics = {
+        split: split_statistics(ConversationDataset(data_dir, split, processor, num_crops))
+        for split in splits_of(Path(data_dir))
+    }
+    write_json(Path(data_dir) / "statistics.json", statistics, indent=2)
+    (Path(data_dir) / "statistics.svg").write_text(plot(statistics), encoding="utf-8")
+    return "\n".join(
+        f"{split}: {values['examples']} examples, {values['tokens']['mean']} tokens on average, "
+        f"{values['tokens']['max']:g} at most, {values['tiles']['mean']} tiles, "
+        f"{values['answer_tokens']['mean']} answer tokens"
+        for split, values in statistics.items()
+    )

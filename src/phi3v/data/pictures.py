@@ -1,236 +1,249 @@
-"""Where a data folder's pictures are: files under images/, or members of tar shards; one way to read both.
+"""Pictures and frames of clips: what may come in, and how every picture is opened.
 
-Shards are tar files in the webdataset layout (`000000012.json` beside `000000012.0.jpg`): a cluster's file system then
-holds hundreds of files and not millions. Beside them lies an index, 28 bytes a picture, with which any picture is one
-read at a known place.
+A picture is kept as its original bytes if it is JPEG or PNG. Opening gives what a viewer shows: upright after its
+EXIF orientation, the first frame of an animation, three channels (transparency is dropped, as the model's own processor
+does).
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
-import random
-import tarfile
-from collections.abc import Sequence
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import (  # noqa: F401  (they register)
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageOps,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
-from phi3v.data.conversations import DataError, format_line, read_conversations
-from phi3v.data.images import displayed_size, open_rgb
+from phi3v.data.conversations import DataError
 
-OPEN_SHARDS = 64
-"""Files kept open by a process."""
+KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png"}
+"""Formats whose bytes are kept, and their suffix (MPO is a JPEG with further pictures behind the first)."""
 
+READ = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+"""Formats that are opened at all: no vector formats, nothing that runs other programs."""
 
-def path_hash(path: str) -> int:
-    """64 bits that stand for a picture's path in an index."""
-    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "little")
+MAX_RATIO = 336
+"""Longest side over shortest side at most. A tile is 336 pixels wide, and with one crop it holds the longer side: a
+thinner picture would vanish."""
 
+TOO_THIN = f"expected sides within 1 : {MAX_RATIO} (a tile is 336 pixels)"
 
-class Pictures:
-    """Pictures of one split of a data folder, by their path in the jsonl."""
+JPEG_QUALITY = 95
+"""Frames of clips are stored as JPEG of this quality: visibly the same, a tenth of PNG's bytes."""
 
-    def __init__(self, data_dir: str | Path, shards: Sequence[str] = (), index: str = "") -> None:
-        self.data_dir = Path(data_dir)
-        self._root = os.path.realpath(self.data_dir / "images")
-        self.root = Path(self._root)
-        self._folders: dict[str, str] = {}
-        self.shards = [self.data_dir / name for name in shards]
-        self._handles: dict[int, int] = {}
-        self._pid = 0
-        if self.shards:
-            try:
-                with np.load(self.data_dir / index) as stored:
-                    self._hashes, self._places = stored["hashes"], stored["places"]
-            except (OSError, ValueError, KeyError) as error:
-                raise DataError(f"{self.data_dir / index}: not an index of shards ({error})") from None
+MAX_FRAMES = 1_000_000
+"""A longer clip is refused: nine hours at 30 frames a second."""
 
-    def locate(self, path: str, where: str) -> Path | bytes:
-        """The picture's file, or its bytes. Raises DataError: not there, or outside the folder."""
-        if self.shards:
-            return self._read(path, where)
-        # Following every part of a path is eight calls to the file system; a folder's share of them is kept.
-        folder, _, name = path.rpartition("/")
-        real = self._folders.get(folder)
-        if real is None:
-            real = self._folders[folder] = os.path.realpath(f"{self._root}/{folder}")
-        file = f"{real}/{name}"
-        if os.path.islink(file) or not f"{real}/".startswith(f"{self._root}/"):
-            file = os.path.realpath(file)
-            if not file.startswith(f"{self._root}/"):
-                raise DataError(f"{where}: image {path!r} is a link out of {self.root}; expected a file inside it")
-        return Path(file)
+# Pillow warns of a bomb above its limit of pixels and refuses at twice that; here the limit itself refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-    def open(self, path: str, where: str) -> Image.Image:
-        """The picture, upright and in RGB. Raises DataError."""
-        return open_rgb(self.locate(path, where), f"{where}: image {path!r}")
+_BROKEN = (
+    OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError,
+    struct.error, zlib.error,
+)  # fmt: skip
+"""Pillow's readers answer damaged or hostile files with many kinds of exception; all of them mean the same here."""
 
-    def size(self, path: str, where: str) -> tuple[int, int]:
-        """(width, height) as it will be opened, from the header alone. Raises DataError."""
-        if self.shards:
-            shard, offset, size = self._place(path, where)
-            return displayed_size(
-                io.BufferedReader(_Member(self._handle(shard), offset, size)), f"{where}: image {path!r}"
-            )
-        return displayed_size(self.locate(path, where), f"{where}: image {path!r}")
+_ORIENTATION = 0x0112
+"""EXIF's tag; 5 to 8 turn the picture by a quarter."""
 
-    def bytes_of(self, path: str, where: str) -> bytes:
-        """The picture as it is stored. Raises DataError."""
-        found = self.locate(path, where)
-        try:
-            return found.read_bytes() if isinstance(found, Path) else found
-        except OSError as error:
-            raise DataError(f"{where}: image {path!r}: cannot be read: {error}") from None
-
-    def stored_bytes(self, path: str, where: str) -> int:
-        """Size of the stored picture, without reading it. Raises DataError."""
-        if self.shards:
-            return self._place(path, where)[2]
-        try:
-            return os.stat(self.locate(path, where)).st_size  # type: ignore[arg-type]
-        except OSError as error:
-            raise DataError(f"{where}: image {path!r}: cannot be read: {error}") from None
-
-    def _place(self, path: str, where: str) -> tuple[int, int, int]:
-        """(shard, where it starts, how long it is) of a picture."""
-        key = np.uint64(path_hash(path))
-        place = int(np.searchsorted(self._hashes, key))
-        if place == len(self._hashes) or self._hashes[place] != key:
-            raise DataError(f"{where}: image {path!r}: not in the shards of {self.data_dir}")
-        shard, offset, size = (int(value) for value in self._places[place])
-        return shard, offset, size
-
-    def _read(self, path: str, where: str) -> bytes:
-        shard, offset, size = self._place(path, where)
-        data = os.pread(self._handle(shard), size, offset)
-        if len(data) != size:
-            raise DataError(f"{where}: image {path!r}: {self.shards[shard]} is shorter than its index says")
-        return data
-
-    def _handle(self, shard: int) -> int:
-        if self._pid != os.getpid():
-            # A forked worker must not share positions or closing with its parent.
-            self._handles, self._pid = {}, os.getpid()
-        if shard not in self._handles:
-            if len(self._handles) >= OPEN_SHARDS:
-                os.close(self._handles.pop(next(iter(self._handles))))
-            self._handles[shard] = os.open(self.shards[shard], os.O_RDONLY)
-        return self._handles[shard]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}, "_pid": 0}
-
-    def __del__(self) -> None:
-        if getattr(self, "_pid", 0) == os.getpid():
-            for handle in self._handles.values():
-                os.close(handle)
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
-class _Member(io.RawIOBase):
-    """A part of an open file, of which only what is asked for is read."""
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What the header says."""
 
-    def __init__(self, handle: int, start: int, size: int) -> None:
-        self._handle, self._start, self._size, self._position = handle, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence])
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        left = memoryview(buffer)[: max(0, self._size - self._position)]
-        count = os.preadv(self._handle, [left], self._start + self._position) if left else 0
-        self._position += count
-        return count
+    format: str
+    width: int
+    height: int
 
 
-def pictures_of(data_dir: str | Path, entry: dict[str, Any]) -> Pictures:
-    """The pictures of a split, from its entry in dataset.json ({} for a folder made by hand)."""
-    return Pictures(data_dir, entry.get("shards", ()), entry.get("index", ""))
-
-
-def write_shards(jsonl: Path, images: Path, folder: Path, split: str, shard_bytes: int) -> dict[str, Any]:
-    """Pack the examples of a jsonl and their pictures into folder/shards; returns what dataset.json says of them.
-
-    A shard is closed by the first example that makes it longer than shard_bytes. A picture that several examples name
-    is stored with the first. Equal inputs give equal bytes. The files are removed as they are packed, so that the disk
-    needs room for the pictures once.
-    """
-    target = folder / "shards"
-    target.mkdir(parents=True, exist_ok=True)
-    names: list[str] = []
-    starts: list[int] = []
-    hashes: list[int] = []
-    places: list[tuple[int, int, int]] = []
-    known: set[int] = set()
-    archive: tarfile.TarFile | None = None
+def _open(data: bytes | Path | BinaryIO, where: str) -> Image.Image:
     try:
-        for number, example in enumerate(read_conversations(jsonl)):
-            if archive is None or archive.offset > shard_bytes:
-                if archive is not None:
-                    archive.close()
-                names.append(f"shards/{split}-{len(names):05d}.tar")
-                starts.append(number)
-                archive = tarfile.open(folder / names[-1], "w:", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-            _add(archive, f"{number:09d}.json", format_line(example))
-            for place, path in enumerate(example.images):
-                key = path_hash(path)
-                if key in known:
-                    continue
-                known.add(key)
-                file = images / path
-                data = file.read_bytes()
-                offset = _add(archive, f"{number:09d}.{place}{Path(path).suffix.lower()}", data)
-                hashes.append(key)
-                places.append((len(names) - 1, offset, len(data)))
-                file.unlink()
-    finally:
-        if archive is not None:
-            archive.close()
-    order = np.argsort(np.array(hashes, np.uint64), kind="stable")
-    index = f"shards/{split}.index.npz"
-    np.savez(
-        folder / index,
-        hashes=np.array(hashes, np.uint64)[order],
-        places=np.array(places, np.int64).reshape(-1, 3)[order],
-    )
-    return {"shards": names, "index": index, "shard_starts": starts}
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=READ)
+    except UnidentifiedImageError:
+        raise DataError(f"{where}: not a picture; expected one of {', '.join(READ)}") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{where}: {error}") from None
+    except _BROKEN as error:
+        raise DataError(f"{where}: cannot be opened as a picture: {error}") from None
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise DataError(f"{where}: {image.width} x {image.height} pixels; expected at most {limit} in all")
+    return image
 
 
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a member; returns where its bytes start in the file."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
-    # A member is a header of one block, then its bytes, filled up to whole blocks.
-    blocks = -(-len(data) // tarfile.BLOCKSIZE)
-    return archive.offset - blocks * tarfile.BLOCKSIZE
+def too_thin(width: int, height: int) -> bool:
+    """Whether the model would see nothing of a picture of that size."""
+    return max(width, height) > MAX_RATIO * min(width, height)
 
 
-def shard_order(starts: Sequence[int], examples: int, seed: int, epoch: int, together: int = 8) -> list[int]:
-    """A permutation of the examples that depends on seed and epoch only and stays within `together` shards at a time.
+def inspect(data: bytes, where: str) -> ImageInfo:
+    """Header and completeness of encoded bytes, without decoding them.
 
-    Shards come in random order, `together` of them are mixed, then the next ones: a process reads few files at a time,
-    each once. starts: index of each shard's first example.
+    Raises DataError: no picture, too many pixels, too thin, truncated; a PNG also for a wrong checksum.
     """
-    rng = random.Random(f"shards/{seed}/{epoch}")
-    edges = [*starts, examples]
-    shards = list(range(len(starts)))
-    rng.shuffle(shards)
-    order: list[int] = []
-    for first in range(0, len(shards), together):
-        window = [
-            index for shard in shards[first : first + together] for index in range(edges[shard], edges[shard + 1])
-        ]
-        rng.shuffle(window)
-        order += window
-    return order
+    with _open(data, where) as image:
+        info = ImageInfo(image.format or "", image.width, image.height)
+        if too_thin(info.width, info.height):
+            raise DataError(f"{where}: {info.width} x {info.height} pixels; {TOO_THIN}")
+        try:
+            image.verify()  # checks the chunks of a PNG, and nothing of a JPEG
+            # A thumbnail among the metadata has an end mark of its own. Some writers append metadata behind the last.
+            if info.format in ("JPEG", "MPO") and data.rfind(b"\xff\xd9") < _jpeg_pixels(data):
+                raise DataError(
+                    f"{where}: JPEG ends after {len(data)} bytes without its end mark; the file is truncated"
+                )
+        except DataError:
+            raise
+        except _BROKEN as error:
+            raise DataError(f"{where}: the file is damaged or truncated: {error}") from None
+    return info
+
+
+def _jpeg_pixels(data: bytes) -> int:
+    """Where a JPEG's metadata end and its pixels start."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        mark = data[position + 1]
+        if mark == 0xFF:  # a filling byte
+            position += 1
+        elif mark == 0xDA:
+            return position
+        elif mark == 0x01 or 0xD0 <= mark <= 0xD8:  # without a length
+            position += 2
+        else:
+            position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+    return position
+
+
+def open_rgb(data: bytes | Path, where: str) -> Image.Image:
+    """Decode to an upright 8-bit RGB picture. Raises DataError if the picture cannot be decoded whole."""
+    try:
+        with _open(data, where) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16") or image.mode == "I":
+                # Pillow's own conversion clips 16-bit grey at 255, which turns nearly every scan white.
+                image = image.convert("I").point(lambda grey: grey * (1 / 256)).convert("L")
+            elif image.mode == "F":
+                raise DataError(f"{where}: floating point pixels; expected 8 or 16 bits a channel")
+            return image.convert("RGB")
+    except DataError:
+        raise
+    except _BROKEN as error:
+        raise DataError(f"{where}: cannot be decoded: {error}") from None
+
+
+def as_png(data: bytes, where: str) -> bytes:
+    """The picture as PNG, for formats whose bytes are not kept. Raises DataError."""
+    buffer = io.BytesIO()
+    open_rgb(data, where).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def displayed_size(data: bytes | Path | BinaryIO, where: str) -> tuple[int, int]:
+    """(width, height) as open_rgb would give it, from the header alone; a file is closed. Raises DataError."""
+    try:
+        source = io.BytesIO(data) if isinstance(data, bytes) else data
+        with open(source, "rb") if isinstance(source, Path) else source as file:
+            if plain := _plain_png_size(file):
+                return plain
+            file.seek(0)
+            with _open(file, where) as image:
+                # Of a TIFF Pillow gives the size as displayed, and turns the pixels itself.
+                turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+                return (image.height, image.width) if turned else image.size
+    except OSError as error:
+        raise DataError(f"{where}: cannot be opened as a picture: {error}") from None
+
+
+def _plain_png_size(file: BinaryIO) -> tuple[int, int] | None:
+    """(width, height) of a whole PNG in which nothing can turn the picture; None: ask Pillow.
+
+    Pillow decodes all of a PNG to learn its orientation, because it may stand behind the pixels: 60 ms for a page.
+    """
+    header = file.read(33)
+    if len(header) < 33 or not header.startswith(_PNG_START) or header[12:16] != b"IHDR":
+        return None
+    width, height = struct.unpack_from(">II", header, 16)
+    if not width or not height or (Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS):
+        return None
+    while len(start := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", start)
+        if kind == b"IEND":
+            return width, height
+        if kind == b"eXIf":
+            return None
+        if kind in (b"tEXt", b"zTXt", b"iTXt"):
+            keyword = file.read(min(length, 8))
+            if keyword.lower().startswith((b"exif", b"raw prof", b"xml", b"xmp")):
+                return None
+            length -= len(keyword)
+        file.seek(length + 4, io.SEEK_CUR)
+    return None
+
+
+def frame_indices(total: int, wanted: int) -> list[int]:
+    """The recipe's choice of frames: arange(0, n, n / 8), truncated."""
+    return [int(index) for index in np.arange(0, total, total / wanted)[:wanted]]
+
+
+def sample_frames(path: Path, wanted: int = 8) -> list[bytes]:
+    """JPEG bytes of `wanted` frames spread over a clip, its first frame included.
+
+    Raises DataError if the clip does not decode or has fewer frames. What decodes counts, not what the header promises:
+    a correct header costs one pass, a wrong one two.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path}: no video stream")
+            total = container.streams.video[0].frames
+        for _ in range(2):
+            indices = frame_indices(total, wanted) if total >= wanted else []
+            promised, (total, frames) = total, _decode(path, set(indices))
+            if total < wanted:
+                raise DataError(f"{path}: {total} frames; expected at least {wanted}")
+            if total == promised:
+                return [frames[index] for index in indices]
+        raise DataError(f"{path}: {total} frames in a second pass; expected {promised} as in the first")
+    except DataError:
+        raise
+    except (av.FFmpegError, ValueError, MemoryError) as error:
+        raise DataError(f"{path}: does not decode: {error}") from None
+
+
+def _decode(path: Path, keep: set[int]) -> tuple[int, dict[int, bytes]]:
+    """(number of frames, JPEG bytes of those to keep)."""
+    import av
+
+    frames: dict[int, bytes] = {}
+    total = 0
+    with av.open(str(path)) as container:
+        # One thread per clip: the converter runs clips side by side.
+        container.streams.video[0].thread_count = 1
+        for frame in container.decode(video=0):
+            if total in keep:
+                buffer = io.BytesIO()
+                frame.to_image().save(buffer, "JPEG", quality=JPEG_QUALITY)
+                frames[total] = buffer.getvalue()
+            total += 1
+            if total > MAX_FRAMES:
+                raise DataError(f"{path}: more than {MAX_FRAMES} frames")
+    return total, frames

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils.logging import disable_progress_bar
 
 from phi3v.data.conversations import DataError
-from phi3v.data.sources import LOCK, fetch, locked_files
+from phi3v.data.fetch import LOCK, fetch, locked_files
 from phi3v.model.adapters import base_of, is_adapter, load_for_inference
 from phi3v.model.half import use_float32_sums
 from phi3v.model.processing import Phi3VProcessor

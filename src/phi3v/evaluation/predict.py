@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from phi3v.data.conversations import DataError, Turn, prompt_text, text_problem
-from phi3v.data.images import open_rgb
+from phi3v.data.pictures import open_rgb
 from phi3v.evaluation.generate import Predictor, weights_folder
 from phi3v.model.runtime import compute_device
 from phi3v.settings import PredictSettings

@@ -9,10 +9,9 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+from phi3v.data.check import in_training
 from phi3v.data.conversations import DataError, prompt_text, read_conversations
-from phi3v.data.folder import describe, split_file
-from phi3v.data.leakage import in_training
-from phi3v.data.pictures import Pictures, pictures_of
+from phi3v.data.folder import Pictures, describe, split_file
 
 if TYPE_CHECKING:  # the report reads predictions in an environment without torch
     from phi3v.model.image_processing import Phi3VImageProcessor
@@ -34,7 +33,7 @@ class Question:
 
 def pictures_of_split(data_dir: str | Path, split: str) -> Pictures:
     """The pictures of a split, in files or in shards."""
-    return pictures_of(data_dir, describe(data_dir).get("splits", {}).get(split, {}))
+    return Pictures(data_dir, describe(data_dir).get("splits", {}).get(split))
 
 
 def read_questions(data_dir: str | Path, split: str) -> list[Question]:

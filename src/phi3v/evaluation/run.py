@@ -24,8 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from phi3v.data.conversations import DataError
-from phi3v.data.folder import describe, split_file
-from phi3v.data.pictures import Pictures
+from phi3v.data.folder import Pictures, describe, split_file
 from phi3v.data.processes import loader_workers
 from phi3v.evaluation.generate import Answer, Predictor, choice_of, is_hub_id, weights_folder
 from phi3v.evaluation.metrics import normalise

@@ -158,7 +158,7 @@ class Split(Strict):
         "cauldron", "docvqa_mini", "ucf101", "image_folder", "table", "llava", "nlvr2_official", "hateful_memes_official",
         "docvqa_official",
     ]  # fmt: skip
-    """Converter of phi3v.data.converters."""
+    """Converter of phi3v.data.formats."""
     rows: Annotated[str, Field(pattern=r"^\d*:\d*$")] = ":"
     """Rows taken, as a Python slice: `500:` is all but the first 500."""
     options: dict[str, str] = {}

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from phi3v.data.pictures import shard_order
+from phi3v.data.folder import shard_order
 
 Grouping = Literal["fixed", "length", "packed"]
 

@@ -188,7 +188,7 @@ def unused_parameters(model: Any) -> set[str]:
 
 def read_data(settings: FinetuneSettings, processor: Any, split: str) -> tuple[Any, Path, int]:
     """The split's dataset, its folder, and the number of tiles an image may have."""
-    from phi3v.data.loading import ConversationDataset
+    from phi3v.data.dataset import ConversationDataset
 
     folder = settings.data_folder()
     dataset = ConversationDataset(folder, split, processor, settings.num_crops, settings.seed, as_uint8=True)
@@ -266,7 +266,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
             f"command line: field `model_name_or_path`: got {settings.model_name_or_path!r}: no config.json there; "
             "expected a checkpoint folder in the official layout"
         )
-    from phi3v.data.loading import collate
+    from phi3v.data.dataset import collate
     from phi3v.model import Phi3VProcessor
     from phi3v.training import micro_batch
     from phi3v.training.batches import Collator, PickedExamples, bundled
@@ -345,8 +345,10 @@ def _lengths(settings: FinetuneSettings, dataset: Any) -> tuple[list[int] | None
     """(examples kept by --max_length or None for all, their lengths in tokens) where they are needed."""
     if settings.batching == "fixed" and settings.max_length is None and not settings.is_probed:
         return None, None
-    lengths = dataset.lengths()
+    from phi3v.data.lengths import lengths
+
+    tokens = lengths(dataset)
     if settings.max_length is None:
-        return None, lengths
-    kept = [index for index, length in enumerate(lengths) if length <= settings.max_length]
-    return kept, [lengths[index] for index in kept]
+        return None, tokens
+    kept = [index for index, length in enumerate(tokens) if length <= settings.max_length]
+    return kept, [tokens[index] for index in kept]

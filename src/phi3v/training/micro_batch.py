@@ -201,7 +201,7 @@ def choose(
     output: Path,
     model: Any,
     example: Callable[[int], dict[str, Any]],
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    collate: Callable[[list[Any]], dict[str, Any]],
     lengths: Sequence[int],
     processes: int,
     device: torch.device,

@@ -1,13 +1,16 @@
 """Checking a data folder: every line's shape, ids, image paths, the pictures themselves, and leaks between splits.
 
 Three levels, each with the ones before it: "shape" (lines and ids), "paths" (every image path is a file inside the
-folder), "images" (every picture decodes; the same picture in two splits is reported). All problems are gathered, the
+folder), "images" (every picture decodes; the same pixels in two splits are reported). All problems are gathered: the
 first 20 of each kind are kept with file:line:field, the rest are counted.
+
+`leakage` compares bytes, not pixels: that costs next to nothing, so the converter does it for every dataset.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import stat
@@ -15,14 +18,22 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tqdm import tqdm
 
-from phi3v.data.conversations import MAX_LINE_BYTES, DataError, decode_line, raw_lines, record_problem, shown
-from phi3v.data.folder import describe
-from phi3v.data.images import TOO_THIN, too_thin
-from phi3v.data.pictures import Pictures, pictures_of
+from phi3v.data.conversations import (
+    MAX_LINE_BYTES,
+    Conversation,
+    DataError,
+    decode_line,
+    raw_lines,
+    read_conversations,
+    record_problem,
+    shown,
+)
+from phi3v.data.folder import Pictures, SplitEntry, describe, splits_of
+from phi3v.data.pictures import TOO_THIN, too_thin
 from phi3v.data.processes import process_pool
 
 Level = Literal["shape", "paths", "images"]
@@ -51,24 +62,23 @@ _LINE = re.compile(
 _IMAGES = re.compile(r'"images": \[([^\]]+)\]')
 
 
-@dataclass
 class Problems:
     """What is wrong, gathered by kind."""
 
-    kinds: dict[str, list[str]] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.kept: dict[str, list[str]] = {}
+        self.counts: dict[str, int] = {}
 
     def add(self, kind: str, message: str) -> None:
         """One more problem of a kind."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        kept = self.kinds.setdefault(kind, [])
-        if len(kept) < KEPT_OF_A_KIND:
-            kept.append(message)
+        if self.counts[kind] <= KEPT_OF_A_KIND:
+            self.kept.setdefault(kind, []).append(message)
 
     def forget(self, prefix: str) -> None:
         """Drop the kinds that start so."""
         for kind in [kind for kind in self.counts if kind.startswith(prefix)]:
-            del self.counts[kind], self.kinds[kind]
+            del self.counts[kind], self.kept[kind]
 
     @property
     def total(self) -> int:
@@ -76,8 +86,8 @@ class Problems:
         return sum(self.counts.values())
 
     def lines(self) -> Iterator[str]:
-        """Messages, and a count where more of a kind were found than are shown."""
-        for kind, kept in self.kinds.items():
+        """Messages, and a count if more of a kind were found than are kept."""
+        for kind, kept in self.kept.items():
             yield from kept
             if self.counts[kind] > len(kept):
                 yield f"… {self.counts[kind] - len(kept)} more: {kind}"
@@ -89,7 +99,6 @@ class SplitCheck:
 
     file: str
     examples: int = 0
-    image_references: int = 0
     pictures: dict[str, int] = field(default_factory=dict)
     """Path of each picture to the line that first names it."""
 
@@ -125,7 +134,6 @@ def check_lines(path: Path, problems: Problems, with_paths: bool, ids: set[str] 
             if with_paths:
                 for names in images_of(block, position, fast.end()):
                     for name in names[1:-1].split('", "'):
-                        found.image_references += 1
                         if name not in pictures:
                             pictures[name] = number
                             if len(name) > 1024:
@@ -180,28 +188,30 @@ def _slow_line(line: str, number: int, found: SplitCheck, problems: Problems, se
     if with_paths:
         for turn in record["conversations"]:
             for name in turn.get("images", ()):
-                found.image_references += 1
                 found.pictures.setdefault(name, number)
 
 
-def check_paths(images: Path, checks: Iterable[SplitCheck], problems: Problems) -> None:
-    """Every picture is a file inside `images`, links included."""
+def check_paths(images: Path, found: SplitCheck, problems: Problems) -> None:
+    """Every picture is a file inside `images`, links included; those that are not are dropped from `found`."""
     root = os.path.realpath(images)
     folders: dict[str, bool] = {}
     lstat, is_file = os.lstat, stat.S_ISREG
-    for found in checks:
-        for name, number in found.pictures.items():
-            folder = name.rpartition("/")[0]
-            plain = folders.get(folder)
-            if plain is None:
-                plain = folders[folder] = os.path.realpath(f"{root}/{folder}") == f"{root}/{folder}".rstrip("/")
-            try:
-                if plain and is_file(lstat(f"{root}/{name}").st_mode):
-                    continue
-            except (OSError, ValueError):
-                pass  # looked at again below, where the reason is found
-            if reason := _path_problem(root, name):
-                problems.add(f"image: {reason}", f"{found.file}:{number}: image {shown(name)}: {reason} in {images}")
+    wrong = []
+    for name, number in found.pictures.items():
+        folder = name.rpartition("/")[0]
+        plain = folders.get(folder)
+        if plain is None:
+            plain = folders[folder] = os.path.realpath(f"{root}/{folder}") == f"{root}/{folder}".rstrip("/")
+        try:
+            if plain and is_file(lstat(f"{root}/{name}").st_mode):
+                continue
+        except (OSError, ValueError):
+            pass  # _path_problem finds the reason
+        if reason := _path_problem(root, name):
+            problems.add(f"image: {reason}", f"{found.file}:{number}: image {shown(name)}: {reason} in {images}")
+            wrong.append(name)
+    for name in wrong:
+        del found.pictures[name]
 
 
 def _path_problem(root: str, name: str) -> str | None:
@@ -210,17 +220,15 @@ def _path_problem(root: str, name: str) -> str | None:
         return "is a link that leaves the folder"
     if not os.path.exists(file):
         return "no such file"
-    if not os.path.isfile(file):
-        return "not a file"
-    return None
+    return None if os.path.isfile(file) else "not a file"
 
 
 _STORES: dict[str, Pictures] = {}
 """Of a checking process: the pictures of each split."""
 
 
-def _open_stores(data_dir: Path, described: dict[str, Any], splits: list[str]) -> None:
-    _STORES.update({split: pictures_of(data_dir, described.get(split, {})) for split in splits})
+def _open_stores(data_dir: Path, described: dict[str, SplitEntry], splits: list[str]) -> None:
+    _STORES.update({split: Pictures(data_dir, described.get(split)) for split in splits})
 
 
 def check_picture(job: tuple[str, str]) -> tuple[str, bytes, int, int]:
@@ -236,62 +244,42 @@ def check_picture(job: tuple[str, str]) -> tuple[str, bytes, int, int]:
 
 
 def check_images(
-    data_dir: Path, described: dict[str, Any], checks: dict[str, SplitCheck], problems: Problems, workers: int
+    data_dir: Path, described: dict[str, SplitEntry], checks: dict[str, SplitCheck], problems: Problems, workers: int
 ) -> dict[str, int]:
     """Every picture decodes; the same pixels in two splits are a leak. Returns {"SPLIT and SPLIT": shared pictures}."""
     jobs = [(split, name) for split, found in checks.items() for name in found.pictures]
-    hashes: dict[tuple[str, str], bytes] = {}
+    owners: dict[str, dict[bytes, str]] = {split: {} for split in checks}
     with process_pool(workers, _open_stores, data_dir, described, list(checks)) as pool:
         results = pool.map(check_picture, jobs, chunksize=16)
         bar = tqdm(results, total=len(jobs), desc="decoding", unit="picture", disable=None)
         for (split, name), (problem, digest, width, height) in zip(jobs, bar, strict=True):
-            where = f"{checks[split].file}:{checks[split].pictures[name]}"
+            where = f"{checks[split].file}:{checks[split].pictures[name]}: image {shown(name)}"
             if problem:
-                problems.add("image does not decode", f"{where}: image {shown(name)}: {problem}")
+                problems.add("image does not decode", f"{where}: {problem}")
                 continue
-            hashes[split, name] = digest
+            owners[split][digest] = name
             if too_thin(width, height):
-                problems.add("image too thin", f"{where}: image {shown(name)}: {width} x {height}; {TOO_THIN}")
-    return _leaks(checks, hashes, problems)
-
-
-def _leaks(checks: dict[str, SplitCheck], hashes: dict[tuple[str, str], bytes], problems: Problems) -> dict[str, int]:
-    splits = list(checks)
-    owners = {
-        split: {hashes[split, name]: name for name in checks[split].pictures if (split, name) in hashes}
-        for split in splits
-    }
+                problems.add("image too thin", f"{where}: {width} x {height}; {TOO_THIN}")
     shared: dict[str, int] = {}
-    for position, one in enumerate(splits):
-        for other in splits[position + 1 :]:
-            common = owners[one].keys() & owners[other].keys()
-            if common:
-                shared[f"{one} and {other}"] = len(common)
-            for digest in sorted(common, key=lambda digest: checks[other].pictures[owners[other][digest]]):
-                name = owners[other][digest]
-                where = f"{checks[other].file}:{checks[other].pictures[name]}"
-                problems.add(
-                    f"leak: picture of {other} also in {one}",
-                    f"{where}: image {shown(name)}: the same pixels as {shown(owners[one][digest])} of split {one}",
-                )
+    for one, other in itertools.combinations(checks, 2):
+        lines, mine, theirs = checks[other].pictures, owners[one], owners[other]
+        common = sorted(mine.keys() & theirs.keys(), key=lambda digest: lines[theirs[digest]])
+        if common:
+            shared[f"{one} and {other}"] = len(common)
+        for digest in common:
+            name = theirs[digest]
+            problems.add(
+                f"leak: picture of {other} also in {one}",
+                f"{checks[other].file}:{lines[name]}: image {shown(name)}: the same pixels as {shown(mine[digest])} of "
+                f"split {one}",
+            )
     return shared
-
-
-def splits_of(data_dir: Path) -> dict[str, Path]:
-    """Splits and their files: as dataset.json says, else every *.jsonl but rejected.jsonl."""
-    entries = describe(data_dir).get("splits")
-    if entries:
-        return {split: data_dir / entry["file"] for split, entry in entries.items()}
-    return {
-        path.stem.rpartition("_")[2]: path for path in sorted(data_dir.glob("*.jsonl")) if path.name != "rejected.jsonl"
-    }
 
 
 def validate_folder(
     data_dir: str | Path, level: Level = "images", workers: int = 1
 ) -> tuple[dict[str, SplitCheck], Problems, dict[str, int]]:
-    """(what each split holds, everything that is wrong, shared pictures of two splits). Raises DataError: no data at
-    all."""
+    """(what each split holds, everything that is wrong, shared pictures of two splits). Raises DataError: no data."""
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such folder; expected one with images/ and a jsonl for each split")
@@ -301,30 +289,25 @@ def validate_folder(
     problems = Problems()
     checks: dict[str, SplitCheck] = {}
     ids: set[str] = set()
-    described: dict[str, Any] = describe(data_dir).get("splits", {})
+    described = describe(data_dir).get("splits", {})
     for split, path in splits.items():
         if not path.is_file():
             problems.add("split missing", f"{path}: missing; dataset.json names it as split {split}")
             continue
-        checks[split] = check_lines(path, problems, level != "shape", ids)
-        expected = described.get(split, {}).get("examples")
-        if expected not in (None, checks[split].examples):
-            problems.add(
-                "number of examples",
-                f"{path}: {checks[split].examples} lines; expected {expected}, as dataset.json says",
-            )
-    shared: dict[str, int] = {}
-    if level != "shape" and any(found.pictures for found in checks.values()):
-        images = data_dir / "images"
-        before = problems.total
-        files = {split: found for split, found in checks.items() if "shards" not in described.get(split, {})}
-        check_paths(images, files.values(), problems)
-        for split in checks.keys() - files.keys():
-            check_shards(pictures_of(data_dir, described[split]), checks[split], problems)
-        if level == "images":
-            if problems.total != before:
-                _drop_missing(images, files)
-            shared = check_images(data_dir, described, checks, problems, workers)
+        found = checks[split] = check_lines(path, problems, level != "shape", ids)
+        expected = described.get(split, {}).get("examples", found.examples)
+        if expected != found.examples:
+            message = f"{path}: {found.examples} lines; expected {expected}, as dataset.json states"
+            problems.add("number of examples", message)
+    if level == "shape" or not any(found.pictures for found in checks.values()):
+        return checks, problems, {}
+    for split, found in checks.items():
+        entry = described.get(split, {})
+        if "shards" in entry:
+            check_shards(Pictures(data_dir, entry), found, problems)
+        else:
+            check_paths(data_dir / "images", found, problems)
+    shared = check_images(data_dir, described, checks, problems, workers) if level == "images" else {}
     return checks, problems, shared
 
 
@@ -338,8 +321,48 @@ def check_shards(pictures: Pictures, found: SplitCheck, problems: Problems) -> N
             del found.pictures[name]
 
 
-def _drop_missing(images: Path, checks: dict[str, SplitCheck]) -> None:
-    """Pictures that are not there or lie outside are reported already; opening them would report them twice."""
-    root = os.path.realpath(images)
-    for found in checks.values():
-        found.pictures = {name: line for name, line in found.pictures.items() if _path_problem(root, name) is None}
+def content_digest(data: bytes) -> bytes:
+    """What stands for a picture's bytes."""
+    return hashlib.sha256(data).digest()
+
+
+def in_training(paths: Iterable[str], own: Pictures, train: Iterable[Conversation], theirs: Pictures) -> set[str]:
+    """Those of the paths whose bytes are also a picture of the training split.
+
+    Of the training pictures only those are read that are as long as one of the paths'. Raises DataError if one of the
+    paths' is not there.
+    """
+    digests = {path: content_digest(own.bytes_of(path, "leakage")) for path in sorted(set(paths))}
+    sizes = {own.stored_bytes(path, "leakage") for path in digests}
+    seen: set[bytes] = set()
+    done: set[str] = set()
+    for example in train:
+        for path in example.images:
+            try:
+                if path not in done and theirs.stored_bytes(path, example.id) in sizes:
+                    done.add(path)
+                    seen.add(content_digest(theirs.bytes_of(path, example.id)))
+            except DataError:
+                continue  # a picture that cannot be read cannot have been trained on
+    return {path for path, digest in digests.items() if digest in seen}
+
+
+def leakage(folders: dict[str, Path], splits: dict[str, SplitEntry]) -> dict[str, dict[str, int]]:
+    """dataset.json's `leakage`: {"val": {"examples": 3, "of": 500, "pictures": 3}} for each split but train.
+
+    splits: as in dataset.json; folders: the data folder of each. {} without a split train. Raises DataError.
+    """
+    if "train" not in splits:
+        return {}
+    train = folders["train"] / splits["train"]["file"]
+    theirs = Pictures(folders["train"], splits["train"])
+    found: dict[str, dict[str, int]] = {}
+    for split, entry in splits.items():
+        if split == "train":
+            continue
+        examples = [example.images for example in read_conversations(folders[split] / entry["file"])]
+        paths = {path for images in examples for path in images}
+        leaked = in_training(paths, Pictures(folders[split], entry), read_conversations(train), theirs)
+        count = sum(any(path in leaked for path in images) for images in examples)
+        found[split] = {"examples": count, "of": len(examples), "pictures": len(leaked)}
+    return found

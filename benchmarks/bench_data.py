@@ -1,14 +1,14 @@
 """Measure the data room on this machine: rates by the clock and per second of processor time, and peak memory.
 
-    python tests/measure_data.py validate 200000        # lines/s of scripts/validate.py's levels "shape" and "paths"
-    python tests/measure_data.py decode 2000            # pictures/s of level "images", pages of 1700 x 2200
-    python tests/measure_data.py convert 10000 14       # parquet rows with JPEG pictures of so many kB
-    python tests/measure_data.py convert 1000 600 PNG   # the same with PNG pictures
-    python tests/measure_data.py table 100000           # rows of a table; llava: of a json; folder: files of classes
-    python tests/measure_data.py load 1000000           # start-up and memory of ConversationDataset
-    python tests/measure_data.py lengths 100000         # lengths(): first time, on one core and on all, and again
-    python tests/measure_data.py clips 100              # UCF-101-like clips/s beside decoding alone
-    python tests/measure_data.py padding DATA_DIR MODEL_DIR   # share of padding of a data folder, by kind of batch
+    python benchmarks/bench_data.py validate 200000        # lines/s of scripts/validate.py's levels "shape" and "paths"
+    python benchmarks/bench_data.py decode 2000            # pictures/s of level "images", pages of 1700 x 2200
+    python benchmarks/bench_data.py convert 10000 14       # parquet rows with JPEG pictures of so many kB
+    python benchmarks/bench_data.py convert 1000 600 PNG   # the same with PNG pictures
+    python benchmarks/bench_data.py table 100000           # rows of a table; llava: of a json; folder: files of classes
+    python benchmarks/bench_data.py load 1000000           # start-up and memory of ConversationDataset
+    python benchmarks/bench_data.py lengths 100000         # lengths(): first time, on one core and on all, and again
+    python benchmarks/bench_data.py clips 100              # UCF-101-like clips/s beside decoding alone
+    python benchmarks/bench_data.py padding DATA_DIR MODEL_DIR   # share of padding of a data folder, by kind of batch
 
 Run it with nothing else on the machine; files go to TMPDIR.
 """
@@ -29,7 +29,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-from data_examples import picture_bytes
 from PIL import Image
 
 from phi3v.data.conversations import Conversation, Turn, write_conversations
@@ -52,6 +51,16 @@ def measured(what: str, count: int) -> Iterator[None]:
     )
 
 
+def picture_bytes(seed: int = 0, kind: str = "JPEG", size: tuple[int, int] = (40, 30)) -> bytes:
+    """A small noisy picture."""
+    import numpy as np
+
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
 def line(number: int) -> Conversation:
     image = f"train/{number // 1000:05d}/{number:08d}-0.jpg"
     turn = Turn((image,), "What is the total amount on the invoice?\nAnswer briefly.", f"${number}.00")
@@ -59,7 +68,7 @@ def line(number: int) -> Conversation:
 
 
 def validate(folder: Path, lines: int) -> None:
-    from phi3v.data.validation import validate_folder
+    from phi3v.data.check import validate_folder
 
     write_conversations(folder / "train.jsonl", (line(number) for number in range(lines)))
     for start in range(0, lines, 1000):
@@ -72,7 +81,7 @@ def validate(folder: Path, lines: int) -> None:
 
 
 def decode(folder: Path, pages: int) -> None:
-    from phi3v.data.validation import validate_folder
+    from phi3v.data.check import validate_folder
 
     page = noisy_page()
     (folder / "images/train/00000").mkdir(parents=True)
@@ -104,7 +113,7 @@ def convert(folder: Path, rows: int, kilobytes: int, kind: str = "JPEG") -> None
     import pyarrow
     import pyarrow.parquet
 
-    from phi3v.data.conversion import convert_files
+    from phi3v.data.convert import convert_files
 
     side = int((kilobytes * (900 if kind == "JPEG" else 333)) ** 0.5)
     pictures = [picture_bytes(seed, kind, (side, side)) for seed in range(20)]
@@ -140,7 +149,7 @@ def convert(folder: Path, rows: int, kilobytes: int, kind: str = "JPEG") -> None
 
 
 def table(folder: Path, rows: int) -> None:
-    from phi3v.data.conversion import convert_files
+    from phi3v.data.convert import convert_files
 
     make_pictures(folder)
     with open(folder / "my.tsv", "w") as file:
@@ -151,7 +160,7 @@ def table(folder: Path, rows: int) -> None:
 
 
 def llava(folder: Path, rows: int) -> None:
-    from phi3v.data.conversion import convert_files
+    from phi3v.data.convert import convert_files
 
     make_pictures(folder)
     with open(folder / "my.json", "w") as file:
@@ -165,7 +174,7 @@ def llava(folder: Path, rows: int) -> None:
 
 
 def class_folder(folder: Path, rows: int) -> None:
-    from phi3v.data.conversion import convert_files
+    from phi3v.data.convert import convert_files
 
     make_pictures(folder)
     for number in range(rows):
@@ -184,7 +193,7 @@ def make_pictures(folder: Path) -> None:
 
 
 def load(folder: Path, lines: int) -> None:
-    from phi3v.data.loading import ConversationDataset
+    from phi3v.data.dataset import ConversationDataset
 
     write_conversations(folder / "train.jsonl", (line(number) for number in range(lines)))
     processor = SimpleNamespace(image_processor=SimpleNamespace(num_crops=4), tokenizer=None)
@@ -197,9 +206,9 @@ def load(folder: Path, lines: int) -> None:
             dataset.selected(number * 7919 % lines)
 
 
-def lengths(folder: Path, rows: int) -> None:
-    from phi3v.data import lengths as room
-    from phi3v.data.loading import ConversationDataset
+def count_lengths(folder: Path, rows: int) -> None:
+    from phi3v.data.dataset import ConversationDataset
+    from phi3v.data.lengths import count, lengths
     from phi3v.demo.tiny import train_tokenizer
     from phi3v.model.image_processing import Phi3VImageProcessor
     from phi3v.model.processing import Phi3VProcessor
@@ -219,21 +228,28 @@ def lengths(folder: Path, rows: int) -> None:
     )
     dataset = ConversationDataset(folder, "train", Phi3VProcessor(Phi3VImageProcessor(), tokenizer))
     with measured("lengths on one core, examples", rows):
-        room.count(dataset)
+        count(dataset)
     with measured(f"lengths on {os.cpu_count()} cores, examples", rows):
-        first = dataset.lengths()
+        first = lengths(dataset)
     with measured("lengths again, examples", rows):
-        assert dataset.lengths() == first
+        assert lengths(dataset) == first
+
+
+def padding_share(token_lengths: list[int], batches: list[list[int]]) -> float:
+    """Share of padding in right-padded batches of examples (indices into token_lengths)."""
+    real = sum(token_lengths[index] for batch in batches for index in batch)
+    padded = sum(len(batch) * max(token_lengths[index] for index in batch) for batch in batches if batch)
+    return 1 - real / padded
 
 
 def padding(folder: Path, data_dir: str, model_dir: str) -> None:
-    from phi3v.data.loading import ConversationDataset
-    from phi3v.data.statistics import padding_share
+    from phi3v.data.dataset import ConversationDataset
+    from phi3v.data.lengths import lengths
     from phi3v.model.processing import Phi3VProcessor
     from phi3v.training.batching import BatchPlan, packs_needed
 
     dataset = ConversationDataset(data_dir, "train", Phi3VProcessor.from_pretrained(model_dir))
-    tokens = dataset.lengths()
+    tokens = lengths(dataset)
     print(f"{data_dir}: {len(tokens)} examples of {min(tokens)} to {max(tokens)} tokens")
     plan = {
         "examples": len(tokens),
@@ -282,7 +298,7 @@ def moving_clip(path: Path, frames: int) -> None:
 def clips(folder: Path, count: int) -> None:
     import av
 
-    from phi3v.data.conversion import convert_files
+    from phi3v.data.convert import convert_files
 
     for number in range(8):
         moving_clip(folder / f"eight/{number}.avi", 180)
@@ -312,7 +328,7 @@ def clips(folder: Path, count: int) -> None:
 def main() -> None:
     actions = {
         "validate": validate, "decode": decode, "convert": convert, "table": table, "llava": llava,
-        "folder": class_folder, "load": load, "lengths": lengths, "clips": clips, "padding": padding,
+        "folder": class_folder, "load": load, "lengths": count_lengths, "clips": clips, "padding": padding,
     }  # fmt: skip
     if len(sys.argv) < 3 or sys.argv[1] not in actions:
         sys.exit(__doc__)

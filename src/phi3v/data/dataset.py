@@ -13,32 +13,53 @@ import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch.utils.data import Dataset
 
 from phi3v.data.conversations import Conversation, DataError, Turn, answer_text, parse_line, prompt_text
-from phi3v.data.folder import LineIndex, describe, split_file
-from phi3v.data.pictures import pictures_of
+from phi3v.data.folder import LineIndex, Pictures, describe, split_file
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import ProcessorMixin
 
 DEFAULT_NUM_CROPS = 16
-"""The recipe's, where neither the caller nor dataset.json says one."""
+"""The recipe's, if neither the caller nor dataset.json has one."""
 
 
-class ConversationDataset(Dataset):
+class Encoded(TypedDict):
+    """An example as model inputs; pixel_values are float32, or uint8 that the model normalises."""
+
+    input_ids: torch.Tensor
+    """[T]"""
+    labels: torch.Tensor
+    """[T], -100 except on answers"""
+    pixel_values: torch.Tensor
+    """[tiles, 3, S, S]; no tiles for a text-only example"""
+    image_sizes: torch.Tensor
+    """[images, 2]"""
+
+
+class Example(Encoded):
+    """Model inputs of an example, with its id."""
+
+    id: str
+
+
+class ConversationDataset(Dataset[Example]):
     """A split of a data folder as training examples.
 
-    [i] gives {"id", "input_ids" [T], "labels" [T] (-100 but on answers), "pixel_values" [tiles, 3, S, S], "image_sizes"
-    [images, 2]}; a text-only example has no tiles. Which turns train is dataset.json's `turns`: all; draw: one an
-    epoch, drawn from (seed, epoch, i); first. Call `set_epoch` before each epoch.
+    Which turns train is dataset.json's `turns`: all; draw: one per epoch, drawn from (seed, epoch, i); first. Call
+    `set_epoch` before each epoch.
     """
 
     def __init__(
         self,
         data_dir: str | Path,
         split: str,
-        processor: Any,
+        processor: ProcessorMixin,
         num_crops: int | None = None,
         seed: int = 42,
         as_uint8: bool = False,
@@ -50,8 +71,8 @@ class ConversationDataset(Dataset):
         if not len(self.lines):
             raise DataError(f"{self.lines.path}: empty; expected one JSON object a line")
         entry = self.description.get("splits", {}).get(split, {})
-        self.pictures = pictures_of(data_dir, entry)
-        self._shard_starts: list[int] = entry.get("shard_starts", [])
+        self.pictures = Pictures(data_dir, entry)
+        self._shard_starts = entry.get("shard_starts", [])
         self.turns = turns or self.description.get("turns", "all")
         self.num_crops = num_crops or self.description.get("num_crops") or DEFAULT_NUM_CROPS
         # A copy: another dataset may use the same processor with another number of crops.
@@ -98,16 +119,7 @@ class ConversationDataset(Dataset):
             return self._shard_starts
         return list(dict.fromkeys(bisect.bisect_left(kept, start) for start in self._shard_starts))
 
-    def lengths(self) -> list[int]:
-        """Tokens of every example, from texts and picture headers; where a turn is drawn, those of the longest turn.
-
-        Counted once: a folder that the converter wrote keeps them beside the data.
-        """
-        from phi3v.data.lengths import lengths
-
-        return lengths(self)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index}; expected 0 … {len(self) - 1}")
         conversation = self.selected(index)
@@ -120,13 +132,15 @@ class ConversationDataset(Dataset):
 
 
 def encode(
-    processor: Any, turns: Sequence[Turn], pictures: Sequence[Sequence[Any]], as_uint8: bool = False
-) -> dict[str, torch.Tensor]:
-    """Turns with their decoded pictures as input_ids [T], labels [T], pixel_values [tiles, 3, S, S], image_sizes
-    [images, 2].
+    processor: ProcessorMixin,
+    turns: Sequence[Turn],
+    pictures: Sequence[Sequence[Image.Image]],
+    as_uint8: bool = False,
+) -> Encoded:
+    """Turns with their decoded pictures as model inputs.
 
     The prompt of each turn is the processor's (a beginning of sequence before the text and after every picture, as the
-    model was trained); later turns go on without another one in front. Labels are the answers with their end marks.
+    model was trained); later turns have none in front. Labels are the answers with their end marks.
     """
     tokenizer = processor.tokenizer
     ids: list[int] = []
@@ -154,12 +168,12 @@ def encode(
     }
 
 
-def collate(examples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.Tensor]:
     """A batch for the model, padded on the right.
 
     input_ids, attention_mask, labels [B, T]; loss_weights [B, T] float: 1 / (label tokens of its example) on label
     positions, 0 elsewhere, so that every example weighs the same however long its answer is; pixel_values [tiles of all
-    examples, 3, S, S] and image_sizes [images of all examples, 2] in the order of the examples, absent when there are
+    examples, 3, S, S] and image_sizes [images of all examples, 2] in the order of the examples, absent if there are
     none.
     """
     length = max(len(example["input_ids"]) for example in examples)
