@@ -25,7 +25,8 @@ from phi3v.planning.fits import published_setup
 from phi3v.planning.flops import Setup
 from phi3v.planning.memory import MemoryConstants, published_memory
 from phi3v.planning.step_time import Constants, images_per_second
-from phi3v.settings import Hardware, Model, SpeedRow, read_entries, read_table
+from phi3v.settings import Hardware, Model, SpeedRow, read_entries
+from phi3v.settings.rows import read_table
 
 SPEED_CONSTANTS = ("matmul_efficiency", "bandwidth_efficiency", "layer_seconds", "link_efficiency")
 MEMORY_CONSTANTS = ("runtime_gb", "optimizer_bytes", "cached_scores")

@@ -1,5 +1,15 @@
 """Every setting: names, types, defaults, ranges and the rules between fields. Imports no torch."""
 
+from phi3v.settings.base import (
+    Role,
+    SettingsError,
+    check_known,
+    explain,
+    fields_with,
+    read_entries,
+    read_yaml,
+    validate,
+)
 from phi3v.settings.command_line import flags, parse
 from phi3v.settings.commands import (
     Compute,
@@ -16,62 +26,14 @@ from phi3v.settings.entries import (
     Hardware,
     Model,
     Peak,
-    Role,
     Split,
     VisionGeometry,
     Workload,
     dataset_key,
-    fields_with,
     local_source,
     model_key,
 )
-from phi3v.settings.reading import SettingsError, explain, read_entries, read_table, read_yaml, validate
+from phi3v.settings.load import load_run
 from phi3v.settings.rows import AccuracyRow, SpeedRow, Training
-from phi3v.settings.run import Demo, Job, NotRun, Pool, ResolvedRun, Run, load_run
+from phi3v.settings.run import Demo, Job, NotRun, Pool, ResolvedRun, Run
 from phi3v.settings.site import CPU, SITE_FILE, Partition, Site, load_site
-
-__all__ = [
-    "CONVERTER_VERSION",
-    "CPU",
-    "SITE_FILE",
-    "AccuracyRow",
-    "Compute",
-    "Dataset",
-    "Demo",
-    "EvaluateSettings",
-    "FinetuneSettings",
-    "Geometry",
-    "Hardware",
-    "Job",
-    "Model",
-    "NotRun",
-    "Partition",
-    "Peak",
-    "Pool",
-    "PredictSettings",
-    "ReportSettings",
-    "ResolvedRun",
-    "Role",
-    "Run",
-    "SettingsError",
-    "Site",
-    "SpeedRow",
-    "SpeedSettings",
-    "Split",
-    "Training",
-    "VisionGeometry",
-    "Workload",
-    "dataset_key",
-    "explain",
-    "fields_with",
-    "flags",
-    "load_run",
-    "load_site",
-    "local_source",
-    "model_key",
-    "parse",
-    "read_entries",
-    "read_table",
-    "read_yaml",
-    "validate",
-]

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pydantic_settings
 from pydantic import ValidationError
 
-from phi3v.settings.entries import Role, fields_with
-from phi3v.settings.reading import explain
+from phi3v.settings.base import Role, explain, fields_with
 
 if TYPE_CHECKING:
     from phi3v.settings.commands import Command

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from phi3v.settings.base import Role, SettingsError, Strict, accepted_names, read_entries, validate
 from phi3v.settings.command_line import Bare
-from phi3v.settings.entries import Dataset, Metric, Role, Strict, accepted_names, dataset_key
-from phi3v.settings.reading import SettingsError, read_entries, validate
+from phi3v.settings.entries import Dataset, Metric, dataset_key
 from phi3v.settings.rows import (
     CountOrAuto,
     Dtype,

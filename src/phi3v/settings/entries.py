@@ -6,60 +6,18 @@ import glob
 import hashlib
 import json
 import re
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+
+from phi3v.settings.base import Strict
 
 Turns = Literal["all", "draw", "first"]
 Metric = Literal["accuracy", "anls"]
 
 # Raised whenever a converter's output changes for the same source, so that old and new data never share a folder.
 CONVERTER_VERSION = 2
-
-
-class Role(StrEnum):
-    """What another value of a field means for a result. A field without a role is `RECIPE`."""
-
-    IDENTITY = "identity"
-    """Names the result, or says where inputs and outputs are; contents are compared by digest instead."""
-    PUBLISHED = "published"
-    """The figure to compare with, where it was measured, and what is said about it."""
-    RECIPE = "recipe"
-    """Decides the result."""
-    NUMERICS = "numerics"
-    """Requested type and kernels; a manifest records which ones really ran."""
-    EQUIVALENT = "equivalent"
-    """Another value gives the same updates up to rounding, or another seed's run of the same recipe."""
-    RUNTIME = "runtime"
-    """Same bytes in the end."""
-
-
-def fields_with(model: type[BaseModel], *roles: Role) -> tuple[str, ...]:
-    """Names of a model's fields that have one of the roles: by role in the order given, then as they are declared."""
-
-    def role(name: str) -> Role:
-        return next((mark for mark in model.model_fields[name].metadata if isinstance(mark, Role)), Role.RECIPE)
-
-    return tuple(name for wanted in roles for name in model.model_fields if role(name) is wanted)
-
-
-def accepted_names(model: type[BaseModel]) -> set[str]:
-    """Names under which a model takes its fields: their own and their aliases."""
-    names = set(model.model_fields)
-    for field in model.model_fields.values():
-        if isinstance(field.validation_alias, AliasChoices):
-            names |= {choice for choice in field.validation_alias.choices if isinstance(choice, str)}
-    return names
-
-
-class Strict(BaseModel):
-    """Unknown fields are errors; docstrings under the fields become their descriptions."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
 
 
 def without_password(url: str) -> str:

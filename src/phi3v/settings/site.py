@@ -7,8 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from phi3v.settings.entries import Strict
-from phi3v.settings.reading import read_yaml, validate
+from phi3v.settings.base import Strict, read_yaml, validate
 
 SITE_FILE = "config/site.yaml"
 CPU = "cpu"

@@ -1,18 +1,60 @@
-"""YAML entries and tab-separated tables into settings, with errors that name file, row, field, value, expectation."""
+"""What all settings share: strict models, the roles of their fields, errors that name the place, and YAML files."""
 
 from __future__ import annotations
 
-import csv
 import re
+from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
-
-from phi3v.settings.rows import Training
+from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError
 
 M = TypeVar("M", bound=BaseModel)
+
+
+class Role(StrEnum):
+    """What another value of a field means for a result. A field without a role is `RECIPE`."""
+
+    IDENTITY = "identity"
+    """Names the result, or says where inputs and outputs are; contents are compared by digest instead."""
+    PUBLISHED = "published"
+    """The figure to compare with, where it was measured, and what is said about it."""
+    RECIPE = "recipe"
+    """Decides the result."""
+    NUMERICS = "numerics"
+    """Requested type and kernels; a manifest records which ones really ran."""
+    EQUIVALENT = "equivalent"
+    """Another value gives the same updates up to rounding, or another seed's run of the same recipe."""
+    RUNTIME = "runtime"
+    """Same bytes in the end."""
+
+
+def fields_with(model: type[BaseModel], *roles: Role) -> tuple[str, ...]:
+    """Names of a model's fields that have one of the roles: by role in the order given, then as they are declared."""
+
+    def role(name: str) -> Role:
+        return next((mark for mark in model.model_fields[name].metadata if isinstance(mark, Role)), Role.RECIPE)
+
+    return tuple(name for wanted in roles for name in model.model_fields if role(name) is wanted)
+
+
+def accepted_names(model: type[BaseModel]) -> set[str]:
+    """Names under which a model takes its fields: their own and their aliases."""
+    names = set(model.model_fields)
+    for field in model.model_fields.values():
+        if isinstance(field.validation_alias, AliasChoices):
+            names |= {choice for choice in field.validation_alias.choices if isinstance(choice, str)}
+    return names
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors; docstrings under the fields become their descriptions."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
@@ -21,6 +63,12 @@ _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 
 class SettingsError(ValueError):
     """A wrong setting; the message names file, row, field, value and what was expected."""
+
+
+def check_known(where: str, field: str, value: str, known: Iterable[str]) -> None:
+    """Raises SettingsError if the value is none of the known names."""
+    if value not in known:
+        raise SettingsError(f"{where}: field `{field}`: got {value!r}: expected one of {', '.join(sorted(known))}")
 
 
 def explain(error: ValidationError, where: str) -> SettingsError:
@@ -85,42 +133,3 @@ def read_entries(paths: list[str], model: type[M], root: Path) -> dict[str, M]:
                 raise SettingsError(f"{path}: entry `{name}`: already defined by an earlier file of this run")
             entries[name] = validate(model, values, f"{path}: entry `{name}`")
     return entries
-
-
-RowT = TypeVar("RowT", bound=Training)
-
-
-def read_table(path: str, model: type[RowT], root: Path) -> list[RowT]:
-    """Rows of a tab-separated table with a header; lines that start with # are comments, empty cells are defaults."""
-    try:
-        lines = (root / path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read ({error}); expected a tab-separated table") from None
-    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
-    if not numbered:
-        raise SettingsError(f"{path}: empty; expected a header line and rows")
-    header = numbered[0][1].split("\t")
-    for column in header:
-        if column not in model.model_fields:
-            raise SettingsError(
-                f"{path}: line {numbered[0][0]}: column {column!r}: unknown; expected {', '.join(model.model_fields)}"
-            )
-    if len(set(header)) != len(header):
-        raise SettingsError(f"{path}: line {numbered[0][0]}: a column is named twice; expected each once")
-    rows = []
-    for number, line in numbered[1:]:
-        cells = next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE))
-        if len(cells) != len(header):
-            raise SettingsError(
-                f"{path}: line {number}: {len(cells)} fields; expected {len(header)}, separated by tabs"
-            )
-        values = {column: cell for column, cell in zip(header, cells, strict=True) if cell != ""}
-        rows.append(validate(model, values, f"{path}: line {number}: row `{values.get('row', '')}`"))
-    if not rows:
-        raise SettingsError(f"{path}: a header but no rows; expected at least one")
-    return rows
-
-
-def read_tables(paths: list[str], model: type[RowT], root: Path) -> list[tuple[str, RowT]]:
-    """(file, row) of every row of several tables."""
-    return [(path, row) for path in paths for row in read_table(path, model, root)]
