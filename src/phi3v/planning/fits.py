@@ -92,22 +92,8 @@ def setup_of(run: ResolvedRun, job: Job, root: Path = Path()) -> tuple[Setup, Wo
     row = job.row
     geometry = model_geometry(row.model, run.models[row.model], root)
     load = workload(row.dataset, run.datasets[row.dataset], root)
-    mean, longest = mean_and_longest(load, geometry, job.num_crops)
-    setup = Setup(
-        geometry,
-        run.hardware[job.pool.device],
-        row.method,
-        row.dtype,
-        row.flash_attention,
-        mean,
-        longest,
-        row.batch_size,
-        job.nodes,
-        job.processes_per_node,
-        row.known_micro_batch,
-        row.lora_rank or 0,
-        recompute=1.0 if row.recompute is None else row.recompute,
-    )
+    works, processes = mean_and_longest(load, geometry, job.num_crops), job.processes_per_node
+    setup = _setup(row, geometry, run.hardware[job.pool.device], works, job.nodes, processes)
     if "auto" in (row.micro_batch_size, row.gradient_checkpointing):
         sizes = None if row.micro_batch_size == "auto" else [row.micro_batch_size]
         setup = what_fits(setup, choices(setup, sizes, row.recompute)).setup
@@ -121,21 +107,34 @@ def published_setup(row: SpeedRow, geometry: Geometry, hardware: Hardware) -> Se
     """
     image_tokens = min(MEAN_TOKENS, float(num_image_tokens(4, 4, tile_grid(geometry.vision))))
     work = Work(1, MEAN_TOKENS, MEAN_TOKENS**2, PADDED_TILES, image_tokens, MEAN_TOKENS)
+    setup = _setup(row, geometry, hardware, (work, work), row.nodes, row.gpus_per_node)
     method: Method = "frozen_forward_only" if row.method == "frozen" else row.method
+    return replace(setup, method=method, recompute=1.0, as_published=True)
+
+
+def _setup(
+    row: AccuracyRow | SpeedRow,
+    geometry: Geometry,
+    hardware: Hardware,
+    works: tuple[Work, Work],
+    nodes: int,
+    per_node: int,
+) -> Setup:
+    """The row's own settings; all layers recomputed if that is left to `auto`. works: of a mean and the longest example."""
     return Setup(
-        geometry,
-        hardware,
-        method,
-        row.dtype,
-        row.flash_attention,
-        work,
-        work,
-        row.batch_size,
-        row.nodes,
-        row.gpus_per_node,
-        row.known_micro_batch,
-        row.lora_rank or 0,
-        as_published=True,
+        geometry=geometry,
+        hardware=hardware,
+        method=row.method,
+        dtype=row.dtype,
+        flash=row.flash_attention,
+        work=works[0],
+        longest=works[1],
+        batch_size=row.batch_size,
+        nodes=nodes,
+        per_node=per_node,
+        micro_batch=row.known_micro_batch,
+        rank=row.lora_rank or 0,
+        recompute=1.0 if row.recompute is None else row.recompute,
     )
 
 
@@ -220,7 +219,7 @@ def micro_batches(batch_size: int, devices: int) -> list[int]:
 
 
 def choices(setup: Setup, sizes: Sequence[int] | None = None, recompute: float | None = None) -> list[Choice]:
-    """The choices of a job. sizes, recompute: micro-batches and share of recomputed layers where they are set."""
+    """The choices of a job. sizes, recompute: micro-batches and share of recomputed layers if they are set."""
     intervals = RECOMPUTE_EVERY if recompute is None else (interval_of(recompute),)
     return [
         Choice(size, every) for size in sizes or micro_batches(setup.batch_size, setup.devices) for every in intervals
@@ -279,7 +278,7 @@ def can_run(setup: Setup) -> bool:
 
 
 def fewer_crops(setup: Setup, load: Workload, num_crops: int) -> tuple[int, Fit] | None:
-    """The largest num_crops below `num_crops` with which the setup fits; None where none does."""
+    """The largest num_crops below `num_crops` with which the setup fits; None if none does."""
     for crops in range(num_crops - 1, 0, -1):
         mean, longest = mean_and_longest(load, setup.geometry, crops)
         if fit := first_that_fits([replace(setup, work=mean, longest=longest)]):
@@ -302,7 +301,7 @@ def more_devices(setup: Setup) -> Fit | None:
 
 
 def more_of_the_pool(setup: Setup, job: Job) -> Fit | None:
-    """An accuracy row on the fewest of its pool's devices on which it fits; None where none helps."""
+    """An accuracy row on the fewest of its pool's devices on which it fits; None if none helps."""
     if setup.adapters or not isinstance(job.row, AccuracyRow):
         return None
 

@@ -6,7 +6,7 @@ Two counts, and the ratios that speed measurements print from them:
     HFU = hardware FLOP / (seconds x devices x dense peak)      hardware: what runs, recomputation included
 
 Model FLOP are those of forward and backward with causal attention (half the square); hardware FLOP add the forward
-passes repeated under activation checkpointing, the upper half of the square where attention is eager, and the scores
+passes repeated under activation checkpointing, the upper half of the square if attention is eager, and the scores
 that a flash kernel computes again in its backward pass. Frozen weights have no weight gradient and, below them, no
 input gradient; adapters count as what they are. A multiplication and an addition are two operations; only matrix
 products count, as in PyTorch's FlopCounterMode (Chowdhery et al. 2022, PaLM, appendix B, for MFU and HFU).
@@ -360,7 +360,7 @@ def utilisation(flops: float, seconds: float, peak_tflops: float, devices: int =
     """Share of the dense peak, 0-1: MFU of `model`, HFU of `hardware` FLOP (see FORMULA).
 
     flops: of all devices together in `seconds`; peak_tflops: Hardware.peak_tflops of the compute dtype, one device.
-    Raises ValueError where seconds or peak are not positive: an unknown peak gives no utilisation, never a guess.
+    Raises ValueError if seconds or peak are not positive: an unknown peak gives no utilisation, never a guess.
     """
     if not seconds > 0 or not peak_tflops > 0:
         raise ValueError(f"seconds {seconds!r}, peak_tflops {peak_tflops!r}: expected both > 0")

@@ -14,9 +14,6 @@ from typing import NamedTuple
 
 from phi3v.settings import Geometry, Model, SettingsError, VisionGeometry, validate
 
-# The order in which tables show them; the same names as phi3v.model.freezing.
-GROUPS = ("clip", "projector", "separators", "embedding", "decoder", "head", "adapters")
-
 # The published config.json has no vision_config: it means this tower (openai/clip-vit-large-patch14-336).
 CLIP_VIT_L_14_336 = VisionGeometry(
     hidden_size=1024,
@@ -42,7 +39,7 @@ def geometry_from_config(config: Mapping[str, object], where: str = "config.json
 def model_geometry(name: str, model: Model, root: Path = Path()) -> Geometry:
     """The geometry of a models entry: its own field, or config.json of the folder that its url names.
 
-    root: folder that the url starts from. Raises SettingsError where neither is there: a geometry is never guessed.
+    root: folder that the url starts from. Raises SettingsError if neither is there: a geometry is never guessed.
     """
     if model.geometry:
         return model.geometry
@@ -60,12 +57,6 @@ def model_geometry(name: str, model: Model, root: Path = Path()) -> Geometry:
 Linears = dict[str, tuple[int, int]]
 
 
-def clip_layer_parameters(vision: VisionGeometry) -> int:
-    """Weights and biases of one layer of the tower."""
-    width, inner = vision.hidden_size, vision.intermediate_size
-    return 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
-
-
 def decoder_layer_linears(geometry: Geometry) -> Linears:
     """The four linear layers of a decoder layer."""
     width, inner = geometry.hidden_size, geometry.intermediate_size
@@ -81,15 +72,8 @@ def decoder_layer_linears(geometry: Geometry) -> Linears:
 def clip_layer_linears(vision: VisionGeometry) -> Linears:
     """The six linear layers of a layer of the tower."""
     width, inner = vision.hidden_size, vision.intermediate_size
-    square = (width, width)
-    return {
-        "q_proj": square,
-        "k_proj": square,
-        "v_proj": square,
-        "out_proj": square,
-        "fc1": (width, inner),
-        "fc2": (inner, width),
-    }
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj"), (width, width))
+    return attention | {"fc1": (width, inner), "fc2": (inner, width)}
 
 
 def projector_linears(geometry: Geometry) -> list[tuple[int, int]]:
@@ -97,11 +81,16 @@ def projector_linears(geometry: Geometry) -> list[tuple[int, int]]:
     return [(4 * geometry.vision.hidden_size, geometry.hidden_size), (geometry.hidden_size, geometry.hidden_size)]
 
 
+def clip_layer_parameters(vision: VisionGeometry) -> int:
+    """Weights and biases of one layer of the tower."""
+    linears = clip_layer_linears(vision).values()
+    return sum(inputs * outputs + outputs for inputs, outputs in linears) + 4 * vision.hidden_size
+
+
 def parameters(geometry: Geometry) -> dict[str, int]:
-    """Parameters by group, without adapters; their sum is the model's."""
+    """Parameters by group (phi3v.model.freezing.GROUPS), without adapters; their sum is the model's."""
     vision, width = geometry.vision, geometry.hidden_size
-    patches = (vision.image_size // vision.patch_size) ** 2
-    embeddings = vision.hidden_size * (1 + 3 * vision.patch_size**2 + 1 + patches)
+    embeddings = vision.hidden_size * (1 + 3 * vision.patch_size**2 + 1 + patches_per_tile(vision))
     layer = sum(inputs * outputs for inputs, outputs in decoder_layer_linears(geometry).values()) + 2 * width
     return {
         "clip": embeddings + 4 * vision.hidden_size + vision.num_hidden_layers * clip_layer_parameters(vision),
@@ -121,9 +110,8 @@ def adapter_parameters(geometry: Geometry, rank: int, vision: bool = True) -> in
     """
     decoder = sum(i + o for i, o in decoder_layer_linears(geometry).values()) * geometry.num_hidden_layers
     head = geometry.hidden_size + geometry.vocab_size
-    tower = sum(i + o for i, o in clip_layer_linears(geometry.vision).values()) * (
-        geometry.vision.num_hidden_layers - 1
-    )
+    layers = geometry.vision.num_hidden_layers - 1
+    tower = sum(i + o for i, o in clip_layer_linears(geometry.vision).values()) * layers
     projector = sum(i + o for i, o in projector_linears(geometry))
     return rank * (decoder + head + (tower + projector if vision else 0))
 
@@ -131,7 +119,7 @@ def adapter_parameters(geometry: Geometry, rank: int, vision: bool = True) -> in
 def trainable_parameters(
     geometry: Geometry, method: str, rank: int | None = None, legacy_freezing: bool = False
 ) -> dict[str, int]:
-    """Parameters that the optimizer holds, by group (zero where a group is frozen).
+    """Parameters that the optimizer holds, by group (zero if a group is frozen).
 
     method: full, frozen, lora or qlora. The tower's last layer and the norm after it never run and are never trained.
     legacy_freezing: the text embedding is frozen as well.

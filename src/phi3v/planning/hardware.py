@@ -46,7 +46,7 @@ def find_hardware(name: str, entries: dict[str, Hardware]) -> str:
 
 
 def hardware_of_device(device_name: str, entries: dict[str, Hardware]) -> str | None:
-    """Key of the entry for a driver's device name ("NVIDIA A100-SXM4-80GB", "Tesla T4"), or None where none fits.
+    """Key of the entry for a driver's device name ("NVIDIA A100-SXM4-80GB", "Tesla T4"), or None if none fits.
 
     Every part of the entry's name must stand in the device's name as a word of its own (or two or three words in
     one); the entry that says most wins. A word more can be another board (H100 PCIe, RTX 3090 Ti, RTX 4090 D): then none fits.

@@ -44,7 +44,7 @@ DOWNLOADS = ("models", "datasets")
 
 @dataclass(frozen=True)
 class Resources:
-    """What a cluster job should ask for, per machine where it has several."""
+    """What a cluster job should ask for, per machine if it has several."""
 
     runtime: int
     """Minutes."""
@@ -173,7 +173,7 @@ def _size_gb(folder: Path) -> float:
 
 
 def check_disk(needed: dict[str, float], folder: Path) -> None:
-    """Raises SettingsError where the file system of `folder` (or its nearest parent) has less free than needed, GB."""
+    """Raises SettingsError if the file system of `folder` (or its nearest parent) has less free than needed, GB."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     need, free = sum(needed.values()), shutil.disk_usage(there).free / GB
     if need > free:
@@ -185,6 +185,6 @@ def check_disk(needed: dict[str, float], folder: Path) -> None:
 
 
 def check_room(run: ResolvedRun, rows: Collection[str], root: Path = Path(), downloads_only: bool = False) -> None:
-    """Raises SettingsError where the disk cannot hold what the rows named still write under ROOT/results."""
+    """Raises SettingsError if the disk cannot hold what the rows named still write under ROOT/results."""
     needed = disk_needed(run, rows, root, missing_only=True)
     check_disk({kind: needed[kind] for kind in DOWNLOADS} if downloads_only else needed, root / "results")

@@ -61,7 +61,7 @@ class Bytes:
     recomputed: tuple[float, float]
     """Forward again: without what no saved tensor depends on."""
     weights: tuple[float, float] = (0, 0)
-    """Gradients of norms' weights and of biases, where they train."""
+    """Gradients of norms' weights and of biases, if they train."""
 
     def per_row(self, widths: tuple[int, int], runs: Runs, weights: bool) -> float:
         """Bytes per row of a layer in a micro-step."""
@@ -229,7 +229,7 @@ class StepTime:
 
     matmul: float
     attention: float
-    """Products of both attentions, and the scores' memory traffic where attention is eager."""
+    """Products of both attentions, and the scores' memory traffic if attention is eager."""
     elementwise: float
     dequantisation: float
     communication: float
@@ -247,7 +247,7 @@ class StepTime:
 
 
 def peak_tflops(setup: Setup) -> float:
-    """Dense peak of the setup's dtype; raises SettingsError where the entry has none: a peak is never guessed."""
+    """Dense peak of the setup's dtype; raises SettingsError if the entry has none: a peak is never guessed."""
     peak = getattr(setup.hardware.peak_tflops, setup.dtype)
     if peak is None or setup.hardware.bandwidth_gb_s is None:
         field = f"peak_tflops.{setup.dtype}" if peak is None else "bandwidth_gb_s"
@@ -305,7 +305,7 @@ def _collective_seconds(setup: Setup, size: float, constants: Constants) -> floa
 
 
 def step_time(setup: Setup, constants: Constants = CONSTANTS) -> StepTime:
-    """Seconds of one optimizer step; raises SettingsError where the hardware entry lacks a figure it needs."""
+    """Seconds of one optimizer step; raises SettingsError if the hardware entry lacks a figure it needs."""
     geometry, micro = setup.geometry, setup.micro_batch
     way, traffic, (_, decoder_runs) = implementation(setup), traffic_of(setup), runs(setup)
     again = decoder_runs.forward + decoder_runs.again
