@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from phi3v.model.runtime import TORCH_DTYPE
 from phi3v.settings import SettingsError, SpeedSettings, parse
 from phi3v.training.batches import model_inputs
 from phi3v.training.job import build
-from phi3v.training.signals import StopRequest
-from phi3v.training.steps import StepCallback
+from phi3v.training.loop import Loop
 
 
 def loop_overhead(settings: SpeedSettings) -> dict[str, Any]:
@@ -39,26 +37,17 @@ def loop_overhead(settings: SpeedSettings) -> dict[str, Any]:
     windows, steps = settings.repeats, settings.timed_steps
     total = settings.speed_warmup_steps + windows * steps
     job = build(settings.model_copy(update={"max_steps": total}), Path(settings.output_dir), trackers=False)
-    trainer = job.trainer
-    if trainer.is_deepspeed_enabled or trainer.args.world_size > 1:
+    if job.loop.is_sharded or job.processes > 1:
         raise SettingsError("command line: field `zero_stage`: expected 0 and one process, to compare with a bare loop")
-    watch = StepCallback(trainer, Path(settings.output_dir), StopRequest())
     times: list[float] = []
     clock = time.perf_counter if job.device.type == "cuda" else time.process_time
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *arguments: Any, **kwargs: Any) -> None:
-            times.append(clock())
-
-    trainer.add_callback(watch)
-    trainer.add_callback(Clock())
-    trainer.step_values = watch.values
-    trainer.train()
+    job.loop.hooks.append(lambda record: times.append(clock()))
+    job.loop.run()
     looped = [
         (times[start + steps] - times[start]) / steps
         for start in range(settings.speed_warmup_steps - 1, total - steps, steps)
     ]
-    bare = _bare_windows(settings, trainer, windows, steps, clock)
+    bare = _bare_windows(settings, job.loop, windows, steps, clock)
     loop_seconds, bare_seconds = statistics.median(looped), statistics.median(bare)
     return {
         "loop_seconds": loop_seconds, "bare_seconds": bare_seconds, "ratio": loop_seconds / bare_seconds,
@@ -67,16 +56,16 @@ def loop_overhead(settings: SpeedSettings) -> dict[str, Any]:
 
 
 def _bare_windows(
-    settings: SpeedSettings, trainer: Any, windows: int, steps: int, clock: Callable[[], float]
+    settings: SpeedSettings, loop: Loop, windows: int, steps: int, clock: Callable[[], float]
 ) -> list[float]:
     """Seconds a step of the bare loop, for each window, on the first whole steps of the plan."""
-    trainer.set_epoch(0)
-    loader = iter(trainer.get_train_dataloader())
-    whole = min(steps, max(1, trainer.plan.examples // trainer.plan.batch_size))
-    batches = [[next(loader) for _ in range(trainer.plan.accumulation)] for _ in range(whole)]
-    model = trainer.model
-    if hasattr(model, "_original_forward"):  # accelerate's autocast wrapper: autocast is part of the bare loop below
-        model.forward = model._original_forward
+    plan, loader = loop.training.plan, loop.training.loader(0)
+    loop.training.set_epoch(loader, 0)
+    whole = min(steps, max(1, plan.examples // plan.batch_size))
+    found = iter(loader)
+    batches = [[next(found) for _ in range(plan.accumulation)] for _ in range(whole)]
+    # Without accelerate's autocast: it is part of the bare loop below.
+    model = loop.accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.95), eps=1e-7)
     dtype = TORCH_DTYPE[settings.dtype]
@@ -85,8 +74,8 @@ def _bare_windows(
         start = clock()
         for step in range(steps):
             for batch in batches[step % whole]:
-                inputs = model_inputs(batch, trainer.args.device)
-                with torch.autocast(trainer.args.device.type, dtype, enabled=dtype != torch.float32):
+                inputs = model_inputs(batch, loop.device)
+                with torch.autocast(loop.device.type, dtype, enabled=dtype != torch.float32):
                     loss = model(**inputs)["loss"] / batch["examples_in_step"]
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)

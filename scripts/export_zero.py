@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="type of the written weights")
     given = parser.parse_args()
-    from phi3v.training.zero import export_zero_checkpoint
+    from phi3v.training.export import export_zero_checkpoint
 
     try:
         print(export_zero_checkpoint(given.checkpoint, given.base, given.out, given.dtype))

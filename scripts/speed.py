@@ -19,7 +19,7 @@ import os
 import sys
 
 from phi3v.settings import SettingsError, SpeedSettings, parse
-from phi3v.training.startup import leave_out_unused
+from phi3v.training.compat import leave_out_unused
 
 
 def main() -> int:

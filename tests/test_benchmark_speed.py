@@ -106,10 +106,10 @@ def test_profile_is_a_trace_and_a_table(measured):
 
 
 def test_windows_start_after_the_warmup_and_end_before_the_profile():
-    counts = types.SimpleNamespace(examples=4, images=4, tokens=100, work=Work(4, 100), loading_seconds=0.01)
-    watch = speed.Stopwatch(types.SimpleNamespace(counts=counts), torch.device("cpu"), 10, 5, 3)
+    counts = {"examples": 4, "images": 4, "tokens": 100, "work": Work(4, 100), "loading_seconds": 0.01}
+    watch = speed.Stopwatch(torch.device("cpu"), 10, 5, 3)
     for step in range(1, 10 + 15 + 3 + 1):
-        watch.on_step_end(None, types.SimpleNamespace(global_step=step), None)
+        watch(types.SimpleNamespace(step=step, **counts))
     assert [(window.steps, window.images, window.work.tokens) for window in watch.windows] == [(5, 20, 500)] * 3
     assert all(window.seconds > 0 for window in watch.windows)
 

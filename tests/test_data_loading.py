@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import skip_first_batches
 from data_examples import cauldron_rows, picture_bytes, write_parquet
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -36,7 +35,7 @@ from phi3v.demo.tiny import train_tokenizer
 from phi3v.model.image_processing import Phi3VImageProcessor
 from phi3v.model.processing import Phi3VProcessor
 from phi3v.training.batches import PickedExamples
-from phi3v.training.batching import BatchPlan, Grouping, Pick, PlannedBatches
+from phi3v.training.plan import BatchPlan, Grouping, Pick, PlannedBatches
 
 
 @pytest.fixture(scope="module")
@@ -368,8 +367,8 @@ def test_seed_epoch_and_position_are_all_that_resuming_needs(
     folder = tmp_path / "data"
     convert_files("cauldron", source, folder, "train", turns="draw", num_crops=2, shard_bytes=15_000 * sharded)
 
-    def batches(epoch: int, position: int, workers: int, rank: int) -> tuple[list[Any], int]:
-        """(batches from `position` on of a process that starts anew, examples it loaded)."""
+    def batches(epoch: int, step: int, workers: int, rank: int) -> tuple[list[Any], int, int]:
+        """(batches from `step` on of a process that starts anew, examples it loaded, batches of a whole step)."""
         dataset = ConversationDataset(folder, "train", processor)
         assert bool(dataset.shard_starts()) == sharded
         plan = BatchPlan(
@@ -382,21 +381,22 @@ def test_seed_epoch_and_position_are_all_that_resuming_needs(
             examples, batch_sampler=sampler, num_workers=workers, multiprocessing_context="fork" if workers else None,
             collate_fn=lambda picked: (picks_of(picked), collate([example for example, _ in picked], 0)),
         )  # fmt: skip
-        sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch, step)
         examples.set_epoch(epoch)
-        return list(skip_first_batches(loader, position)), examples.loaded.value
+        return list(loader), examples.loaded.value, plan.accumulation
 
     def picks_of(picked: list[Any]) -> list[tuple[str, int]]:
         return [(example["id"], pick.index) for example, pick in picked]
 
     seen: list[str] = []
     for rank in (0, 1):
-        whole, _ = batches(1, 0, 0, rank)
+        whole, _, accumulation = batches(1, 0, 0, rank)
         seen += [name for picks, _ in whole for name, _ in picks]
-        for position, workers in ((1, 2), (len(whole) // 2, 0), (len(whole) - 1, 1)):
-            rest, loaded = batches(1, position, workers, rank)
-            assert [picks for picks, _ in rest] == [picks for picks, _ in whole[position:]]
-            for (_, one), (_, other) in zip(rest, whole[position:], strict=True):
+        for step, workers in ((1, 2), (2, 0), (2, 1)):
+            rest, loaded, _ = batches(1, step, workers, rank)
+            following = whole[step * accumulation :]
+            assert [picks for picks, _ in rest] == [picks for picks, _ in following]
+            for (_, one), (_, other) in zip(rest, following, strict=True):
                 assert one.keys() == other.keys()
                 assert all(torch.equal(one[key], other[key]) for key in one)
             assert loaded == sum(len(picks) for picks, _ in rest)  # what was trained on is not loaded again

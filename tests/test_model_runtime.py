@@ -8,7 +8,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from transformers.training_args import ParallelMode  # noqa: E402
 
 from phi3v.benchmark import speed  # noqa: E402
 from phi3v.evaluation import predict as prediction  # noqa: E402
@@ -23,8 +22,8 @@ from phi3v.settings import (  # noqa: E402
     SettingsError,
     SpeedSettings,
 )
-from phi3v.training.finetune import explain_failure  # noqa: E402
-from phi3v.training.job import build, deterministic_kernels  # noqa: E402
+from phi3v.training.job import build  # noqa: E402
+from phi3v.training.launch import deterministic_kernels, explain_failure  # noqa: E402
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -254,18 +253,6 @@ def test_more_processes_than_gpus_are_refused_before_a_gpu_is_touched(machine, m
     if processes:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert "got 3 processes on this machine, PyTorch sees 2 GPU(s) (NVIDIA A100-SXM4-80GB)" in refusal()
-
-
-def test_a_lone_process_trains_on_one_of_several_gpus(tmp_path, monkeypatch):
-    """With more the Trainer would wrap the model in nn.DataParallel."""
-    from phi3v.training.trainer import OneDeviceArguments
-
-    arguments = OneDeviceArguments(output_dir=str(tmp_path), use_cpu=True)
-    monkeypatch.setattr(arguments, "_n_gpu", 8)
-    assert arguments.n_gpu == 1
-    assert arguments.train_batch_size == arguments.per_device_train_batch_size
-    assert arguments.parallel_mode is not ParallelMode.NOT_DISTRIBUTED
-    assert OneDeviceArguments(output_dir=str(tmp_path), use_cpu=True).n_gpu == 0
 
 
 # Data type and attention ----------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from phi3v.data.dataset import collate
 from phi3v.model import Phi3VConfig
 from phi3v.training.batches import Collator, TensorBundle
-from phi3v.training.batching import BatchPlan, Pick, PlannedBatches, epoch_order, packs_needed
-from phi3v.training.meter import Meter
+from phi3v.training.plan import BatchPlan, Pick, epoch_order, packs_needed
 
 
 def steps_of(plan: BatchPlan, epoch: int) -> list[set[int]]:
@@ -47,7 +46,7 @@ def test_every_example_once_and_every_process_in_step(examples, processes, micro
     # The same examples make a step, whatever the processes and the grouping: those of the seed's order.
     assert steps == [set(order[s : s + plan.batch_size]) for s in range(0, examples, plan.batch_size)]
     per_rank = [list(plan.epoch(epoch, rank)) for rank in range(processes)]
-    assert {len(own) for own in per_rank} == {plan.micro_steps_per_epoch()} == {len(PlannedBatches(plan, 0))}
+    assert {len(own) for own in per_rank} == {plan.micro_steps_per_epoch()}
     assert all(batch for own in per_rank for batch in own)
     counted = [pick.index for own in per_rank for batch in own for pick in batch if pick.counted]
     assert sorted(counted) == list(range(examples))
@@ -113,12 +112,8 @@ def test_padding_is_what_the_tokens_leave_of_the_slots(grouping, slots):
         return {"id": str(tokens), "input_ids": ids, "labels": ids, **empty}
 
     batch = Collator(collate, 0, grouping, config)([(example(10), Pick(0, True, 2)), (example(4), Pick(1, True, 2))])
-    meter = Meter(torch.device("cpu"))
-    meter.saw(batch, torch.tensor(1.0))
-    counts = meter.finish_step(stop_asked=False, save_asked=True)
-    assert (counts.examples, counts.tokens, counts.slots) == (2, 14, slots)
-    assert (counts.stop_asked, counts.save_asked, counts.work.labels) == (False, True, 14)
-    assert meter.finish_step(stop_asked=True).slots == 0
+    counts = batch["counts"]
+    assert (counts.ids, counts.tokens, counts.slots, counts.work.labels) == (("10", "4"), 14, slots, 14)
 
 
 def test_a_bundle_gives_every_tensor_back():

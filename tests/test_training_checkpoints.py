@@ -96,6 +96,16 @@ def test_another_jobs_checkpoint_is_not_gone_on_from(tmp_path, settings, process
     assert reason in found.skipped.get(path, "")
 
 
+def test_a_checkpoint_of_version_1_is_refused(tmp_path):
+    path = write_checkpoint(tmp_path, 5)
+    sealed = json.loads((path / SEAL).read_text())
+    del sealed["version"]
+    (path / SEAL).write_text(json.dumps(sealed))
+    found = find(tmp_path, SETTINGS, 2, True)
+    assert found.path is None
+    assert found.skipped[path].startswith("its layout is version 1, this release reads version 2: finish that run")
+
+
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 4):
         write_checkpoint(tmp_path, step)
@@ -105,7 +115,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
 
 def test_space_is_checked_with_the_numbers(tmp_path):
     check_space(tmp_path, 10, 3)
-    with pytest.raises(CheckpointError, match=r"GB free, 3 checkpoints of 1000000.0 GB are asked for"):
+    with pytest.raises(CheckpointError, match=r"GB free, 3 checkpoints of 1000000.0 GB are needed"):
         check_space(tmp_path, 10**15, 3)
 
 
@@ -160,7 +170,7 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
     next(child for child in family if child.environ().get("RANK") == "1").kill()
     code, output = finish(process, 100)
     assert code == 1
-    assert "error: process 0: another process of this job is gone" in output, output
+    assert "error: Rank 0 lost contact with another rank" in output, output
     assert "local_rank: 1" in output, output
     assert "Signal 9 (SIGKILL)" in output, output
     newest = checkpoints.checkpoint_folders(broken / "checkpoints")[0]
@@ -184,7 +194,7 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
     assert "SIGUSR1" in output, output
     assert json.loads((broken / "checkpoints" / "stopped.json").read_text())["step"] == stopped
 
-    from phi3v.training.zero import export_zero_checkpoint
+    from phi3v.training.export import export_zero_checkpoint
 
     saved = broken / "checkpoints" / f"checkpoint-{stopped}"
     damaged = shutil.copytree(saved, tmp_path / "damaged")
@@ -198,7 +208,7 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
 
     code, output = finish(launch(arguments(tmp_path, broken), processes=2))
     assert code == 0, output
-    assert f"checkpoint-{stopped}: going on from here" in output
+    assert f"checkpoint-{stopped}: resuming from here" in output
     assert weights(broken / "final") == weights(straight / "final")
     lines = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 15))
@@ -209,23 +219,24 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
 
 def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(tmp_path):
     """The limit on file size stands in for the disk: the second checkpoint cannot be written."""
-    from phi3v.training.trainer import RecipeTrainer
+    from phi3v.training.loop import Loop
 
     base = write_base(tmp_path, examples=16)
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    original = RecipeTrainer._save_checkpoint
+    original = Loop.save
 
-    def save(self, model, trial):
-        if self.state.global_step == 4:
+    def save(self):
+        if self.state.step == 4:
+            self.writer.finish()
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        original(self, model, trial)
+        original(self)
 
     try:
-        RecipeTrainer._save_checkpoint = save
+        Loop.save = save
         with pytest.raises(CheckpointError, match=r"step 4: .*could not be written.*GB are free.*untouched"):
             train_here(base, tmp_path / "out", batch_size=8, max_steps=5, save_steps=2, zero_stage=0, fp32=True)
     finally:
-        RecipeTrainer._save_checkpoint = original
+        Loop.save = original
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     kept = tmp_path / "out" / "checkpoints"

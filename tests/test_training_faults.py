@@ -15,7 +15,7 @@ from test_training_checkpoints import SETTINGS, write_checkpoint
 from training_fixtures import ROOT, finish, launch, train_here, write_base
 
 from phi3v.training.checkpoints import CheckpointError, find
-from phi3v.training.finetune import LostProcessError, explain_failure
+from phi3v.training.launch import LostProcessError, explain_failure
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +82,18 @@ def test_a_disk_that_fills_up_costs_the_steps_since_the_last_checkpoint(base, tm
     assert seen["code"] == 1, seen["output"]
     assert "Traceback" not in seen["output"]
     assert "error: " in seen["output"]
-    assert "Checkpoints written before are untouched" in seen["output"], seen["output"]
+    assert "Earlier checkpoints are untouched" in seen["output"], seen["output"]
     assert seen["left"] == ["checkpoint-50"]
     assert seen["wrong"] == [""]
     assert seen["again"] == 0, seen["after"]
-    assert "checkpoint-50: going on from here" in seen["after"]
+    assert "checkpoint-50: resuming from here" in seen["after"]
     assert seen["final"] == ["model.safetensors"]
 
 
 def test_a_full_disk_and_a_lost_process_are_told_apart_from_errors_of_the_program(tmp_path):
     with pytest.raises(CheckpointError, match=r"m\.jsonl: the disk is full"), explain_failure(tmp_path):
         raise OSError(28, "No space left on device", "m.jsonl")
-    with pytest.raises(LostProcessError, match="another process of this job is gone"), explain_failure(tmp_path):
+    with pytest.raises(LostProcessError, match="Rank 0 lost contact with another rank"), explain_failure(tmp_path):
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
     for error in (OSError(5, "Input/output error"), RuntimeError("shapes"), torch.OutOfMemoryError("CUDA")):
         with (

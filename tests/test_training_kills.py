@@ -40,7 +40,7 @@ def command(base: Path, out: Path, method: str, steps: int = STEPS) -> list[str]
 
 def resumed_from(output: str) -> int:
     """Step of the checkpoint that a run said it goes on from; 0 where it began anew."""
-    found = re.search(r"checkpoint-(\d+): going on from here", output)
+    found = re.search(r"checkpoint-(\d+): resuming from here", output)
     return int(found.group(1)) if found else 0
 
 
@@ -99,7 +99,9 @@ def test_killed_many_times_and_resumed_ends_with_the_same_bytes(base: Path, tmp_
     assert code == 0, output
     repeated[before].append(last - resumed_from(output))
     print(f"{method}: steps repeated after SIGKILL {repeated['SIGKILL']}, after SIGTERM {repeated['SIGTERM']}")
-    assert max(repeated["SIGKILL"]) <= SAVE
+    assert (
+        max(repeated["SIGKILL"]) <= 2 * SAVE
+    )  # an interval, and the steps while the last checkpoint was being written
     assert max(repeated["SIGTERM"]) == 0
     assert weights(broken / "final") == weights(straight / "final")
     assert len((broken / "metrics.jsonl").read_text().splitlines()) == STEPS

@@ -1,43 +1,12 @@
-"""Batches on their way to the trainer: lazily, with loader processes, and without a trace in the random generators."""
+"""Batches on their way to the model: with loader processes, and without a trace in the random generators."""
 
 from __future__ import annotations
 
-import time
-
 import pytest
-import torch
 from training_fixtures import train_here, write_base
 
 from phi3v.data.processes import loader_workers, usable_cpus
-from phi3v.training.loading import StepBatches
-from phi3v.training.meter import Meter
-from phi3v.training.steps import StepCallback
-
-
-def counted(fetched: list[int], seconds: float = 0.0):
-    for number in range(100):
-        time.sleep(seconds)
-        fetched.append(number)
-        yield {"number": number}
-
-
-def test_a_micro_batch_is_fetched_when_it_is_needed():
-    fetched: list[int] = []
-    step = StepBatches(counted(fetched), 4, Meter(torch.device("cpu")))
-    assert len(step) == 4
-    assert fetched == [0]
-    seen = []
-    for batch in step:
-        seen.append(batch["number"])
-        assert fetched == seen
-    assert seen == [0, 1, 2, 3]
-
-
-def test_the_wait_for_every_micro_batch_counts_as_loading():
-    meter = Meter(torch.device("cpu"))
-    for _ in StepBatches(counted([], seconds=0.02), 3, meter):
-        time.sleep(0.05)
-    assert 0.06 <= meter.loading_seconds < 0.15
+from phi3v.training.loop import Loop
 
 
 @pytest.mark.parametrize(
@@ -75,13 +44,13 @@ def test_a_stopped_job_with_dropout_ends_with_the_same_bytes(tmp_path, monkeypat
     }  # fmt: skip
     through = train_here(base, tmp_path / "through", **settings)
     with monkeypatch.context() as patch:
-        step = StepCallback.on_step_end
+        update = Loop.update
 
-        def told_to_leave(self, args, state, control, **more):
-            self.stop.asked = state.global_step == stop_after
-            step(self, args, state, control, **more)
+        def told_to_leave(self):
+            self.stop.asked = self.state.step + 1 == stop_after
+            return update(self)
 
-        patch.setattr(StepCallback, "on_step_end", told_to_leave)
+        patch.setattr(Loop, "update", told_to_leave)
         stopped = train_here(base, tmp_path / "stopped", exit_code=75, **settings)
     assert not (stopped / "final").exists()
     train_here(base, stopped, **settings)

@@ -141,7 +141,7 @@ def test_a_killed_job_ends_with_the_same_bytes(base, tmp_path, optimizer):
     kill(job)
     code, output = finish(launch(arguments(base, tmp_path / "killed", **values)))
     assert code == 0, output
-    assert "checkpoint-4" in output or "checkpoint-6" in output or "checkpoint-8" in output
+    assert ": resuming from here" in output
     assert weights(tmp_path / "killed" / "final") == weights(tmp_path / "whole" / "final")
     if optimizer == "adamw_offload":
         code, output = finish(

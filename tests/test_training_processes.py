@@ -126,7 +126,7 @@ def test_zero_3_is_stopped_and_goes_on_with_the_same_bytes(base, two):
 
 
 def test_a_zero_3_checkpoint_becomes_a_model_and_a_missing_rank_is_named(base, two, tmp_path):
-    from phi3v.training.zero import export_zero_checkpoint
+    from phi3v.training.export import export_zero_checkpoint
 
     (saved,) = checkpoint_folders(base / "left" / "checkpoints")
     plain = load_file(export_zero_checkpoint(saved, base / "model", tmp_path / "plain", "fp32") / "model.safetensors")

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from phi3v.training.signals import StopRequest, parents_command, seconds_to_save
+from phi3v.training.launch import StopRequest, parents_command, seconds_to_save
 
 UNDER = {"TORCHELASTIC_RUN_ID": "x"}
 

@@ -16,18 +16,20 @@ from pathlib import Path
 import torch.distributed as dist
 
 from phi3v.settings import FinetuneSettings, validate
-from phi3v.training import finetune, steps
+from phi3v.training import finetune
+from phi3v.training.loop import Loop
+
+UPDATE = Loop.update
 
 
 def stop_in(step: int | None) -> None:
     """Let the signal come while `step` runs; None: never."""
-    original = steps.StepCallback.on_step_end
 
-    def on_step_end(self, args, state, control, **more):
-        self.stop.asked = self.stop.asked or state.global_step == step
-        original(self, args, state, control, **more)
+    def update(self):
+        self.stop.asked = self.stop.asked or self.state.step + 1 == step
+        return UPDATE(self)
 
-    steps.StepCallback.on_step_end = on_step_end if step else original
+    Loop.update = update if step else UPDATE
 
 
 def forget() -> None:
@@ -45,14 +47,12 @@ def main() -> int:
     """Run the cases."""
     results = []
     finetune.leave = lambda code: (dist.barrier(), code)[1]  # the group serves the next case
-    plain = steps.StepCallback.on_step_end
     for values in json.loads(Path(sys.argv[1]).read_text()):
         stop_in(values.pop("stop_after", None))
         try:
             results.append([finetune.run(validate(FinetuneSettings, values, "case")), "", ""])
         except Exception as error:
             results.append([1, type(error).__name__, str(error)])
-        steps.StepCallback.on_step_end = plain
         forget()
         (Path(sys.argv[2]) / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
     return 0

@@ -63,11 +63,12 @@ def _write_split(path: Path, words: int, answers: int) -> None:
 @contextmanager
 def without_weights() -> Iterator[None]:
     """Loading a checkpoint makes weights without values on the device; 4-bit layers are built by hand."""
-    from phi3v.model import Phi3VForCausalLM, adapters
+    from phi3v.model import Phi3VForCausalLM
+    from phi3v.training import job
 
     with (
         mock.patch.object(Phi3VForCausalLM, "from_pretrained", classmethod(_on_device)),
-        mock.patch.object(adapters, "load_quantized", quantised),
+        mock.patch.object(job, "load_quantized", quantised),
     ):
         yield
 

@@ -5,7 +5,7 @@
     python -m tests.fakegpu.measure full --world 8 --micro_batch 4 --set gradient_checkpointing=false
     python -m tests.fakegpu.measure lora --by operator --top 20         where the bytes and operators come from
 
-The job is built by phi3v.training.job.build and trained by its trainer for two optimizer steps; the second is measured.
+The job is built by phi3v.training.job.build and its loop runs for two optimizer steps; the second is measured.
 No GPU is needed. Another Python module calls `measured`, which starts this one in a process of its own.
 """
 
@@ -108,7 +108,7 @@ def settings_of(job: FullSizeJob, folder: Path) -> Any:
     values = {
         "model_name_or_path": str(folder / "model"), "data_dir": str(folder / "data"),
         "output_dir": str(folder / "out"), "batch_size": job.accumulation * job.world * job.micro_batch,
-        "batch_size_per_gpu": job.micro_batch, "max_steps": 3, "tqdm": False, job.dtype: True,
+        "batch_size_per_gpu": job.micro_batch, "max_steps": 2, "tqdm": False, job.dtype: True,
         "use_flash_attention": job.attention == "flash", **methods[job.method], **job.settings,
     }  # fmt: skip
     return validate(FinetuneSettings, values, "measure")
@@ -130,41 +130,31 @@ def measure(job: FullSizeJob, folder: Path, top: int = 40) -> Measured:
 
 def _second_step(job: FullSizeJob, built: Any, gpu: Any, top: int) -> Measured:
     """Train, and account for what happens between the ends of the first and the second optimizer step."""
-    from transformers import TrainerCallback
-
-    from phi3v.training.signals import StopRequest
-    from phi3v.training.steps import StepCallback
-
     results: list[Measured] = []
 
-    class Window(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 1:
-                gpu.ledger.clear()
-                gpu.memory.reset_peak()
-            else:
-                results.append(account(job, gpu, top))
-                control.should_training_stop = True
+    def at_step_end(record: Any) -> None:
+        if record.step == 1:
+            gpu.ledger.clear()
+            gpu.memory.reset_peak()
+        else:
+            results.append(account(job, gpu, top))
 
-    trainer = built.trainer
-    watch = StepCallback(trainer, Path(built.settings.output_dir), StopRequest())
-    trainer.add_callback(watch)
-    trainer.step_values = watch.values
-    trainer.add_callback(Window())
-    hooks = follow_phases(trainer, gpu)
+    loop = built.loop
+    loop.hooks.append(at_step_end)
+    hooks = follow_phases(loop, gpu)
     try:
-        trainer.train()
+        loop.run()
     finally:
         for hook in hooks:
             hook.remove()
     return results[0]
 
 
-def follow_phases(trainer: Any, gpu: Any) -> list[Any]:
+def follow_phases(loop: Any, gpu: Any) -> list[Any]:
     """Set the ledger's phase: inputs, forward (the device sets backward), optimizer, step; returns hooks to remove."""
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-    ledger, training_step = gpu.ledger, trainer.training_step
+    ledger, original = gpu.ledger, loop.micro_step
 
     def enter(phase: str) -> Any:
         def hook(*_: Any) -> None:
@@ -175,13 +165,13 @@ def follow_phases(trainer: Any, gpu: Any) -> list[Any]:
     def micro_step(*args: Any, **more: Any) -> Any:
         ledger.phase = "inputs"
         try:
-            return training_step(*args, **more)
+            return original(*args, **more)
         finally:
             ledger.phase = "step"
 
-    trainer.training_step = micro_step
+    loop.micro_step = micro_step
     return [
-        trainer.model.register_forward_pre_hook(enter("forward")),
+        loop.module.register_forward_pre_hook(enter("forward")),
         register_optimizer_step_pre_hook(enter("optimizer")),
         register_optimizer_step_post_hook(enter("step")),
     ]

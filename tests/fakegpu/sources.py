@@ -41,8 +41,7 @@ def _text(place: tuple[str, int]) -> str:
 def _kind(code: CodeType) -> str:
     if code not in _kinds:
         name = code.co_filename
-        # RecipeTrainer.train only calls the library's loop; the line within the loop says more.
-        own = "/src/phi3v/" in name and not (code.co_name == "train" and name.endswith("/trainer.py"))
+        own = "/src/phi3v/" in name
         _kinds[code] = "own" if own else "library" if any(x in name for x in _LIBRARIES) else ""
     return _kinds[code]
 

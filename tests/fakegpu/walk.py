@@ -110,23 +110,24 @@ def _loaded_on_the_device() -> Iterator[None]:
     with (
         mock.patch.object(job, "load_model", load_model),
         mock.patch.object(adapters, "load_quantized", quantised),
+        mock.patch.object(job, "load_quantized", quantised),
     ):
         yield
 
 
 def _stop_at(step: int | None) -> None:
     """Let SIGTERM arrive at the end of an optimizer step."""
-    from phi3v.training.steps import StepCallback
+    from phi3v.training.loop import Loop
 
-    original = StepCallback.on_step_end
+    original = Loop.update
 
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if state.global_step == step:
+    def update(self: Any) -> Any:
+        if self.state.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        original(self, args, state, control, **more)
+        return original(self)
 
     if step is not None:
-        StepCallback.on_step_end = on_step_end  # type: ignore[method-assign]
+        Loop.update = update  # type: ignore[method-assign]
 
 
 def _run(walk: Walk, folder: Path) -> dict[str, Any]:

@@ -25,43 +25,39 @@ def run(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Build and train by the package's own entry points; one process, one GPU."""
     from fakegpu import fullsize
     from fakegpu.measure import FullSizeJob, settings_of
-    from transformers import TrainerCallback
 
     from phi3v.training.job import build
-    from phi3v.training.signals import StopRequest
-    from phi3v.training.steps import StepCallback
 
     fullsize.write_folders(folder)
     job = FullSizeJob(**values)
     settings = settings_of(job, folder).model_copy(update={"max_steps": STEPS})
     with fullsize.without_weights():
-        trainer = build(settings, folder / "out", trackers=False).trainer
-    watch = StepCallback(trainer, folder / "out", StopRequest())
-    trainer.add_callback(watch)
-    trainer.step_values = watch.values
+        loop = build(settings, folder / "out", trackers=False).loop
     waits: list[str] = []
     seconds: list[float] = []
-    micro_step = trainer.training_step
+    original = loop.micro_step
 
-    def training_step(*args: Any, **more: Any) -> Any:
+    def micro_step(*args: Any, **more: Any) -> Any:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            result = micro_step(*args, **more)
+            result = original(*args, **more)
             torch.cuda.set_sync_debug_mode("default")
         waits[:] = [str(w.filename) + f":{w.lineno}" for w in caught if "synchronizing CUDA" in str(w.message)]
         return result
 
-    class Clock(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter())
-            if state.global_step == WARM:
-                torch.cuda.reset_peak_memory_stats()
+    losses: list[float] = []
 
-    trainer.training_step = training_step
-    trainer.add_callback(Clock())
-    trainer.train()
+    def at_step_end(record: Any) -> None:
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter())
+        losses.append(record.loss)
+        if record.step == WARM:
+            torch.cuda.reset_peak_memory_stats()
+
+    loop.micro_step = micro_step
+    loop.hooks.append(at_step_end)
+    loop.run()
     return {
         "job": job.name,
         "device": torch.cuda.get_device_name(),
@@ -69,7 +65,7 @@ def run(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
         "step_seconds": (seconds[-1] - seconds[WARM - 1]) / (STEPS - WARM),
         "waits": waits,
-        "loss": trainer.state.log_history[-2]["loss"],
+        "loss": losses[-1],
     }
 
 

@@ -95,7 +95,7 @@ def test_ended_from_outside_saves_first(runs, cluster, until, undisturbed, comma
     output = finish(snakemake)
     assert submissions(output, row) == (2 if name == "scancel" else 1)
     said = (runs.folder / f"results/{name}/logs/train/{row}.log").read_text()
-    assert re.search(r"checkpoint-\d+: going on from here", said)
+    assert re.search(r"checkpoint-\d+: resuming from here", said)
     assert_complete(runs, name, [row])
 
 

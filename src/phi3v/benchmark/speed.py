@@ -19,20 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from phi3v.benchmark.machine import check_devices, fingerprint, found_devices, measured_peak
 from phi3v.planning.flops import FORMULA, Work
 from phi3v.planning.utilisation import Utilisation, utilisation_of
 from phi3v.provenance.manifest import write_json, write_manifest
 from phi3v.settings import SettingsError, SpeedSettings
-from phi3v.training.finetune import headline, largest, leave, observe, say_attention
+from phi3v.training.finetune import headline, largest, observe, say_attention
 from phi3v.training.job import Job, build
+from phi3v.training.launch import leave
+from phi3v.training.logging import Progress, say
+from phi3v.training.loop import StepRecord
 from phi3v.training.memory import explain_memory, peak_memory_bytes
 from phi3v.training.observe import Observer, device_name
-from phi3v.training.signals import StopRequest
-from phi3v.training.steps import StepCallback
-from phi3v.training.watching import Progress, say
 
 PROFILED_STEPS = 3
 """Optimizer steps under the profiler."""
@@ -66,10 +65,9 @@ class Window:
 
 
 @dataclass
-class Stopwatch(TrainerCallback):
-    """Times windows of steps after the warm-up, with the device at rest at both ends."""
+class Stopwatch:
+    """A hook of the loop: times windows of steps after the warm-up, with the device at rest at both ends."""
 
-    watch: StepCallback
     device: torch.device
     warmup_steps: int
     timed_steps: int
@@ -77,20 +75,18 @@ class Stopwatch(TrainerCallback):
     windows: list[Window] = field(default_factory=list)
     _started: float = 0.0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        timed = state.global_step - self.warmup_steps
+    def __call__(self, record: StepRecord) -> None:
+        timed = record.step - self.warmup_steps
         if not 0 <= timed <= self.repeats * self.timed_steps:
             return
         if timed > 0:
-            counts = self.watch.counts
-            assert counts is not None
             window = self.windows[-1]
             window.steps += 1
-            window.examples += counts.examples
-            window.images += counts.images
-            window.tokens += counts.tokens
-            window.work = window.work + counts.work
-            window.loading_seconds += counts.loading_seconds
+            window.examples += record.examples
+            window.images += record.images
+            window.tokens += record.tokens
+            window.work = window.work + record.work
+            window.loading_seconds += record.loading_seconds
         if timed % self.timed_steps == 0:
             self._turn(timed)
 
@@ -111,8 +107,8 @@ class Stopwatch(TrainerCallback):
         self._started = time.perf_counter()
 
 
-class Profile(TrainerCallback):
-    """Profiles the steps after `after_step` on the first process, into FOLDER/trace.json.gz and FOLDER/operators.txt.
+class Profile:
+    """A hook of the first process: profiles the steps after `after_step` into FOLDER/trace.json.gz and operators.txt.
 
     The trace opens in https://ui.perfetto.dev or chrome://tracing. Profiling slows the steps down, so nothing is timed
     meanwhile.
@@ -122,16 +118,14 @@ class Profile(TrainerCallback):
         self.folder, self.device, self.after_step = folder, device, after_step
         self._profiler: Any = None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        if state.global_step == self.after_step:
+    def __call__(self, record: StepRecord) -> None:
+        if record.step == self.after_step:
             kinds = [torch.profiler.ProfilerActivity.CPU]
             if self.device.type == "cuda":
                 kinds.append(torch.profiler.ProfilerActivity.CUDA)
             self._profiler = torch.profiler.profile(activities=kinds)
             self._profiler.start()
-        elif self._profiler is not None and state.global_step == self.after_step + PROFILED_STEPS:
+        elif self._profiler is not None and record.step == self.after_step + PROFILED_STEPS:
             self._profiler.stop()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._profiler.export_chrome_trace(str(self.folder / TRACE))
@@ -170,27 +164,26 @@ def measure(settings: SpeedSettings) -> int:
         )
         say_attention(job)
     counting = utilisation_of(
-        settings, job.model.config.to_dict(), device_name(job.device), job.trainer.args.world_size, settings.hardware
+        settings, job.model.config.to_dict(), device_name(job.device), job.processes, settings.hardware
     )
     cpu = job.device.type == "cpu"
     peaks = [measured_peak(settings.dtype)] if cpu else []
-    watch = StepCallback(job.trainer, output, StopRequest(), observer=Observer(job.model))
-    stopwatch = Stopwatch(watch, job.device, settings.speed_warmup_steps, settings.timed_steps, settings.repeats)
-    callbacks = [watch, stopwatch, Progress(settings.tqdm, lambda: peak_memory_bytes(job.device))]
-    if settings.profile:
-        callbacks.append(Profile(output / "profile", job.device, timed))
-    for callback in callbacks:
-        job.trainer.add_callback(callback)
-    job.trainer.step_values = watch.values
+    stopwatch = Stopwatch(job.device, settings.speed_warmup_steps, settings.timed_steps, settings.repeats)
+    observer = Observer(job.model)
+    job.loop.hooks += [lambda record: observer.remove(), stopwatch]
+    if job.is_main:
+        job.loop.logs.append(Progress(settings.tqdm, lambda: peak_memory_bytes(job.device)))
+    if job.is_main and settings.profile:
+        job.loop.hooks.append(Profile(output / "profile", job.device, timed))
     train_seconds = -time.perf_counter()
     with explain_memory(settings, job.device):
-        job.trainer.train()
+        job.loop.run()
     train_seconds += time.perf_counter()
     if cpu:
         # Again after the timing: the larger rate was less disturbed by other programs.
         peak, source = max(*peaks, measured_peak(settings.dtype))
         counting = replace(counting, peak_tflops=peak, peak_source=source)
-    result = speed_result(settings, job, stopwatch.windows, counting, observe(job, watch, train_seconds))
+    result = speed_result(settings, job, stopwatch.windows, counting, observe(job, observer, train_seconds))
     if job.is_main:
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         write_json(output / "speed.json", result)
@@ -211,7 +204,7 @@ def speed_result(
     settings: SpeedSettings, job: Job, windows: list[Window], counting: Utilisation, observed: dict[str, Any]
 ) -> dict[str, Any]:
     """speed.json: medians over the windows, each window, memory, fingerprint; a collective call."""
-    processes = job.trainer.args.world_size
+    processes = job.processes
     repeats = [window.rates(counting) for window in windows]
     median: dict[str, Any] = {}
     for name in repeats[0]:

@@ -31,12 +31,12 @@ NF4_BYTES = 0.5 + 4 / 64
 # ZeRO's shard while it rests, per trained parameter: float32 weight and AdamW's two moments (deepspeed
 # runtime/zero/stage_1_and_2.py, single_partition_of_fp32_groups). Adapters: the same, whole on every device.
 STATE_BYTES = 12
-# Gradients are summed in float32 (grad_accum_dtype of phi3v.training.zero); those of adapters are float32 as well.
+# Gradients are summed in float32 (grad_accum_dtype of phi3v.training.parallel); those of adapters are float32 as well.
 GRADIENT_BYTES = 4
 # Adapters: a copy of the factors in the compute type (phi3v.model.lora), and with several devices the float32 buckets
 # of DistributedDataParallel.
 FACTOR_COPY_BYTES, DDP_BYTES = 2, 4
-# DeepSpeed's reduction bucket, elements, two of which are held in the backward pass (phi3v.training.zero). A flattened
+# DeepSpeed's reduction bucket, elements, two of which are held in the backward pass (phi3v.training.parallel). A flattened
 # copy is reduced, but for bfloat16 within a machine. A device that owns the whole bucket also widens it to float32.
 BUCKETS, BUCKET, CPU_BUCKET = 2, 100_000_000, 5_000_000
 

@@ -188,7 +188,7 @@ class FurtherOptions(Command):
     deterministic: Annotated[bool, Role.EQUIVALENT] = False
     """Only kernels that repeat bit by bit; two runs on a CPU then give equal weights (ours)."""
     report_to: Annotated[list[str], Role.RUNTIME] = []
-    """Trackers beside metrics.jsonl and TensorBoard, by the Trainer's names: wandb, mlflow, trackio … (ours)."""
+    """Trackers beside metrics.jsonl and TensorBoard, by accelerate's names: wandb, mlflow, trackio … (ours)."""
     lock_wait_minutes: Annotated[float, Role.RUNTIME] = Field(0, ge=0)
     """How long to wait for another job that owns output_dir; 0: refuse at once (ours)."""
 

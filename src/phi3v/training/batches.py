@@ -1,4 +1,4 @@
-"""From picks to tensors: the dataset and collator that a `BatchPlan` is read with.
+"""From picks to micro-batches: the dataset, collator and loader that a `BatchPlan` is read with.
 
 Shapes: B = examples of a micro-batch, T = tokens of the longest of them (packed: of all together).
 """
@@ -6,22 +6,37 @@ Shapes: B = examples of a micro-batch, T = tokens of the longest of them (packed
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.layout import DEVICE_FIELDS, BatchLayout, lay_out
 from phi3v.planning.flops import Work, example_work
 from phi3v.planning.geometry import geometry_from_config
-from phi3v.training.batching import Grouping, Pick
+from phi3v.training.launch import ignore_sigterm
+from phi3v.training.plan import BatchPlan, Grouping, Pick, PlannedBatches
 
-# Keys of a batch that are for the trainer, not for the model.
-TRAINER_KEYS = ("examples_in_step", "ids", "token_count", "slot_count", "image_count", "example_count", "work")
 ALIGNMENT = 16
 """Bytes; a tensor may be viewed in a buffer if its offset is a multiple of its element size."""
+PREFETCH = 4
+"""Batches that each loader process holds ready, at most 24 MB each for a full-size page."""
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What the examples of a micro-batch amount to, without fillers."""
+
+    ids: tuple[str, ...] = ()
+    images: int = 0
+    tokens: int = 0
+    """Without padding."""
+    slots: int = 0
+    """Tokens with padding, fillers included."""
+    work: Work = field(default_factory=Work)
+    """What FLOP are counted from."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,7 @@ class PickedExamples(Dataset):
 
 
 class Collator:
-    """A bundled micro-batch for the model, with the counts that the trainer's loss and meter need."""
+    """A bundled micro-batch for the model, with `examples_in_step`, which its loss is divided by, and its `counts`."""
 
     def __init__(
         self, collate: Callable[..., dict[str, Any]], pad_token_id: int, grouping: Grouping, config: Phi3VConfig
@@ -129,13 +144,14 @@ class Collator:
             batch["loss_weights"] = torch.zeros_like(batch["loss_weights"])
         return bundled(self.config, batch) | {
             "examples_in_step": picks[0].in_step,
-            "ids": [str(example["id"]) for example in counted],
-            "example_count": len(counted),
-            "work": sum((self._work(example) for example in counted), Work()),
-            "token_count": sum(len(example["input_ids"]) for example in counted),
-            "slot_count": batch["input_ids"].numel(),
-            "image_count": sum(
-                len(example["image_sizes"]) for example in counted if example.get("image_sizes") is not None
+            "counts": BatchCounts(
+                ids=tuple(str(example["id"]) for example in counted),
+                images=sum(
+                    len(example["image_sizes"]) for example in counted if example.get("image_sizes") is not None
+                ),
+                tokens=sum(len(example["input_ids"]) for example in counted),
+                slots=batch["input_ids"].numel(),
+                work=sum((self._work(example) for example in counted), Work()),
             ),
         }
 
@@ -165,3 +181,35 @@ def pack(examples: list[dict[str, Any]]) -> dict[str, Any]:
         if values:
             batch[key] = torch.cat(values)
     return batch
+
+
+@dataclass(frozen=True)
+class PlannedSplit:
+    """A split with the plan it is read by."""
+
+    plan: BatchPlan
+    examples: PickedExamples
+    collate: Collator
+    workers: int
+    """Loader processes of each training process."""
+    cuda: bool
+
+    def loader(self, process: int, persistent: bool = False) -> DataLoader[Any]:
+        """The planned micro-batches of a process; persistent: loader processes outlive an epoch.
+
+        The loader has a random generator of its own. Otherwise each new iterator would draw from the global one, and a
+        resumed job would see other dropout masks than one that ran through.
+        """
+        some = self.workers > 0
+        return DataLoader(
+            self.examples, batch_sampler=PlannedBatches(self.plan, process), collate_fn=self.collate,
+            num_workers=self.workers, pin_memory=self.cuda, multiprocessing_context="fork" if some else None,
+            worker_init_fn=ignore_sigterm if some else None, prefetch_factor=PREFETCH if some else None,
+            persistent_workers=persistent and some, generator=torch.Generator(),
+        )  # fmt: skip
+
+    def set_epoch(self, loader: DataLoader[Any], epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch of the next pass over `loader`, and the optimizer step that it starts with."""
+        assert isinstance(loader.batch_sampler, PlannedBatches)
+        loader.batch_sampler.set_epoch(epoch, first_step)
+        self.examples.set_epoch(epoch)

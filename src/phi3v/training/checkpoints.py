@@ -1,8 +1,14 @@
-"""Checkpoints that are whole or not there: written aside, digested, synced, renamed; found again by themselves.
+"""The layout of checkpoints, which are complete or do not count; how they are sealed, found and removed. No torch.
 
-checkpoints/checkpoint-120/   what the Trainer and DeepSpeed write, and checkpoint.json with sizes and digests
-checkpoints/.writing/         a checkpoint that is not finished; removed by the next one
-checkpoints/unused-…/         a checkpoint that cannot be gone on from, set aside with its reason
+checkpoints/checkpoint-120/   checkpoint.json   the seal: layout version, step, settings, size and digest of every file
+                              training.pt       TrainingState, scheduler, and without ZeRO the trained weights, AdamW's
+                                                state and the loss scale; written by the first process
+                              random_0.pt …     random generators of each process
+                              global_step120/ … with ZeRO: DeepSpeed's shards, beside its `latest` and zero_to_fp32.py
+checkpoints/.writing/         a checkpoint that is not finished; the next one removes it
+checkpoints/unused-…/         a checkpoint that cannot be resumed, set aside; the log has the reason
+
+Weights that do not train are in no checkpoint: they are the base's, whose digest the seal holds.
 """
 
 from __future__ import annotations
@@ -20,8 +26,12 @@ from typing import Any
 from phi3v.provenance.manifest import digest_file, write_json
 from phi3v.settings import FinetuneSettings, Role, fields_with
 
+VERSION = 2
+"""Of the layout; version 1 held what transformers' Trainer wrote."""
 SEAL = "checkpoint.json"
 WRITING = ".writing"
+TRAINING = "training.pt"
+RESUMES = "Earlier checkpoints are untouched: the same command resumes from the newest"
 
 
 class CheckpointError(RuntimeError):
@@ -34,7 +44,7 @@ def decisive(settings: FinetuneSettings) -> dict[str, Any]:
 
 
 def fingerprint(settings: FinetuneSettings, data_dir: Path) -> dict[str, Any]:
-    """What a checkpoint must have been written with to go on from it: settings, data and base weights."""
+    """What a checkpoint must have been written with to be resumed: settings, data and base weights."""
     return decisive(settings) | {
         "data": digest_folder(data_dir, "*.json*"),
         "model": digest_folder(Path(settings.model_name_or_path), "*"),
@@ -89,7 +99,7 @@ def seal(
     write_json(
         folder / SEAL,
         {
-            "step": step, "processes": processes, "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "version": VERSION, "step": step, "processes": processes, "written": datetime.now(UTC).isoformat(timespec="seconds"),
             "settings": settings, "files": dict(sorted(files.items())),
         },
     )  # fmt: skip
@@ -111,7 +121,7 @@ def sync(folder: Path) -> None:
 
 @dataclass
 class Found:
-    """The checkpoint to go on from, and what was passed over."""
+    """The checkpoint to resume from, and those that cannot be resumed."""
 
     path: Path | None = None
     skipped: dict[Path, str] = field(default_factory=dict)
@@ -127,7 +137,7 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot be read ({error.strerror}); expected the folder of this row's checkpoints. Nothing was "
-            "changed: mend the file system, or choose another --output_dir to begin anew"
+            "changed: repair the file system, or choose another --output_dir to start anew"
         ) from error
     named = [path for path in paths if path.name.startswith("checkpoint-")]
     found = [path for path in named if path.name.removeprefix("checkpoint-").isdecimal()]
@@ -150,14 +160,20 @@ def find(folder: Path, settings: dict[str, Any], processes: int, sharded: bool) 
 
 
 def why_not(path: Path, settings: dict[str, Any], processes: int, sharded: bool) -> str:
-    """Why a checkpoint cannot be gone on from; "" where it can."""
+    """Why a checkpoint cannot be resumed; "" if it can."""
     try:
         sealed = json.loads((path / SEAL).read_text(encoding="utf-8"))
-        files, written, other = sealed["files"], sealed["settings"], sealed["processes"]
+        version, other = sealed.get("version", 1), sealed["processes"]
+        files, written = sealed["files"], sealed["settings"]
     except FileNotFoundError:
         return f"{SEAL} is missing: it was not finished"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{SEAL} cannot be read ({error})"
+    if version != VERSION:
+        return (
+            f"its layout is version {version}, this release reads version {VERSION}: finish that run with the release "
+            "that started it, or start anew"
+        )
     changed = [name for name in settings if written.get(name) != settings[name]]
     if changed:
         name = changed[0]
@@ -196,21 +212,21 @@ def rotate(folder: Path, keep: int, best: Path | None = None) -> None:
             shutil.rmtree(path)
 
 
-def bytes_needed(weights: int, trained: int, sharded: bool) -> int:
-    """Size of a checkpoint: weights and Adam's two float32 moments, with ZeRO (sharded) a float32 master copy too.
+def bytes_needed(trained: int, weights: int, sharded: bool) -> int:
+    """Size of a checkpoint: float32 weights that train and Adam's two moments; with ZeRO (sharded) all weights beside.
 
-    weights: bytes of those that are saved. trained: parameters.
+    trained: parameters. weights: bytes of all weights as the model holds them.
     """
-    return weights + trained * (12 if sharded else 8)
+    return trained * 12 + (weights if sharded else 0)
 
 
 def check_space(folder: Path, needed: int, count: int) -> None:
-    """Raises CheckpointError where the disk cannot hold `count` checkpoints of `needed` bytes."""
+    """Raises CheckpointError if the disk cannot hold `count` checkpoints of `needed` bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     held = sum(file.stat().st_size for path in checkpoint_folders(folder) for file in files_of(path))
     free = shutil.disk_usage(folder).free + held
     if free < needed * count:
         raise CheckpointError(
-            f"{folder}: {free / 1e9:.1f} GB free, {count} checkpoints of {needed / 1e9:.1f} GB are asked for; free "
+            f"{folder}: {free / 1e9:.1f} GB free, {count} checkpoints of {needed / 1e9:.1f} GB are needed; free "
             f"{(needed * count - free) / 1e9:.1f} GB, choose another --output_dir, or lower --keep_checkpoints"
         )

@@ -1,7 +1,12 @@
-"""The final weights: a checkpoint in the official layout, or a PEFT adapter folder; whole or not there at all."""
+"""Weights for use: the final folder (official layout or PEFT adapter), a merged model, and plain files from ZeRO's shards.
+
+Each folder is written aside and renamed, so it is complete or does not exist.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 from pathlib import Path
@@ -10,15 +15,17 @@ from typing import Any
 from phi3v.model.adapters import merge, save_adapter
 from phi3v.settings import FinetuneSettings
 from phi3v.training.checkpoints import CheckpointError
+from phi3v.training.compat import prepare_deepspeed
+from phi3v.training.loop import Loop
 
 
-def export_final(trainer: Any, processor: Any, settings: FinetuneSettings, folder: Path) -> None:
-    """Write FOLDER from the trainer's model; a collective call, as ZeRO 3 gathers shards for it."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_deepspeed_enabled else None
-    if trainer.args.process_index == 0:
+def export_final(loop: Loop, processor: Any, settings: FinetuneSettings, folder: Path) -> None:
+    """Write FOLDER from the trained model; a collective call, as ZeRO 3 gathers shards for it."""
+    state = loop.accelerator.get_state_dict(loop.model) if loop.is_sharded else None
+    if loop.accelerator.is_main_process:
         temporary = folder.with_name(f".{folder.name}.writing")
         shutil.rmtree(temporary, ignore_errors=True)
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model: Any = loop.accelerator.unwrap_model(loop.module)
         if settings.method in ("lora", "qlora"):
             save_adapter(model, temporary)
         else:
@@ -27,20 +34,20 @@ def export_final(trainer: Any, processor: Any, settings: FinetuneSettings, folde
         sync_folder(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-    trainer.accelerator.wait_for_everyone()
+    loop.accelerator.wait_for_everyone()
 
 
 def export_merged(output: Path) -> dict[str, float]:
     """Fold OUTPUT/final, an adapter, into its base and write OUTPUT/merged; for the first process. Returns merge's report.
 
-    Raises CheckpointError where the merged model does not compute what base and adapter do.
+    Raises CheckpointError if the merged model does not compute what base and adapter do.
     """
     temporary, folder = output / ".merged.writing", output / "merged"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         report = merge(output / "final", temporary)
     except ValueError as error:
-        raise CheckpointError(f"{folder}: {error} The adapter is whole: {output / 'final'}") from error
+        raise CheckpointError(f"{folder}: {error} The adapter is complete: {output / 'final'}") from error
     sync_folder(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
@@ -55,3 +62,36 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def export_zero_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str = "bf16") -> Path:
+    """A ZeRO checkpoint as plain safetensors in the official layout, from its float32 master weights; needs no GPU.
+
+    checkpoint: a checkpoint-N folder. base: the folder that training started from (configuration, processor).
+    Raises ValueError if a rank's shard or a weight is missing, or OUT holds files already.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: not empty; expected a new folder for the exported checkpoint")
+    if not (checkpoint / "latest").is_file():
+        raise ValueError(f"{checkpoint}: no file `latest`; expected a checkpoint-N folder that ZeRO wrote")
+    prepare_deepspeed(cuda=False)
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
+    from phi3v.model.runtime import TORCH_DTYPE
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does shard by shard
+        try:
+            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+        except (FileNotFoundError, AssertionError, ValueError, RuntimeError, KeyError, IndexError) as error:
+            raise ValueError(f"{checkpoint}: its shards are not complete ({error})") from error
+    model = Phi3VForCausalLM.from_pretrained(base)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"{checkpoint}: {len(missing)} weights missing, {len(unexpected)} unknown ({[*missing, *unexpected][:3]}); "
+            f"expected those of {base}"
+        )
+    model.to(TORCH_DTYPE[dtype]).save_pretrained(out)
+    Phi3VProcessor.from_pretrained(base).save_pretrained(out)
+    return out

@@ -32,7 +32,7 @@ def capacity_bytes(device: torch.device, limit_gb: float | None, processes_here:
         free, _ = torch.cuda.mem_get_info(device)
         room = SHARE * (free + torch.cuda.memory_reserved(device))
     else:
-        room = SHARE * (_free_ram() / processes_here + held_bytes(device))
+        room = SHARE * (free_ram() / processes_here + held_bytes(device))
     return room if limit_gb is None else min(room, limit_gb * GB)
 
 
@@ -51,7 +51,7 @@ def give_back(device: torch.device) -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _free_ram() -> float:
+def free_ram() -> float:
     """Bytes that the machine, or the control group of this process, has left."""
     with open("/proc/meminfo", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)

@@ -34,6 +34,7 @@ from phi3v.provenance.manifest import write_json
 from phi3v.settings import FinetuneSettings, Hardware, SettingsError
 from phi3v.training import checkpoints
 from phi3v.training.batches import model_inputs, tiles_of
+from phi3v.training.logging import say
 from phi3v.training.memory import (
     GB,
     capacity_bytes,
@@ -44,8 +45,6 @@ from phi3v.training.memory import (
     processes_on_this_machine,
 )
 from phi3v.training.observe import device_name
-from phi3v.training.recompute import recompute_layers
-from phi3v.training.watching import say
 
 FILE = "micro_batch.json"
 PROBES = 8
@@ -361,3 +360,15 @@ def _probe(settings: FinetuneSettings, model: Any, batch: dict[str, Any], device
     gc.collect()
     give_back(device)
     return result
+
+
+def recompute_layers(model: Any, interval: int) -> None:
+    """Recompute every `interval`-th layer of the vision tower and the decoder; 0: none.
+
+    The towers' layers are counted one after the other (transformers, activation_checkpointing_enable). Recomputation is
+    non-reentrant: it changes neither loss nor gradients.
+    """
+    if interval:
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=interval)
+    elif model.is_activation_checkpointing:
+        model.activation_checkpointing_disable()

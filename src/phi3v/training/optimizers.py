@@ -13,6 +13,7 @@ The 8-bit states are bitsandbytes' (Dettmers et al. 2022, "8-bit Optimizers via 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,19 +24,23 @@ from phi3v.model.runtime import uses_zero
 from phi3v.settings import FinetuneSettings
 
 # Parameters without weight decay by name, beside those of nn.LayerNorm modules: the Hugging Face Trainer's rule.
-NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trained parameters as two groups, with weight decay and without (norms and biases), as the Trainer makes them."""
-    from transformers.trainer_pt_utils import get_parameter_names
-
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY))
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for name, p in trained if name in decayed], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
-    ]
+    in_norms = {
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for own, _ in module.named_parameters(recurse=False)
+    }
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (others if name in in_norms or NO_DECAY.search(name) else decaying).append(parameter)
+    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def build_optimizer(settings: FinetuneSettings, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -82,3 +87,12 @@ def _eight_bit(groups: list[dict[str, Any]], rates: dict[str, Any], paged: bool)
                         state[name] = value.to(parameter.device)
 
     return PagedAdamW8bit(groups, **rates)
+
+
+def linear_schedule(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate rises linearly from 0 over `warmup` steps, and falls linearly to 0 at step `total`."""
+
+    def factor(step: int) -> float:
+        return step / warmup if step < warmup else max(0.0, (total - step) / max(1, total - warmup))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

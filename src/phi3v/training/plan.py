@@ -1,8 +1,8 @@
 """Which examples go into which micro-batch of which process: decided up front, by seed, epoch and step alone.
 
 The examples of an optimizer step are fixed by (seed, epoch): neither the number of processes nor the grouping changes
-them. Within a step they are dealt to W processes x M micro-batches. Every process makes the same number of
-micro-steps; where examples run out (last step of an epoch) a filler keeps a process company with zero loss.
+them. Within a step they are spread over W processes x M micro-batches. Every process makes the same number of
+micro-steps. If examples run out in the last step of an epoch, a process computes a filler whose loss weighs nothing.
 
     B = examples of a step, W = processes, M = micro-batches of a process in a step, m = examples of a micro-batch
 """
@@ -86,24 +86,29 @@ class BatchPlan:
         """Micro-batches one process sees in an epoch."""
         return self.accumulation * (self.steps_per_epoch - 1) + self.micro_steps(self.steps_per_epoch - 1)
 
+    def epochs_at(self, step: int) -> float:
+        """Epochs, counted in micro-steps, after `step` optimizer steps: 2.5."""
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        return epochs + steps * self.accumulation / self.micro_steps_per_epoch()
+
     def order(self, epoch: int) -> list[int]:
         """The examples of an epoch, in order: by seed and epoch alone."""
         if self.shard_starts:
             return shard_order(self.shard_starts, self.examples, self.seed, epoch)
         return epoch_order(self.examples, self.seed, epoch)
 
-    def epoch(self, epoch: int, rank: int) -> Iterator[list[Pick]]:
-        """The micro-batches of process `rank`, in order."""
+    def epoch(self, epoch: int, rank: int, first_step: int = 0) -> Iterator[list[Pick]]:
+        """The micro-batches of process `rank`, in order; `first_step` leaves out the steps before it."""
         order = self.order(epoch)
-        for step in range(self.steps_per_epoch):
+        for step in range(first_step, self.steps_per_epoch):
             members = order[step * self.batch_size : (step + 1) * self.batch_size]
-            for micro in self.deal(members, self.micro_steps(step))[rank]:
+            for micro in self.spread(members, self.micro_steps(step))[rank]:
                 if micro:
                     yield [Pick(index, True, len(members)) for index in micro]
                 else:
                     yield [Pick(members[0], False, len(members))]
 
-    def deal(self, members: Sequence[int], micro_steps: int) -> list[list[list[int]]]:
+    def spread(self, members: Sequence[int], micro_steps: int) -> list[list[list[int]]]:
         """[W][M] lists of dataset indices: `members` each once, possibly with empty lists at the end."""
         if self.grouping == "packed":
             return self._pack(members, micro_steps)
@@ -112,17 +117,16 @@ class BatchPlan:
             lengths = self.lengths
             # Neighbours in length run at the same micro-step, so padding is short and so is waiting for others.
             members = sorted(members, key=lambda index: (-lengths[index], index))
-        dealt: list[list[list[int]]] = [[[] for _ in range(micro_steps)] for _ in range(self.processes)]
+        slots: list[list[list[int]]] = [[[] for _ in range(micro_steps)] for _ in range(self.processes)]
         for position, index in enumerate(members):
             if self.grouping == "length":
-                slot, _ = divmod(position, self.micro_batch_size)
-                micro, rank = divmod(slot, self.processes)
+                micro, rank = divmod(position // self.micro_batch_size, self.processes)
             else:
                 # In order, process by process within a micro-step, one example each until all have m.
                 micro, place = divmod(position, self.processes * self.micro_batch_size)
                 rank = place % self.processes
-            dealt[rank][micro].append(index)
-        return dealt
+            slots[rank][micro].append(index)
+        return slots
 
     def _examples_of(self, step: int) -> int:
         return min(self.batch_size, self.examples - step * self.batch_size)
@@ -167,14 +171,11 @@ class PlannedBatches:
     """Batch sampler of one process: yields lists of `Pick`. Call `set_epoch` before each epoch."""
 
     def __init__(self, plan: BatchPlan, rank: int) -> None:
-        self.plan, self.rank, self._epoch = plan, rank, 0
+        self.plan, self.rank, self._epoch, self._first_step = plan, rank, 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """The epoch whose batches come next."""
-        self._epoch = epoch
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """The epoch whose batches come next, and its first step: a resumed job leaves out those it has made."""
+        self._epoch, self._first_step = epoch, first_step
 
     def __iter__(self) -> Iterator[list[Pick]]:
-        return self.plan.epoch(self._epoch, self.rank)
-
-    def __len__(self) -> int:
-        return self.plan.micro_steps_per_epoch()
+        return self.plan.epoch(self._epoch, self.rank, self._first_step)

@@ -1,33 +1,54 @@
-"""DeepSpeed ZeRO for full fine-tuning: its configuration, and its checkpoints as plain safetensors."""
+"""accelerate for a job: DDP or DeepSpeed's ZeRO, mixed precision, trackers."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs
+
+from phi3v.model.runtime import uses_zero
 from phi3v.settings import FinetuneSettings
+from phi3v.training.compat import compute_float16_on_cpu
+from phi3v.training.logging import trackers_of
 
 
-def prepare_deepspeed(cuda: bool) -> None:
-    """Import DeepSpeed so that it compiles nothing, and computes float16 on a CPU where it is asked to."""
-    os.environ["DS_BUILD_OPS"] = "0"
-    if cuda:
-        return
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
+def make_accelerator(
+    settings: FinetuneSettings, output: Path, accumulation: int, device: torch.device, trackers: bool
+) -> Accelerator:
+    """accelerate for this process; with ZeRO 3 models that are loaded afterwards load in shards.
 
-    # Where a compiler is about, it would build a shared-memory all-reduce in every process: 15-30 s for a small job.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It asks oneDNN for a native float16 kernel and refuses without one; PyTorch computes float16 on any CPU.
-    get_accelerator().is_fp16_supported = lambda: True
+    accumulation: micro-steps of an optimizer step. trackers: TensorBoard and those of --report_to.
+    """
+    cuda = device.type == "cuda"
+    zero = DeepSpeedPlugin(hf_ds_config=zero_config(settings, accumulation, cuda)) if uses_zero(settings) else None
+    first = os.environ.get("RANK", "0") == "0"
+    accelerator = Accelerator(
+        mixed_precision="no" if settings.dtype == "fp32" else settings.dtype,
+        deepspeed_plugin=zero,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
+        log_with=trackers_of(settings, output) if trackers and first else None,
+        project_dir=output,
+    )
+    if settings.dtype == "fp16" and not cuda and zero is None:
+        compute_float16_on_cpu(accelerator)
+    return accelerator
+
+
+def loss_scale(settings: FinetuneSettings, accelerator: Accelerator, model: Any) -> float | None:
+    """The factor that float16 gradients are scaled by now; None in other types. model: as accelerate prepared it."""
+    if settings.dtype != "fp16":
+        return None
+    if accelerator.scaler is not None:
+        return float(accelerator.scaler.get_scale())
+    return getattr(model.optimizer, "cur_scale", None)
 
 
 def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration; the optimizer and schedule are the Trainer's (torch AdamW, linear).
+    """DeepSpeed's configuration; the optimizer comes from `optimizers`.
 
     accumulation: micro-steps of an optimizer step. ZeRO 1 shards optimizer states, 2 gradients too, 3 weights as well.
     """
@@ -73,36 +94,3 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
-
-
-def export_zero_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str = "bf16") -> Path:
-    """A ZeRO checkpoint as plain safetensors in the official layout, from its float32 master weights; needs no GPU.
-
-    checkpoint: a checkpoint-N folder. base: the folder that training started from (configuration, processor).
-    Raises ValueError where a rank's shard or a weight is missing, or OUT holds files already.
-    """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: not empty; expected a new folder for the exported checkpoint")
-    if not (checkpoint / "latest").is_file():
-        raise ValueError(f"{checkpoint}: no file `latest`; expected a checkpoint-N folder that ZeRO wrote")
-    prepare_deepspeed(cuda=False)
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
-    from phi3v.model.runtime import TORCH_DTYPE
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does shard by shard
-        try:
-            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
-        except (FileNotFoundError, AssertionError, ValueError, RuntimeError, KeyError, IndexError) as error:
-            raise ValueError(f"{checkpoint}: its shards are not complete ({error})") from error
-    model = Phi3VForCausalLM.from_pretrained(base)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise ValueError(
-            f"{checkpoint}: {len(missing)} weights missing, {len(unexpected)} unknown ({[*missing, *unexpected][:3]}); "
-            f"expected those of {base}"
-        )
-    model.to(TORCH_DTYPE[dtype]).save_pretrained(out)
-    Phi3VProcessor.from_pretrained(base).save_pretrained(out)
-    return out

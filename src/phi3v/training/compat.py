@@ -1,0 +1,60 @@
+"""What this room has to change in libraries, each with its reason. tests/test_training_compat.py fails when one can go."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from phi3v.settings import FinetuneSettings
+
+
+def leave_out_unused(settings: FinetuneSettings) -> None:
+    """Keep accelerate and PEFT from importing libraries that this job does not use; imports no torch.
+
+    peft imports bitsandbytes with PyTorch's inductor (1.8 s of start-up on a 2-core machine, in each process), and
+    accelerate's extract_model_from_parallel DeepSpeed (0.4 s), if they are installed. A None in sys.modules is Python's
+    way to say that a module cannot be imported (Python reference, 5.3.1). For scripts only: it holds for the whole
+    process.
+    """
+    unused = []
+    if not settings.use_qlora and "8bit" not in settings.optimizer:
+        unused.append("bitsandbytes")
+    if settings.method in ("lora", "qlora") or settings.zero_stage == 0:
+        unused.append("deepspeed")
+    for name in unused:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+def compute_float16_on_cpu(accelerator: Accelerator) -> None:
+    """Make accelerate autocast to float16 and scale the loss on a CPU, where it takes fp16 for fp32 without a warning.
+
+    PyTorch has both since 2.3 (https://github.com/pytorch/pytorch/issues/111559); accelerate's constructor leaves the
+    CPU out (accelerator.py, `self.device.type != "cpu"`).
+    """
+    import torch
+
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+
+
+def prepare_deepspeed(cuda: bool) -> None:
+    """Import DeepSpeed so that it compiles nothing, and computes float16 on a CPU if it is asked to.
+
+    If a compiler is installed, DeepSpeed builds a shared-memory all-reduce in every process on a CPU: 15 to 30 s for a
+    small job, and no setting turns it off (https://github.com/deepspeedai/DeepSpeed/issues/7625). It also asks oneDNN
+    for a native float16 kernel and refuses float16 without one, although PyTorch computes float16 on any CPU
+    (https://github.com/deepspeedai/DeepSpeed/pull/7207).
+    """
+    os.environ["DS_BUILD_OPS"] = "0"
+    if cuda:
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    get_accelerator().is_fp16_supported = lambda: True

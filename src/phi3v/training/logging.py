@@ -1,0 +1,173 @@
+"""What people watch while a job runs: metrics.jsonl, a progress bar or sparse lines, TensorBoard and other trackers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from phi3v.settings import FinetuneSettings, SettingsError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+    from tqdm import tqdm
+
+# Fields of a metrics.jsonl line, in order; a validation line has step, epoch, eval_loss and eval_seconds instead.
+FIELDS = (
+    "step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "images_per_second", "tokens_per_second",
+    "loading_share", "padding_share", "tflops", "mfu", "hfu",
+)  # fmt: skip
+Line = dict[str, Any]
+"""Values of an optimizer step (FIELDS), or of a validation, by name."""
+
+
+def say(text: str) -> None:
+    """A line for the log, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class Log(Protocol):
+    """Where the lines of a job go; only the first process has any."""
+
+    def begin(self, step: int, total: int) -> None:
+        """The job starts, or resumes, after `step` of `total` optimizer steps."""
+
+    def write(self, line: Line) -> None:
+        """A step or a validation is done."""
+
+    def close(self) -> None:
+        """The job ends."""
+
+
+class MetricsFile:
+    """Writes metrics.jsonl line by line; after a resume the lines beyond the checkpoint are dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+
+    def begin(self, step: int, total: int) -> None:
+        kept = []
+        if self.path.is_file() and step:
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (ValueError, KeyError):
+                    continue  # the line a killed process was writing
+        self._file = self.path.open("w", encoding="utf-8")
+        self._file.writelines(line + "\n" for line in kept)
+        self._file.flush()
+
+    def write(self, line: Line) -> None:
+        assert self._file is not None
+        if "loss" in line:
+            line = {name: line.get(name) for name in FIELDS}
+        # JSON has no NaN: a loss that is none is written as null.
+        line = {name: None if isinstance(v, float) and v - v != 0 else v for name, v in line.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class Progress:
+    """A tqdm bar on a terminal, else about ten lines a run."""
+
+    def __init__(self, bar: bool, memory: Callable[[], int]) -> None:
+        self.wants_bar = bar and sys.stderr.isatty()
+        self.memory = memory
+        self.bar: tqdm | None = None
+
+    def begin(self, step: int, total: int) -> None:
+        self._start, self._first_step, self._next_line, self._total = time.perf_counter(), step, step + 1, total
+        if self.wants_bar:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+
+    def write(self, line: Line) -> None:
+        step = line["step"]
+        if "eval_loss" in line:
+            (self.bar.write if self.bar is not None else say)(f"step {step}: validation loss {line['eval_loss']:.4f}")
+            return
+        mfu = f"MFU {100 * line['mfu']:.1f} %  " if line.get("mfu") is not None else ""
+        values = (
+            f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  {line['images_per_second']:.2f} img/s  "
+            f"{line['tokens_per_second']:.0f} tok/s  {mfu}{self.memory() / 2**30:.1f} GiB"
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(values, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif step >= self._next_line or step == self._total:
+            left = (time.perf_counter() - self._start) / max(step - self._first_step, 1) * (self._total - step)
+            say(f"step {step}/{self._total}  epoch {line['epoch']:.2f}  {values}  ETA {duration(left)}")
+            tenth = max(1, self._total // 10)
+            self._next_line = (step // tenth + 1) * tenth
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Trackers:
+    """accelerate's trackers: the values of metrics.jsonl under train/ and eval/."""
+
+    def __init__(self, accelerator: Accelerator, settings: FinetuneSettings) -> None:
+        self.accelerator, self.settings = accelerator, settings
+
+    def begin(self, step: int, total: int) -> None:
+        name = self.settings.row or self.settings.dataset or Path(self.settings.output_dir).name
+        names = {"wandb": {"name": name}, "trackio": {"name": name}, "mlflow": {"run_name": name}}
+        project = os.environ.get("WANDB_PROJECT", "phi3v")
+        self.accelerator.init_trackers(project, init_kwargs=names)
+        for tracker in self.accelerator.trackers:
+            if tracker.name != "tensorboard":  # it takes numbers and short texts only, and makes a folder for them
+                tracker.store_init_configuration(self.settings.model_dump())
+
+    def write(self, line: Line) -> None:
+        # Trackers take numbers only: a peak that is not known stays away.
+        values = {
+            f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
+            for name, value in line.items()
+            if value is not None and name != "step"
+        }
+        self.accelerator.log(values, step=line["step"])
+
+    def close(self) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def trackers_of(settings: FinetuneSettings, output: Path) -> list[str | GeneralTracker]:
+    """TensorBoard in OUTPUT/tensorboard, and what --report_to names."""
+    from accelerate.tracking import TensorBoardTracker
+
+    return [TensorBoardTracker("tensorboard", output), *settings.report_to]
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises SettingsError if --report_to names what accelerate does not know, or what is not installed."""
+    from accelerate.tracking import get_available_trackers
+
+    here = [tracker.value for tracker in get_available_trackers()]
+    for name in names:
+        if name not in here:
+            raise SettingsError(
+                f"command line: field `report_to`: got {name!r}: expected a tracker of accelerate that is installed "
+                f"here ({', '.join(here)}); wandb, mlflow, trackio and others come with `pip install {name}`"
+            )

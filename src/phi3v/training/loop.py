@@ -1,0 +1,362 @@
+"""The training loop: forward, backward, clip, step, log, evaluate, save, stop, in that order.
+
+accelerate lets the same lines run under DDP, DeepSpeed and mixed precision. A step is an optimizer step over the
+examples of a global batch; each process makes its micro-steps, and gradients are reduced in the last of them only.
+The loss of a step is the mean over its examples of each example's mean over its label tokens.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from phi3v.planning.flops import Work
+from phi3v.planning.utilisation import Utilisation
+from phi3v.settings import FinetuneSettings
+from phi3v.training.batches import BatchCounts, PlannedSplit, model_inputs
+from phi3v.training.checkpoints import TRAINING
+from phi3v.training.guard import LossGuard
+from phi3v.training.launch import StopRequest
+from phi3v.training.logging import Log, say
+from phi3v.training.writer import CheckpointWriter
+
+
+@dataclass
+class TrainingState:
+    """How far a job has come; part of every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps made."""
+    validation_losses: dict[int, float] = field(default_factory=dict)
+    """By the step they were measured after."""
+
+    @property
+    def best_step(self) -> int:
+        """The step with the lowest validation loss; 0: none."""
+        finite = {step: loss for step, loss in self.validation_losses.items() if np.isfinite(loss)}
+        return min(finite, key=finite.__getitem__, default=0)
+
+    @property
+    def stale_validations(self) -> int:
+        """How many of the last validations brought no new lowest loss."""
+        return sum(step > self.best_step for step in self.validation_losses)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, summed over all processes."""
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float | None
+    """Before clipping."""
+    learning_rate: float
+    examples: int
+    images: int
+    tokens: int
+    """Without padding."""
+    slots: int
+    """Tokens with padding."""
+    work: Work
+    """What FLOP are counted from."""
+    seconds: float
+    """Wall time since the step before, without evaluation and saving; of this process."""
+    loading_seconds: float
+    """Part of it spent waiting for data; of this process."""
+    stop_asked: bool = False
+    """Whether any process was told to save and leave."""
+    save_asked: bool = False
+    """Whether --save_minutes are over."""
+    parts_written: int = 0
+    """Processes whose part of a checkpoint waits to be sealed."""
+
+    def line(self, utilisation: Utilisation | None = None) -> dict[str, Any]:
+        """The values of a metrics.jsonl line."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "step": self.step, "epoch": self.epoch, "loss": self.loss, "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm, "seconds": self.seconds, "images_per_second": self.images / seconds,
+            "tokens_per_second": self.tokens / seconds, "loading_share": self.loading_seconds / seconds,
+            "padding_share": 1 - self.tokens / max(self.slots, 1),
+            **(utilisation.of(self.work, seconds) if utilisation else {}),
+        }  # fmt: skip
+
+
+@dataclass
+class Loop:
+    """Trains a model that accelerate has prepared; `run` once, after `resume` if there is a checkpoint."""
+
+    settings: FinetuneSettings
+    accelerator: Accelerator
+    module: nn.Module
+    """The model itself, with or without adapters."""
+    model: Any
+    """The same as accelerate prepared it: DDP's or DeepSpeed's wrapper, or the module."""
+    optimizer: Any
+    scheduler: Any
+    training: PlannedSplit
+    validation: PlannedSplit | None
+    writer: CheckpointWriter
+    guard: LossGuard
+    total_steps: int
+    is_sharded: bool
+    """Whether DeepSpeed trains; it reduces, clips, steps and saves in its own way behind accelerate's interface."""
+    state: TrainingState = field(default_factory=TrainingState)
+    stop: StopRequest = field(default_factory=StopRequest)
+    hooks: list[Callable[[StepRecord], None]] = field(default_factory=list)
+    """Called after every optimizer step in every process, before its values are logged."""
+    logs: list[Log] = field(default_factory=list)
+    utilisation: Utilisation | None = None
+    stopped_by_signal: bool = False
+    examples: int = 0
+    """Examples trained on by this start of the job, over all processes."""
+
+    def __post_init__(self) -> None:
+        self.device = self.accelerator.device
+        self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self._random: dict[str, Any] | None = None
+        self._ended = False
+        self._loading_seconds = 0.0
+        self._clock = time.perf_counter()
+        self._saved_at = time.monotonic()
+
+    # The loop --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train from `state` to the last step, or until a signal or early stopping ends it; a collective call."""
+        self._loader = self.training.loader(self.accelerator.process_index, persistent=True)
+        try:
+            for log in self.logs:
+                log.begin(self.state.step, self.total_steps)
+            self.model.train()
+            self._ended = self.state.step >= self.total_steps
+            while not self._ended:
+                self._run_epoch()
+            self.writer.finish()
+            if self.settings.keep_best and not self.stopped_by_signal:
+                self._load_best()
+        except BaseException as error:
+            # The loader's processes ignore SIGTERM, so an interpreter that exits would wait for them. They end with
+            # the last reference to the loader, and the frames of an error hold one.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            del self._loader
+            self._batches: Iterator[dict[str, Any]] = iter(())
+            for log in self.logs:
+                log.close()
+
+    def _run_epoch(self) -> None:
+        epoch, first_step = divmod(self.state.step, self.training.plan.steps_per_epoch)
+        self.training.set_epoch(self._loader, epoch, first_step)
+        self._batches = iter(self._loader)
+        if self._random is not None:
+            set_random_states(self._random, self.device)
+            self._random = None
+        self._clock = time.perf_counter()
+        for _ in range(first_step, self.training.plan.steps_per_epoch):
+            self._run_step()
+            if self._ended:
+                return
+
+    def _run_step(self) -> None:
+        record = self.update()
+        step, last = record.step, record.step == self.total_steps
+        self.examples += record.examples
+        for hook in tuple(self.hooks):  # a hook may remove itself
+            hook(record)
+        for log in self.logs:
+            log.write(record.line(self.utilisation))
+        self._ended = last
+        is_best = False
+        if self.validation is not None and (last or step % self.settings.eval_steps == 0):
+            is_best = self.evaluate()
+        if record.parts_written == self.accelerator.num_processes:
+            self.writer.seal()
+        if record.stop_asked and not last:
+            self.stopped_by_signal = self._ended = True
+        every = self.settings.save_steps
+        asked = record.stop_asked or record.save_asked or bool(every and step % every == 0)
+        # The export follows the last step; a checkpoint of it would be removed at once.
+        if (asked and not last) or (is_best and self.settings.keep_best):
+            self.save()
+
+    def update(self) -> StepRecord:
+        """One optimizer step on the next global batch: forward, backward, clip, step."""
+        micro_steps = self.training.plan.micro_steps(self.state.step % self.training.plan.steps_per_epoch)
+        losses: list[torch.Tensor] = []
+        counts: list[BatchCounts] = []
+        for number in range(1, micro_steps + 1):
+            batch = self._next_batch()
+            losses.append(self.micro_step(batch, last=number == micro_steps))
+            counts.append(batch["counts"])
+        grad_norm = self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
+        self.optimizer.step()
+        learning_rate = self.scheduler.get_last_lr()[0]
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        return self._record(losses, counts, grad_norm, learning_rate)
+
+    def micro_step(self, batch: dict[str, Any], last: bool) -> torch.Tensor:
+        """Forward and backward; the loss of `loss_of`, detached. Processes reduce their gradients in the `last` one."""
+        self.accelerator.sync_gradients = last
+        # accelerate would divide by the micro-steps under DeepSpeed; `loss_of` has divided already.
+        undivided = {"scale_wrt_gas": False} if self.is_sharded else {}
+        with nullcontext() if last or self.is_sharded else self.accelerator.no_sync(self.model):
+            loss = self.loss_of(batch)
+            self.accelerator.backward(loss, **undivided)
+        return loss.detach()
+
+    def loss_of(self, batch: dict[str, Any]) -> torch.Tensor:
+        """A micro-batch's share of the step's loss, times the processes, over which gradients are averaged."""
+        outputs = self.model(**model_inputs(batch, self.device))
+        return outputs["loss"] * (self.accelerator.num_processes / batch["examples_in_step"])
+
+    def evaluate(self) -> bool:
+        """Log the same loss on the validation split; whether it is the lowest so far. A collective call."""
+        assert self.validation is not None
+        start, step = time.perf_counter(), self.state.step
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.model.eval()
+        with torch.no_grad():
+            for batch in self.validation.loader(self.accelerator.process_index):
+                total += self.loss_of(batch).double()
+        self.model.train()
+        loss = self._over_processes([float(total)])[0] / self.accelerator.num_processes
+        self.state.validation_losses[step] = loss
+        line = {"step": step, "epoch": self.training.plan.epochs_at(step), "eval_loss": loss}
+        for log in self.logs:
+            log.write(line | {"eval_seconds": time.perf_counter() - start})
+        patience = self.settings.early_stopping_patience
+        if patience and self.state.stale_validations >= patience:
+            say(f"step {step}: no lower validation loss for {patience} times: stopping early")
+            self._ended = True
+        self._clock = time.perf_counter()
+        return self.state.best_step == step
+
+    # Values of a step ------------------------------------------------------------------------------------------------
+
+    def _next_batch(self) -> dict[str, Any]:
+        """The next micro-batch; on CUDA the wait counts only if the device has finished its work by then."""
+        start = time.perf_counter()
+        batch = next(self._batches)
+        if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():
+            self._loading_seconds += time.perf_counter() - start
+        return batch
+
+    def _record(
+        self, losses: list[torch.Tensor], counts: list[BatchCounts], grad_norm: Any, learning_rate: float
+    ) -> StepRecord:
+        """The step over all processes; a collective call, so that all of them stop or save after the same step."""
+        loss = sum(losses[1:], losses[0])
+        if isinstance(grad_norm, torch.Tensor):
+            loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the host waits for the device once
+        own_loss = float(loss)
+        self.guard.check(self.state.step, own_loss, [name for batch in counts for name in batch.ids])
+        minutes = self.settings.save_minutes
+        save_asked = bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
+        flags = (self.stop.asked, save_asked, self.writer.part_written)
+        own = [(len(batch.ids), batch.images, batch.tokens, batch.slots, *astuple(batch.work)) for batch in counts]
+        mean, stop, save, written, examples, images, tokens, slots, *work = self._over_processes(
+            [own_loss, *flags, *map(sum, zip(*own, strict=True))]
+        )
+        now = time.perf_counter()
+        record = StepRecord(
+            step=self.state.step, epoch=self.training.plan.epochs_at(self.state.step),
+            loss=float(np.float32(mean / self.accelerator.num_processes)), grad_norm=grad_norm,
+            learning_rate=learning_rate, examples=int(examples), images=int(images), tokens=int(tokens),
+            slots=int(slots), work=Work(*work), seconds=now - self._clock, loading_seconds=self._loading_seconds,
+            stop_asked=stop > 0, save_asked=save > 0, parts_written=int(written),
+        )  # fmt: skip
+        self._clock, self._loading_seconds = now, 0.0
+        return record
+
+    def _over_processes(self, values: list[Any]) -> list[float]:
+        """Sums over all processes; a collective call."""
+        if self.accelerator.num_processes == 1:
+            return values
+        total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of this step, see `CheckpointWriter`; a collective call."""
+        folder = self.writer.begin(self.state.step)
+        if self.is_sharded:
+            with self.writer.explained():
+                self.model.save_checkpoint(str(folder))
+        parts = {f"random_{self.accelerator.process_index}.pt": random_states(self.device)}
+        if self.accelerator.is_main_process:
+            parts[TRAINING] = self._training_state()
+        self.writer.write(parts, self.state.best_step if self.settings.keep_best else 0)
+        self._saved_at, self._clock = time.monotonic(), time.perf_counter()
+
+    def _training_state(self) -> dict[str, Any]:
+        values = {"state": asdict(self.state), "scheduler": self.scheduler.state_dict()}
+        if self.is_sharded:
+            return values
+        scaler = self.accelerator.scaler
+        return values | {
+            "weights": {name: weight for name, weight in self.module.named_parameters() if weight.requires_grad},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def resume(self, checkpoint: Path) -> None:
+        """Take up the state of a checkpoint; a collective call with ZeRO."""
+        values = self._load_weights(checkpoint)
+        self.state = TrainingState(**values["state"])
+        self.scheduler.load_state_dict(values["scheduler"])
+        if not self.is_sharded:
+            self.optimizer.load_state_dict(values["optimizer"])
+            if values["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(values["scaler"])
+        own = checkpoint / f"random_{self.accelerator.process_index}.pt"
+        if own.is_file():  # without ZeRO the number of processes may change
+            self._random = torch.load(own, weights_only=True)
+
+    def _load_weights(self, checkpoint: Path) -> dict[str, Any]:
+        """Read the weights of a checkpoint, with ZeRO the optimizer's states too; the values of its training.pt."""
+        values: dict[str, Any] = torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True, mmap=True)
+        if self.is_sharded:
+            self.model.load_checkpoint(str(checkpoint))
+            return values
+        parameters = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name, weight in values["weights"].items():
+                parameters[name].copy_(weight)
+        return values
+
+    def _load_best(self) -> None:
+        best = self.writer.folder / f"checkpoint-{self.state.best_step}"
+        if best.is_dir():
+            self._load_weights(best)
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of PyTorch's random generators, the only ones that training draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Set the random generators to what `random_states` returned."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

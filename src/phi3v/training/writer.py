@@ -1,0 +1,164 @@
+"""Checkpoints are written while training continues: a snapshot in host memory, files and digests in a thread."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from phi3v.training.checkpoints import (
+    RESUMES,
+    WRITING,
+    CheckpointError,
+    digest_and_sync,
+    names_of,
+    rotate,
+    seal,
+    share_of,
+)
+from phi3v.training.memory import free_ram
+
+Own = TypeVar("Own")
+
+
+class CheckpointWriter:
+    """Writes checkpoints while training continues, one at a time; one writer in each process.
+
+    `begin` and `write` copy the state to host memory at the end of a step. A thread of each process then writes its
+    part, syncs it and computes its digests. When the parts of all processes are written, `seal` lets the first process
+    name the checkpoint, in its thread as well. All collective calls are on the training thread, between two steps.
+    DeepSpeed writes its shards itself, on the training thread; syncing and digesting them is left to the thread.
+    """
+
+    def __init__(self, folder: Path, keep: int, process: int, processes: int) -> None:
+        self.folder, self.keep, self.process, self.processes = folder, keep, process, processes
+        self.settings: dict[str, Any] = {}
+        """Settings, data and base weights that a checkpoint belongs to; known to the first process."""
+        self._threads = ThreadPoolExecutor(1, "checkpoint")
+        self._part: Future[dict[str, Any]] | None = None
+        self._sealing: Future[None] | None = None
+        self._step = 0
+        self._best: Path | None = None
+
+    def begin(self, step: int) -> Path:
+        """Finish the checkpoint before, and return the empty folder of the next one; a collective call."""
+        self.finish()
+        self._step = step
+        writing = self.folder / WRITING
+        with self.explained():
+            if self.process == 0:
+                shutil.rmtree(writing, ignore_errors=True)
+                (writing / self._name).mkdir(parents=True)
+        self._barrier()
+        return writing / self._name
+
+    def write(self, parts: dict[str, Any], best_step: int) -> None:
+        """Write this process's `parts`, {file name: what torch.save takes}, beside training; a collective call.
+
+        best_step: its checkpoint is kept; 0: none. If host memory cannot hold a copy, training waits for the files.
+        """
+        folder = self.folder / WRITING / self._name
+        self._best = self.folder / f"checkpoint-{best_step}" if best_step else None
+        share = share_of(self._gathered(names_of(folder)), self.process, self.processes)
+        copied = 2 * tensor_bytes(parts) < free_ram()
+        parts = host_copy(parts) if copied else parts
+        self._part = self._threads.submit(_write_part, folder, parts, share)
+        if not copied:
+            with self.explained():
+                self._part.result()
+
+    @property
+    def part_written(self) -> bool:
+        """Whether this process's part is on disk and waits for `seal`. Raises CheckpointError if writing failed."""
+        with self.explained():
+            if self._sealing is not None and self._sealing.done():
+                self._sealing.result()
+            if self._part is not None and self._part.done():
+                self._part.result()
+                return True
+        return False
+
+    def seal(self) -> None:
+        """Name the checkpoint, whose parts all are or will be written; a collective call."""
+        assert self._part is not None
+        with self.explained():
+            digests = self._part.result()
+        self._part = None
+        files = {name: facts for part in self._gathered(digests) for name, facts in part.items()}
+        if self.process == 0:
+            self._sealing = self._threads.submit(self._seal, self._step, files)
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written counts; a collective call. Raises CheckpointError."""
+        if self._part is not None:
+            self.seal()
+        with self.explained():
+            if self._sealing is not None:
+                self._sealing.result()
+        self._sealing = None
+        self._barrier()
+
+    def _seal(self, step: int, files: dict[str, Any]) -> None:
+        name = f"checkpoint-{step}"
+        seal(self.folder / WRITING / name, self.folder / name, files, step, self.processes, self.settings)
+        rotate(self.folder, self.keep, self._best)
+
+    @property
+    def _name(self) -> str:
+        return f"checkpoint-{self._step}"
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn an error of writing into a CheckpointError."""
+        try:
+            yield
+        except Exception as error:
+            self._part = self._sealing = None
+            free = shutil.disk_usage(self.folder).free / 1e9
+            raise CheckpointError(
+                f"step {self._step}: {self.folder / self._name} could not be written ({error}); {free:.2f} GB are free "
+                f"there. {RESUMES}"
+            ) from error
+
+    def _gathered(self, own: Own) -> list[Own]:
+        """What each process holds, by rank; a collective call."""
+        if self.processes == 1:
+            return [own]
+        found: list[Any] = [None] * self.processes
+        dist.all_gather_object(found, own)
+        return found
+
+    def _barrier(self) -> None:
+        if self.processes > 1:
+            dist.barrier()
+
+
+def _write_part(folder: Path, parts: dict[str, Any], share: list[str]) -> dict[str, Any]:
+    """Write `parts`; sizes and digests of them and of the files `share`, which DeepSpeed wrote."""
+    for name, value in parts.items():
+        torch.save(value, folder / name)
+    return digest_and_sync(folder, [*parts, *share])
+
+
+def tensor_bytes(value: Any) -> int:
+    """Size of all tensors in a nest of dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def host_copy(value: Any) -> Any:
+    """The same nest of dicts, lists and tuples with copies of its tensors in host memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: host_copy(item) for name, item in value.items()}
+    return type(value)(map(host_copy, value)) if isinstance(value, list | tuple) else value
