@@ -9,7 +9,7 @@ are not done say why. No GPU, no PyTorch.
 
 import sys
 
-from phi3v.reporting.build import build_report
+from phi3v.reporting.page import build_report
 from phi3v.settings import ReportSettings, SettingsError, parse
 
 if __name__ == "__main__":
@@ -18,6 +18,6 @@ if __name__ == "__main__":
         tables = build_report(settings)
     except SettingsError as error:
         sys.exit(f"error: {error}")
-    done = sum(line.status == "done" for line in tables.accuracy)
-    timed = sum(line.status == "done" for line in tables.speed)
+    done = sum(line.state.status == "done" for line in tables.accuracy)
+    timed = sum(line.state.status == "done" for line in tables.speed)
     print(f"report: {done} of {len(tables.accuracy)} accuracy rows, {timed} of {len(tables.speed)} speed rows done")

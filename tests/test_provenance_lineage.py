@@ -13,6 +13,7 @@ from phi3v.reporting import crate
 
 ROW, OTHER = "phi35-docvqa-lora-bf16", "phi35-nlvr2-full-bf16"
 REVISION = "3f7d1c9e"
+CONTEXT = "https://w3id.org/ro/crate/1.1/context"
 
 
 @pytest.fixture
@@ -128,9 +129,9 @@ def offline(monkeypatch):
 
     def get(self, url, *arguments, **options):
         answer = requests.Response()
-        answer.status_code, answer.url = (200 if url == crate.CONTEXT else 504), url
+        answer.status_code, answer.url = (200 if url == CONTEXT else 504), url
         answer.headers["Content-Type"] = "application/ld+json"
-        answer._content = context if url == crate.CONTEXT else b""
+        answer._content = context if url == CONTEXT else b""
         return answer
 
     monkeypatch.setattr(HttpRequester, "get", get, raising=False)

@@ -1,4 +1,4 @@
-"""A run as an RO-Crate (https://w3id.org/ro/crate/1.1, Workflow Run Crate 0.5): the workflow, each job, and what says how they hang together.
+"""A run as an RO-Crate (https://w3id.org/ro/crate/1.1, Workflow Run Crate 0.5): the workflow, each job, and how they depend on each other.
 
 The crate holds settings, tables, metrics and manifests; weights, pictures and predictions stay where they are, named by their digests
 in the manifests.
@@ -9,107 +9,96 @@ from __future__ import annotations
 import hashlib
 import mimetypes
 import shutil
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from phi3v import __version__
 from phi3v.provenance.lineage import Link, chain
-from phi3v.provenance.manifest import SOURCE, ResultError, digest_file, parent_file, read_json, write_json
+from phi3v.provenance.manifest import SOURCE, Manifest, ResultError, digest_file, parent_file, read_json
 
-PROFILES = {
-    "https://w3id.org/ro/wfrun/process/0.5": "Process Run Crate",
-    "https://w3id.org/ro/wfrun/workflow/0.5": "Workflow Run Crate",
-    "https://w3id.org/workflowhub/workflow-ro-crate/1.0": "Workflow RO-Crate",
-}
-PROFILE_VERSION = {"https://w3id.org/workflowhub/workflow-ro-crate/1.0": "1.0"}
+if TYPE_CHECKING:
+    from rocrate.model import ContextEntity, DataEntity
+    from rocrate.rocrate import ROCrate
+
+PROFILES = [
+    ("https://w3id.org/ro/wfrun/process/0.5", "Process Run Crate", "0.5"),
+    ("https://w3id.org/ro/wfrun/workflow/0.5", "Workflow Run Crate", "0.5"),
+    ("https://w3id.org/workflowhub/workflow-ro-crate/1.0", "Workflow RO-Crate", "1.0"),
+]
 WORKFLOW_FILES = ("Snakefile", "workflow/rules/*.smk", "LICENSE")
 SCRIPTS = {"train": "finetune.py", "evaluate": "evaluate.py", "speed": "speed.py", "report": "report.py"}
 # What a job leaves that is small: manifests and their neighbours.
 SMALL = ("*.json", "*.tsv", "*.md", "index.html", "before/*.json", "after/*.json", "control/*.json")
-CONTEXT, TERMS = "https://w3id.org/ro/crate/1.1/context", "https://w3id.org/ro/terms/workflow-run#"
+SHA256 = "https://w3id.org/ro/terms/workflow-run#sha256"
 LICENCE = "https://spdx.org/licenses/MIT"
+
+
+@dataclass
+class Job:
+    """A link of the chain that left files in the crate."""
+
+    home: Path
+    results: list[DataEntity]
+    inputs: list[DataEntity] = field(default_factory=list)
+    """Files that stand for what it was made from."""
 
 
 def export(report: Path, folder: Path, root: Path = Path()) -> Path:
     """Write the crate of the run whose report folder is given; returns its metadata file.
 
-    Raises ResultError where `report` is no report, FileExistsError where the folder holds something else than a crate.
+    Raises ResultError if `report` is no report, FileExistsError if the folder holds something else than a crate.
     """
+    from rocrate.rocrate import ROCrate
+
     link = chain(report, root)
     if link.kind != "report":
         raise ResultError(f"{report}: got a result of kind {link.kind}; expected a report's folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "ro-crate-metadata.json").exists():
         raise FileExistsError(f"{folder}: is there and is no crate; expected a new folder")
-    shutil.rmtree(folder, ignore_errors=True)
-    entities = _Entities(folder)
+    crate = ROCrate(version="1.1")
+    crate.metadata.extra_terms["sha256"] = SHA256
+    jobs: dict[str, Job] = {}
     for pattern in WORKFLOW_FILES:
         for path in sorted(SOURCE.glob(pattern)):
-            entities.add_file(path, str(path.relative_to(SOURCE)))
-    jobs: dict[str, dict[str, Any]] = {}
-    _walk(link, root, entities, jobs)
-    manifest = read_json(root / report / "manifest.json")
-    _describe(entities, jobs, manifest, [entities.files[name]["@id"] for name in jobs[str(link.path)]["_files"]])
-    path = folder / "ro-crate-metadata.json"
-    write_json(path, {"@context": [CONTEXT, {"sha256": TERMS + "sha256"}], "@graph": entities.graph()})
-    return path
+            _add_file(crate, path, str(path.relative_to(SOURCE)))
+    _add_links(crate, link, root, jobs)
+    _describe(crate, jobs, jobs[str(link.path)])
+    shutil.rmtree(folder, ignore_errors=True)
+    crate.write(folder)
+    return folder / "ro-crate-metadata.json"
 
 
-class _Entities:
-    """The crate's entities by id, and the files that were copied into it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: dict[str, dict[str, Any]] = {}
-        self.others: dict[str, dict[str, Any]] = {}
-
-    def add_file(self, source: Path, name: str) -> str:
-        """Copy a file into the crate; returns its id."""
-        if name not in self.files:
-            target = self.folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-            kind = mimetypes.guess_type(name)[0] or "text/plain"
-            self.files[name] = {
-                "@id": name, "@type": "File", "name": name, "encodingFormat": kind, "contentSize": str(source.stat().st_size),
-                "sha256": digest_file(source),
-            }  # fmt: skip
-        return name
-
-    def add(self, uri: str, kind: str | list[str], **values: Any) -> dict[str, str]:
-        """Add an entity; returns a reference to it."""
-        self.others[uri] = {"@id": uri, "@type": kind, **values}
-        return {"@id": uri}
-
-    def graph(self) -> list[dict[str, Any]]:
-        return [*self.others.values(), *(file for name, file in self.files.items() if name not in self.others)]
+def _add_file(crate: ROCrate, source: Path, name: str) -> DataEntity:
+    known = crate.get(name)
+    if known is None:
+        about = {
+            "name": name,
+            "encodingFormat": mimetypes.guess_type(name)[0] or "text/plain",
+            "sha256": digest_file(source),
+        }
+        known = crate.add_file(source, name, properties=about, record_size=True)
+    return known
 
 
-def _walk(link: Link, root: Path, entities: _Entities, jobs: dict[str, dict[str, Any]]) -> list[str]:
-    """Copy what says where the link comes from, and note its job; returns the ids of the files that stand for it."""
+def _add_links(crate: ROCrate, link: Link, root: Path, jobs: dict[str, Job]) -> list[DataEntity]:
+    """Copy what states where the link comes from, and note its job; returns the files that stand for it."""
     if str(link.path) in jobs:
-        return jobs[str(link.path)]["_files"]
+        return jobs[str(link.path)].results
     place = Path(str(link.path).removeprefix("file:").removeprefix("//"))
     found = parent_file(root / place) if (root / place).is_dir() else None
     if found is None:
-        return [entities.add_file(root / place, _name(place))] if link.kind == "file" else []
-    home = found.parent
+        return [_add_file(crate, root / place, _name(place))] if link.kind == "file" else []
+    home, base = found.parent.resolve(), root.resolve()
     patterns = SMALL if found.name == "manifest.json" else (found.name,)
-    names = [
-        entities.add_file(path, _name(_inside(path, root)))
-        for pattern in patterns
-        for path in sorted(home.glob(pattern))
-        if path.is_file()
-    ]
-    job: dict[str, Any] = {"_files": names, "_link": link, "_home": home}
+    files = [path for pattern in patterns for path in sorted(home.glob(pattern)) if path.is_file()]
+    names = [path.relative_to(base) if path.is_relative_to(base) else path for path in files]
+    job = Job(home, [_add_file(crate, path, _name(name)) for path, name in zip(files, names, strict=True)])
     jobs[str(link.path)] = job
-    job["_objects"] = [name for other in link.made_from for name in _walk(other, root, entities, jobs)]
-    return names
-
-
-def _inside(path: Path, root: Path) -> Path:
-    base = root.resolve()
-    return path.resolve().relative_to(base) if path.resolve().is_relative_to(base) else path.resolve()
+    for other in link.made_from:
+        job.inputs += [file for file in _add_links(crate, other, root, jobs) if file not in job.inputs]
+    return job.results
 
 
 def _name(path: Path) -> str:
@@ -119,76 +108,61 @@ def _name(path: Path) -> str:
     return f"outside/{hashlib.sha256(str(path.parent).encode()).hexdigest()[:8]}/{path.name}"
 
 
-def _describe(
-    entities: _Entities, jobs: dict[str, dict[str, Any]], manifest: dict[str, Any], results: list[str]
-) -> None:
+def _describe(crate: ROCrate, jobs: dict[str, Job], report: Job) -> None:
     """The root, the workflow, the run as a whole, and an action for each job that has a manifest."""
+    made = {job.home: job for job in jobs.values() if (job.home / "manifest.json").is_file()}
+    given = [file for job in jobs.values() if job.home not in made for file in job.results]
+    manifests = {home: cast(Manifest, read_json(home / "manifest.json")) for home in made}
+    manifest = manifests[report.home]
     commit = manifest.get("commit") or "unknown"
-    user = entities.add("#user", "Person", name=manifest.get("user") or "unknown")
-    language = entities.add(
-        "https://w3id.org/workflowhub/workflow-ro-crate#snakemake", "ComputerLanguage", name="Snakemake",
-        identifier={"@id": "https://snakemake.github.io"}, url={"@id": "https://snakemake.github.io"},
-    )  # fmt: skip
-    entities.add(
-        "Snakefile", ["File", "SoftwareSourceCode", "ComputationalWorkflow"], name="phi3v", version=commit,
-        programmingLanguage=language, license={"@id": LICENCE}, sha256=entities.files["Snakefile"]["sha256"],
-        encodingFormat="text/plain",
-    )  # fmt: skip
-    actions: list[dict[str, str]] = []
-    started: list[str] = []
-    inputs: list[str] = []
-    seen: set[Path] = set()
-    for job in jobs.values():
-        path = job["_home"] / "manifest.json"
-        if not path.is_file() or path in seen:
-            inputs += [] if path.is_file() else job["_files"]
-            continue
-        seen.add(path)
-        own = read_json(path)
-        begin, end = _times(own)
-        started.append(begin)
-        actions.append(
-            entities.add(
-                f"#job-{len(actions) + 1}", "CreateAction", name=f"{own.get('kind')} {job['_home'].name}",
-                description=own.get("command", ""), instrument=_tool(entities, own), agent=user, startTime=begin, endTime=end,
-                actionStatus={"@id": "http://schema.org/CompletedActionStatus"},
-                object=[{"@id": name} for name in dict.fromkeys(job["_objects"])],
-                result=[{"@id": name} for name in job["_files"]],
-            )
-        )  # fmt: skip
-    run = entities.add(
-        "#run", "CreateAction", name=f"run of phi3v at {commit[:12]}", description=manifest.get("command", ""),
-        instrument={"@id": "Snakefile"}, agent=user, startTime=min(started), endTime=_times(manifest)[1],
-        actionStatus={"@id": "http://schema.org/CompletedActionStatus"},
-        object=[{"@id": name} for name in dict.fromkeys(inputs)], result=[{"@id": name} for name in results],
-    )  # fmt: skip
-    profiles = [
-        entities.add(uri, "CreativeWork", name=name, version=PROFILE_VERSION.get(uri, "0.5"))
-        for uri, name in PROFILES.items()
-    ]
-    entities.add(LICENCE, "CreativeWork", name="MIT License", identifier="MIT", url={"@id": LICENCE})
-    entities.add(
-        "ro-crate-metadata.json", "CreativeWork", about={"@id": "./"},
-        conformsTo=[{"@id": "https://w3id.org/ro/crate/1.1"}, {"@id": "https://w3id.org/workflowhub/workflow-ro-crate/1.0"}],
-    )  # fmt: skip
-    entities.add(
-        "./", "Dataset", name=f"phi3v: {manifest.get('settings', {}).get('config') or 'a run'}",
-        description="Settings, tables, metrics and manifests of one run that fine-tunes Phi-3.5-vision; weights and pictures stay outside.",
-        datePublished=_times(manifest)[1], license={"@id": LICENCE}, conformsTo=profiles, mainEntity={"@id": "Snakefile"},
-        mentions=[run, *actions], hasPart=[{"@id": name} for name in entities.files],
-    )  # fmt: skip
+    user = _entity(crate, "#user", "Person", name=manifest.get("user") or "unknown")
+    snakefile = SOURCE / "Snakefile"
+    about: dict[str, object] = {"name": "phi3v", "version": commit, "license": {"@id": LICENCE}}
+    about |= {"encodingFormat": "text/plain", "sha256": digest_file(snakefile)}
+    workflow = crate.add_workflow(
+        snakefile, "Snakefile", properties=about, main=True, lang="snakemake", record_size=True
+    )
+    actions = []
+    for number, (home, job) in enumerate(made.items(), 1):
+        about = _about(manifests[home]) | {"name": f"{manifests[home].get('kind')} {home.name}", "agent": user}
+        tool = _tool(crate, manifests[home])
+        actions.append(crate.add_action(tool, f"#job-{number}", job.inputs, job.results, properties=about))
+    about = _about(manifest) | {"name": f"run of phi3v at {commit[:12]}", "agent": user}
+    about["startTime"] = min(action["startTime"] for action in actions)
+    run = crate.add_action(workflow, "#run", list(dict.fromkeys(given)), report.results, properties=about)
+    _entity(crate, LICENCE, "CreativeWork", name="MIT License", identifier="MIT", url={"@id": LICENCE})
+    root = {
+        "name": f"phi3v: {manifest.get('settings', {}).get('config') or 'a run'}",
+        "description": "Settings, tables, metrics and manifests of one run that fine-tunes Phi-3.5-vision;"
+        " weights and pictures stay outside.",
+        "datePublished": run["endTime"],
+        "license": {"@id": LICENCE},
+        "conformsTo": [_entity(crate, uri, "CreativeWork", name=name, version=of) for uri, name, of in PROFILES],
+        "mentions": [run, *actions],
+    }
+    for name, value in root.items():
+        crate.root_dataset[name] = value
 
 
-def _tool(entities: _Entities, manifest: dict[str, Any]) -> dict[str, str]:
+def _entity(crate: ROCrate, uri: str, kind: str, **values: object) -> ContextEntity:
+    return crate.get(uri) or crate.add_jsonld({"@id": uri, "@type": kind, **values})
+
+
+def _tool(crate: ROCrate, manifest: Manifest) -> ContextEntity:
     """The script of a job's kind, as an application with its version."""
-    name = SCRIPTS.get(str(manifest.get("kind")), "finetune.py")
-    return entities.add(
-        f"#scripts-{name.removesuffix('.py')}", "SoftwareApplication", name=f"phi3v scripts/{name}",
-        softwareVersion=f"{__version__} {manifest.get('commit') or ''}".strip(),
-    )  # fmt: skip
+    name = SCRIPTS.get(manifest.get("kind", ""), "finetune.py")
+    version = f"{__version__} {manifest.get('commit') or ''}".strip()
+    uri = f"#scripts-{name.removesuffix('.py')}"
+    return _entity(crate, uri, "SoftwareApplication", name=f"phi3v scripts/{name}", softwareVersion=version)
 
 
-def _times(manifest: dict[str, Any]) -> tuple[str, str]:
-    """(start, end) of a job as ISO 8601, from its end and its seconds."""
+def _about(manifest: Manifest) -> dict[str, object]:
+    """Command and times of a job; its start is its end less its seconds."""
     end = datetime.fromisoformat(manifest["finished"])
-    return (end - timedelta(seconds=manifest.get("seconds") or 0)).isoformat(timespec="seconds"), end.isoformat()
+    start = end - timedelta(seconds=manifest.get("seconds") or 0)
+    return {
+        "description": manifest.get("command", ""),
+        "startTime": start.isoformat(timespec="seconds"),
+        "endTime": end.isoformat(),
+        "actionStatus": {"@id": "http://schema.org/CompletedActionStatus"},
+    }

@@ -1,103 +1,223 @@
-"""index.html: the joined tables, plots, examples and provenance as one file that needs no network.
+"""A run's report folder: index.html, accuracy.tsv, speed.tsv, report.json, tables.md and a manifest.
 
-Every text goes through Jinja's escaping; data for scripts are JSON in a block that the browser does not run; a content security policy
-allows exactly the two scripts of this page, by their digests, and nothing from anywhere.
+index.html is one file that needs no network. Every text goes through Jinja's escaping; data for scripts are JSON in a block that the
+browser does not run; a content security policy allows exactly the two scripts of this page, by their digests, and nothing from anywhere.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import jinja2
+from PIL import Image, ImageOps
 
-from phi3v.planning.fits import MEAN_TOKENS, PADDED_TILES
+from phi3v.evaluation.predictions import Record
+from phi3v.planning.fits import MEAN_TOKENS, PADDED_TILES, runnable
 from phi3v.planning.flops import FORMULA
-from phi3v.reporting import figures, provenance
-from phi3v.reporting.markdown import by_hardware, grouped
-from phi3v.reporting.pictures import Thumbnails
-from phi3v.reporting.results import AccuracyResult
-from phi3v.reporting.tables import (
-    GB,
-    METHODS,
-    AccuracyLine,
-    SpeedLine,
-    Tables,
-    asked,
-    observed,
-    official_figures,
-    plain,
-    stand_in_text,
-)
-from phi3v.settings import AccuracyRow, Role, SpeedRow, dataset_key, fields_with
+from phi3v.planning.memory import GB
+from phi3v.provenance.manifest import Commit, commit, write_atomically, write_json, write_manifest
+from phi3v.reporting import columns, figures, sections
+from phi3v.reporting.figures import Figure
+from phi3v.reporting.join import AccuracyLine, AnyLine, SpeedLine, Tables, build_tables
+from phi3v.settings import AccuracyRow, ReportSettings, Role, SpeedRow, fields_with, load_run
 
 HERE = Path(__file__).resolve().parent
 PICTURES_PER_EXAMPLE = 8
+LONGEST_SIDE = 240
+QUALITY = 70
+BUDGET_BYTES = 4_000_000
+"""Of all thumbnails together, so that a report of 200 rows still goes through the mail."""
 # Fields of a row that its part of the page shows elsewhere than among the settings.
 SHOWN_ELSEWHERE = {name for row in (AccuracyRow, SpeedRow) for name in fields_with(row, Role.IDENTITY, Role.PUBLISHED)}
 
 
-def render(tables: Tables, results: Path, code: dict[str, Any]) -> str:
-    """The page. results: results/NAME; pictures are looked for in results/data beside it."""
-    thumbnails = Thumbnails()
-    comparable = tables.run.settings.comparable
-    plots: list[figures.Figure] = []
+def build_report(settings: ReportSettings) -> Tables:
+    """Read the run's configuration and whatever results there are; write the report. Raises SettingsError on a wrong configuration."""
+    started = time.perf_counter()
+    run = runnable(load_run(settings.config))
+    results = Path(settings.results or f"results/{run.settings.name}")
+    folder = Path(settings.output_dir or results / "report")
+    code = commit()
+    tables = build_tables(run, results, code)
+    accuracy = columns.as_records(tables.accuracy, columns.ACCURACY_COLUMNS + columns.ACCURACY_TIMES)
+    speed = columns.as_records(tables.speed, columns.SPEED_COLUMNS)
+    about = {"run": run.settings.name, **run.settings.model_dump(include={"title", "notice", "comparable"})}
+    write_atomically(folder / "accuracy.tsv", columns.as_tsv(accuracy, columns.ACCURACY_COLUMNS))
+    write_atomically(folder / "speed.tsv", columns.as_tsv(speed, columns.SPEED_COLUMNS))
+    write_json(folder / "report.json", {**about, "accuracy": accuracy, "speed": speed})
+    write_atomically(folder / "tables.md", columns.as_markdown(tables))
+    write_atomically(folder / "index.html", Page(tables, results, code).render())
+    parents = {name: str(work.folder) for name, work in sections.finished(tables, results).items()}
+    write_manifest(
+        folder,
+        kind="report",
+        settings=settings,
+        seed=run.settings.seed,
+        inputs={"config": settings.config} | parents,
+        seconds=time.perf_counter() - started,
+        device="CPU",
+    )
+    return tables
 
-    def plot(figure: figures.Figure | None) -> figures.Figure | None:
-        if figure is not None:
-            plots.append(figure)
-        return figure
 
-    accuracy = []
-    by_dataset: dict[str, list[AccuracyLine]] = {}
-    for (dataset, model), lines in grouped(tables.accuracy).items():
-        accuracy.append({"dataset": dataset, "model": model, "lines": lines})
-        by_dataset.setdefault(dataset, []).extend(lines)
-    overviews = []
-    for dataset, lines in by_dataset.items():
-        title = tables.run.datasets[dataset].title
-        found = [plot(figures.forest(dataset, title, lines, comparable)), plot(figures.losses(dataset, title, lines))]
-        overviews += [figure for figure in found if figure]
-    speed = []
-    for hardware, speed_lines in by_hardware(tables.speed).items():
-        title = tables.run.hardware[hardware].title
-        stand_in = any(line.value("stand_in") for line in speed_lines)
-        both = [
-            plot(figures.speed_bars(hardware, title, speed_lines, comparable and not stand_in)),
-            plot(figures.scaling(hardware, title, speed_lines)),
-        ]
-        stand_ins = list(
-            dict.fromkeys(stand_in_text(line, tables.run.hardware) for line in speed_lines if line.value("stand_in"))
+class Thumbnails:
+    """Pictures by a short digest of their bytes, each embedded once however many rows show it."""
+
+    def __init__(self, budget: int = BUDGET_BYTES) -> None:
+        self.data: dict[str, str] = {}
+        """What the page embeds."""
+        self._keys: dict[Path, str | None] = {}
+        self._left = budget
+
+    def add(self, path: Path) -> str | None:
+        """Key of a picture's thumbnail; None if the file is missing (now), is no picture, or the budget is spent."""
+        if path not in self._keys:
+            self._keys[path] = self._make(path)
+        return self._keys[path]
+
+    def _make(self, path: Path) -> str | None:
+        try:
+            raw = path.read_bytes()
+            key = hashlib.sha256(raw).hexdigest()[:12]
+            if key in self.data:
+                return key
+            image = Image.open(io.BytesIO(raw))
+            image.draft("RGB", (2 * LONGEST_SIDE, 2 * LONGEST_SIDE))
+            small = ImageOps.exif_transpose(image).convert("RGB")
+            small.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None
+        buffer = io.BytesIO()
+        small.save(buffer, "WEBP", quality=QUALITY, method=4)
+        uri = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+        if len(uri) > self._left:
+            return None
+        self._left -= len(uri)
+        self.data[key] = uri
+        return key
+
+
+class ShownExample(TypedDict):
+    """An answer on the page."""
+
+    id: str
+    prompt: str
+    answers: list[str]
+    prediction: str
+    score: float
+    pictures: list[str]
+    """Keys of thumbnails."""
+    missing: int
+    """Pictures that are not shown."""
+
+
+class Page:
+    """index.html. results: results/NAME; pictures are looked for in results/data beside it. code: of this report."""
+
+    def __init__(self, tables: Tables, results: Path, code: Commit) -> None:
+        self.tables, self.results, self.code = tables, results, code
+        self.thumbnails = Thumbnails()
+        self.plots: dict[str, Figure] = {}
+
+    def render(self) -> str:
+        """The page as text."""
+        tables, results = self.tables, self.results
+        scripts = {"plotly": _asset("plotly-basic.min.js"), "page": _asset("page.js")}
+        data_sets = sections.datasets(tables, results)
+        parts = {
+            "accuracy": columns.by_dataset_and_model(tables.accuracy),
+            "overviews": self._overviews(),
+            "speed": [self._speed(hardware, lines) for hardware, lines in columns.by_hardware(tables.speed).items()],
+            "details": dict(detail for line in tables.accuracy for detail in self._details(line)),
+            "data_sets": data_sets,
+            "tokens": self._add(*(figures.tokens(of.name, of.entry.title, of.statistics) for of in data_sets)),
+            "plan": sections.plan(tables, results),
+            "failures": [line for line in tables.jobs if _failed(line)],
+            "provenance": sections.provenance(tables, results),
+            "summary": _summary(tables),
+        }
+        data = {"plots": {name: vars(plot) for name, plot in self.plots.items()}, "pictures": self.thumbnails.data}
+        # "<" cannot end the block early when it is written as an escape.
+        text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+        template = _environment().get_template("index.html")
+        return template.render(
+            parts,
+            run=tables.run,
+            settings=tables.run.settings,
+            tables=tables,
+            code=self.code,
+            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            style=_asset("style.css"),
+            scripts=scripts,
+            hashes=[_digest(script) for script in scripts.values()],
+            data=text,
         )
-        shown = [figure for figure in both if figure]
-        speed.append(
-            {
-                "hardware": hardware,
-                "title": title,
-                "lines": speed_lines,
-                "figures": shown,
-                "stand_ins": stand_ins,
-                "fingerprints": provenance.fingerprints(speed_lines),
-            }
-        )
-    details = {}
-    for line in tables.accuracy:
-        images = (
-            results.parent / "data" / dataset_key(line.row.dataset, tables.run.datasets[line.row.dataset]) / "images"
-        )
+
+    def _add(self, *made: Figure | None) -> list[Figure]:
+        """Put plots on the page; returns those that there are."""
+        found = [figure for figure in made if figure is not None]
+        self.plots |= {figure.id: figure for figure in found}
+        return found
+
+    def _overviews(self) -> list[Figure]:
+        run, by_dataset = self.tables.run, dict[str, list[AccuracyLine]]()
+        for (dataset, _), lines in columns.by_dataset_and_model(self.tables.accuracy).items():
+            by_dataset.setdefault(dataset, []).extend(lines)
+        found: list[Figure] = []
+        for dataset, lines in by_dataset.items():
+            title = run.datasets[dataset].title
+            forest = figures.forest(dataset, title, lines, run.settings.comparable)
+            found += self._add(forest, figures.losses(dataset, title, lines))
+        return found
+
+    def _speed(self, hardware: str, lines: list[SpeedLine]) -> dict[str, object]:
+        """The part of one published hardware's table."""
+        run = self.tables.run
+        title = run.hardware[hardware].title
+        stand_ins = list(dict.fromkeys(line.stand_in for line in lines if line.stand_in))
+        bars = figures.speed_bars(hardware, title, lines, run.settings.comparable and not stand_ins)
+        return {
+            "title": title,
+            "lines": lines,
+            "figures": self._add(bars, figures.scaling(hardware, title, lines)),
+            "stand_ins": stand_ins,
+            "fingerprints": sections.fingerprints(lines),
+        }
+
+    def _details(self, line: AccuracyLine) -> Iterator[tuple[str, dict[str, object]]]:
+        """Curves and examples of each job of a row, by the job's id."""
+        name = line.row.dataset
+        images = sections.data_folder(name, self.tables.run.datasets[name], self.results) / "images"
         for job in line.jobs:
-            details[job.row.row] = {
-                "curves": plot(figures.curves(job)),
-                # Each seed's answers would fill the page with the same pictures: the first seed stands for the row.
-                "examples": _examples(job, images, thumbnails) if job is line.jobs[0] else [],
-            }
-    data_sets = provenance.datasets(tables, results)
-    tokens = [figure for figure in (plot(figures.tokens(found)) for found in data_sets) if figure]
-    scripts = {"plotly": _asset("plotly-basic.min.js"), "page": _asset("page.js")}
+            # Each seed's answers would fill the page with the same pictures: the first seed stands for the row.
+            examples = [self._example(record, images) for record in job.after.examples] if job.after else []
+            shown = self._add(figures.curves(job))
+            yield job.row.row, {"curves": shown, "examples": examples if job is line.jobs[0] else []}
+
+    def _example(self, record: Record, images: Path) -> ShownExample:
+        paths = record.get("images") or []
+        keys = [self.thumbnails.add(images / str(path)) for path in paths[:PICTURES_PER_EXAMPLE]]
+        pictures = [key for key in keys if key]
+        return {
+            "id": str(record["id"]),
+            "prompt": str(record.get("prompt", "")),
+            "answers": [str(answer) for answer in record["answers"]],
+            "prediction": str(record.get("prediction", "")),
+            "score": record["score"],
+            "pictures": pictures,
+            "missing": len(paths) - len(pictures),
+        }
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE / "templates"),
         autoescape=True,
@@ -105,51 +225,30 @@ def render(tables: Tables, results: Path, code: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        figure=figure_text,
-        signed=signed_text,
-        duration=duration_text,
-        count=count_text,
-        gb=gigabytes_text,
-        plain=plain,
-        hours=hours_text,
-    )
-    environment.globals.update(
-        METHODS=METHODS,
-        asked=asked,
-        observed=observed,
-        hidden_fields=SHOWN_ELSEWHERE,
-        harmless=fields_with(AccuracyRow, Role.EQUIVALENT),
-        METRICS=figures.METRICS,
-        official_figures=official_figures,
-    )
-    data = {"plots": {figure["id"]: figure for figure in plots}, "pictures": thumbnails.data}
-    return environment.get_template("index.html").render(
-        run=tables.run,
-        settings=tables.run.settings,
-        accuracy=accuracy,
-        overviews=overviews,
-        speed=speed,
-        details=details,
-        tables=tables,
-        summary=_summary(tables),
-        data_sets=data_sets,
-        tokens=tokens,
-        provenance=provenance.provenance(tables, results),
-        failures=_failures(tables),
-        plan=provenance.plan(tables, results),
-        plan_columns=provenance.PLAN_COLUMNS,
-        published_tokens=MEAN_TOKENS,
-        padded_tiles=PADDED_TILES,
-        formula=FORMULA,
-        code=code,
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        style=_asset("style.css"),
-        scripts=scripts,
-        hashes=[_digest(script) for script in scripts.values()],
-        # "<" cannot end the block early when it is written as an escape.
-        data=json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
-    )
+    environment.filters |= {
+        "figure": figure_text,
+        "signed": signed_text,
+        "duration": duration_text,
+        "count": count_text,
+        "gb": gigabytes_text,
+        "plain": columns.plain,
+        "hours": hours_text,
+    }
+    environment.globals |= {
+        "METHODS": columns.METHODS,
+        "METRICS": figures.METRICS,
+        "PLAN_COLUMNS": sections.PLAN_COLUMNS,
+        "asked": columns.asked,
+        "attention": columns.attention,
+        "chosen": columns.chosen,
+        "official_figures": columns.official_figures,
+        "hidden_fields": SHOWN_ELSEWHERE,
+        "harmless": fields_with(AccuracyRow, Role.EQUIVALENT),
+        "published_tokens": MEAN_TOKENS,
+        "padded_tiles": PADDED_TILES,
+        "formula": FORMULA,
+    }
+    return environment
 
 
 def _asset(name: str) -> str:
@@ -163,75 +262,42 @@ def _digest(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
 
 
-def _examples(line: AccuracyLine, images: Path, thumbnails: Thumbnails) -> list[dict[str, Any]]:
-    after = line.result.passes.get("after") if line.result else None
-    shown = []
-    for record in after.examples if after else []:
-        paths = record.get("images") or []
-        keys = [thumbnails.add(images / str(path)) for path in paths[:PICTURES_PER_EXAMPLE]]
-        shown.append(
-            {
-                "id": str(record["id"]), "prompt": str(record.get("prompt", "")), "answers": [str(a) for a in record["answers"]],
-                "prediction": str(record.get("prediction", "")), "score": record["score"], "pictures": [key for key in keys if key],
-                "missing": len(paths) - sum(1 for key in keys if key),
-            }
-        )  # fmt: skip
-    return shown
+def _failed(line: AnyLine) -> bool:
+    states = [line.state, line.official] if isinstance(line, AccuracyLine) else [line.state]
+    problems = line.result.problems if line.result else []
+    return bool(problems) or any(state.status in ("did not finish", "damaged") for state in states)
 
 
-def _failures(tables: Tables) -> list[AccuracyLine | SpeedLine]:
-    return [
-        line
-        for line in tables.jobs
-        if line.status in ("did not finish", "damaged")
-        or (line.result is not None and line.result.problems)
-        or (isinstance(line, AccuracyLine) and line.official in ("did not finish", "damaged"))
-    ]
-
-
-def _summary(tables: Tables) -> dict[str, Any]:
+def _summary(tables: Tables) -> dict[str, object]:
     """Figures of the first screen."""
-    done = [line for line in tables.accuracy if line.status == "done"]
-    gained = [line for line in done if line.result and line.result.gain]
-    looked = [line for line in done if line.result and line.result.looking]
-    verdicts: dict[str, int] = {}
-    for line in tables.accuracy:
-        if line.verdict:
-            verdicts[line.verdict] = verdicts.get(line.verdict, 0) + 1
-    works = {}
-    for job in tables.jobs:
-        if isinstance(job.result, AccuracyResult):
-            # Rows share the evaluation before training.
-            for work in (job.result.baseline, job.result.train, job.result.evaluate, job.result.official_work):
-                works[work.folder] = work.seconds or 0
-        elif job.result is not None:
-            works[job.result.work.folder] = job.result.work.seconds or 0
+    results = [line.result for line in tables.accuracy if line.state.status == "done" and line.result]
+    gains = [result.after_minus["before"].difference for result in results if "before" in result.after_minus]
+    worth = [result.after_minus["control"].interval[0] for result in results if "control" in result.after_minus]
+    # Rows share the evaluation before training.
+    works = {work.folder: work.seconds or 0 for job in tables.jobs if job.result for work in job.result.works}
     return {
-        "done": len(done),
+        "done": len(results),
         "rows": len(tables.accuracy),
-        "gained": sum(1 for line in gained if line.result and line.result.gain and line.result.gain.difference > 0),
-        "gained_of": len(gained),
-        "looked": sum(
-            1 for line in looked if line.result and line.result.looking and line.result.looking.interval[0] > 0
-        ),
-        "looked_of": len(looked),
-        "speed_done": sum(1 for line in tables.speed if line.status == "done"),
+        "gained": sum(gain > 0 for gain in gains),
+        "gained_of": len(gains),
+        "looked": sum(low > 0 for low in worth),
+        "looked_of": len(worth),
+        "speed_done": sum(line.state.status == "done" for line in tables.speed),
         "speed_rows": len(tables.speed),
-        "verdicts": verdicts,
         "seconds": sum(works.values()),
         "older": sum(line.older for line in tables.lines),
         "has_official": any(tables.run.datasets[line.row.dataset].official for line in tables.accuracy),
-        "has_mfu": any(line.value("mfu") is not None for line in tables.speed),
+        "has_mfu": any(line.speed and line.speed.mfu is not None for line in tables.speed),
     }
 
 
 def figure_text(value: float | None, digits: int = 1) -> str:
-    """A figure, or a dash for what is not there."""
+    """A figure, or a dash for a missing one."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def signed_text(value: float | None, digits: int = 1) -> str:
-    """A difference with its sign, a true minus among them."""
+    """A difference with its sign, which is a true minus."""
     return "–" if value is None else f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
@@ -247,7 +313,7 @@ def duration_text(seconds: float | None) -> str:
 
 
 def hours_text(hours: float | None) -> str:
-    """Hours with as many decimals as say something."""
+    """Hours with as many decimals as mean something."""
     return "–" if hours is None else f"{hours:.3f}" if hours < 0.1 else f"{hours:.2f}" if hours < 10 else f"{hours:.0f}"
 
 

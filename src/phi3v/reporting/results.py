@@ -13,18 +13,93 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ParamSpec, TypeVar, cast
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from phi3v.data.conversations import DataError
 from phi3v.evaluation import statistics
-from phi3v.evaluation.predictions import ScoredLine, scored_lines
-from phi3v.provenance.manifest import ResultError, read_json, scrub
+from phi3v.evaluation.predictions import Record, ScoredLine, scored_lines
+from phi3v.provenance.manifest import Manifest, ResultError, read_json, scrub
+from phi3v.settings import SettingsError, validate
 
 SHOWN_EXAMPLES = 12
 CURVE_POINTS = 300
 LOG_LINES = 15
+T = TypeVar("T")
+P = ParamSpec("P")
+Point = dict[str, float | None]
+"""One line of metrics.jsonl: step, epoch, loss, learning_rate, images_per_second …"""
+Further = dict[str, dict[str, Any]]
+"""Further metrics by name, each {"score", "interval"}, and the confusion matrix {"classes", "counts"}."""
+Rate = Annotated[float, Field(ge=0)]
+
+
+class ResultFile(BaseModel):
+    """A file of a job, as far as the report reads it; None: not known."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class Metrics(ResultFile):
+    """metrics.json of an evaluation pass."""
+
+    metric: str = ""
+    score: float = Field(ge=0, le=100)
+    n: int = Field(ge=1)
+    interval: tuple[float, float]
+    more: Further = {}
+    leaked: int | None = None
+
+
+class Observed(ResultFile):
+    """What a job ran with: observed.json, or part of speed.json."""
+
+    activation_dtype: str | None = None
+    attention_decoder: str | None = None
+    attention_vision: str | None = None
+    linear4bit_layers: int | None = None
+    linear4bit_bytes: int | None = None
+    zero_stage: int | None = None
+    world_size: int | None = None
+    nodes: int | None = None
+    batch_size_per_gpu: int | None = None
+    recompute_every: int | None = None
+    peak_memory_bytes: float | None = None
+
+    @property
+    def code(self) -> str | None:
+        """What tells apart which code ran; None if that is not known."""
+        how = {"linear4bit_bytes", "batch_size_per_gpu", "recompute_every", "peak_memory_bytes"}
+        return self.model_dump_json(exclude=how) if self.activation_dtype else None
+
+
+class Window(ResultFile):
+    """One timed window of a speed row."""
+
+    images_per_second: float
+
+
+class Speed(ResultFile):
+    """speed.json."""
+
+    images_per_second: Rate
+    tokens_per_second: Rate
+    step_seconds: Rate
+    spread: float = 0.0
+    """Of the windows' rates, as a share of their mean."""
+    repeats: list[Window] = []
+    world_size: int | None = None
+    device: str | None = None
+    stand_in: bool | None = None
+    mfu: float | None = None
+    hfu: float | None = None
+    peak_source: str | None = None
+    peak_memory_bytes: float | None = None
+    reserved_memory_bytes: float | None = None
+    context_memory_bytes: float | None = None
+    fingerprint: dict[str, object] = {}
 
 
 @dataclass
@@ -35,17 +110,14 @@ class Pass:
     score: float
     n: int
     interval: tuple[float, float]
-    more: dict[str, Any]
-    timing: dict[str, Any]
-    manifest: dict[str, Any]
+    more: Further
+    leaked: int | None
+    """Examples with a picture that was trained on."""
     ids: np.ndarray
     """Digests of the example ids, in the file's order."""
     scores: np.ndarray
-    examples: list[dict[str, Any]]
-    """Records shown in the report, wrong and right ones."""
-    left_out: int = 0
-    leaked: int | None = None
-    """Examples with a picture that was trained on."""
+    examples: list[Record]
+    """Shown in the report, wrong and right ones."""
 
 
 @dataclass
@@ -53,7 +125,7 @@ class Work:
     """One job's folder: train, evaluate or speed."""
 
     folder: Path
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     log: Path | None
     log_tail: list[str]
 
@@ -63,59 +135,70 @@ class Work:
 
 
 @dataclass
+class Training:
+    """What a training job left beside its weights."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    recorded: dict[str, Any] = field(default_factory=dict)
+    """observed.json, all of it."""
+    observed: Observed = field(default_factory=Observed)
+    census: dict[str, Any] = field(default_factory=dict)
+    curve: list[Point] = field(default_factory=list)
+
+
+@dataclass
 class AccuracyResult:
-    """Everything a row of the accuracy table produced."""
+    """Everything that a row of the accuracy table produced."""
 
     train: Work
     evaluate: Work
     baseline: Work
+    """The evaluation before training, which rows share."""
     official_work: Work
     """The evaluation on the authors' own split."""
+    training: Training = field(default_factory=Training)
     passes: dict[str, Pass] = field(default_factory=dict)
+    """before, after, control."""
     official: Pass | None = None
     """After training, on the authors' own split."""
     official_problem: str = ""
-    gain: statistics.Comparison | None = None
-    """After minus before."""
-    looking: statistics.Comparison | None = None
-    """After minus control: what the pictures are worth."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    observed: dict[str, Any] = field(default_factory=dict)
-    census: dict[str, Any] = field(default_factory=dict)
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    after_minus: dict[str, statistics.Comparison] = field(default_factory=dict)
+    """After training minus the pass of this name; minus control is what the pictures are worth."""
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def works(self) -> list[Work]:
+        return [self.baseline, self.train, self.evaluate, self.official_work]
 
 
 @dataclass
 class SpeedResult:
-    """Everything a row of the speed table produced."""
+    """Everything that a row of the speed table produced."""
 
     work: Work
-    speed: dict[str, Any] = field(default_factory=dict)
+    speed: Speed | None = None
+    observed: Observed = field(default_factory=Observed)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def works(self) -> list[Work]:
+        return [self.work]
 
-def number(values: dict[str, Any], name: str, path: Path, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite number of a result file. Raises ResultError."""
-    value = values.get(name)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not low <= value <= high
-    ):
-        raise ResultError(f"{path}: field `{name}`: got {value!r}; expected a number {low:g} to {high:g}")
-    return float(value)
+
+def attempt(problems: list[str], read: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T | None:
+    """What `read` returns; None after an error, whose message is added to `problems`."""
+    try:
+        return read(*arguments, **options)
+    except (ResultError, DataError, SettingsError, OSError) as error:
+        problems.append(str(error))
+        return None
 
 
 def read_work(folder: Path, log: Path, problems: list[str]) -> Work:
-    """Manifest and log of a job's folder, either may be missing."""
+    """Manifest and log of a job's folder; either may be missing."""
     manifest = None
     if (folder / "manifest.json").is_file():
-        try:
-            manifest = read_json(folder / "manifest.json")
-        except ResultError as error:
-            problems.append(str(error))
+        manifest = cast(Manifest | None, attempt(problems, read_json, folder / "manifest.json"))
     tail: list[str] = []
     if log.is_file() and manifest is None:
         with log.open("rb") as file:
@@ -125,11 +208,22 @@ def read_work(folder: Path, log: Path, problems: list[str]) -> Work:
     return Work(folder, manifest, log if log.is_file() else None, tail)
 
 
-def read_curve(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+def read_training(folder: Path, problems: list[str]) -> Training:
+    """Settings, observations, census and curve of a training job; each may be missing."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("settings", "observed", "census"):
+        path = folder / f"{name}.json"
+        found[name] = (attempt(problems, read_json, path) if path.is_file() else None) or {}
+    observed = attempt(problems, validate, Observed, found["observed"], str(folder / "observed.json")) or Observed()
+    curve = read_curve(folder / "metrics.jsonl", problems)
+    return Training(found["settings"], found["observed"], observed, found["census"], curve)
+
+
+def read_curve(path: Path, problems: list[str]) -> list[Point]:
     """Lines of a metrics.jsonl, thinned to CURVE_POINTS; a half-written last line is passed over."""
     if not path.is_file():
         return []
-    points = []
+    points: list[Point] = []
     lines = path.read_bytes().splitlines(keepends=True)
     for at, line in enumerate(lines, 1):
         if at == len(lines) and not line.endswith(b"\n"):
@@ -137,18 +231,14 @@ def read_curve(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         try:
             point = json.loads(line)
             if "loss" in point:
-                points.append({key: value if _finite(value) else None for key, value in point.items()})
-        except (ValueError, TypeError) as error:
+                points.append({key: value if math.isfinite(value) else None for key, value in point.items()})
+        except (ValueError, TypeError, AttributeError) as error:
             problems.append(f"{path}:{at}: not a JSON object ({error}); expected step, loss, …")
             return points
     if len(points) > CURVE_POINTS:
         keep = np.unique(np.linspace(0, len(points) - 1, CURVE_POINTS).astype(int))
         points = [points[i] for i in keep]
     return points
-
-
-def _finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 class _Sample:
@@ -166,7 +256,7 @@ class _Sample:
             side.sort()
             del side[self.size :]
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Record]:
         half = self.size // 2
         wrong, right = self.kept[False], self.kept[True]
         take_wrong = max(half, self.size - len(right))
@@ -174,29 +264,16 @@ class _Sample:
         return [json.loads(raw) for _, raw in [*wrong[:take_wrong], *right[:take_right]]][: self.size]
 
 
-def read_pass(folder: Path, manifest: dict[str, Any], expected: Callable[[dict[str, Any]], str | None]) -> Pass:
-    """One pass' metrics and predictions, checked against each other.
-
-    expected: what is wrong with the manifest's settings for this row, or None. Raises ResultError or DataError with the file and field.
-    """
+def read_pass(folder: Path) -> Pass:
+    """One pass' metrics and predictions, checked against each other. Raises ResultError or DataError with the file and field."""
     path = folder / "metrics.json"
-    metrics = read_json(path)
-    wrong = expected(manifest.get("settings", {}))
-    if wrong:
-        raise ResultError(f"{folder.parent / 'manifest.json'}: {wrong}")
-    score = number(metrics, "score", path, 0, 100)
-    n = int(number(metrics, "n", path, 1))
-    bounds = metrics.get("interval")
-    if (
-        not isinstance(bounds, list)
-        or len(bounds) != 2
-        or not all(isinstance(b, int | float) and math.isfinite(b) for b in bounds)
-    ):
-        raise ResultError(f"{path}: field `interval`: got {bounds!r}; expected [low, high]")
+    metrics = validate(Metrics, read_json(path), str(path))
+    score, n = metrics.score, metrics.n
     sample = _Sample(SHOWN_EXAMPLES)
     ids, scores = [], []
     for line in scored_lines(folder / "predictions.jsonl"):
-        ids.append(hash_id(line.id))
+        # 64 bits of an id are enough to pair examples without keeping their names.
+        ids.append(int.from_bytes(hashlib.blake2b(line.id.encode(), digest_size=8).digest(), "big"))
         scores.append(line.score)
         sample.offer(line)
     if len(scores) != n:
@@ -208,25 +285,39 @@ def read_pass(folder: Path, manifest: dict[str, Any], expected: Callable[[dict[s
         raise ResultError(
             f"{path}: field `score`: got {score}, the predictions beside it give {mean:.4f}; is it of another run?"
         )
-    timing = read_json(folder / "timing.json") if (folder / "timing.json").is_file() else {}
-    return Pass(
-        str(metrics.get("metric", "")), score, n, (float(bounds[0]), float(bounds[1])), metrics.get("more") or {}, timing, manifest,
-        np.asarray(ids, dtype=np.uint64), np.asarray(scores), sample.records(), int(metrics.get("left_out") or 0), metrics.get("leaked"),
-    )  # fmt: skip
+    examples = sample.records()
+    return Pass(**dict(metrics), ids=np.asarray(ids, dtype=np.uint64), scores=np.asarray(scores), examples=examples)
 
 
-def hash_id(identifier: str) -> int:
-    """64 bits of an id, enough to pair examples without keeping their names."""
-    return int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "big")
+def check_owner(work: Work, row: str, dataset: str) -> None:
+    """Raise ResultError if a folder's manifest belongs to another row or dataset."""
+    settings = (work.manifest or {}).get("settings", {})
+    for name, expected, of in (("row", row, "another row"), ("dataset", dataset, "other data")):
+        if settings.get(name) not in (None, "", expected):
+            raise ResultError(
+                f"{work.folder / 'manifest.json'}: field `settings.{name}`: got {settings[name]!r}; expected {expected!r}: "
+                f"a result of {of}"
+            )
 
 
 def compare(left: Pass, right: Pass, seed: int) -> statistics.Comparison:
-    """Left minus right over the examples that both have. Raises ResultError when there are none."""
+    """Left minus right over the examples that both have. Raises ResultError if there are none."""
     _, at_left, at_right = np.intersect1d(left.ids, right.ids, assume_unique=True, return_indices=True)
     if not at_left.size:
         raise ResultError("the two passes share no example id; expected the same examples")
     # Sorted by id above: the order, and so the interval, does not depend on the files' order.
     return statistics.paired(left.scores[at_left], right.scores[at_right], seed)
+
+
+def compare_passes(found: AccuracyResult, seed: int) -> None:
+    """Fill in the comparisons of a result from the passes that it has."""
+    found.after_minus = {}
+    for name in ("before", "control"):
+        if "after" in found.passes and name in found.passes:
+            try:
+                found.after_minus[name] = compare(found.passes["after"], found.passes[name], seed)
+            except ResultError as error:
+                found.problems.append(f"{found.evaluate.folder / name}: {error}")
 
 
 def mean_over_seeds(passes: list[Pass]) -> Pass:
@@ -241,121 +332,79 @@ def mean_over_seeds(passes: list[Pass]) -> Pass:
         raise ResultError("the seeds answered different examples; expected the same ids in each")
     each = np.stack([one.scores[order] for one, order in zip(passes, orders, strict=True)])  # [seeds, n], by id
     scores = each.mean(axis=0)
+    more: Further = {}
+    for name in first.more:
+        further = [one.more[name]["score"] for one in passes if "score" in one.more.get(name, {})]
+        if len(further) == len(passes):  # the intervals of further metrics are not combined
+            more[name] = {"score": sum(further) / len(passes), "interval": None}
     interval = statistics.interval_over_seeds(scores, [one.score for one in passes])
-    return replace(
-        first, score=100 * float(scores.mean()), interval=interval, ids=first.ids[orders[0]], scores=scores, more=_mean_more(passes),
-        leaked=first.leaked, timing={},
-    )  # fmt: skip
+    score = 100 * float(scores.mean())
+    return replace(first, score=score, interval=interval, ids=first.ids[orders[0]], scores=scores, more=more)
 
 
-def _mean_more(passes: list[Pass]) -> dict[str, Any]:
-    """Means of the further metrics that every seed has; their intervals are not combined."""
-    names = [name for name in passes[0].more if all("score" in (one.more.get(name) or {}) for one in passes)]
-    return {
-        name: {"score": sum(one.more[name]["score"] for one in passes) / len(passes), "interval": None}
-        for name in names
-    }
+@dataclass
+class Reader:
+    """Reads the result folders of one run."""
 
+    root: Path
+    """results/NAME."""
+    seed: int
+    """Of the comparisons' bootstraps."""
+    baselines: dict[str, tuple[Pass | None, list[str]]] = field(default_factory=dict)
+    """Passes before training, which rows share, and why one cannot be read."""
 
-def read_accuracy(
-    results: Path, row: str, baseline: str, dataset: str, seed: int, baselines: dict[str, Any], official: str = ""
-) -> AccuracyResult:
-    """A row's folders under `results`.
+    def work(self, kind: str, name: str, problems: list[str]) -> Work:
+        """Folder and log of one job; kind: train, evaluate, evaluate/base, evaluate/official, speed."""
+        return read_work(self.root / kind / name, self.root / "logs" / kind / f"{name}.log", problems)
 
-    baselines: cache of passes before training, which rows share. official: dataset with the authors' own split.
-    """
-    problems: list[str] = []
-    official_problems: list[str] = []
-    official_log = results / "logs" / "evaluate" / "official" / f"{row}.log"
-    found = AccuracyResult(
-        read_work(results / "train" / row, results / "logs" / "train" / f"{row}.log", problems),
-        read_work(results / "evaluate" / row, results / "logs" / "evaluate" / f"{row}.log", problems),
-        read_work(
-            results / "evaluate" / "base" / baseline,
-            results / "logs" / "evaluate" / "base" / f"{baseline}.log",
-            problems,
-        ),
-        read_work(results / "evaluate" / "official" / row, official_log, official_problems),
-        problems=problems,
-        official_problem="; ".join(official_problems),
-    )
+    def accuracy(self, row: str, baseline: str, dataset: str, official: str = "") -> AccuracyResult:
+        """A row's results. baseline: folder of the evaluation before training. official: dataset with the authors' own split."""
+        problems: list[str] = []
+        official_problems: list[str] = []
+        found = AccuracyResult(
+            self.work("train", row, problems),
+            self.work("evaluate", row, problems),
+            self.work("evaluate/base", baseline, problems),
+            self.work("evaluate/official", row, official_problems),
+            problems=problems,
+        )
 
-    def is_ours(settings: dict[str, Any], data: str = dataset) -> str | None:
-        if settings.get("row") not in (None, "", row):
-            return f"field `settings.row`: got {settings['row']!r}; expected {row!r}: a result of another row"
-        if settings.get("dataset") not in (None, "", data):
-            return f"field `settings.dataset`: got {settings['dataset']!r}; expected {data!r}: a result of other data"
-        return None
+        def read(work: Work, name: str, data: str = dataset) -> Pass:
+            check_owner(work, row, data)
+            return read_pass(work.folder / name)
 
-    if found.baseline.manifest is not None:
-        if baseline not in baselines:
-            try:
-                baselines[baseline] = read_pass(found.baseline.folder / "before", found.baseline.manifest, is_ours)
-            except (ResultError, DataError, OSError) as error:
-                baselines[baseline] = str(error)
-        before = baselines[baseline]
-        if isinstance(before, Pass):
-            found.passes["before"] = before
-        else:
-            problems.append(before)
-    if found.evaluate.manifest is not None:
-        for name in ("after", "control"):
-            folder = found.evaluate.folder / name
-            if not folder.is_dir() and name == "control":
-                continue
-            try:
-                found.passes[name] = read_pass(folder, found.evaluate.manifest, is_ours)
-            except (ResultError, DataError, OSError) as error:
-                problems.append(str(error))
-    if official and found.official_work.manifest is not None:
-        try:
-            found.official = read_pass(
-                found.official_work.folder / "after",
-                found.official_work.manifest,
-                lambda settings: is_ours(settings, official),
-            )
-        except (ResultError, DataError, OSError) as error:
-            found.official_problem = str(error)
-    compare_passes(found, seed)
-    for name, target in (("settings.json", "settings"), ("observed.json", "observed"), ("census.json", "census")):
-        path = found.train.folder / name
-        if path.is_file():
-            try:
-                setattr(found, target, read_json(path))
-            except ResultError as error:
-                problems.append(str(error))
-    found.curve = read_curve(found.train.folder / "metrics.jsonl", problems)
-    return found
-
-
-def compare_passes(found: AccuracyResult, seed: int) -> None:
-    """Fill in `gain` and `looking` from the passes that are there."""
-    after = found.passes.get("after")
-    for name, target in (("before", "gain"), ("control", "looking")):
-        other = found.passes.get(name)
-        if after is not None and other is not None:
-            try:
-                setattr(found, target, compare(after, other, seed))
-            except ResultError as error:
-                found.problems.append(f"{found.evaluate.folder / name}: {error}")
-
-
-def read_speed(results: Path, row: str) -> SpeedResult:
-    """A speed row's folder."""
-    problems: list[str] = []
-    found = SpeedResult(
-        read_work(results / "speed" / row, results / "logs" / "speed" / f"{row}.log", problems), problems=problems
-    )
-    if found.work.manifest is None:
+        if found.baseline.manifest is not None:
+            if baseline not in self.baselines:
+                own: list[str] = []
+                self.baselines[baseline] = attempt(own, read, found.baseline, "before"), own
+            before, own = self.baselines[baseline]
+            problems += own
+            if before is not None:
+                found.passes["before"] = before
+        if found.evaluate.manifest is not None:
+            for name in ("after", "control"):
+                if name == "after" or (found.evaluate.folder / name).is_dir():
+                    done = attempt(problems, read, found.evaluate, name)
+                    if done is not None:
+                        found.passes[name] = done
+        if official and found.official_work.manifest is not None:
+            found.official = attempt(official_problems, read, found.official_work, "after", official)
+        found.official_problem = "; ".join(official_problems)
+        compare_passes(found, self.seed)
+        found.training = read_training(found.train.folder, problems)
         return found
-    path = found.work.folder / "speed.json"
-    try:
-        speed = read_json(path)
-        if speed.get("row") not in (None, row):
-            raise ResultError(f"{path}: field `row`: got {speed['row']!r}; expected {row!r}: a result of another row")
-        for name in ("images_per_second", "tokens_per_second", "step_seconds"):
-            number(speed, name, path, 0)
-        found.speed = speed
-    except ResultError as error:
-        problems.append(str(error))
-    return found
+
+    def speed(self, row: str) -> SpeedResult:
+        """A speed row's results."""
+        problems: list[str] = []
+        found = SpeedResult(self.work("speed", row, problems), problems=problems)
+        if found.work.manifest is not None:
+            attempt(problems, self._read_speed, found, found.work.folder / "speed.json", row)
+        return found
+
+    def _read_speed(self, found: SpeedResult, path: Path, row: str) -> None:
+        values = read_json(path)
+        if values.get("row") not in (None, row):
+            raise ResultError(f"{path}: field `row`: got {values['row']!r}; expected {row!r}: a result of another row")
+        found.observed = validate(Observed, values | (values.get("observed") or {}), str(path))
+        found.speed = validate(Speed, values, str(path))

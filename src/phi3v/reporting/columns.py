@@ -1,0 +1,329 @@
+"""The columns of accuracy.tsv, speed.tsv and report.json, and the tables of tables.md as the recipe's page lays them out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from phi3v.evaluation.statistics import Comparison
+from phi3v.planning.memory import GB
+from phi3v.reporting.join import AccuracyLine, AnyLine, SpeedLine, Tables
+from phi3v.reporting.results import Pass, Speed
+from phi3v.reporting.verdict import hardware_name
+
+METHODS = {"full": "full", "frozen": "vision frozen", "lora": "LoRA", "qlora": "QLoRA"}
+DTYPES = ["bf16", "fp16", "fp32"]
+OFFICIAL_METRICS = ("official_anls", "consistency", "auroc")
+"""Of the datasets' authors; in metrics.json they stand beside the recipe's metric."""
+
+LineT = TypeVar("LineT", AccuracyLine, SpeedLine)
+Cell = str | float | None
+Column = tuple[str, Callable[[LineT], Cell]]
+Figure = tuple[str, float, Sequence[float] | None]
+"""(metric, score, interval)."""
+
+
+def official_figures(line: AccuracyLine) -> list[Figure]:
+    """The figures on the authors' own split, their own metric first; [] if it is not done."""
+    found = line.result.official if line.result else None
+    if found is None:
+        return []
+    ours: Figure = (found.metric, found.score, found.interval)
+    for name in OFFICIAL_METRICS:
+        further = found.more.get(name, {})
+        if "score" in further:
+            return [(name, further["score"], further.get("interval")), ours]
+    return [ours]
+
+
+def asked(line: AnyLine) -> str:
+    """Type and attention as the table asks for them."""
+    return f"{line.row.dtype}, {attention(line)}"
+
+
+def attention(line: AnyLine) -> str:
+    """The attention kernel that the table asks for."""
+    return "flash" if line.row.flash_attention else "eager"
+
+
+def chosen(line: SpeedLine) -> str:
+    """Micro-batch and recomputation of a row that accompanies a published one; empty for a published row."""
+    if not line.row.accompanies:
+        return ""
+    size, every = line.observed.batch_size_per_gpu, line.observed.recompute_every
+    if size is None or every is None:
+        return f"ours: micro-batch {line.row.micro_batch_size}, recompute {plain(line.row.gradient_checkpointing)}"
+    return f"ours: micro-batch {size}, recompute {'none' if not every else 'all' if every == 1 else f'1 of {every}'}"
+
+
+def departures(line: AnyLine) -> str:
+    """Every field that the run changed, with the table's value."""
+    return "; ".join(f"{name} {plain(old)} -> {plain(new)}" for name, (old, new) in line.departures.items())
+
+
+def plain(value: object) -> str:
+    """A setting as a person writes it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {plain(item)}" for name, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ",".join(plain(item) for item in value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _after(get: Callable[[Pass], Cell]) -> Callable[[AccuracyLine], Cell]:
+    return lambda line: get(line.after) if line.after else None
+
+
+def _further(name: str) -> Callable[[AccuracyLine], Cell]:
+    return _after(lambda after: after.more.get(name, {}).get("score"))
+
+
+def _minus(name: str, get: Callable[[Comparison], Cell]) -> Callable[[AccuracyLine], Cell]:
+    def value(line: AccuracyLine) -> Cell:
+        found = line.result.after_minus.get(name) if line.result else None
+        return get(found) if found else None
+
+    return value
+
+
+def _official(get: Callable[[Pass], Cell]) -> Callable[[AccuracyLine], Cell]:
+    return lambda line: get(line.result.official) if line.result and line.result.official else None
+
+
+def _first_official(get: Callable[[Figure], Cell]) -> Callable[[AccuracyLine], Cell]:
+    def value(line: AccuracyLine) -> Cell:
+        figures = official_figures(line)
+        return get(figures[0]) if figures else None
+
+    return value
+
+
+def _speed(get: Callable[[Speed], Cell]) -> Callable[[SpeedLine], Cell]:
+    return lambda line: get(line.speed) if line.speed else None
+
+
+def _in_gb(size: float | None) -> float | None:
+    return size / GB if size else None
+
+
+ACCURACY_COLUMNS: list[Column[AccuracyLine]] = [
+    ("row", lambda r: r.row.row),
+    ("model", lambda r: r.row.model),
+    ("dataset", lambda r: r.row.dataset),
+    ("method", lambda r: r.row.method),
+    ("dtype", lambda r: r.row.dtype),
+    ("metric", _after(lambda after: after.metric)),
+    ("before", lambda r: r.score("before")),
+    ("after", lambda r: r.score("after")),
+    ("control", lambda r: r.score("control")),
+    ("n", lambda r: r.n),
+    ("published", lambda r: r.row.published),
+    ("after_low", _after(lambda after: after.interval[0])),
+    ("after_high", _after(lambda after: after.interval[1])),
+    ("after_minus_before", _minus("before", lambda gain: gain.difference)),
+    ("after_minus_before_low", _minus("before", lambda gain: gain.interval[0])),
+    ("after_minus_before_high", _minus("before", lambda gain: gain.interval[1])),
+    ("after_minus_before_p", _minus("before", lambda gain: gain.p)),
+    ("after_minus_control", _minus("control", lambda worth: worth.difference)),
+    ("after_minus_control_low", _minus("control", lambda worth: worth.interval[0])),
+    ("after_minus_control_high", _minus("control", lambda worth: worth.interval[1])),
+    ("after_minus_control_p", _minus("control", lambda worth: worth.p)),
+    ("after_minus_published", lambda r: r.verdict.against.difference if r.verdict.against else None),
+    ("verdict", lambda r: r.verdict.text),
+    ("verdict_reason", lambda r: r.verdict.reason),
+    ("official_anls", _further("official_anls")),
+    ("auroc", _further("auroc")),
+    ("consistency", _further("consistency")),
+    ("leaked", _after(lambda after: after.leaked)),
+    ("official_split", lambda r: r.official.status),
+    ("official_metric", _first_official(lambda figure: figure[0])),
+    ("official_score", _first_official(lambda figure: figure[1])),
+    ("official_low", _first_official(lambda figure: figure[2][0] if figure[2] else None)),
+    ("official_high", _first_official(lambda figure: figure[2][1] if figure[2] else None)),
+    ("official_accuracy", _official(lambda official: official.score if official.metric == "accuracy" else None)),
+    ("official_n", _official(lambda official: official.n)),
+    ("official_leaked", _official(lambda official: official.leaked)),
+    ("seeds", lambda r: " ".join(str(job.job.seed) for job in r.jobs if job.job)),
+    ("after_of_each_seed", lambda r: " ".join(f"{score:.2f}" for score in r.seed_scores)),
+    ("after_sd_over_seeds", lambda r: r.spread["sd"] if r.spread else None),
+    ("origin", lambda r: r.row.origin),
+    ("source", lambda r: r.row.source),
+    ("asked_attention", attention),
+    ("observed_dtype", lambda r: r.observed.activation_dtype),
+    ("observed_attention", lambda r: r.observed.attention_decoder),
+    ("linear4bit_layers", lambda r: r.observed.linear4bit_layers),
+    ("linear4bit_bytes", lambda r: r.observed.linear4bit_bytes),
+    ("not_distinguished_from", lambda r: " ".join(r.same_as)),
+    ("departures", departures),
+    ("status", lambda r: r.state.status),
+    ("reason", lambda r: r.state.reason),
+    ("note", lambda r: r.row.note),
+]
+
+# In report.json alone: accuracy.tsv has the same bytes when a run is repeated.
+ACCURACY_TIMES: list[Column[AccuracyLine]] = [
+    ("train_seconds", lambda r: r.train_seconds),
+    ("evaluate_seconds", lambda r: r.result.evaluate.seconds if r.result else None),
+    ("gpu_hours", lambda r: r.device_hours),
+]
+
+SPEED_COLUMNS: list[Column[SpeedLine]] = [
+    ("row", lambda r: r.row.row),
+    ("model", lambda r: r.row.model),
+    ("dataset", lambda r: r.row.dataset),
+    ("method", lambda r: r.row.method),
+    ("dtype", lambda r: r.row.dtype),
+    ("flash_attention", lambda r: plain(r.row.flash_attention)),
+    ("hardware", lambda r: r.row.hardware),
+    ("nodes", lambda r: r.row.nodes),
+    ("gpus", lambda r: r.gpus),
+    ("images_per_second", lambda r: r.rate),
+    ("published_images_per_second", lambda r: r.row.published_images_per_second),
+    ("speedup", lambda r: r.speedup),
+    ("published_speedup", lambda r: r.row.published_speedup),
+    ("tokens_per_second", _speed(lambda speed: speed.tokens_per_second)),
+    ("tokens_per_second_per_device", lambda r: r.tokens_each),
+    ("step_seconds", _speed(lambda speed: speed.step_seconds)),
+    ("images_per_second_low", lambda r: r.spread["low"] if r.spread else None),
+    ("images_per_second_high", lambda r: r.spread["high"] if r.spread else None),
+    ("mfu", _speed(lambda speed: speed.mfu)),
+    ("hfu", _speed(lambda speed: speed.hfu)),
+    ("peak_memory_gb", _speed(lambda speed: _in_gb(speed.peak_memory_bytes))),
+    ("reserved_memory_gb", _speed(lambda speed: _in_gb(speed.reserved_memory_bytes))),
+    ("context_memory_gb", _speed(lambda speed: _in_gb(speed.context_memory_bytes))),
+    ("published_memory_gb", lambda r: r.row.published_memory_gb),
+    ("accompanies", lambda r: r.row.accompanies),
+    ("batch_size_per_gpu", lambda r: r.observed.batch_size_per_gpu),
+    ("recompute_every", lambda r: r.observed.recompute_every),
+    ("processes", _speed(lambda speed: speed.world_size)),
+    ("device", _speed(lambda speed: speed.device)),
+    ("stand_in", _speed(lambda speed: None if speed.stand_in is None else plain(speed.stand_in))),
+    ("verdict", lambda r: r.verdict.text),
+    ("verdict_reason", lambda r: r.verdict.reason),
+    ("observed_dtype", lambda r: r.observed.activation_dtype),
+    ("observed_attention", lambda r: r.observed.attention_decoder),
+    ("not_distinguished_from", lambda r: " ".join(r.same_as)),
+    ("departures", departures),
+    ("seconds", lambda r: r.result.work.seconds if r.result else None),
+    ("status", lambda r: r.state.status),
+    ("reason", lambda r: r.state.reason),
+    ("note", lambda r: r.row.note),
+]
+
+
+def as_records(lines: Sequence[LineT], columns: Sequence[Column[LineT]]) -> list[dict[str, Cell]]:
+    """The lines as plain values, a dict per line; NaN and infinity become None."""
+    records = [{name: get(line) for name, get in columns} for line in lines]
+    return [{name: value if is_finite(value) else None for name, value in record.items()} for record in records]
+
+
+def is_finite(value: Cell) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def as_tsv(records: list[dict[str, Cell]], columns: Sequence[Column[LineT]]) -> str:
+    """Tab-separated text with a header; numbers have at most four decimals, a missing value is an empty cell."""
+    out = ["\t".join(name for name, _ in columns)]
+    out += ["\t".join(_cell(record[name]) for name, _ in columns) for record in records]
+    return "\n".join(out) + "\n"
+
+
+def _cell(value: Cell) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4f}".rstrip("0").rstrip(".")
+    return " ".join(str(value).split())
+
+
+def by_dataset_and_model(lines: list[AccuracyLine]) -> dict[tuple[str, str], list[AccuracyLine]]:
+    """Lines by (dataset, model), in the order in which those first occur; in a group as the recipe orders methods and dtypes."""
+    groups: dict[tuple[str, str], list[AccuracyLine]] = {}
+    for line in lines:
+        groups.setdefault((line.row.dataset, line.row.model), []).append(line)
+    for group in groups.values():
+        group.sort(key=lambda line: (list(METHODS).index(line.row.method), DTYPES.index(line.row.dtype)))
+    return groups
+
+
+def by_hardware(lines: list[SpeedLine]) -> dict[str, list[SpeedLine]]:
+    """Lines by the published hardware."""
+    groups: dict[str, list[SpeedLine]] = {}
+    for line in lines:
+        groups.setdefault(line.row.hardware, []).append(line)
+    return groups
+
+
+def as_markdown(tables: Tables) -> str:
+    """All tables of a run in Markdown, laid out as the recipe's page has them, ready to paste."""
+    run = tables.run
+    parts = [f"# {_escaped(run.settings.title)}", ""]
+    if run.settings.notice:
+        parts += [f"**{_escaped(run.settings.notice)}**", ""]
+    for (dataset, model), lines in by_dataset_and_model(tables.accuracy).items():
+        parts += [f"## {_escaped(run.datasets[dataset].title)}, {_escaped(run.models[model].title)}", ""]
+        parts += [*_accuracy_table(lines), ""]
+    for hardware, speed in by_hardware(tables.speed).items():
+        parts += [f"## Speed: {_escaped(run.hardware[hardware].title)}", "", *_speed_table(speed), ""]
+    return "\n".join(parts)
+
+
+def _accuracy_table(lines: list[AccuracyLine]) -> list[str]:
+    several = any(line.spread for line in lines)
+    header = ["training method", "data type", "LoRA rank", "LoRA alpha", "batch size", "learning rate", "epochs"]
+    header += ["before", "after", "95 % interval", "published", *(["seeds"] if several else [])]
+    rows = []
+    for line in lines:
+        row, after = line.row, line.after
+        cells = [METHODS[row.method], row.dtype, row.lora_rank or "-", f"{row.lora_alpha:g}" if row.lora_alpha else "-"]
+        cells += [row.batch_size, f"{row.learning_rate:g}", f"{row.epochs:g}"]
+        if after:
+            cells += [_figure(line.score("before")), _figure(after.score)]
+            cells += [f"{after.interval[0]:.1f} to {after.interval[1]:.1f}"]
+        else:
+            cells += ["", line.state.status, ""]
+        rows.append([*cells, _figure(row.published), *([_seeds(line)] if several else [])])
+    return _table(header, rows)
+
+
+def _seeds(line: AccuracyLine) -> str:
+    """Each seed's score and their standard deviation."""
+    if not line.spread:
+        return "1"
+    return f"{', '.join(_figure(score) for score in line.seed_scores)} (sd {_figure(line.spread['sd'])})"
+
+
+def _speed_table(lines: list[SpeedLine]) -> list[str]:
+    header = ["training method", "nodes", "GPUs", "flash attention", "images/s", "speed-up", "peak GB"]
+    header += ["published images/s", "published speed-up"]
+    rows = []
+    for line in lines:
+        row, ours = line.row, chosen(line)
+        rate: str = line.state.status
+        memory = None
+        if line.speed:
+            memory = _in_gb(line.device_memory or line.speed.peak_memory_bytes)
+            rate = _figure(line.speed.images_per_second, 3)
+            rate += f" (stand-in for {line.gpus} {hardware_name(row.hardware)})" if line.speed.stand_in else ""
+        cells = [f"{METHODS[row.method]} ({ours})" if ours else METHODS[row.method], row.nodes, line.gpus]
+        cells += [plain(row.flash_attention), rate, f"{line.speedup:.2f}x" if line.speedup else "", _figure(memory, 1)]
+        cells += [_figure(row.published_images_per_second, 3)]
+        rows.append([*cells, f"{row.published_speedup:g}x" if row.published_speedup else ""])
+    return _table(header, rows)
+
+
+def _figure(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(_escaped(str(cell)) for cell in row) + " |" for row in rows]
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
