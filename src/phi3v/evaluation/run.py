@@ -263,11 +263,11 @@ def _first_decoder_layer(model: nn.Module) -> nn.Module:
 def _progress(title: str, total: int, bar: bool, silent: bool) -> tqdm:
     """A bar on a terminal; in a log a line every 30 s, about this process' share."""
     if bar and sys.stderr.isatty():
-        return tqdm(total=total, desc=title, unit="example", dynamic_ncols=True, disable=silent)
+        return tqdm(total=total, desc=title, unit=" examples", dynamic_ncols=True, disable=silent)
     line = "{desc}: {n_fmt} of {total_fmt} (this process), {rate_fmt}, {remaining} left\n"
     every = SECONDS_BETWEEN_LINES
     return tqdm(
-        total=total, desc=title, unit="example", bar_format=line, mininterval=every, maxinterval=every, disable=silent
+        total=total, desc=title, unit=" examples", bar_format=line, mininterval=every, maxinterval=every, disable=silent
     )
 
 
