@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +31,7 @@ from types import SimpleNamespace
 
 from PIL import Image
 
-from phi3v.data.conversations import Conversation, Turn, write_conversations
+from phi3v.data.conversations import Conversation, Turn, format_line
 
 
 def memory() -> float:
@@ -59,6 +59,12 @@ def picture_bytes(seed: int = 0, kind: str = "JPEG", size: tuple[int, int] = (40
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
+
+
+def write_conversations(path: Path, conversations: Iterable[Conversation]) -> None:
+    """A jsonl of the examples."""
+    with open(path, "wb") as file:
+        file.writelines(map(format_line, conversations))
 
 
 def line(number: int) -> Conversation:

@@ -25,7 +25,6 @@ from phi3v.data.conversations import (
     format_line,
     parse_line,
     prompt_text,
-    write_conversations,
 )
 from phi3v.data.convert import convert_files
 from phi3v.data.dataset import ConversationDataset, collate
@@ -89,7 +88,7 @@ def test_later_turns_may_bring_pictures_and_text_only_turns_need_none(
         (tmp_path / "images" / name).write_bytes(picture_bytes(1, "PNG"))
     turns = (Turn(("a.png",), "What is it?", "A cat"), Turn(("b.png",), "Answer?", "dog"), Turn((), "Question?", "A"))
     text_only = Conversation("t", "s", (Turn((), "What?", "A cat"),))
-    write_conversations(tmp_path / "my_train.jsonl", [Conversation("a", "s", turns), text_only])
+    (tmp_path / "my_train.jsonl").write_bytes(format_line(Conversation("a", "s", turns)) + format_line(text_only))
     dataset = ConversationDataset(tmp_path, "train", processor)
     assert dataset.num_crops == 16
     example = dataset[0]

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 MAX_LINE_BYTES = 8 * 2**20
 """A longer line is refused without being held in memory: no conversation has megabytes of text."""
@@ -64,13 +64,13 @@ class Conversation:
         return tuple(image for turn in self.turns for image in turn.images)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value for a message: its repr, cut to 80 characters."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def image_path_problem(path: Any) -> str | None:
+def image_path_problem(path: object) -> str | None:
     """What is wrong with an image path, or None: it must stay inside the images folder whatever the system."""
     if type(path) is not str:
         return "a string"
@@ -85,7 +85,7 @@ def image_path_problem(path: Any) -> str | None:
     return None
 
 
-def text_problem(text: Any, empty: bool = False) -> str | None:
+def text_problem(text: object, empty: bool = False) -> str | None:
     """What is wrong with a text, or None. `empty`: whether blank text is allowed."""
     if type(text) is not str:
         return "a string"
@@ -101,11 +101,11 @@ def text_problem(text: Any, empty: bool = False) -> str | None:
     return None
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values = dict(pairs)
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -113,12 +113,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_strict_decode = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_unique_keys).decode
-_fast_decode = json.JSONDecoder(parse_constant=_no_constant).decode
+_decode = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_unique_keys).decode
 
 
-def decode_line(line: bytes, unique_keys: bool = True) -> Any:
-    """The JSON value of a line; raises ValueError that says what is wrong. `unique_keys`: refuse a key given twice."""
+def decode_line(line: bytes) -> Any:
+    """The JSON value of a line. Raises ValueError that names the fault."""
     if line[:3] == b"\xef\xbb\xbf":
         raise ValueError("a byte order mark; expected UTF-8 without one")
     if b"\r" in line:
@@ -130,14 +129,14 @@ def decode_line(line: bytes, unique_keys: bool = True) -> Any:
     if not text or text.isspace():
         raise ValueError("an empty line; expected one JSON object a line")
     try:
-        return (_strict_decode if unique_keys else _fast_decode)(text)
+        return _decode(text)
     except RecursionError:
         raise ValueError("not JSON: nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
 
 
-def _turn_problem(where: str, turn: Any) -> str | None:
+def _turn_problem(where: str, turn: object) -> str | None:
     if type(turn) is not dict:
         return f"field `{where}`: got {shown(turn)}; expected an object"
     for key in turn.keys() - _TURN_KEYS:
@@ -166,25 +165,21 @@ def _turn_problem(where: str, turn: Any) -> str | None:
     return None
 
 
-def record_problem(record: Any) -> str | None:
+def record_problem(record: object) -> str | None:
     """What is wrong with a decoded line (first field that is wrong), or None."""
     if type(record) is not dict:
         return f"got {shown(record)}; expected an object"
     for key in record.keys() - _RECORD_KEYS:
         return f"field `{key}`: unknown; expected id, source, conversations"
     for key in ("id", "source"):
-        value = record.get(key)
-        if expected := text_problem(value) or ("no line break" if "\n" in str(value) else None):
-            return f"field `{key}`: " + (
-                f"got {shown(value)}; expected {expected}" if key in record else "missing; expected a string"
-            )
+        if key not in record:
+            return f"field `{key}`: missing; expected a string"
+        if expected := text_problem(record[key]) or ("no line break" if "\n" in record[key] else None):
+            return f"field `{key}`: got {shown(record[key])}; expected {expected}"
     turns = record.get("conversations")
     if type(turns) is not list or not turns:
         return f"field `conversations`: got {shown(turns)}; expected a list of turns"
-    for index, turn in enumerate(turns):
-        if problem := _turn_problem(f"conversations[{index}]", turn):
-            return problem
-    return None
+    return next(filter(None, (_turn_problem(f"conversations[{k}]", turn) for k, turn in enumerate(turns))), None)
 
 
 def parse_line(line: bytes, where: str) -> Conversation:
@@ -234,7 +229,7 @@ def format_line(conversation: Conversation) -> bytes:
     """A line of the jsonl with its line end: fields in one order, text as UTF-8, so equal examples are equal bytes."""
     turns = []
     for turn in conversation.turns:
-        fields: dict[str, Any] = {"images": list(turn.images), "user": turn.user, "assistant": turn.assistant}
+        fields: dict[str, object] = {"images": list(turn.images), "user": turn.user, "assistant": turn.assistant}
         if turn.answers:
             fields["answers"] = list(turn.answers)
         turns.append(fields)
@@ -244,34 +239,14 @@ def format_line(conversation: Conversation) -> bytes:
     return json.dumps(record, ensure_ascii=False, separators=(", ", ": ")).encode("utf-8") + b"\n"
 
 
-def write_conversations(path: str | Path, conversations: Iterator[Conversation] | list[Conversation]) -> int:
-    """Write a jsonl and return its number of lines. The file appears whole or not at all."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    count = 0
-    try:
-        with open(part, "wb") as file:
-            for conversation in conversations:
-                file.write(format_line(conversation))
-                count += 1
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return count
+def prompt_text(turn: Turn, first_image: int = 1) -> str:
+    """The turn up to where the answer starts, as Phi-3-vision's chat template writes it.
 
-
-def user_message(turn: Turn, first_image: int = 1) -> str:
-    """The user's message: a mark for each picture on its own line, then the text.
-
-    first_image: number of the turn's first picture; pictures are numbered over the whole conversation.
+    A mark for each picture stands on its own line before the text. first_image: number of the turn's first picture;
+    pictures are numbered over the whole conversation.
     """
     marks = "".join(f"<|image_{first_image + index}|>\n" for index in range(len(turn.images)))
-    return f"{marks}{turn.user}"
-
-
-def prompt_text(turn: Turn, first_image: int = 1) -> str:
-    """The turn up to where the answer starts, as Phi-3-vision's chat template writes it."""
-    return f"<|user|>\n{user_message(turn, first_image)}<|end|>\n<|assistant|>\n"
+    return f"<|user|>\n{marks}{turn.user}<|end|>\n<|assistant|>\n"
 
 
 def answer_text(turn: Turn) -> str:

@@ -46,11 +46,26 @@ class SplitSource:
 
     format: str
     inputs: Inputs
-    origin: dict[str, object]
-    """What dataset.json states of it."""
+    url: str
+    revision: str | None
+    sha256: str
+    """Of the source file, or of the listing of several."""
+    options: dict[str, str]
     rows: str = ":"
-    turns: str = "all"
-    """first: only the first turn is kept."""
+    first_turn: bool = False
+    """Only the first turn is kept."""
+
+    def origin(self) -> dict[str, object]:
+        """What dataset.json states of it."""
+        return {
+            "format": self.format,
+            "url": self.url,
+            "revision": self.revision,
+            "files": len(self.inputs.files),
+            "sha256": self.sha256,
+            "rows": self.rows,
+            "options": self.options,
+        }
 
 
 def row_slice(rows: str) -> slice:
@@ -131,7 +146,7 @@ def _line(sample: Sample | Rejection, number: int, source: SplitSource, writer: 
     if isinstance(sample, Rejection):
         raise DataError(f"{sample.where}: {sample.reason}")
     place, turns = 0, []
-    for turn in sample.turns[:1] if source.turns == "first" else sample.turns:
+    for turn in sample.turns[:1] if source.first_turn else sample.turns:
         images = [writer.write(picture, number, place + k, sample.where) for k, picture in enumerate(turn.pictures)]
         place += len(images)
         turns.append(Turn(tuple(images), turn.user, turn.answers[0], turn.answers if len(turn.answers) > 1 else ()))
@@ -170,13 +185,8 @@ def _convert_split(split: str, source: SplitSource, work: Path, on_error: OnErro
     if not examples:
         raise DataError(f"{split}: no example ({rejected} rows rejected, rows {source.rows!r}); expected at least one")
     print(f"{split}: {examples} examples, {writer.written} pictures, {rejected} rejected", file=sys.stderr)
-    return {
-        "file": name,
-        "examples": examples,
-        "images": writer.written,
-        "rejected": rejected,
-        "sha256": digest.hexdigest(),
-    }
+    counts: SplitEntry = {"file": name, "examples": examples, "images": writer.written, "rejected": rejected}
+    return {**counts, "sha256": digest.hexdigest()}
 
 
 def convert(
@@ -213,16 +223,15 @@ def convert(
                 source = replace(source, inputs=replace(source.inputs, scratch=scratch))
                 results[split] = _convert_split(split, source, work, on_error, log)
                 shutil.rmtree(scratch, ignore_errors=True)
-        entries = {**previous.get("splits", {}), **results}
-        if shard_bytes and "train" in results:
+        if shard_bytes and (train := results.get("train")):
             # Only the split that is read over and over, at random, by every process; evaluation reads few files once.
-            jsonl = work / results["train"]["file"]
-            entries["train"] = {
-                **results["train"],
-                **write_shards(jsonl, work / "images", work, "train", shard_bytes),
+            results["train"] = {
+                **train,
+                **write_shards(work / train["file"], work / "images", work, "train", shard_bytes),
             }
             shutil.rmtree(work / "images" / "train")
-        origins = {**previous.get("source", {}), **{split: source.origin for split, source in splits.items()}}
+        entries = {**previous.get("splits", {}), **results}
+        origins = {**previous.get("source", {}), **{split: source.origin() for split, source in splits.items()}}
         dataset: Description = {
             "name": name,
             "converter": ",".join(dict.fromkeys(str(origin["format"]) for origin in origins.values())),
@@ -282,20 +291,6 @@ def _move_into_place(work: Path, output_dir: Path, results: dict[str, SplitEntry
         os.replace(log, rejected)
 
 
-def _origin(
-    format_name: str, url: str, revision: str | None, files: int, sha256: str, rows: str, options: dict[str, str]
-) -> dict[str, object]:
-    return {
-        "format": format_name,
-        "url": url,
-        "revision": revision,
-        "files": files,
-        "sha256": sha256,
-        "rows": rows,
-        "options": options,
-    }
-
-
 def _digest(listing: list[list[str | int]]) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
@@ -318,10 +313,11 @@ def convert_dataset(
         folder, files, source = locked_files(source_dir, entry.url, entry.revision)
         digest = _digest([[file.path, file.size, file.sha256] for file in source.files])
         revision = source.resolved or entry.revision
-        origin = _origin(entry.format, entry.url, revision, len(files), digest, entry.rows, entry.options)
         inputs = Inputs(files, folder, entry.options.get("split", split), name, entry.options, workers=workers)
-        turns = entry.options.get("turns", "first" if dataset.turns == "first" else "all")
-        splits[split] = SplitSource(entry.format, inputs, origin, entry.rows, turns)
+        turns = entry.options.get("turns", dataset.turns)
+        splits[split] = SplitSource(
+            entry.format, inputs, entry.url, revision, digest, entry.options, entry.rows, turns == "first"
+        )
     on_error = on_error or dataset.on_error
     shard_bytes = int(dataset.shards * 10**6) if shard_bytes is None else shard_bytes
     return convert(
@@ -357,8 +353,7 @@ def convert_files(
         digest = _digest([[path.relative_to(root).as_posix(), path.stat().st_size] for path in files])
     else:
         root, files, digest = source.parent, [source], digest_file(source)
-    origin = _origin(format_name, str(source), None, len(files), digest, rows, given)
-    options = {**given, **({"images_dir": str(images_dir.resolve())} if images_dir else {})}
-    inputs = Inputs(files, root, split, name, options, workers=workers)
-    part = SplitSource(format_name, inputs, origin, rows, "first" if turns == "first" else "all")
+    inner = {**given, **({"images_dir": str(images_dir.resolve())} if images_dir else {})}
+    inputs = Inputs(files, root, split, name, inner, workers=workers)
+    part = SplitSource(format_name, inputs, str(source), None, digest, given, rows, turns == "first")
     return convert(name, {split: part}, output_dir, turns, metric, num_crops, on_error, True, shard_bytes)

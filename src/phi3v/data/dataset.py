@@ -20,13 +20,11 @@ from torch.utils.data import Dataset
 
 from phi3v.data.conversations import Conversation, DataError, Turn, answer_text, parse_line, prompt_text
 from phi3v.data.folder import LineIndex, Pictures, describe, split_file
+from phi3v.settings import Dataset as Entry
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import ProcessorMixin
-
-DEFAULT_NUM_CROPS = 16
-"""The recipe's, if neither the caller nor dataset.json has one."""
 
 
 class Encoded(TypedDict):
@@ -74,7 +72,7 @@ class ConversationDataset(Dataset[Example]):
         self.pictures = Pictures(data_dir, entry)
         self._shard_starts = entry.get("shard_starts", [])
         self.turns = turns or self.description.get("turns", "all")
-        self.num_crops = num_crops or self.description.get("num_crops") or DEFAULT_NUM_CROPS
+        self.num_crops = num_crops or self.description.get("num_crops") or Entry.model_fields["num_crops"].default
         # A copy: another dataset may use the same processor with another number of crops.
         self.processor = copy.copy(processor)
         self.processor.image_processor = copy.copy(processor.image_processor)

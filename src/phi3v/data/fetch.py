@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -102,23 +103,22 @@ class Remote:
     """ETag of a web file."""
 
 
-def is_local(url: str) -> bool:
-    """Whether a URL names local files."""
-    return not re.match(r"^(hf|https?)://", url)
+def _is_local(url: str) -> bool:
+    return not url.startswith(("hf://", "https://", "http://"))
 
 
-def local_path(url: str) -> Path:
+def _local_path(url: str) -> Path:
     """The path of a local URL: file:///absolute, file:relative or a plain path. Raises SourceError."""
-    if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+:", url) and not url.startswith("file:"):
+    if re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:", url):
         raise SourceError(f"source {url!r}: unknown kind; expected hf://…, https://…, file:… or a path")
     path = url.removeprefix("file:")
     if path.startswith("//"):
-        host, _, rest = path[2:].partition("/")
+        host, slash, rest = path[2:].partition("/")
         if host not in ("", "localhost"):
             raise SourceError(
                 f"source {url!r}: host {host!r} in a file URL; expected file:relative/path or file:///absolute/path"
             )
-        path = f"/{rest}"
+        path = slash + rest
     return Path(path).expanduser()
 
 
@@ -195,7 +195,7 @@ def link_or_copy(original: Path, target: Path) -> None:
 
 def _local_files(url: str) -> list[tuple[Path, str]]:
     """(file, path under the source's folder) of a local URL, in order."""
-    start = local_path(url)
+    start = _local_path(url)
     if start.is_dir():
         found = []
         for folder, subfolders, names in os.walk(start, followlinks=False):
@@ -262,10 +262,7 @@ def _sorted_error(error: Exception, what: str) -> Exception:
     if isinstance(error, hub.LocalEntryNotFoundError) and cause and not isinstance(cause, hub.OfflineModeIsEnabled):
         return Transient(f"{cause}")  # the connection failed before the file's facts were known
     final: tuple[tuple[type[Exception], str], ...] = (
-        (
-            hub.OfflineModeIsEnabled,
-            "not in the cache, and HF_HUB_OFFLINE forbids the network; download it once online",
-        ),
+        (hub.OfflineModeIsEnabled, "not in the cache; HF_HUB_OFFLINE forbids the network: download it once online"),
         (hub.GatedRepoError, "gated: accept its terms on its page and set HF_TOKEN"),
         (hub.RevisionNotFoundError, "no such revision; expected a commit, branch or tag of the repository"),
         (hub.RepositoryNotFoundError, "no such repository, or not visible without a token (HF_TOKEN)"),
@@ -306,10 +303,47 @@ def _with_retries(action: Callable[[], T], what: str) -> T:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-class _Web:
-    """A file over https, with resume. A web address has no revision: the lock's sha256 pins it."""
+class _Server:
+    """A remote source: what it lists, and the folder that its files go into."""
 
+    url: str
     resolved: str | None = None
+    remotes: list[Remote]
+
+    def written(self, remote: Remote, folder: Path) -> list[Path]:
+        """The folders that a file's bytes are written to on the way into `folder`."""
+        return [folder]
+
+    def get(self, remote: Remote, target: Path, sha256: str | None) -> None:
+        """Fetch one file. Raises SourceError."""
+        raise NotImplementedError
+
+    def missing(self, folder: Path) -> Iterator[tuple[Path, int]]:
+        """(folder, bytes that will be written there) of the files that are not in `folder` yet."""
+        for remote in self.remotes:
+            if not (folder / remote.path).is_file():
+                yield from ((place, remote.size or 0) for place in self.written(remote, folder))
+
+    def fetch(self, remote: Remote, folder: Path, pinned: Source | None) -> File:
+        """Fetch a file unless it is there, and check it. Raises SourceError."""
+        target = folder / remote.path
+        pins = {file.path: file.sha256 for file in pinned.files} if pinned else {}
+        promised = pins.get(remote.path, remote.sha256)
+        if not target.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.get(remote, target, promised)
+        file = File(remote.path, target.stat().st_size, digest_file(target))
+        if (remote.size not in (None, file.size)) or (promised not in (None, file.sha256)):
+            target.unlink()
+            raise SourceError(
+                f"source {self.url!r}: {remote.path}: {file.size} bytes, sha256 {file.sha256}; expected "
+                f"{remote.size} bytes, sha256 {promised}. The file was removed; run the download again"
+            )
+        return file
+
+
+class _Web(_Server):
+    """A file over https, with resume. A web address has no revision: the lock's sha256 pins it."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -327,10 +361,6 @@ class _Web:
         answer.raise_for_status()
         length = answer.headers.get("Content-Length")
         return Remote(name, int(length) if length else None, tag=answer.headers.get("ETag", ""))
-
-    def written(self, remote: Remote, folder: Path) -> list[Path]:
-        """The folders that a file's bytes are written to on the way into `folder`."""
-        return [folder]
 
     def get(self, remote: Remote, target: Path, sha256: str | None) -> None:
         """Fetch a file; a part left by an earlier try continues if the server still has the same file."""
@@ -368,7 +398,7 @@ class _Web:
             raise Transient(f"wrong bytes: sha256 {seen}; expected {sha256}")
 
 
-class _Hub:
+class _Hub(_Server):
     """Files of a hub repository at one commit. Offline: what the cache has."""
 
     def __init__(self, url: str, revision: str | None, kind: Kind) -> None:
@@ -497,46 +527,6 @@ def _check_pins(pinned: Source, files: list[File]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Download:
-    """A remote source: its listing, its folder, and the sha256 that its files had on first use."""
-
-    server: _Hub | _Web
-    folder: Path
-    pinned: dict[str, str]
-
-    def missing(self) -> Iterator[tuple[Path, int]]:
-        """(folder, bytes that will be written there)."""
-        for remote in self.server.remotes:
-            if not (self.folder / remote.path).is_file():
-                for folder in self.server.written(remote, self.folder):
-                    yield folder, remote.size or 0
-
-    def get(self, remote: Remote) -> File:
-        """Fetch a file unless it is there, and check it. Raises SourceError."""
-        target = self.folder / remote.path
-        promised = self.pinned.get(remote.path, remote.sha256)
-        if not target.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.server.get(remote, target, promised)
-        file = File(remote.path, target.stat().st_size, digest_file(target))
-        if (remote.size not in (None, file.size)) or (promised not in (None, file.sha256)):
-            target.unlink()
-            raise SourceError(
-                f"source {self.server.url!r}: {remote.path}: {file.size} bytes, sha256 {file.sha256}; expected "
-                f"{remote.size} bytes, sha256 {promised}. The file was removed; run the download again"
-            )
-        return file
-
-
-def _download(key: Key, folder: Path, pinned: Source | None, kind: Kind) -> _Download:
-    url, revision = key
-    commit = pinned.resolved if pinned and pinned.resolved else revision
-    server = _Hub(url, commit, kind) if url.startswith("hf://") else _Web(url)
-    folder.mkdir(parents=True, exist_ok=True)
-    return _Download(server, folder, {file.path: file.sha256 for file in pinned.files} if pinned else {})
-
-
 def fetch(
     wanted: list[Key], output_dir: str | Path, workers: int = 4, kind: Kind = "dataset", flat: bool = False
 ) -> dict[Key, Source]:
@@ -556,21 +546,23 @@ def fetch(
     complete = {
         key: pins[key]
         for key, name in names.items()
-        if key in pins and not is_local(key[0]) and not _difference(output_dir / name, pins[key].files, contents=True)
+        if key in pins and not _is_local(key[0]) and not _difference(output_dir / name, pins[key].files, contents=True)
     }
-    remote = {
-        key: _download(key, output_dir / name, pins.get(key), kind)
-        for key, name in names.items()
-        if key not in complete and not is_local(key[0])
-    }
-    _check_free_space(pair for download in remote.values() for pair in download.missing())
+    servers: dict[Key, _Server] = {}
+    for (url, revision), name in names.items():
+        if (url, revision) not in complete and not _is_local(url):
+            pinned = pins.get((url, revision))
+            commit = pinned.resolved if pinned and pinned.resolved else revision
+            servers[url, revision] = _Hub(url, commit, kind) if url.startswith("hf://") else _Web(url)
+            (output_dir / name).mkdir(parents=True, exist_ok=True)
+    _check_free_space(pair for key, server in servers.items() for pair in server.missing(output_dir / names[key]))
     fetched: dict[Key, Source] = {}
     for key, name in names.items():
         pinned = pins.get(key)
-        if download := remote.get(key):
+        if server := servers.get(key):
             with ThreadPoolExecutor(workers) as pool:
-                files = list(pool.map(download.get, download.server.remotes))
-            fetched[key] = Source(*key, download.server.resolved, name, files)
+                files = list(pool.map(partial(server.fetch, folder=output_dir / name, pinned=pinned), server.remotes))
+            fetched[key] = Source(*key, server.resolved, name, files)
             if pinned:
                 _check_pins(pinned, files)
         elif key in complete:

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, Literal
+from typing import Literal
 
 _PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that a process gets when its parent ends."""
@@ -34,14 +34,14 @@ def loader_workers(asked: int | Literal["auto"], cuda: bool) -> int:
     return max(1, min(MOST_WORKERS, usable_cpus() // here - 1)) if cuda else 0
 
 
-def process_pool(workers: int, start: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
+def process_pool(workers: int, start: Callable[..., None] | None = None, *arguments: object) -> ProcessPoolExecutor:
     """A pool of forked processes; each calls start(*arguments) first, which is inherited and not sent."""
     return ProcessPoolExecutor(
         workers, multiprocessing.get_context("fork"), initializer=_begin, initargs=(start, arguments)
     )
 
 
-def _begin(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+def _begin(start: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:
     # A parent that is killed (out of memory) closes no queue: its processes would wait for ever, and so would whoever
     # reads their output.
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
