@@ -32,25 +32,20 @@ def wilson(correct: int, n: int) -> Interval:
     return 100 * float(low), 100 * float(high)
 
 
-def _interval_of_mean(values: np.ndarray, seed: int, resamples: int) -> Interval:
-    """Percentile interval of the mean of [n] values, times 100.
+def bootstrap(scores: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """Percentile bootstrap interval of the mean of 0-1 scores, or of their differences, times 100 (Efron 1979). Raises ValueError on none.
 
     A resample is drawn as how often each distinct value occurs (a multinomial). The distribution is that of drawing n values one by one,
     as scipy.stats.bootstrap does, in a thousandth of its time for 5,000 scores of 0 and 1.
     """
-    distinct, counts = np.unique(values, return_counts=True)
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(values.size, counts / values.size, size=resamples)  # [resamples, distinct]
-    low, high = np.percentile(drawn @ distinct / values.size, [2.5, 97.5])
-    return 100 * float(low), 100 * float(high)
-
-
-def bootstrap(scores: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """Percentile bootstrap interval of the mean of 0-1 scores, 0-100 (Efron 1979). Raises ValueError on none."""
     values = np.asarray(scores, dtype=np.float64)
     if values.size == 0:
         raise ValueError("scores: empty; expected at least one")
-    return _interval_of_mean(values, seed, resamples)
+    distinct, counts = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(values.size, counts / values.size, size=resamples)
+    means = drawn @ distinct / values.size  # [resamples, distinct] to [resamples]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return 100 * float(low), 100 * float(high)
 
 
 def bootstrap_paired(
@@ -112,7 +107,7 @@ def paired(
         raise ValueError(f"scores: {a.size} and {b.size} of them; expected the same examples, at least one")
     differences = a - b
     binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
-    interval = _interval_of_mean(differences, seed, resamples)
+    interval = bootstrap(differences, seed, resamples)
     return Comparison(100 * float(differences.mean()), interval, a.size, mcnemar(a, b) if binary else None)
 
 
