@@ -14,7 +14,7 @@ from training_fixtures import finish, launch, write_data, write_model  # noqa: E
 from phi3v.benchmark import machine, speed  # noqa: E402
 from phi3v.planning.flops import Work, example_work, training_flops  # noqa: E402
 from phi3v.planning.geometry import geometry_from_config  # noqa: E402
-from phi3v.planning.utilisation import Utilisation, utilisation_of  # noqa: E402
+from phi3v.planning.hardware import Utilisation, utilisation_of  # noqa: E402
 from phi3v.settings import SettingsError, SpeedSettings  # noqa: E402
 
 SMI = """#!/bin/sh

@@ -22,7 +22,7 @@ import torch
 
 from phi3v.benchmark.machine import check_devices, fingerprint, found_devices, measured_peak
 from phi3v.planning.flops import FORMULA, Work
-from phi3v.planning.utilisation import Utilisation, utilisation_of
+from phi3v.planning.hardware import Utilisation, utilisation_of
 from phi3v.provenance.manifest import write_json, write_manifest
 from phi3v.settings import SettingsError, SpeedSettings
 from phi3v.training.finetune import headline, largest, observe, say_attention

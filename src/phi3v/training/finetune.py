@@ -17,8 +17,8 @@ from phi3v.model.freezing import parameter_group
 from phi3v.model.fused import compiled_kernels
 from phi3v.model.runtime import attention_note
 from phi3v.planning.fits import interval_of, recomputation
+from phi3v.planning.hardware import utilisation_of
 from phi3v.planning.resources import most_checkpoints
-from phi3v.planning.utilisation import utilisation_of
 from phi3v.provenance.manifest import write_json, write_manifest
 from phi3v.settings import FinetuneSettings
 from phi3v.training import checkpoints

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from phi3v.planning.flops import Work
-from phi3v.planning.utilisation import Utilisation
+from phi3v.planning.hardware import Utilisation
 from phi3v.settings import FinetuneSettings
 from phi3v.training.batches import BatchCounts, PlannedSplit, model_inputs
 from phi3v.training.checkpoints import TRAINING

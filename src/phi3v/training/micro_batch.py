@@ -28,8 +28,8 @@ from phi3v.model.runtime import TORCH_DTYPE, uses_zero, weight_dtype
 from phi3v.planning.fits import Choice, choices, fastest_first, micro_batches
 from phi3v.planning.flops import Setup, example_work
 from phi3v.planning.geometry import geometry_from_config
+from phi3v.planning.hardware import hardware_entry
 from phi3v.planning.memory import memory, probe_bytes
-from phi3v.planning.utilisation import hardware_entry
 from phi3v.provenance.manifest import write_json
 from phi3v.settings import FinetuneSettings, Hardware, SettingsError
 from phi3v.training import checkpoints
