@@ -112,3 +112,6 @@ def test_a_copy_is_of_every_tensor_in_a_nest():
     assert torch.equal(copy["a"], torch.ones(2)) and torch.equal(copy["b"][0], torch.zeros(3))
     assert copy["b"][1] == (1, "x") and copy["c"] is None
     assert tensor_bytes(nest) == 4 * 5
+    again = host_copy(nest | {"b": [torch.zeros(4)], "d": torch.ones(1)}, copy)
+    assert again["a"].data_ptr() == copy["a"].data_ptr() and torch.equal(again["a"], torch.full((2,), 2.0))
+    assert again["b"][0].shape == (4,) and torch.equal(again["d"], torch.ones(1))

@@ -43,6 +43,8 @@ class CheckpointWriter:
         self._threads = ThreadPoolExecutor(1, "checkpoint")
         self._part: Future[dict[str, Any]] | None = None
         self._sealing: Future[None] | None = None
+        self._host: Any = None
+        """The last copy of the state, which the next one overwrites."""
         self._step = 0
         self._best: Path | None = None
 
@@ -66,10 +68,12 @@ class CheckpointWriter:
         folder = self.folder / WRITING / self._name
         self._best = self.folder / f"checkpoint-{best_step}" if best_step else None
         share = share_of(self._gathered(names_of(folder)), self.process, self.processes)
-        copied = 2 * tensor_bytes(parts) < free_ram()
-        parts = host_copy(parts) if copied else parts
+        fits = self._host is not None or 2 * tensor_bytes(parts) < free_ram()
+        if fits:
+            # Into the memory of the copy before: touching new pages would take several times as long as copying.
+            parts = self._host = host_copy(parts, self._host)
         self._part = self._threads.submit(_write_part, folder, parts, share)
-        if not copied:
+        if not fits:
             with self.explained():
                 self._part.result()
 
@@ -155,10 +159,15 @@ def tensor_bytes(value: Any) -> int:
     return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def host_copy(value: Any) -> Any:
-    """The same nest of dicts, lists and tuples with copies of its tensors in host memory."""
+def host_copy(value: Any, into: Any = None) -> Any:
+    """The same nest of dicts, lists and tuples with its tensors in host memory; `into`: an earlier copy to overwrite."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        same = isinstance(into, torch.Tensor) and (into.shape, into.dtype) == (value.shape, value.dtype)
+        return into.copy_(value.detach()) if same else value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {name: host_copy(item) for name, item in value.items()}
-    return type(value)(map(host_copy, value)) if isinstance(value, list | tuple) else value
+        before = into if isinstance(into, dict) else {}
+        return {name: host_copy(item, before.get(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        olds = into if isinstance(into, list | tuple) and len(into) == len(value) else [None] * len(value)
+        return type(value)(host_copy(item, old) for item, old in zip(value, olds, strict=True))
+    return value
