@@ -1,10 +1,10 @@
-"""How much the training loop costs: step time of fine-tuning over bare forward, backward and update.
+"""How much the training loop costs: step time over bare forward, backward and update, and time lost to a checkpoint.
 
     python benchmarks/bench_training.py --model_name_or_path MODEL --data_dir DATA --output_dir bench --fp32 \\
         --zero_stage 0 --batch_size 8 --batch_size_per_gpu 8 --repeats 5
 
 Both sides run the same model, batches, loss and optimizer in one process, one after the other, and the medians of the
-windows are compared. Prints JSON.
+windows are compared. Then nine checkpoints are written, each with training at rest. Prints JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from phi3v.settings import SettingsError, SpeedSettings, parse
 from phi3v.training.batches import model_inputs
 from phi3v.training.job import build
 from phi3v.training.loop import Loop
+
+SAVES = 9
 
 
 def loop_overhead(settings: SpeedSettings) -> dict[str, Any]:
@@ -47,12 +49,28 @@ def loop_overhead(settings: SpeedSettings) -> dict[str, Any]:
         (times[start + steps] - times[start]) / steps
         for start in range(settings.speed_warmup_steps - 1, total - steps, steps)
     ]
+    saves = save_cost(job.loop)
     bare = _bare_windows(settings, job.loop, windows, steps, clock)
     loop_seconds, bare_seconds = statistics.median(looped), statistics.median(bare)
     return {
         "loop_seconds": loop_seconds, "bare_seconds": bare_seconds, "ratio": loop_seconds / bare_seconds,
-        "loop_windows": looped, "bare_windows": bare, "threads": torch.get_num_threads(),
+        "loop_windows": looped, "bare_windows": bare, "threads": torch.get_num_threads(), **saves,
     }  # fmt: skip
+
+
+def save_cost(loop: Loop) -> dict[str, float]:
+    """{"save_seconds", "save_blocked_seconds", "save_share"}: medians of a whole save, and of what blocks training."""
+    blocked, whole = [], []
+    for _ in range(SAVES):
+        loop.state.step += 1
+        start = time.perf_counter()
+        loop.save()
+        blocked.append(time.perf_counter() - start)
+        loop.writer.finish()
+        whole.append(time.perf_counter() - start)
+    share = statistics.median(part / all_of_it for part, all_of_it in zip(blocked, whole, strict=True))
+    seconds = {"save_seconds": statistics.median(whole), "save_blocked_seconds": statistics.median(blocked)}
+    return seconds | {"save_share": share}
 
 
 def _bare_windows(

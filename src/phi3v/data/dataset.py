@@ -148,8 +148,8 @@ def encode(
     extra = {"as_uint8": True} if as_uint8 else {}
     for position, (turn, own) in enumerate(zip(turns, pictures, strict=True)):
         # The processor numbers pictures from 1 in each call; the number itself leaves no trace in the ids.
-        inputs = processor(prompt_text(turn), images=list(own) or None, return_tensors="pt", **extra)
-        prompt = inputs["input_ids"][0].tolist()
+        inputs = processor(prompt_text(turn), images=list(own) or None, return_tensors=None, **extra)
+        prompt = inputs["input_ids"][0]
         if position and prompt and prompt[0] == tokenizer.bos_token_id:
             prompt = prompt[1:]
         answer = tokenizer(answer_text(turn), add_special_tokens=False)["input_ids"]

@@ -183,12 +183,14 @@ class Phi3VProcessor(ProcessorMixin):
             rows.append(ids[:max_length] if truncation and max_length else ids)
             pictures.extend(own[number - 1] for number in order)
             names.extend(f"prompt {index}, <|image_{number}|>" for number in order)
-        data: dict[str, Any] = self._pad(rows, padding, padding_side or self.tokenizer.padding_side, max_length)
+        data: dict[str, Any]
+        if return_tensors is None:
+            data = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+        else:
+            data = self._pad(rows, padding, padding_side or self.tokenizer.padding_side, max_length)
         if pictures:
             tiles, sizes = self.image_processor.tile_all(pictures, names, num_crops, as_uint8)
             data["pixel_values"], data["image_sizes"] = tiles, sizes
-        if return_tensors is None:
-            data["input_ids"], data["attention_mask"] = rows, [[1] * len(row) for row in rows]
         return BatchFeature(data)
 
     def _tokenise(self, index: int, prompt: str, images: list, num_crops: int | None) -> tuple[list[int], list[int]]:
