@@ -274,7 +274,11 @@ LOGIT_LIVE_BYTES = 18
 
 @dataclass(frozen=True)
 class MemoryConstants:
-    """Three numbers fitted to the memory peaks of the published A100 rows (benchmarks/calibrate.py)."""
+    """Three numbers of the published code's memory.
+
+    Source: the 10 A100 peaks of config/speed.tsv, fitted on 2026-11-21 by benchmarks/calibrate.py. The largest error is
+    6.3 %, and 14.8 % for a row that is left out of the fit (docs/planner.md).
+    """
 
     runtime_gb: float = field(default=3.02, metadata={"unit": "GB a device"})
     """CUDA context, communication buffers, workspaces and the allocator's slack: what is held beside the tensors."""
