@@ -611,3 +611,43 @@ def test_impossible_geometry(run):
     with pytest.raises(SettingsError, match="field `vocab_size`: missing"):
         geometry_from_config({name: value for name, value in config.items() if name != "vocab_size"}, "my.json")
     assert isinstance(geometry_from_config(config), Geometry)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "fitting"),
+    [
+        ("h100", {"adamw": "tight", "adamw_8bit": "yes", "paged_adamw_8bit": "yes", "adamw_offload": "yes"}),
+        ("a6000", {"adamw": "no", "adamw_8bit": "no", "paged_adamw_8bit": "yes", "adamw_offload": "yes"}),
+        ("l40s", {"adamw": "no", "adamw_8bit": "no", "paged_adamw_8bit": "yes", "adamw_offload": "yes"}),
+        ("rtx4090", {"adamw": "no", "adamw_8bit": "no", "paged_adamw_8bit": "no", "adamw_offload": "yes"}),
+        ("t4", {"adamw": "no", "adamw_8bit": "no", "paged_adamw_8bit": "no", "adamw_offload": "tight"}),
+    ],
+)
+def test_advice_names_the_optimizers_that_full_fine_tuning_fits_one_gpu_with(advice, gpu, fitting):
+    asked = advice(gpu)
+    found = {name: what_fits(replace(asked.asked, optimizer=name)).verdict for name in fitting}
+    assert found == fitting
+    named = re.findall(r"--optimizer (\w+)", " ".join(asked.reasons))
+    assert named == [name for name, verdict in fitting.items() if name != "adamw" and verdict != "no"]
+
+
+def test_advice_says_that_no_optimizer_makes_full_fine_tuning_fit(advice, entries):
+    small = entries["rtx4090"].model_copy(update={"memory_gb": 12})
+    assert "full fine-tuning fits with none of the optimizers" in advice("small", hardware={"small": small}).text()
+
+
+def test_memory_of_each_optimizer(advice):
+    """Per trained weight: 18 bytes with AdamW (2 + 12 + 4), 12.03 with 8-bit states; the offload keeps 20 on the host."""
+    setup = advice("h100").asked
+    need = {
+        name: memory(replace(setup, optimizer=name))
+        for name in ("adamw", "adamw_8bit", "paged_adamw_8bit", "adamw_offload")
+    }
+    saved = (need["adamw"].allocated_gb - need["adamw_8bit"].allocated_gb) * 1e9 / setup.trained
+    assert saved == pytest.approx(18 - 12.03, abs=0.3)
+    paged = need["adamw_8bit"].allocated_gb - need["paged_adamw_8bit"].allocated_gb
+    assert paged == pytest.approx(need["paged_adamw_8bit"].host_gb)
+    assert need["adamw_offload"].host_gb == pytest.approx(20 * setup.trained / 1e9)
+    assert need["adamw"].host_gb == need["adamw_8bit"].host_gb == 0
+    # Traced on the fake GPU: python -m tests.fakegpu.measure full --set 'optimizer="adamw_8bit"'.
+    assert need["adamw_8bit"].allocated_gb == pytest.approx(51.76, rel=0.03)

@@ -16,6 +16,7 @@ from phi3v.planning.fits import (
     fewer_crops,
     mean_and_longest,
     more_devices,
+    other_optimizers,
     what_fits,
     workload,
 )
@@ -206,7 +207,7 @@ def advise(
     tight = next((item for item in options if item.verdict == "tight"), None)
     # The published V100 rows did full fine-tuning on full devices; for adapters a comfortable method is better.
     chosen = tight if tight and (comfortable is None or tight.method == "full") else comfortable
-    reasons = [*_device_reasons(base), *_choice_reasons(options[0], chosen)]
+    reasons = [*_device_reasons(base), *_choice_reasons(options[0], chosen), *_optimizer_reasons(options[0])]
     if chosen is None:
         reasons.append(_what_would_fit(options, load, data.num_crops))
     return Advice(key, hardware, dataset, options, chosen, reasons)
@@ -272,6 +273,21 @@ def _device_reasons(setup: Setup) -> list[str]:
             "the next one"
         )
     return reasons
+
+
+def _optimizer_reasons(full: Option) -> list[str]:
+    """With which optimizers full fine-tuning fits, if it does not fit comfortably with float32 states."""
+    if full.verdict == "yes":
+        return []
+    setup = full.fit.setup
+    found = other_optimizers(setup)
+    if not found:
+        return ["full fine-tuning fits with none of the optimizers; docs/training.md has what each of them needs"]
+    ways = []
+    for fit in found:
+        host = f", {fit.memory.host_gb:.0f} GB of the host's memory per process" if fit.memory.host else ""
+        ways.append(f"--optimizer {fit.setup.optimizer} ({fit.need} per device{host})")
+    return [f"full fine-tuning with another optimizer: {'; '.join(ways)}"]
 
 
 def _choice_reasons(full: Option, chosen: Option | None) -> list[str]:

@@ -35,6 +35,7 @@ from phi3v.settings import (
     dataset_key,
 )
 from phi3v.settings.load import place_accuracy
+from phi3v.settings.rows import Optimizer
 
 # What a dataset without `workload` is taken for, per example: square pictures fill the largest grid there is.
 UNKNOWN = {"shapes": [(1000, 1000, 1.0)], "text": 100, "labels": 12, "picture_bytes": 3e5}
@@ -135,6 +136,7 @@ def _setup(
         micro_batch=row.known_micro_batch,
         rank=row.lora_rank or 0,
         recompute=1.0 if row.recompute is None else row.recompute,
+        optimizer=row.optimizer,
     )
 
 
@@ -270,6 +272,15 @@ def other_methods(setup: Setup) -> list[Fit]:
         ):
             found.append(fit)
     return found
+
+
+def other_optimizers(setup: Setup) -> list[Fit]:
+    """Full fine-tuning with other optimizers on the same devices, the fastest first; only those that fit."""
+    if setup.adapters:
+        return []
+    names: tuple[Optimizer, ...] = ("adamw_8bit", "paged_adamw_8bit", "adamw_offload")
+    fits = [what_fits(replace(setup, optimizer=name, micro_batch=1)) for name in names if name != setup.optimizer]
+    return [fit for fit in fits if fit.verdict != "no"]
 
 
 def can_run(setup: Setup) -> bool:

@@ -31,6 +31,7 @@ from phi3v.planning.geometry import (
     trainable_parameters,
 )
 from phi3v.settings import Geometry, Hardware
+from phi3v.settings.rows import Optimizer
 
 Method = Literal["full", "frozen", "frozen_forward_only", "lora", "qlora"]
 
@@ -127,6 +128,7 @@ class Setup:
     """Count what the recipe's scripts ran: whole layers recomputed, logits at every position (work says the tiles)."""
     recompute: float = 1.0
     """Share of the layers whose activations are recomputed in the backward pass: 1 all, 0 none, every n-th layer 1/n."""
+    optimizer: Optimizer = "adamw"
 
     @property
     def devices(self) -> int:
@@ -142,6 +144,11 @@ class Setup:
     def adapters(self) -> bool:
         """LoRA or QLoRA: only adapters train, and plain data parallelism is used instead of ZeRO."""
         return self.method in ("lora", "qlora")
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every device holds the whole optimizer: with 8-bit states ZeRO does not run."""
+        return self.adapters or "8bit" in self.optimizer
 
     @property
     def trains_by(self) -> str:

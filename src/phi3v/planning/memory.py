@@ -31,6 +31,15 @@ NF4_BYTES = 0.5 + 4 / 64
 # ZeRO's shard while it rests, per trained parameter: float32 weight and AdamW's two moments (deepspeed
 # runtime/zero/stage_1_and_2.py, single_partition_of_fp32_groups). Adapters: the same, whole on every device.
 STATE_BYTES = 12
+# The same by optimizer, the float32 weight apart (phi3v.training.optimizers). 8 bits: two numbers and a float32 scale for
+# each block of 256 of them (bitsandbytes optim/optimizer.py, init_state); its tensors under 4,096 elements, which keep
+# float32 states, are 0.03 % of the weights. Paged states are in managed memory, which moves to the host if the device is full.
+MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 0.0, "adamw_offload": 0.0}
+# On the host, per trained parameter. ZeRO 3's offload: float32 weight, moments, the gradient, and the buffer in which the
+# gradients of micro-steps are summed (deepspeed runtime/zero/stage3.py, grad_partitions_flat_buffer).
+HOST_BYTES = {"paged_adamw_8bit": MOMENT_BYTES["adamw_8bit"], "adamw_offload": 20.0}
+# Elements of gathered weights that ZeRO 3 keeps (stage3_max_live_parameters, DeepSpeed's default).
+LIVE_WEIGHTS = 1_000_000_000
 # Gradients are summed in float32 (grad_accum_dtype of phi3v.training.parallel); those of adapters are float32 as well.
 GRADIENT_BYTES = 4
 # Adapters: a copy of the factors in the compute type (phi3v.model.lora), and with several devices the float32 buckets
@@ -82,6 +91,8 @@ class Memory:
     fragmentation: float
     """Share of the peak's passing tensors that the allocator holds in addition."""
     context: float
+    host: float = 0.0
+    """In the host's memory, for this device: states that are paged or offloaded."""
 
     @property
     def peak_moment(self) -> str:
@@ -114,6 +125,11 @@ class Memory:
     def device_gb(self) -> float:
         """What a reading of the device shows, GB: reserved and context."""
         return self.reserved_gb + self.context_gb
+
+    @property
+    def host_gb(self) -> float:
+        """What the optimizer holds in the host's memory for this device, GB."""
+        return self.host / GB
 
     @property
     def least_gb(self) -> float:
@@ -177,22 +193,31 @@ def _towers(setup: Setup, work: Work) -> tuple[Tower, Tower, float]:
 
 def _weights(setup: Setup) -> float:
     """Bytes of the weights, adapters apart."""
-    held, width = sum(parameters(setup.geometry).values()), 4 if setup.float32_weights else 2
+    held, width = sum(parameters(setup.geometry).values()), 4 if setup.float32_weights or _casts(setup) else 2
+    if setup.optimizer == "adamw_offload":
+        return width * (held / setup.devices + min(held, LIVE_WEIGHTS))
     if setup.method != "qlora":
         return float(held * width)
     quantised = quantised_parameters(setup.geometry)
     return quantised * NF4_BYTES + (held - quantised) * width
 
 
+def _casts(setup: Setup) -> bool:
+    """Whether float32 weights are cast to the compute type under autocast: full fine-tuning without ZeRO."""
+    return setup.replicated and not setup.adapters
+
+
 def _resting(setup: Setup) -> dict[str, float]:
     """Bytes held between optimizer steps."""
     resting = {"weights": _weights(setup)}
     if setup.adapters:
-        resting["adapters"] = (STATE_BYTES + FACTOR_COPY_BYTES) * float(setup.trained)
-        if setup.devices > 1:
-            resting["buckets"] = DDP_BYTES * float(setup.trained)
-    else:
+        resting["adapters"] = (4 + MOMENT_BYTES[setup.optimizer] + FACTOR_COPY_BYTES) * float(setup.trained)
+    elif setup.replicated:
+        resting["optimizer"] = MOMENT_BYTES[setup.optimizer] * setup.trained
+    elif setup.optimizer == "adamw":
         resting["optimizer"] = STATE_BYTES * setup.trained / setup.devices
+    if setup.replicated and setup.devices > 1:
+        resting["buckets"] = DDP_BYTES * float(setup.trained)
     if setup.hardware.kind == "cpu":
         resting["runtime"] = CPU_RUNTIME
     return resting
@@ -201,7 +226,7 @@ def _resting(setup: Setup) -> dict[str, float]:
 def _buckets(setup: Setup) -> float:
     """Bytes of DeepSpeed's reduction during the backward pass."""
     cpu, alone = setup.hardware.kind == "cpu", setup.devices == 1
-    if setup.adapters or (cpu and alone):
+    if setup.replicated or (cpu and alone):
         return 0.0
     in_place = setup.nodes == 1 and setup.dtype == "bf16" and not cpu
     copies = (BUCKETS if in_place else BUCKETS + 1) * setup.element_bytes + (GRADIENT_BYTES if alone else 0)
@@ -212,11 +237,14 @@ def memory(setup: Setup) -> Memory:
     """Bytes of the setup on one device, for its longest example times the micro-batch."""
     geometry, work = setup.geometry, setup.longest.scaled(setup.micro_batch)
     tower, decoder, between = _towers(setup, work)
-    gradients = GRADIENT_BYTES * setup.trained / (1 if setup.adapters else setup.devices)
+    gradients = GRADIENT_BYTES * setup.trained / (1 if setup.replicated else setup.devices)
+    if setup.optimizer == "adamw_offload":
+        gradients = 0.0
     # Sums of earlier micro-steps are there from the start, those of the only one grow during its backward pass.
     earlier = gradients if setup.accumulation > 1 else 0.0
     head, largest = parameters(geometry)["head"], geometry.hidden_size * geometry.intermediate_size
-    fresh = 0.0 if setup.adapters else float(setup.element_bytes)
+    # Under autocast the weight is cast for it, and its gradient is widened.
+    fresh = 0.0 if setup.adapters else float(setup.element_bytes + (6 if _casts(setup) else 0))
     # The weight after the feed-forward block's activation: expanded when the most is alive.
     expanded = 2.0 * largest if setup.method == "qlora" else 0.0
     logits = {"logits": work.labels * geometry.vocab_size * LOGIT_BYTES, "weight gradient": fresh * head}
@@ -235,15 +263,29 @@ def memory(setup: Setup) -> Memory:
         "backward of the tower": {**running, "activations": tower.layer},
         "optimizer step": {"gradients": gradients},
     }
+    if _casts(setup):
+        # Autocast keeps the weights that it has cast until the forward pass ends, layers that are not recomputed longer.
+        cast = setup.element_bytes * float(sum(parameters(geometry).values()))
+        for name in ("backward of the head", "backward of the decoder"):
+            moments[name]["cast weights"] = (1 - setup.recompute) * cast
+        moments["end of the forward"] = {
+            **passing,
+            "gradients": earlier,
+            "layer inputs": both,
+            "activations": decoder.layer,
+            "cast weights": cast,
+        }
     cpu = setup.hardware.kind == "cpu"
-    return Memory(_resting(setup), moments, 0.0 if cpu else FRAGMENTATION, 0.0 if cpu else CONTEXT)
+    shards = 1 if setup.replicated else setup.devices
+    host = HOST_BYTES.get(setup.optimizer, 0.0) * setup.trained / shards
+    return Memory(_resting(setup), moments, 0.0 if cpu else FRAGMENTATION, 0.0 if cpu else CONTEXT, host)
 
 
 def probe_bytes(setup: Setup) -> float:
     """Allocated bytes at the peak of a forward and backward pass alone, without optimizer and with whole gradients."""
     need, trained = memory(setup), setup.trained
-    each = GRADIENT_BYTES if setup.adapters else setup.element_bytes
-    started = {"backward of the head", "backward of the decoder"}
+    each = GRADIENT_BYTES if setup.replicated else setup.element_bytes
+    started = {"end of the forward", "backward of the head", "backward of the decoder"}
     passing = [
         sum(size for part, size in parts.items() if part not in ("gradients", "buckets"))
         + (0 if name in started else each * trained)

@@ -15,7 +15,7 @@ from pathlib import Path
 from phi3v.planning.fits import setup_of, workload
 from phi3v.planning.flops import Setup
 from phi3v.planning.geometry import model_geometry, parameters
-from phi3v.planning.memory import GB, memory
+from phi3v.planning.memory import GB, MOMENT_BYTES, STATE_BYTES, memory
 from phi3v.planning.step_time import CONSTANTS, step_time
 from phi3v.settings import (
     AccuracyRow,
@@ -97,7 +97,8 @@ def resources(run: ResolvedRun, job: Job, root: Path = Path(), kind: str = "trai
         minutes = seconds / 60 * (CPU_MARGIN if cpu else MARGIN) + START_MINUTES
         # A process holds its libraries, the weights it reads and those it gathers to save; a CPU one all its tensors.
         weights = 2 * sum(parameters(setup.geometry).values()) / 1e6
-        tensors = memory(setup).allocated_gb * 1000 if cpu else 2 * weights
+        need = memory(setup)
+        tensors = need.allocated_gb * 1000 if cpu else 2 * weights + need.host_gb * 1000
         mem_mb = processes * (3_000 + tensors if cpu else 12_000 + tensors)
     except SettingsError:
         minutes, mem_mb = 24 * 60.0, processes * (3_000.0 if cpu else 48_000.0)
@@ -127,7 +128,9 @@ def row_gb(setup: Setup, row: Training, save_minutes: float) -> tuple[float, flo
     count = most_checkpoints(own.keep_checkpoints, own.keep_best) if saves else 1
     whole, trained = 2 * sum(parameters(setup.geometry).values()), setup.trained
     if not setup.adapters:
-        return whole / GB, count * (12 * trained + whole) / GB
+        # Float32 weights and moments; beside 8-bit moments the two more bytes of float32 weights.
+        each = 2 + MOMENT_BYTES["adamw_8bit"] if setup.replicated else STATE_BYTES
+        return whole / GB, count * (each * trained + whole) / GB
     return 4 * trained / GB + (whole / GB if own.merge else 0.0), count * 12 * trained / GB
 
 

@@ -330,11 +330,17 @@ def _setup(
     kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
     nowhere = Hardware(title="", kind=kind, bf16=True, flash_attention=True, quantisation=True, source="")
     return Setup(
-        geometry, nowhere, settings.method, "fp32" if weight_dtype(settings) == torch.float32 else settings.dtype,
+        geometry, nowhere, settings.method, _planned_dtype(settings),
         settings.use_flash_attention, work, work, settings.batch_size, 1, processes,
         rank=settings.lora_rank if settings.use_lora else 0,
-        recompute=1.0 if settings.recompute is None else settings.recompute,
+        recompute=1.0 if settings.recompute is None else settings.recompute, optimizer=settings.optimizer,
     )  # fmt: skip
+
+
+def _planned_dtype(settings: FinetuneSettings) -> str:
+    """The planner counts 8-bit optimizers' casts; other float32 weights under autocast it takes for a float32 job."""
+    casts = weight_dtype(settings) == torch.float32 and "8bit" not in settings.optimizer
+    return "fp32" if casts else settings.dtype
 
 
 def _probe(settings: FinetuneSettings, model: Any, batch: dict[str, Any], device: torch.device) -> float:
