@@ -27,7 +27,7 @@ ADVICE = ("count", "nodes", "dataset", "model", "hardware", "datasets")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, plan, print; exit 2 with the reason where a setting is wrong."""
+    """Parse, plan, print; exit 2 with the reason if a setting is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output_dir", help="also write there: plan.json, plan.txt and plan.html (advice.json, advice.txt)"
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = parser.add_argument_group("the plan of a run")
     run.add_argument("--config", help="run configuration to plan; default config/config.yaml")
     run.add_argument("--row", help="show one row of the run part by part: parameters, memory, time, cluster jobs")
-    run.add_argument("--check_disk", metavar="FOLDER", help="fail where FOLDER has less free than the run still writes")
+    run.add_argument("--check_disk", metavar="FOLDER", help="fail if FOLDER has less free than the run still writes")
     gpus = parser.add_argument_group("what to run on some GPUs, instead")
     gpus.add_argument("--gpu", help="device to advise on")
     gpus.add_argument("--count", type=int, help="devices of one machine; default 1")

@@ -297,7 +297,7 @@ class Plan:
         totals = self.totals()
         device_hours, energy, price = totals["gpu_hours"], totals["energy_kwh"], totals["price"]
         unplanned = sum(row.status.startswith("not planned") for row in self.rows)
-        used = f"rows that run: {sum(row.runs for row in self.rows)}, together {device_hours or 0:.1f} device-hours"
+        used = f"rows that run: {sum(row.runs for row in self.rows)}, in total {device_hours or 0:.1f} device-hours"
         used += (
             f", {energy:.0f} kWh" if energy is not None else ", energy: not known (no board power in the hardware file)"
         )
