@@ -12,6 +12,7 @@ import bisect
 import copy
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -97,16 +98,19 @@ class ConversationDataset(Dataset[Example]):
         """The record of an example, all its turns. Raises DataError."""
         return parse_line(self.lines[index], f"{self.lines.path}:{index + 1}")
 
+    def choices(self, conversation: Conversation) -> tuple[Turn, ...]:
+        """The turns that can train. Where one is drawn, each has the pictures of the whole record."""
+        if self.turns == "draw" and len(conversation.turns) > 1:
+            return tuple(replace(turn, images=conversation.images) for turn in conversation.turns)
+        return conversation.turns[:1] if self.turns == "first" else conversation.turns
+
     def selected(self, index: int) -> Conversation:
-        """The record with the turns that train in this epoch; the pictures of the whole record go with a drawn turn."""
+        """The record with the turns that train in this epoch."""
         conversation = self.conversation(index)
-        turns = conversation.turns
-        if self.turns == "first" or len(turns) == 1:
-            turns = turns[:1]
-        elif self.turns == "draw":
-            drawn = turns[random.Random(f"turn/{self.seed}/{self.epoch}/{index}").randrange(len(turns))]
-            turns = (Turn(conversation.images, drawn.user, drawn.assistant, drawn.answers),)
-        return Conversation(conversation.id, conversation.source, turns)
+        turns = self.choices(conversation)
+        if self.turns == "draw" and len(turns) > 1:
+            turns = (turns[random.Random(f"turn/{self.seed}/{self.epoch}/{index}").randrange(len(turns))],)
+        return replace(conversation, turns=turns)
 
     def shard_starts(self, kept: Sequence[int] | None = None) -> list[int]:
         """First example of each tar shard, for shard_order; empty: the pictures are files.

@@ -17,8 +17,9 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -104,34 +105,22 @@ def count_turns(
 
 
 def counted(dataset: ConversationDataset, start: int = 0, stop: int | None = None) -> Iterator[list[Counts]]:
-    """Counts of the turns of examples start … stop-1, in order; with `draw` each turn that could be drawn, pictures and
-    all."""
+    """Counts of the turns of examples start … stop-1 that can train, in order. Raises DataError."""
     bos = len(dataset.processor.tokenizer("")["input_ids"])
     stop = len(dataset) if stop is None else stop
     for first in range(start, stop, CHUNK):
-        turns: list[Turn] = []
+        groups = [dataset.choices(dataset.conversation(index)) for index in range(first, min(first + CHUNK, stop))]
         sizes: list[list[tuple[int, int]]] = []
-        groups: list[int] = []
-        for index in range(first, min(first + CHUNK, stop)):
-            conversation = dataset.conversation(index)
-            where = f"{dataset.lines.path}:{index + 1}"
-            choices = conversation.turns[:1] if dataset.turns == "first" else conversation.turns
-            drawn = dataset.turns == "draw" and len(conversation.turns) > 1
-            if drawn:
-                choices = tuple(Turn(conversation.images, t.user, t.assistant, t.answers) for t in choices)
-            paths = {path for turn in choices for path in turn.images}
-            known = {path: dataset.pictures.size(path, where) for path in paths}
-            turns += choices
-            sizes += [[known[path] for path in turn.images] for turn in choices]
-            groups.append(len(choices))
-        counts = count_turns(dataset.processor, turns, sizes)
-        place = 0
-        for group in groups:
-            own = counts[place : place + group]
-            place += group
+        for index, turns in enumerate(groups, first):
+            paths = {path for turn in turns for path in turn.images}
+            known = {path: dataset.pictures.size(path, f"{dataset.lines.path}:{index + 1}") for path in paths}
+            sizes += [[known[path] for path in turn.images] for turn in turns]
+        counts = iter(count_turns(dataset.processor, [turn for turns in groups for turn in turns], sizes))
+        for turns in groups:
+            own = list(islice(counts, len(turns)))
             if dataset.turns == "all":
-                # Later turns go on without a beginning of sequence in front.
-                own = own[:1] + [Counts(c.text - bos, c.image, c.answer, c.tiles) for c in own[1:]]
+                # Later turns have no beginning of sequence in front.
+                own[1:] = [replace(count, text=count.text - bos) for count in own[1:]]
             yield own
 
 
@@ -158,13 +147,13 @@ def count(dataset: ConversationDataset, processes: int = 1) -> np.ndarray:
     """[examples] int32 tokens of each example, counted now. Raises DataError."""
     parts = [(start, min(start + PART, len(dataset))) for start in range(0, len(dataset), PART)]
     if processes == 1 or len(parts) < 2:
-        return np.concatenate([_count_part(dataset, part) for part in parts])
+        return np.concatenate([_count_part(part, dataset) for part in parts])
     # The tokenizer's own threads would not survive the fork, and these processes are enough.
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         with process_pool(min(processes, len(parts)), _keep, dataset) as pool:
-            return np.concatenate(list(pool.map(_count_kept, parts)))
+            return np.concatenate(list(pool.map(_count_part, parts)))
     finally:
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
@@ -180,11 +169,8 @@ def _keep(dataset: ConversationDataset) -> None:
     _KEPT[:] = [dataset]
 
 
-def _count_kept(part: tuple[int, int]) -> np.ndarray:
-    return _count_part(_KEPT[0], part)
-
-
-def _count_part(dataset: ConversationDataset, part: tuple[int, int]) -> np.ndarray:
+def _count_part(part: tuple[int, int], dataset: ConversationDataset | None = None) -> np.ndarray:
+    dataset = _KEPT[0] if dataset is None else dataset
     choose = max if dataset.turns == "draw" else sum
     return np.array([choose(turn.total for turn in own) for own in counted(dataset, *part)], np.int32)
 

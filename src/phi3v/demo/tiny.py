@@ -29,18 +29,14 @@ SPECIAL_TOKENS = (
     ("<|image|>", True),
 )
 
+UNKNOWN = "<unk>"
+NORMALIZER = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 
-def train_tokenizer(texts: Iterable[str], max_tokens: int = 2000) -> PreTrainedTokenizerFast:
-    """A byte-fallback BPE tokenizer like the published one, trained on `texts`.
 
-    Words that appear at least twice become single tokens as long as `max_tokens` allows. Ids: 0 <unk>, 1 <s>, 2 </s>,
-    then 256 bytes, letters and merges, then the special tokens.
-    """
-    unknown = "<unk>"
-    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
-    trainee = Tokenizer(models.BPE(unk_token=unknown, byte_fallback=True, fuse_unk=True))
-    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trainee.normalizer = normalizer
+def _trained(texts: Iterable[str], max_tokens: int) -> Tokenizer:
+    """A BPE tokenizer with the published vocabulary's first 259 ids, and merges that never cross a word."""
+    trainee = Tokenizer(models.BPE(unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True))
+    trainee.normalizer = NORMALIZER
     # Training must not merge across words, nor take in line breaks and digits, which the published vocabulary keeps
     # apart as well. Encoding itself needs no pre-tokeniser: merges that never cross a word cannot join two.
     trainee.pre_tokenizer = pre_tokenizers.Sequence(
@@ -51,16 +47,24 @@ def train_tokenizer(texts: Iterable[str], max_tokens: int = 2000) -> PreTrainedT
             pre_tokenizers.Punctuation("isolated"),
         ]
     )
-    trainer = trainers.BpeTrainer(
-        vocab_size=max_tokens, min_frequency=2, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
-    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=max_tokens, min_frequency=2, special_tokens=special, show_progress=False)
     trainee.train_from_iterator(texts, trainer)
-    learnt = json.loads(trainee.to_str())["model"]
+    return trainee
+
+
+def train_tokenizer(texts: Iterable[str], max_tokens: int = 2000) -> PreTrainedTokenizerFast:
+    """A byte-fallback BPE tokenizer like the published one, trained on `texts`.
+
+    Words that appear at least twice become single tokens as long as `max_tokens` allows. Ids: 0 <unk>, 1 <s>, 2 </s>,
+    then 256 bytes, letters and merges, then the special tokens.
+    """
+    learnt = json.loads(_trained(texts, max_tokens).to_str())["model"]
     merges = [tuple(merge) for merge in learnt["merges"]]
     tokenizer = Tokenizer(
-        models.BPE(vocab=learnt["vocab"], merges=merges, unk_token=unknown, byte_fallback=True, fuse_unk=True)
+        models.BPE(vocab=learnt["vocab"], merges=merges, unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True)
     )
-    tokenizer.normalizer = normalizer
+    tokenizer.normalizer = NORMALIZER
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
