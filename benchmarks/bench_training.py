@@ -21,7 +21,6 @@ import torch
 
 from phi3v.model.runtime import TORCH_DTYPE
 from phi3v.settings import SettingsError, SpeedSettings, parse
-from phi3v.training.batches import model_inputs
 from phi3v.training.job import build
 from phi3v.training.loop import Loop
 
@@ -92,9 +91,9 @@ def _bare_windows(
         start = clock()
         for step in range(steps):
             for batch in batches[step % whole]:
-                inputs = model_inputs(batch, loop.device)
+                inputs = batch.inputs.on(loop.device)
                 with torch.autocast(loop.device.type, dtype, enabled=dtype != torch.float32):
-                    loss = model(**inputs)["loss"] / batch["examples_in_step"]
+                    loss = model(**inputs)["loss"] / batch.examples_in_step
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3v.data.dataset import collate
 from phi3v.model import Phi3VConfig
 from phi3v.training.batches import Collator, TensorBundle
 from phi3v.training.plan import BatchPlan, Pick, epoch_order, packs_needed
@@ -111,8 +110,8 @@ def test_padding_is_what_the_tokens_leave_of_the_slots(grouping, slots):
         empty = {"pixel_values": torch.empty(0, 3, 0, 0), "image_sizes": torch.empty(0, 2, dtype=torch.int64)}
         return {"id": str(tokens), "input_ids": ids, "labels": ids, **empty}
 
-    batch = Collator(collate, 0, grouping, config)([(example(10), Pick(0, True, 2)), (example(4), Pick(1, True, 2))])
-    counts = batch["counts"]
+    batch = Collator(0, grouping, config)([(example(10), Pick(0, True, 2)), (example(4), Pick(1, True, 2))])
+    counts = batch.counts
     assert (counts.ids, counts.tokens, counts.slots, counts.work.labels) == (("10", "4"), 14, slots, 14)
 
 

@@ -178,7 +178,7 @@ def test_nothing_fits_is_said_with_the_numbers(base, tmp_path):
 
 def test_a_probe_leaves_no_trace(base):
     """Random state, gradients and weights are as before it."""
-    from phi3v.training.batches import bundled
+    from phi3v.training.batches import ModelBatch
     from phi3v.training.job import load_model
 
     values = {
@@ -196,7 +196,7 @@ def test_a_probe_leaves_no_trace(base):
         "input_ids": torch.full((1, 6), 5), "labels": torch.tensor([[-100, -100, 5, 6, 7, 8]]),
         "attention_mask": torch.ones(1, 6, dtype=torch.int64), "loss_weights": torch.full((1, 6), 0.25),
     }  # fmt: skip
-    assert micro_batch._probe(chosen, model, bundled(model.config, batch), CPU) > 0
+    assert micro_batch._probe(chosen, model, ModelBatch.of(model.config, batch), CPU) > 0
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

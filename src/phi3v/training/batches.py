@@ -5,13 +5,14 @@ Shapes: B = examples of a micro-batch, T = tokens of the longest of them (packed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from phi3v.data.dataset import ConversationDataset, Encoded, Example, collate
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.layout import DEVICE_FIELDS, BatchLayout, lay_out
 from phi3v.planning.flops import Work, example_work
@@ -75,50 +76,80 @@ class TensorBundle:
         return found
 
 
-def bundled(config: Phi3VConfig, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """A collated batch as {"tensors": TensorBundle, "layout": BatchLayout}; the layout's device fields are bundled."""
-    layout = lay_out(
-        config, batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"), batch.get("image_sizes"),
-        batch["labels"], batch["loss_weights"],
-    )  # fmt: skip
-    fields = {name: getattr(layout, name) for name in DEVICE_FIELDS}
-    tensors = {"input_ids": batch["input_ids"], "pixel_values": batch.get("pixel_values"), **fields}
-    bundle = TensorBundle.of(tensors | {"cu_seqlens": layout.plan.cu_seqlens})
-    host = BatchLayout(plan=layout.plan, image_sizes=layout.image_sizes)
-    return {"tensors": bundle, "layout": host}
+class ModelInputs(TypedDict):
+    """The model's arguments, on its device."""
+
+    input_ids: torch.Tensor
+    """[B, T]"""
+    pixel_values: torch.Tensor | None
+    layout: BatchLayout
 
 
-def model_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The model's arguments from a `bundled` batch: input_ids [B, T], pixel_values and layout, on the device."""
-    tensors, layout = batch["tensors"].on(device), batch["layout"]
-    plan = replace(layout.plan, cu_seqlens=tensors.get("cu_seqlens"))
-    fields = {name: tensors.get(name) for name in DEVICE_FIELDS}
-    return {
-        "input_ids": tensors["input_ids"],
-        "pixel_values": tensors.get("pixel_values"),
-        "layout": BatchLayout(plan=plan, image_sizes=layout.image_sizes, **fields),
-    }
+@dataclass(frozen=True)
+class ModelBatch:
+    """A collated batch on its way to the model; the layout's device fields are in the bundle."""
+
+    tensors: TensorBundle
+    layout: BatchLayout
+
+    @classmethod
+    def of(cls, config: Phi3VConfig, batch: Mapping[str, torch.Tensor]) -> ModelBatch:
+        """A batch of phi3v.data.dataset.collate or `pack`."""
+        layout = lay_out(
+            config, batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"),
+            batch.get("image_sizes"), batch["labels"], batch["loss_weights"],
+        )  # fmt: skip
+        fields = {name: getattr(layout, name) for name in DEVICE_FIELDS}
+        tensors = {"input_ids": batch["input_ids"], "pixel_values": batch.get("pixel_values"), **fields}
+        bundle = TensorBundle.of(tensors | {"cu_seqlens": layout.plan.cu_seqlens})
+        return cls(bundle, BatchLayout(plan=layout.plan, image_sizes=layout.image_sizes))
+
+    def pin_memory(self) -> ModelBatch:
+        """In page-locked memory, see TensorBundle."""
+        return replace(self, tensors=self.tensors.pin_memory())
+
+    def on(self, device: torch.device) -> ModelInputs:
+        """The model's arguments on a device, after one copy."""
+        tensors = self.tensors.on(device)
+        plan = replace(self.layout.plan, cu_seqlens=tensors.get("cu_seqlens"))
+        fields = {name: tensors.get(name) for name in DEVICE_FIELDS}
+        layout = BatchLayout(plan=plan, image_sizes=self.layout.image_sizes, **fields)
+        return {"input_ids": tensors["input_ids"], "pixel_values": tensors.get("pixel_values"), "layout": layout}
 
 
-def tiles_of(example: Mapping[str, torch.Tensor]) -> int:
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a process computes at once."""
+
+    inputs: ModelBatch
+    examples_in_step: int
+    """Examples of the whole optimizer step, over all processes: what the loss is divided by."""
+    counts: BatchCounts
+
+    def pin_memory(self) -> MicroBatch:
+        """In page-locked memory, see TensorBundle."""
+        return replace(self, inputs=self.inputs.pin_memory())
+
+
+def tiles_of(example: Encoded) -> int:
     """Tiles that the vision tower runs on for an example; byte tiles come without their global views."""
     pixels = example["pixel_values"]
     return len(pixels) + (len(example["image_sizes"]) if pixels.dtype == torch.uint8 else 0)
 
 
-class PickedExamples(Dataset):
+class PickedExamples(Dataset[tuple[Example, Pick]]):
     """The data room's dataset, indexed by `Pick`; `kept` maps picks to its examples where some are left out."""
 
-    def __init__(self, dataset: Any, kept: Sequence[int] | None = None) -> None:
+    def __init__(self, dataset: ConversationDataset, kept: Sequence[int] | None = None) -> None:
         self.dataset, self.kept = dataset, kept
 
     def __len__(self) -> int:
         return len(self.dataset) if self.kept is None else len(self.kept)
 
-    def __getitem__(self, pick: Pick) -> tuple[dict[str, Any], Pick]:
+    def __getitem__(self, pick: Pick) -> tuple[Example, Pick]:
         return self.example(pick.index), pick
 
-    def example(self, index: int) -> dict[str, Any]:
+    def example(self, index: int) -> Example:
         """An example by its number among those that are kept."""
         return self.dataset[index if self.kept is None else self.kept[index]]
 
@@ -128,40 +159,34 @@ class PickedExamples(Dataset):
 
 
 class Collator:
-    """A bundled micro-batch for the model, with `examples_in_step`, which its loss is divided by, and its `counts`."""
+    """Examples and their picks as a `MicroBatch`."""
 
-    def __init__(
-        self, collate: Callable[..., dict[str, Any]], pad_token_id: int, grouping: Grouping, config: Phi3VConfig
-    ) -> None:
-        self.collate, self.pad_token_id, self.grouping, self.config = collate, pad_token_id, grouping, config
+    def __init__(self, pad_token_id: int, grouping: Grouping, config: Phi3VConfig) -> None:
+        self.pad_token_id, self.grouping, self.config = pad_token_id, grouping, config
         self.geometry = geometry_from_config(config.to_dict())
 
-    def __call__(self, picked: list[tuple[dict[str, Any], Pick]]) -> dict[str, Any]:
+    def __call__(self, picked: list[tuple[Example, Pick]]) -> MicroBatch:
         examples, picks = [example for example, _ in picked], [pick for _, pick in picked]
         counted = [example for example, pick in picked if pick.counted]
-        batch = pack(examples) if self.grouping == "packed" else self.collate(examples, self.pad_token_id)
+        batch = pack(examples) if self.grouping == "packed" else collate(examples, self.pad_token_id)
         if len(counted) < len(examples):  # a filler is a micro-batch of its own, see BatchPlan.epoch
             batch["loss_weights"] = torch.zeros_like(batch["loss_weights"])
-        return bundled(self.config, batch) | {
-            "examples_in_step": picks[0].in_step,
-            "counts": BatchCounts(
-                ids=tuple(str(example["id"]) for example in counted),
-                images=sum(
-                    len(example["image_sizes"]) for example in counted if example.get("image_sizes") is not None
-                ),
-                tokens=sum(len(example["input_ids"]) for example in counted),
-                slots=batch["input_ids"].numel(),
-                work=sum((self._work(example) for example in counted), Work()),
-            ),
-        }
+        counts = BatchCounts(
+            ids=tuple(str(example["id"]) for example in counted),
+            images=sum(len(example["image_sizes"]) for example in counted),
+            tokens=sum(len(example["input_ids"]) for example in counted),
+            slots=batch["input_ids"].numel(),
+            work=sum((self._work(example) for example in counted), Work()),
+        )
+        return MicroBatch(ModelBatch.of(self.config, batch), picks[0].in_step, counts)
 
-    def _work(self, example: dict[str, Any]) -> Work:
+    def _work(self, example: Example) -> Work:
         """What the planner counts a step's FLOP from."""
         labels = int((example["labels"] != -100).sum())
         return example_work(self.geometry, len(example["input_ids"]), tiles_of(example), labels)
 
 
-def pack(examples: list[dict[str, Any]]) -> dict[str, Any]:
+def pack(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     """Several examples in one sequence: input_ids, labels, position_ids (from 0 for each), loss_weights, all [1, T].
 
     There is no attention mask: the restart of the positions is what keeps the examples apart.
@@ -194,7 +219,7 @@ class PlannedSplit:
     """Loader processes of each training process."""
     cuda: bool
 
-    def loader(self, process: int, persistent: bool = False) -> DataLoader[Any]:
+    def loader(self, process: int, persistent: bool = False) -> DataLoader[tuple[Example, Pick]]:
         """The planned micro-batches of a process; persistent: loader processes outlive an epoch.
 
         The loader has a random generator of its own. Otherwise each new iterator would draw from the global one, and a
@@ -208,7 +233,7 @@ class PlannedSplit:
             persistent_workers=persistent and some, generator=torch.Generator(),
         )  # fmt: skip
 
-    def set_epoch(self, loader: DataLoader[Any], epoch: int, first_step: int = 0) -> None:
+    def set_epoch(self, loader: DataLoader[tuple[Example, Pick]], epoch: int, first_step: int = 0) -> None:
         """Choose the epoch of the next pass over `loader`, and the optimizer step that it starts with."""
         assert isinstance(loader.batch_sampler, PlannedBatches)
         loader.batch_sampler.set_epoch(epoch, first_step)

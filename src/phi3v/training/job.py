@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from phi3v.data.dataset import ConversationDataset, collate
 from phi3v.data.lengths import lengths
 from phi3v.data.processes import loader_workers
-from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
+from phi3v.model import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from phi3v.model.adapters import add_lora, load_quantized
 from phi3v.model.freezing import freeze_vision
 from phi3v.model.half import use_float32_sums
@@ -23,7 +24,7 @@ from phi3v.model.runtime import attention_implementation, compute_device, uses_z
 from phi3v.planning.fits import interval_of
 from phi3v.settings import FinetuneSettings, SettingsError
 from phi3v.training import micro_batch
-from phi3v.training.batches import Collator, PickedExamples, PlannedSplit, bundled
+from phi3v.training.batches import Collator, ModelBatch, PickedExamples, PlannedSplit
 from phi3v.training.guard import LossGuard
 from phi3v.training.launch import join_processes, prepare_process
 from phi3v.training.logging import check_trackers
@@ -44,7 +45,7 @@ class Job:
     """What was asked for; checkpoints belong to it."""
     loop: Loop
     model: Any
-    processor: Any
+    processor: Phi3VProcessor
     data_dir: Path
     num_crops: int
     left_out: int
@@ -150,14 +151,16 @@ def load_model(settings: FinetuneSettings, device: torch.device) -> Any:
     return model
 
 
-def read_data(settings: FinetuneSettings, processor: Any, split: str) -> tuple[Any, Path, int]:
+def read_data(
+    settings: FinetuneSettings, processor: Phi3VProcessor, split: str
+) -> tuple[ConversationDataset, Path, int]:
     """The split's dataset, its folder, and the number of tiles an image may have."""
     folder = settings.data_folder()
     dataset = ConversationDataset(folder, split, processor, settings.num_crops, settings.seed, as_uint8=True)
     return dataset, folder, dataset.num_crops
 
 
-def read_training_data(settings: FinetuneSettings, processor: Any) -> TrainingData:
+def read_training_data(settings: FinetuneSettings, processor: Phi3VProcessor) -> TrainingData:
     """The training split without its longer examples. Raises SettingsError if none is left."""
     dataset, folder, num_crops = read_data(settings, processor, "train")
     kept, lengths = _lengths(settings, dataset)
@@ -177,14 +180,16 @@ def plan_of(settings: FinetuneSettings, data: TrainingData, processes: int) -> B
     return replace(plan, packs=packs_needed(plan, _epochs(settings, plan))) if settings.batching == "packed" else plan
 
 
-def validation_of(settings: FinetuneSettings, processor: Any, config: Any, split: PlannedSplit) -> PlannedSplit | None:
+def validation_of(
+    settings: FinetuneSettings, processor: Phi3VProcessor, config: Phi3VConfig, split: PlannedSplit
+) -> PlannedSplit | None:
     """The validation split, read like the training `split`; None without --eval_steps."""
     if not settings.eval_steps:
         return None
     dataset = read_data(settings, processor, "val")[0]
     count = min(settings.eval_examples or len(dataset), len(dataset))
     plan = BatchPlan(count, count, settings.micro_batch_size, split.plan.processes, seed=0)
-    collator = Collator(collate, processor.tokenizer.pad_token_id, "fixed", config)
+    collator = Collator(processor.tokenizer.pad_token_id, "fixed", config)
     return replace(split, plan=plan, examples=PickedExamples(dataset), collate=collator)
 
 
@@ -194,7 +199,7 @@ def choose_way(settings: FinetuneSettings, output: Path, data: TrainingData, pad
     model = load_model(settings, device)
     config = model.config
     way = micro_batch.choose(
-        settings, output, model, data.examples.example, lambda batch: bundled(config, collate(batch, pad)), data.lengths,
+        settings, output, model, data.examples.example, lambda batch: ModelBatch.of(config, collate(batch, pad)), data.lengths,
         world_size(), device,
     )  # fmt: skip
     return settings.model_copy(update=way.settings()), model
@@ -220,7 +225,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     accelerator = make_accelerator(settings, output, plan.accumulation, device, trackers)
     model = load_model(settings, device) if model is None else model
     cuda = device.type == "cuda"
-    collator = Collator(collate, pad, settings.batching, model.config)
+    collator = Collator(pad, settings.batching, model.config)
     training = PlannedSplit(plan, data.examples, collator, loader_workers(settings.num_workers, cuda), cuda)
     validation = validation_of(settings, processor, model.config, training)
     loop = make_loop(settings, accelerator, model, output, device, training, validation)
@@ -229,7 +234,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
 
 def make_loop(
     settings: FinetuneSettings,
-    accelerator: Any,
+    accelerator: Accelerator,
     model: Any,
     output: Path,
     device: torch.device,
@@ -265,7 +270,7 @@ def _epochs(settings: FinetuneSettings, plan: BatchPlan) -> int:
     return int(-(-settings.num_train_epochs // 1))
 
 
-def _lengths(settings: FinetuneSettings, dataset: Any) -> tuple[list[int] | None, list[int] | None]:
+def _lengths(settings: FinetuneSettings, dataset: ConversationDataset) -> tuple[list[int] | None, list[int] | None]:
     """(examples kept by --max_length or None for all, their lengths in tokens) where they are needed."""
     if settings.batching == "fixed" and settings.max_length is None and not settings.is_probed:
         return None, None

@@ -24,7 +24,7 @@ from torch import nn
 from phi3v.planning.flops import Work
 from phi3v.planning.hardware import Utilisation
 from phi3v.settings import FinetuneSettings
-from phi3v.training.batches import BatchCounts, PlannedSplit, model_inputs
+from phi3v.training.batches import BatchCounts, MicroBatch, PlannedSplit
 from phi3v.training.checkpoints import TRAINING
 from phi3v.training.guard import LossGuard
 from phi3v.training.launch import StopRequest
@@ -126,7 +126,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.device = self.accelerator.device
         self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        self._random: dict[str, Any] | None = None
+        self._random: dict[str, torch.Tensor] | None = None
         self._ended = False
         self._loading_seconds = 0.0
         self._clock = time.perf_counter()
@@ -154,7 +154,7 @@ class Loop:
             raise
         finally:
             del self._loader
-            self._batches: Iterator[dict[str, Any]] = iter(())
+            self._batches: Iterator[MicroBatch] = iter(())
             for log in self.logs:
                 log.close()
 
@@ -201,7 +201,7 @@ class Loop:
         for number in range(1, micro_steps + 1):
             batch = self._next_batch()
             losses.append(self.micro_step(batch, last=number == micro_steps))
-            counts.append(batch["counts"])
+            counts.append(batch.counts)
         grad_norm = self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
         self.optimizer.step()
         learning_rate = self.scheduler.get_last_lr()[0]
@@ -211,7 +211,7 @@ class Loop:
         self.state.step += 1
         return self._record(losses, counts, grad_norm, learning_rate)
 
-    def micro_step(self, batch: dict[str, Any], last: bool) -> torch.Tensor:
+    def micro_step(self, batch: MicroBatch, last: bool) -> torch.Tensor:
         """Forward and backward; the loss of `loss_of`, detached. Processes reduce their gradients in the `last` one."""
         self.accelerator.sync_gradients = last
         # accelerate would divide by the micro-steps under DeepSpeed; `loss_of` has divided already.
@@ -221,10 +221,10 @@ class Loop:
             self.accelerator.backward(loss, **undivided)
         return loss.detach()
 
-    def loss_of(self, batch: dict[str, Any]) -> torch.Tensor:
+    def loss_of(self, batch: MicroBatch) -> torch.Tensor:
         """A micro-batch's share of the step's loss, times the processes, over which gradients are averaged."""
-        outputs = self.model(**model_inputs(batch, self.device))
-        return outputs["loss"] * (self.accelerator.num_processes / batch["examples_in_step"])
+        outputs = self.model(**batch.inputs.on(self.device))
+        return outputs["loss"] * (self.accelerator.num_processes / batch.examples_in_step)
 
     def evaluate(self) -> bool:
         """Log the same loss on the validation split; whether it is the lowest so far. A collective call."""
@@ -250,7 +250,7 @@ class Loop:
 
     # Values of a step ------------------------------------------------------------------------------------------------
 
-    def _next_batch(self) -> dict[str, Any]:
+    def _next_batch(self) -> MicroBatch:
         """The next micro-batch; on CUDA the wait counts only if the device has finished its work by then."""
         start = time.perf_counter()
         batch = next(self._batches)
@@ -259,13 +259,18 @@ class Loop:
         return batch
 
     def _record(
-        self, losses: list[torch.Tensor], counts: list[BatchCounts], grad_norm: Any, learning_rate: float
+        self,
+        losses: list[torch.Tensor],
+        counts: list[BatchCounts],
+        grad_norm: torch.Tensor | float | None,
+        learning_rate: float,
     ) -> StepRecord:
         """The step over all processes; a collective call, so that all of them stop or save after the same step."""
         loss = sum(losses[1:], losses[0])
         if isinstance(grad_norm, torch.Tensor):
-            loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the host waits for the device once
-        own_loss = float(loss)
+            own_loss, norm = torch.stack([loss, grad_norm]).tolist()  # the host waits for the device once
+        else:
+            own_loss, norm = float(loss), grad_norm
         self.guard.check(self.state.step, own_loss, [name for batch in counts for name in batch.ids])
         minutes = self.settings.save_minutes
         save_asked = bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
@@ -277,7 +282,7 @@ class Loop:
         now = time.perf_counter()
         record = StepRecord(
             step=self.state.step, epoch=self.training.plan.epochs_at(self.state.step),
-            loss=float(np.float32(mean / self.accelerator.num_processes)), grad_norm=grad_norm,
+            loss=float(np.float32(mean / self.accelerator.num_processes)), grad_norm=norm,
             learning_rate=learning_rate, examples=int(examples), images=int(images), tokens=int(tokens),
             slots=int(slots), work=Work(*work), seconds=now - self._clock, loading_seconds=self._loading_seconds,
             stop_asked=stop > 0, save_asked=save > 0, parts_written=int(written),
@@ -285,7 +290,7 @@ class Loop:
         self._clock, self._loading_seconds = now, 0.0
         return record
 
-    def _over_processes(self, values: list[Any]) -> list[float]:
+    def _over_processes(self, values: list[float]) -> list[float]:
         """Sums over all processes; a collective call."""
         if self.accelerator.num_processes == 1:
             return values

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from phi3v.data.dataset import Example
 from phi3v.model.runtime import TORCH_DTYPE, uses_zero, weight_dtype
 from phi3v.planning.fits import Choice, choices, fastest_first, micro_batches
 from phi3v.planning.flops import Setup, example_work
@@ -33,7 +34,7 @@ from phi3v.planning.memory import memory, probe_bytes
 from phi3v.provenance.manifest import write_json
 from phi3v.settings import FinetuneSettings, Hardware, SettingsError
 from phi3v.training import checkpoints
-from phi3v.training.batches import model_inputs, tiles_of
+from phi3v.training.batches import ModelBatch, tiles_of
 from phi3v.training.logging import say
 from phi3v.training.memory import (
     GB,
@@ -158,9 +159,9 @@ class Trial:
 
     settings: FinetuneSettings
     model: Any
-    examples: Sequence[dict[str, Any]]
+    examples: Sequence[Example]
     """The longest, as many as the largest micro-batch takes."""
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    collate: Callable[[list[Example]], ModelBatch]
     setup: Setup
     device: torch.device
 
@@ -199,8 +200,8 @@ def choose(
     settings: FinetuneSettings,
     output: Path,
     model: Any,
-    example: Callable[[int], dict[str, Any]],
-    collate: Callable[[list[Any]], dict[str, Any]],
+    example: Callable[[int], Example],
+    collate: Callable[[list[Example]], ModelBatch],
     lengths: Sequence[int],
     processes: int,
     device: torch.device,
@@ -319,9 +320,7 @@ def _agreed(value: float, how: str, device: torch.device) -> float:
     return float(values.item())
 
 
-def _setup(
-    settings: FinetuneSettings, model: Any, longest: dict[str, Any], processes: int, device: torch.device
-) -> Setup:
+def _setup(settings: FinetuneSettings, model: Any, longest: Example, processes: int, device: torch.device) -> Setup:
     """The job as the planner sees it, with its longest example."""
     geometry = geometry_from_config(model.config.to_dict())
     labels = int((longest["labels"] != -100).sum())
@@ -343,29 +342,30 @@ def _planned_dtype(settings: FinetuneSettings) -> str:
     return "fp32" if casts else settings.dtype
 
 
-def _probe(settings: FinetuneSettings, model: Any, batch: dict[str, Any], device: torch.device) -> float:
+def _probe(settings: FinetuneSettings, model: Any, batch: ModelBatch, device: torch.device) -> float:
     """Bytes at the peak of a forward and backward pass whose gradients are thrown away; infinite when it ran out."""
-    dtype = TORCH_DTYPE[settings.dtype]
-    zero = uses_zero(settings)
     devices = [device.index or 0] if device.type == "cuda" else []
     result = math.inf
     model.to(device).train()
     with torch.random.fork_rng(devices=devices):
         try:
             with peak(device) as peaks:
-                inputs = model_inputs(batch, device)
-                with torch.autocast(device.type, dtype, enabled=not zero and dtype != torch.float32):
-                    loss = model(**inputs)["loss"]
-                loss.backward()
+                _forward_and_backward(settings, model, batch, device)
             result = peaks[0]
         except torch.OutOfMemoryError:
             pass  # nothing of the pass may stay alive below
-    inputs, loss = {}, None
     for parameter in model.parameters():
         parameter.grad = None
     gc.collect()
     give_back(device)
     return result
+
+
+def _forward_and_backward(settings: FinetuneSettings, model: Any, batch: ModelBatch, device: torch.device) -> None:
+    dtype = TORCH_DTYPE[settings.dtype]
+    with torch.autocast(device.type, dtype, enabled=not uses_zero(settings) and dtype != torch.float32):
+        loss = model(**batch.on(device))["loss"]
+    loss.backward()
 
 
 def recompute_layers(model: Any, interval: int) -> None:
