@@ -52,9 +52,14 @@ def loop_overhead(settings: SpeedSettings) -> dict[str, Any]:
     bare = _bare_windows(settings, job.loop, windows, steps, clock)
     loop_seconds, bare_seconds = statistics.median(looped), statistics.median(bare)
     return {
-        "loop_seconds": loop_seconds, "bare_seconds": bare_seconds, "ratio": loop_seconds / bare_seconds,
-        "loop_windows": looped, "bare_windows": bare, "threads": torch.get_num_threads(), **saves,
-    }  # fmt: skip
+        "loop_seconds": loop_seconds,
+        "bare_seconds": bare_seconds,
+        "ratio": loop_seconds / bare_seconds,
+        "loop_windows": looped,
+        "bare_windows": bare,
+        "threads": torch.get_num_threads(),
+        **saves,
+    }
 
 
 def save_cost(loop: Loop) -> dict[str, float]:

@@ -96,9 +96,14 @@ class ModelBatch:
     def of(cls, config: Phi3VConfig, batch: Mapping[str, torch.Tensor]) -> ModelBatch:
         """A batch of phi3v.data.dataset.collate or `pack`."""
         layout = lay_out(
-            config, batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"),
-            batch.get("image_sizes"), batch["labels"], batch["loss_weights"],
-        )  # fmt: skip
+            config,
+            batch["input_ids"],
+            batch.get("attention_mask"),
+            batch.get("position_ids"),
+            batch.get("image_sizes"),
+            batch["labels"],
+            batch["loss_weights"],
+        )
         fields = {name: getattr(layout, name) for name in DEVICE_FIELDS}
         tensors = {"input_ids": batch["input_ids"], "pixel_values": batch.get("pixel_values"), **fields}
         bundle = TensorBundle.of(tensors | {"cu_seqlens": layout.plan.cu_seqlens})
@@ -227,11 +232,17 @@ class PlannedSplit:
         """
         some = self.workers > 0
         return DataLoader(
-            self.examples, batch_sampler=PlannedBatches(self.plan, process), collate_fn=self.collate,
-            num_workers=self.workers, pin_memory=self.cuda, multiprocessing_context="fork" if some else None,
-            worker_init_fn=ignore_sigterm if some else None, prefetch_factor=PREFETCH if some else None,
-            persistent_workers=persistent and some, generator=torch.Generator(),
-        )  # fmt: skip
+            self.examples,
+            batch_sampler=PlannedBatches(self.plan, process),
+            collate_fn=self.collate,
+            num_workers=self.workers,
+            pin_memory=self.cuda,
+            multiprocessing_context="fork" if some else None,
+            worker_init_fn=ignore_sigterm if some else None,
+            prefetch_factor=PREFETCH if some else None,
+            persistent_workers=persistent and some,
+            generator=torch.Generator(),
+        )
 
     def set_epoch(self, loader: DataLoader[tuple[Example, Pick]], epoch: int, first_step: int = 0) -> None:
         """Choose the epoch of the next pass over `loader`, and the optimizer step that it starts with."""

@@ -99,10 +99,14 @@ def seal(
     write_json(
         folder / SEAL,
         {
-            "version": VERSION, "step": step, "processes": processes, "written": datetime.now(UTC).isoformat(timespec="seconds"),
-            "settings": settings, "files": dict(sorted(files.items())),
+            "version": VERSION,
+            "step": step,
+            "processes": processes,
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "settings": settings,
+            "files": dict(sorted(files.items())),
         },
-    )  # fmt: skip
+    )
     sync(folder)
     if target.exists():
         shutil.rmtree(target)

@@ -54,8 +54,13 @@ SLOW_DISK = 100e6
 STOPPED = "stopped.json"
 """In checkpoints/: there while a job has saved and left because it was told to."""
 EXPECTED_ERRORS = (
-    OutOfMemoryError, LockedError, LostProcessError, checkpoints.CheckpointError, CensusError, NotANumberError,
-)  # fmt: skip
+    OutOfMemoryError,
+    LockedError,
+    LostProcessError,
+    checkpoints.CheckpointError,
+    CensusError,
+    NotANumberError,
+)
 """What a script reports as one line, without a traceback."""
 
 
@@ -123,10 +128,14 @@ def finish(job: Job, output: Path, observed: dict[str, Any], seconds: float) -> 
     report = export_merged(output) if job.settings.merge else None
     write_json(output / "observed.json", observed)
     write_manifest(
-        output, kind="train", settings=job.settings,
+        output,
+        kind="train",
+        settings=job.settings,
         inputs={"data": str(job.data_dir), "model": job.settings.model_name_or_path},
-        seed=job.settings.seed, seconds=seconds, device=device_name(job.device),
-    )  # fmt: skip
+        seed=job.settings.seed,
+        seconds=seconds,
+        device=device_name(job.device),
+    )
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     if report is not None:
         write_card(output / "merged", base_of(output / "final"), output / "manifest.json", report)

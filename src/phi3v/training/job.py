@@ -143,9 +143,14 @@ def load_model(settings: FinetuneSettings, device: torch.device) -> Any:
         micro_batch.recompute_layers(model, interval_of(settings.recompute))
     if settings.method in ("lora", "qlora"):
         return add_lora(
-            model, settings.lora_rank, settings.lora_alpha_ratio * settings.lora_rank, settings.lora_dropout,
-            freeze_vision=settings.freeze_vision_model != "no", use_dora=settings.use_dora, seed=settings.seed,
-        )  # fmt: skip
+            model,
+            settings.lora_rank,
+            settings.lora_alpha_ratio * settings.lora_rank,
+            settings.lora_dropout,
+            freeze_vision=settings.freeze_vision_model != "no",
+            use_dora=settings.use_dora,
+            seed=settings.seed,
+        )
     if settings.freeze_vision_model != "no":
         freeze_vision(model, settings.freeze_vision_model)
     return model
@@ -173,10 +178,16 @@ def read_training_data(settings: FinetuneSettings, processor: Phi3VProcessor) ->
 def plan_of(settings: FinetuneSettings, data: TrainingData, processes: int) -> BatchPlan:
     """The micro-batches of every epoch."""
     plan = BatchPlan(
-        examples=len(data.examples), batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
-        processes=processes, seed=settings.seed, grouping=settings.batching, lengths=data.lengths,
-        token_budget=settings.tokens_per_pack, shard_starts=data.shard_starts,
-    )  # fmt: skip
+        examples=len(data.examples),
+        batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size,
+        processes=processes,
+        seed=settings.seed,
+        grouping=settings.batching,
+        lengths=data.lengths,
+        token_budget=settings.tokens_per_pack,
+        shard_starts=data.shard_starts,
+    )
     return replace(plan, packs=packs_needed(plan, _epochs(settings, plan))) if settings.batching == "packed" else plan
 
 
@@ -199,9 +210,15 @@ def choose_way(settings: FinetuneSettings, output: Path, data: TrainingData, pad
     model = load_model(settings, device)
     config = model.config
     way = micro_batch.choose(
-        settings, output, model, data.examples.example, lambda batch: ModelBatch.of(config, collate(batch, pad)), data.lengths,
-        world_size(), device,
-    )  # fmt: skip
+        settings,
+        output,
+        model,
+        data.examples.example,
+        lambda batch: ModelBatch.of(config, collate(batch, pad)),
+        data.lengths,
+        world_size(),
+        device,
+    )
     return settings.model_copy(update=way.settings()), model
 
 
@@ -252,15 +269,19 @@ def make_loop(
     total_steps = settings.max_steps if settings.max_steps > 0 else steps
     process = accelerator.process_index
     return Loop(
-        settings, accelerator, model, prepared, optimizer,
+        settings,
+        accelerator,
+        model,
+        prepared,
+        optimizer,
         scheduler=linear_schedule(optimizer, settings.warmup_steps, total_steps),
-        training=training, validation=validation,
-        writer=CheckpointWriter(
-            output / "checkpoints", settings.keep_checkpoints, process, accelerator.num_processes
-        ),
+        training=training,
+        validation=validation,
+        writer=CheckpointWriter(output / "checkpoints", settings.keep_checkpoints, process, accelerator.num_processes),
         guard=LossGuard(output, process, settings.nan_patience, lambda: loss_scale(settings, accelerator, prepared)),
-        total_steps=total_steps, is_sharded=is_sharded,
-    )  # fmt: skip
+        total_steps=total_steps,
+        is_sharded=is_sharded,
+    )
 
 
 def _epochs(settings: FinetuneSettings, plan: BatchPlan) -> int:

@@ -143,9 +143,7 @@ def seconds_to_save(command: Sequence[str], environment: Mapping[str, str]) -> f
         name, _, value = word.partition("=")
         if name.replace("_", "-") == "--shutdown-timeout":
             return float(value or command[at + 1])
-    return float(
-        environment.get("PET_SHUTDOWN_TIMEOUT") or environment.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") or 30
-    )  # fmt: skip
+    return float(environment.get("PET_SHUTDOWN_TIMEOUT") or environment.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") or 30)
 
 
 def parents_command() -> list[str]:

@@ -115,9 +115,13 @@ class FolderLock:
     def _create(self) -> bool:
         """Write the lock file unless there is one; a hard link is atomic on network file systems too."""
         holder = {
-            "job": os.environ.get("SLURM_JOB_ID", ""), **_place(), "pid": os.getpid(), "started": _started(os.getpid()),
-            "since": datetime.now(UTC).isoformat(timespec="seconds"), "token": self.token,
-        }  # fmt: skip
+            "job": os.environ.get("SLURM_JOB_ID", ""),
+            **_place(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            "token": self.token,
+        }
         temporary = self.path.with_name(f"{NAME}.{self.token}")
         temporary.write_text(json.dumps(holder) + "\n", encoding="utf-8")
         try:

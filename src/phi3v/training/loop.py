@@ -86,12 +86,18 @@ class StepRecord:
         """The values of a metrics.jsonl line."""
         seconds = max(self.seconds, 1e-9)
         return {
-            "step": self.step, "epoch": self.epoch, "loss": self.loss, "learning_rate": self.learning_rate,
-            "grad_norm": self.grad_norm, "seconds": self.seconds, "images_per_second": self.images / seconds,
-            "tokens_per_second": self.tokens / seconds, "loading_share": self.loading_seconds / seconds,
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": self.loss,
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "seconds": self.seconds,
+            "images_per_second": self.images / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "loading_share": self.loading_seconds / seconds,
             "padding_share": 1 - self.tokens / max(self.slots, 1),
             **(utilisation.of(self.work, seconds) if utilisation else {}),
-        }  # fmt: skip
+        }
 
 
 @dataclass
@@ -281,12 +287,22 @@ class Loop:
         )
         now = time.perf_counter()
         record = StepRecord(
-            step=self.state.step, epoch=self.training.plan.epochs_at(self.state.step),
-            loss=float(np.float32(mean / self.accelerator.num_processes)), grad_norm=norm,
-            learning_rate=learning_rate, examples=int(examples), images=int(images), tokens=int(tokens),
-            slots=int(slots), work=Work(*work), seconds=now - self._clock, loading_seconds=self._loading_seconds,
-            stop_asked=stop > 0, save_asked=save > 0, parts_written=int(written),
-        )  # fmt: skip
+            step=self.state.step,
+            epoch=self.training.plan.epochs_at(self.state.step),
+            loss=float(np.float32(mean / self.accelerator.num_processes)),
+            grad_norm=norm,
+            learning_rate=learning_rate,
+            examples=int(examples),
+            images=int(images),
+            tokens=int(tokens),
+            slots=int(slots),
+            work=Work(*work),
+            seconds=now - self._clock,
+            loading_seconds=self._loading_seconds,
+            stop_asked=stop > 0,
+            save_asked=save > 0,
+            parts_written=int(written),
+        )
         self._clock, self._loading_seconds = now, 0.0
         return record
 

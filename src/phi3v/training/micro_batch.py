@@ -189,9 +189,13 @@ class Trial:
             return fastest_that_fits(ways, self.estimate, self.measure, resting, capacity, fatal)
         of_size = {way.micro_batch: way for way in ways}
         found = largest_that_fits(
-            sorted(of_size), lambda size: self.estimate(of_size[size]), lambda size: self.measure(of_size[size]),
-            resting, capacity, fatal,
-        )  # fmt: skip
+            sorted(of_size),
+            lambda size: self.estimate(of_size[size]),
+            lambda size: self.measure(of_size[size]),
+            resting,
+            capacity,
+            fatal,
+        )
         best = None if found.size is None else of_size[found.size]
         return best, {of_size[size]: value for size, value in found.peaks.items()}
 
@@ -245,11 +249,16 @@ def choose(
         write_json(
             output / FILE,
             {
-                **_values(way), "processes": processes, "device": device_name(device),
-                "settings": checkpoints.decisive(settings), "capacity_bytes": capacity, "later_bytes": trial.later(way),
-                "longest_tokens": lengths[order[0]], "probes": probes,
+                **_values(way),
+                "processes": processes,
+                "device": device_name(device),
+                "settings": checkpoints.decisive(settings),
+                "capacity_bytes": capacity,
+                "later_bytes": trial.later(way),
+                "longest_tokens": lengths[order[0]],
+                "probes": probes,
             },
-        )  # fmt: skip
+        )
     return way
 
 
@@ -329,11 +338,20 @@ def _setup(settings: FinetuneSettings, model: Any, longest: Example, processes: 
     kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
     nowhere = Hardware(title="", kind=kind, bf16=True, flash_attention=True, quantisation=True, source="")
     return Setup(
-        geometry, nowhere, settings.method, _planned_dtype(settings),
-        settings.use_flash_attention, work, work, settings.batch_size, 1, processes,
+        geometry,
+        nowhere,
+        settings.method,
+        _planned_dtype(settings),
+        settings.use_flash_attention,
+        work,
+        work,
+        settings.batch_size,
+        1,
+        processes,
         rank=settings.lora_rank if settings.use_lora else 0,
-        recompute=1.0 if settings.recompute is None else settings.recompute, optimizer=settings.optimizer,
-    )  # fmt: skip
+        recompute=1.0 if settings.recompute is None else settings.recompute,
+        optimizer=settings.optimizer,
+    )
 
 
 def _planned_dtype(settings: FinetuneSettings) -> str:
