@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypedDict
 
 import jinja2
 from PIL import Image, ImageOps
@@ -105,20 +104,6 @@ class Thumbnails:
         return key
 
 
-class ShownExample(TypedDict):
-    """An answer on the page."""
-
-    id: str
-    prompt: str
-    answers: list[str]
-    prediction: str
-    score: float
-    pictures: list[str]
-    """Keys of thumbnails."""
-    missing: int
-    """Pictures that are not shown."""
-
-
 class Page:
     """index.html. results: results/NAME; pictures are looked for in results/data beside it. code: of this report."""
 
@@ -198,23 +183,14 @@ class Page:
         images = sections.data_folder(name, self.tables.run.datasets[name], self.results) / "images"
         for job in line.jobs:
             # Each seed's answers would fill the page with the same pictures: the first seed stands for the row.
-            examples = [self._example(record, images) for record in job.after.examples] if job.after else []
-            shown = self._add(figures.curves(job))
-            yield job.row.row, {"curves": shown, "examples": examples if job is line.jobs[0] else []}
+            records = job.after.examples if job.after and job is line.jobs[0] else []
+            examples = [(record, self._pictures(record, images)) for record in records]
+            yield job.row.row, {"curves": self._add(figures.curves(job)), "examples": examples}
 
-    def _example(self, record: Record, images: Path) -> ShownExample:
-        paths = record.get("images") or []
-        keys = [self.thumbnails.add(images / str(path)) for path in paths[:PICTURES_PER_EXAMPLE]]
-        pictures = [key for key in keys if key]
-        return {
-            "id": str(record["id"]),
-            "prompt": str(record.get("prompt", "")),
-            "answers": [str(answer) for answer in record["answers"]],
-            "prediction": str(record.get("prediction", "")),
-            "score": record["score"],
-            "pictures": pictures,
-            "missing": len(paths) - len(pictures),
-        }
+    def _pictures(self, record: Record, images: Path) -> list[str]:
+        """Keys of the thumbnails of an example."""
+        keys = [self.thumbnails.add(images / path) for path in record.get("images", [])[:PICTURES_PER_EXAMPLE]]
+        return [key for key in keys if key]
 
 
 def _environment() -> jinja2.Environment:

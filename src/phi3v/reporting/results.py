@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from phi3v.data.conversations import DataError
 from phi3v.evaluation import statistics
-from phi3v.evaluation.predictions import Record, ScoredLine, scored_lines
+from phi3v.evaluation.predictions import Record, scored_lines
 from phi3v.provenance.manifest import Manifest, ResultError, read_json, scrub
 from phi3v.settings import SettingsError, validate
 
@@ -231,7 +231,8 @@ def read_curve(path: Path, problems: list[str]) -> list[Point]:
         try:
             point = json.loads(line)
             if "loss" in point:
-                points.append({key: value if math.isfinite(value) else None for key, value in point.items()})
+                lost = {key for key, value in point.items() if isinstance(value, float) and not math.isfinite(value)}
+                points.append({key: None if key in lost else value for key, value in point.items()})
         except (ValueError, TypeError, AttributeError) as error:
             problems.append(f"{path}:{at}: not a JSON object ({error}); expected step, loss, …")
             return points
@@ -241,41 +242,18 @@ def read_curve(path: Path, problems: list[str]) -> list[Point]:
     return points
 
 
-class _Sample:
-    """The records whose ids hash lowest, right and wrong ones apart: every row of a dataset tends to show the same examples."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.kept: dict[bool, list[tuple[int, bytes]]] = {True: [], False: []}
-
-    def offer(self, line: ScoredLine) -> None:
-        side = self.kept[line.score >= 0.5]
-        key = zlib.crc32(line.id.encode())
-        if len(side) < self.size or key < side[-1][0]:
-            side.append((key, line.raw))
-            side.sort()
-            del side[self.size :]
-
-    def records(self) -> list[Record]:
-        half = self.size // 2
-        wrong, right = self.kept[False], self.kept[True]
-        take_wrong = max(half, self.size - len(right))
-        take_right = max(half, self.size - len(wrong))
-        return [json.loads(raw) for _, raw in [*wrong[:take_wrong], *right[:take_right]]][: self.size]
-
-
 def read_pass(folder: Path) -> Pass:
     """One pass' metrics and predictions, checked against each other. Raises ResultError or DataError with the file and field."""
     path = folder / "metrics.json"
     metrics = validate(Metrics, read_json(path), str(path))
     score, n = metrics.score, metrics.n
-    sample = _Sample(SHOWN_EXAMPLES)
-    ids, scores = [], []
-    for line in scored_lines(folder / "predictions.jsonl"):
+    predictions = folder / "predictions.jsonl"
+    ids, orders, scores = [], [], []
+    for line in scored_lines(predictions):
         # 64 bits of an id are enough to pair examples without keeping their names.
         ids.append(int.from_bytes(hashlib.blake2b(line.id.encode(), digest_size=8).digest(), "big"))
+        orders.append(zlib.crc32(line.id.encode()))
         scores.append(line.score)
-        sample.offer(line)
     if len(scores) != n:
         raise ResultError(
             f"{path}: field `n`: got {n}, predictions.jsonl has {len(scores)} lines; expected equal numbers"
@@ -285,8 +263,20 @@ def read_pass(folder: Path) -> Pass:
         raise ResultError(
             f"{path}: field `score`: got {score}, the predictions beside it give {mean:.4f}; is it of another run?"
         )
-    examples = sample.records()
+    examples = _examples(predictions, np.asarray(orders), np.asarray(scores))
     return Pass(**dict(metrics), ids=np.asarray(ids, dtype=np.uint64), scores=np.asarray(scores), examples=examples)
+
+
+def _examples(path: Path, orders: np.ndarray, scores: np.ndarray) -> list[Record]:
+    """Wrong and right answers, half of each if there are as many; in a fixed order, so that rows tend to show the same examples."""
+    first = np.argsort(orders, kind="stable")
+    wrong, right = first[scores[first] < 0.5], first[scores[first] >= 0.5]
+    half = SHOWN_EXAMPLES // 2
+    shown = [*wrong[: max(half, SHOWN_EXAMPLES - len(right))], *right[: max(half, SHOWN_EXAMPLES - len(wrong))]]
+    wanted = {int(at) for at in shown}
+    with path.open("rb") as file:
+        lines = {at: line for at, line in enumerate(file) if at in wanted}
+    return [json.loads(lines[at]) for at in shown[:SHOWN_EXAMPLES]]
 
 
 def check_owner(work: Work, row: str, dataset: str) -> None:
