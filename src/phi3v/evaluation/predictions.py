@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -188,16 +187,7 @@ def finished(folder: Path, fingerprint: str) -> bool:
     return same and all((folder / name).is_file() for name in ("predictions.jsonl", "metrics.json"))
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredLine:
-    """A line of a predictions.jsonl."""
-
-    id: str
-    score: float
-    raw: bytes
-
-
-def scored_lines(path: Path) -> Iterator[ScoredLine]:
+def scored_lines(path: Path) -> Iterator[tuple[str, float]]:
     """Id and score of each line of a predictions.jsonl, one at a time.
 
     Raises DataError naming file, line, field and value: not JSON, an id missing or given twice, no accepted answers, a score that is NaN or
@@ -215,7 +205,7 @@ def scored_lines(path: Path) -> Iterator[ScoredLine]:
                     f"{path}:{number}: field `id`: got {identifier!r}, which an earlier line has; expected unique ids"
                 )
             seen.add(identifier)
-            yield ScoredLine(identifier, score, line)
+            yield identifier, score
     if not seen:
         raise DataError(f"{path}: empty; expected one prediction per line")
 

@@ -246,23 +246,20 @@ def read_pass(folder: Path) -> Pass:
     """One pass' metrics and predictions, checked against each other. Raises ResultError or DataError with the file and field."""
     path = folder / "metrics.json"
     metrics = validate(Metrics, read_json(path), str(path))
-    score, n = metrics.score, metrics.n
     predictions = folder / "predictions.jsonl"
     ids, orders, scores = [], [], []
-    for line in scored_lines(predictions):
+    for identifier, score in scored_lines(predictions):
         # 64 bits of an id are enough to pair examples without keeping their names.
-        ids.append(int.from_bytes(hashlib.blake2b(line.id.encode(), digest_size=8).digest(), "big"))
-        orders.append(zlib.crc32(line.id.encode()))
-        scores.append(line.score)
-    if len(scores) != n:
-        raise ResultError(
-            f"{path}: field `n`: got {n}, predictions.jsonl has {len(scores)} lines; expected equal numbers"
-        )
-    mean = 100 * math.fsum(scores) / n
-    if abs(mean - score) > 0.01:
-        raise ResultError(
-            f"{path}: field `score`: got {score}, the predictions beside it give {mean:.4f}; is it of another run?"
-        )
+        ids.append(int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "big"))
+        orders.append(zlib.crc32(identifier.encode()))
+        scores.append(score)
+    if len(scores) != metrics.n:
+        seen = f"predictions.jsonl has {len(scores)} lines; expected equal numbers"
+        raise ResultError(f"{path}: field `n`: got {metrics.n}, {seen}")
+    mean = 100 * math.fsum(scores) / metrics.n
+    if abs(mean - metrics.score) > 0.01:
+        seen = f"the predictions beside it give {mean:.4f}; is it of another run?"
+        raise ResultError(f"{path}: field `score`: got {metrics.score}, {seen}")
     examples = _examples(predictions, np.asarray(orders), np.asarray(scores))
     return Pass(**dict(metrics), ids=np.asarray(ids, dtype=np.uint64), scores=np.asarray(scores), examples=examples)
 
