@@ -20,7 +20,7 @@ from phi3v.cluster.check import Problem, login_problems, probe, problems, reques
 from phi3v.cluster.facts import ClusterError, look, site_text
 from phi3v.cluster.status import running_jobs, status_lines
 from phi3v.planning.fits import runnable
-from phi3v.settings import CPU, SITE_FILE, Hardware, SettingsError, load_run, load_site, read_entries
+from phi3v.settings import CPU, SITE_FILE, Hardware, load_run, load_site, read_entries, run_script
 
 
 def site(path: str) -> int:
@@ -90,17 +90,13 @@ def main() -> int:
     parser.add_argument("--no-probe", action="store_true", help="check: submit no probe jobs")
     parser.add_argument("--seconds", type=float, default=10, help="wait: between two looks (default: 10)")
     given = parser.parse_args()
-    try:
-        if given.do == "site":
-            return site(given.output)
-        if given.do == "check":
-            return check(given.config, probing=not given.no_probe)
-        return status(given.config) if given.do == "status" else wait(given.seconds)
-    except (SettingsError, ClusterError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if given.do == "site":
+        return site(given.output)
+    if given.do == "check":
+        return check(given.config, probing=not given.no_probe)
+    return status(given.config) if given.do == "status" else wait(given.seconds)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` is no error
-    sys.exit(main())
+    run_script(main)

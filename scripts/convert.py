@@ -18,10 +18,9 @@ import errno
 import sys
 from pathlib import Path
 
-from phi3v.data.conversations import DataError
 from phi3v.data.convert import convert_dataset, convert_files
 from phi3v.data.formats import FORMATS
-from phi3v.settings import Dataset, SettingsError, read_entries
+from phi3v.settings import Dataset, check_known, read_entries, run_script
 
 
 def arguments() -> argparse.Namespace:
@@ -76,29 +75,40 @@ def arguments() -> argparse.Namespace:
     return given
 
 
+def convert(given: argparse.Namespace) -> None:
+    """An entry of a datasets file, or one's own files."""
+    shard_bytes = None if given.shards is None else int(given.shards * 10**6)
+    if given.dataset:
+        known = read_entries(given.datasets, Dataset, Path())
+        check_known("command line", "dataset", given.dataset, known)
+        entry = known[given.dataset]
+        convert_dataset(
+            given.dataset, entry, given.source_dir, given.output_dir, given.on_error, given.workers, shard_bytes
+        )
+        return
+    convert_files(
+        given.format,
+        given.input,
+        given.output_dir,
+        given.split,
+        given.images_dir,
+        given.name,
+        given.turns,
+        given.metric,
+        given.num_crops,
+        given.rows,
+        dict(option.split("=", 1) for option in given.option),
+        given.on_error or "stop",
+        given.workers,
+        shard_bytes or 0,
+    )
+
+
 def main() -> int:
     """Parse the command line and convert."""
     given = arguments()
-    shard_bytes = None if given.shards is None else int(given.shards * 10**6)
     try:
-        if given.dataset:
-            known = read_entries(given.datasets, Dataset, Path("."))
-            if given.dataset not in known:
-                raise SettingsError(f"--dataset: got {given.dataset!r}; expected one of {', '.join(sorted(known))}")
-            convert_dataset(
-                given.dataset, known[given.dataset], given.source_dir, given.output_dir, given.on_error, given.workers,
-                shard_bytes,
-            )  # fmt: skip
-        else:
-            convert_files(
-                given.format, given.input, given.output_dir, given.split, given.images_dir, given.name,
-                given.turns, given.metric, given.num_crops, given.rows,
-                dict(option.split("=", 1) for option in given.option), given.on_error or "stop", given.workers,
-                shard_bytes or 0,
-            )  # fmt: skip
-    except (SettingsError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        convert(given)
     except OSError as error:
         full = "; the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         print(f"error: {error}{full}; nothing of {given.output_dir} was changed", file=sys.stderr)
@@ -107,4 +117,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

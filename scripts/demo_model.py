@@ -8,8 +8,9 @@ python scripts/demo_model.py --data_dirs results/data/mixture-KEY --output_dir r
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
+
+from phi3v.settings import run_script
 
 TEXTS_PER_FOLDER = 600
 """Examples a data folder adds to the tokenizer's texts: enough for every word of the demo."""
@@ -55,4 +56,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

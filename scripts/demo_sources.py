@@ -8,9 +8,9 @@ python scripts/demo_sources.py --output_dir sources --seed 1 --size docvqa_train
 from __future__ import annotations
 
 import argparse
-import sys
 
 from phi3v.demo.sources import SIZES, make_sources, resolve_sizes
+from phi3v.settings import run_script
 
 
 def size(text: str) -> tuple[str, int]:
@@ -38,4 +38,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

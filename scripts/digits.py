@@ -7,9 +7,9 @@ python scripts/digits.py --output_dir results/digits-source
 from __future__ import annotations
 
 import argparse
-import sys
 
 from phi3v.demo.sources import HELD_OUT, write_digits
+from phi3v.settings import run_script
 
 
 def main() -> int:
@@ -25,4 +25,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -11,13 +11,11 @@ already is checked against its recorded size and sha256 and not fetched again.
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-from phi3v.data.fetch import SourceError, fetch
-from phi3v.settings import Dataset, Model, SettingsError, read_entries
+from phi3v.data.fetch import fetch
+from phi3v.settings import Dataset, Model, check_known, read_entries, run_script
 
 
 def arguments() -> argparse.Namespace:
@@ -38,36 +36,18 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Parse the command line and download."""
     given = arguments()
-    try:
-        name = given.dataset or given.model
-        known: Mapping[str, Dataset | Model]
-        if given.dataset:
-            known = read_entries(given.datasets, Dataset, Path("."))
-        else:
-            known = read_entries(given.models, Model, Path("."))
-        if name not in known:
-            kind = "dataset" if given.dataset else "model"
-            raise SettingsError(f"--{kind}: got {name!r}; expected one of {', '.join(sorted(known))}")
-        entry = known[name]
-        if entry.licence:
-            print(f"{name}: {entry.title}. Licence: {entry.licence}", file=sys.stderr)
-        if isinstance(entry, Dataset):
-            fetched = fetch(
-                [(split.url, split.revision) for split in entry.splits.values()], given.output_dir, given.workers
-            )
-        else:
-            fetched = fetch([(entry.url, entry.revision)], given.output_dir, given.workers, kind="model", flat=True)
-    except (SettingsError, SourceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full: free some room and run the same command, it goes on from there"
-        print(
-            f"error: {given.output_dir}: {error}; {what if full else 'expected a folder that can be written'}",
-            file=sys.stderr,
-        )
-        return 1
+    kind: type[Dataset | Model] = Dataset if given.dataset else Model
+    name, files = (given.dataset, given.datasets) if given.dataset else (given.model, given.models)
+    known = read_entries(files, kind, Path())
+    check_known("command line", kind.__name__.lower(), name, known)
+    entry = known[name]
+    if entry.licence:
+        print(f"{name}: {entry.title}. Licence: {entry.licence}", file=sys.stderr)
+    if isinstance(entry, Dataset):
+        sources = [(split.url, split.revision) for split in entry.splits.values()]
+        fetched = fetch(sources, given.output_dir, given.workers)
+    else:
+        fetched = fetch([(entry.url, entry.revision)], given.output_dir, given.workers, kind="model", flat=True)
     for source in fetched.values():
         size = sum(file.size for file in source.files)
         pinned = f" at {source.resolved}" if source.resolved else ""
@@ -76,4 +56,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

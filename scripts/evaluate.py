@@ -11,17 +11,17 @@ where it was when started again. On a CPU, with the demo's data:
         --data_dir results/data/KEY --output_dir evaluated
 """
 
-import sys
+from phi3v.settings import EvaluateSettings, parse, run_script
 
-from phi3v.settings import EvaluateSettings, SettingsError, parse
 
-if __name__ == "__main__":
-    settings = parse(EvaluateSettings, __doc__ or "")
+def main() -> None:
+    """Parse and evaluate."""
+    settings = parse(EvaluateSettings, __doc__)
     # After the command line is checked: loading PyTorch takes seconds.
-    from phi3v.data.conversations import DataError
     from phi3v.evaluation.run import evaluate
 
-    try:
-        evaluate(settings)
-    except (DataError, SettingsError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    evaluate(settings)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -13,31 +13,18 @@ The same command goes on from the newest checkpoint of OUT/checkpoints. Exit cod
 and leave, 2 a wrong setting, 1 anything else.
 """
 
-from __future__ import annotations
-
-import os
-import sys
-
-from phi3v.settings import FinetuneSettings, SettingsError, parse
+from phi3v.settings import FinetuneSettings, parse, run_script
 from phi3v.training.compat import leave_out_unused
 
 
 def main() -> int:
-    """Parse, train, and turn a wrong setting into one line."""
-    settings = parse(FinetuneSettings, __doc__ or "")
+    """Parse and train."""
+    settings = parse(FinetuneSettings, __doc__)
     leave_out_unused(settings)
-    from phi3v.training.finetune import EXPECTED_ERRORS, run
+    from phi3v.training.finetune import run
 
-    try:
-        return run(settings)
-    except SettingsError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except EXPECTED_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run(settings)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

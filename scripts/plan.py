@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
 from pathlib import Path
 
 from phi3v.planning.advice import Advice, advise
 from phi3v.planning.geometry import model_geometry
 from phi3v.planning.plan import plan_run
 from phi3v.planning.resources import check_disk
-from phi3v.settings import Dataset, Hardware, Model, SettingsError, load_run, read_entries
+from phi3v.settings import Dataset, Hardware, Model, check_known, load_run, read_entries, run_script
 
 # Flags that only advice takes.
 ADVICE = ("count", "nodes", "dataset", "model", "hardware", "datasets")
@@ -46,26 +45,22 @@ def main(arguments: list[str] | None = None) -> int:
     gpus.add_argument("--datasets", action="append", help="further datasets file with your own entries")
     given = parser.parse_args(arguments)
     _check(parser, given)
-    try:
-        if given.gpu is not None:
-            advice = _advice(given)
-            if given.output_dir:
-                values = json.dumps(advice.values(), indent=1) + "\n"
-                _write(Path(given.output_dir), {"advice.json": values, "advice.txt": advice.text() + "\n"})
-            print(advice.text())
-        else:
-            plan = plan_run(load_run(given.config or "config/config.yaml"))
-            shown = plan.table() if given.row is None else plan.detail(given.row)
-            if given.output_dir:
-                values = json.dumps(plan.values(), indent=1) + "\n"
-                files = {"plan.json": values, "plan.txt": plan.table() + "\n", "plan.html": plan.page()}
-                _write(Path(given.output_dir), files)
-            print(shown)
-            if given.check_disk is not None:
-                check_disk(plan.disk_missing, Path(given.check_disk))
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if given.gpu is not None:
+        advice = _advice(given)
+        if given.output_dir:
+            values = json.dumps(advice.values(), indent=1) + "\n"
+            _write(Path(given.output_dir), {"advice.json": values, "advice.txt": advice.text() + "\n"})
+        print(advice.text())
+    else:
+        plan = plan_run(load_run(given.config or "config/config.yaml"))
+        shown = plan.table() if given.row is None else plan.detail(given.row)
+        if given.output_dir:
+            values = json.dumps(plan.values(), indent=1) + "\n"
+            files = {"plan.json": values, "plan.txt": plan.table() + "\n", "plan.html": plan.page()}
+            _write(Path(given.output_dir), files)
+        print(shown)
+        if given.check_disk is not None:
+            check_disk(plan.disk_missing, Path(given.check_disk))
     return 0
 
 
@@ -95,15 +90,12 @@ def _advice(given: argparse.Namespace) -> Advice:
     entries = read_entries(["config/hardware.yaml", *(given.hardware or [])], Hardware, root)
     models = read_entries(["config/models.yaml"], Model, root)
     datasets = read_entries(["config/datasets.yaml", *(given.datasets or [])], Dataset, root)
-    for what, name, known in (("dataset", dataset, datasets), ("model", model, models)):
-        if name not in known:
-            raise SettingsError(
-                f"command line: field `{what}`: got {name!r}: expected one of {', '.join(sorted(known))}"
-            )
+    check_known("command line", "dataset", dataset, datasets)
+    check_known("command line", "model", model, models)
     geometry = model_geometry(model, models[model], root)
     return advise(given.gpu, given.count or 1, dataset, entries, geometry, datasets[dataset], given.nodes or 1, root)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` is no error
-    sys.exit(main())
+    run_script(main)

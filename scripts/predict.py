@@ -8,17 +8,17 @@
 Several pictures are numbered in the order given. The answer goes to standard output.
 """
 
-import sys
+from phi3v.settings import PredictSettings, parse, run_script
 
-from phi3v.settings import PredictSettings, SettingsError, parse
 
-if __name__ == "__main__":
-    settings = parse(PredictSettings, __doc__ or "")
+def main() -> None:
+    """Parse, ask, print the answer."""
+    settings = parse(PredictSettings, __doc__)
     # After the command line is checked: loading PyTorch takes seconds.
-    from phi3v.data.conversations import DataError
     from phi3v.evaluation.predict import predict
 
-    try:
-        print(predict(settings))
-    except (DataError, SettingsError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    print(predict(settings))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 from phi3v.provenance import lineage
-from phi3v.provenance.manifest import ResultError
 from phi3v.reporting import crate
+from phi3v.settings import run_script
 
 
 def main() -> int:
@@ -30,16 +30,12 @@ def main() -> int:
         "--crate", type=Path, metavar="FOLDER", help="of a report: write the whole run as a Workflow Run RO-Crate"
     )
     given = parser.parse_args()
-    try:
-        found = lineage.chain(given.result)
-        if given.row:
-            found = lineage.of_row(found, given.row)
-        if given.crate:
-            print(crate.export(given.result if given.result.is_dir() else given.result.parent, given.crate))
-            return 0
-    except (ResultError, FileExistsError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    found = lineage.chain(given.result)
+    if given.row:
+        found = lineage.of_row(found, given.row)
+    if given.crate:
+        print(crate.export(given.result if given.result.is_dir() else given.result.parent, given.crate))
+        return 0
     for line in lineage.lines(found):
         print(line)
     changed = lineage.problems(found)
@@ -50,4 +46,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` is no error
-    sys.exit(main())
+    run_script(main)

@@ -7,17 +7,17 @@ Writes index.html (one file, works offline), accuracy.tsv, speed.tsv, report.jso
 are not done say why. No GPU, no PyTorch.
 """
 
-import sys
-
 from phi3v.reporting.page import build_report
-from phi3v.settings import ReportSettings, SettingsError, parse
+from phi3v.settings import ReportSettings, parse, run_script
 
-if __name__ == "__main__":
-    settings = parse(ReportSettings, __doc__ or "")
-    try:
-        tables = build_report(settings)
-    except SettingsError as error:
-        sys.exit(f"error: {error}")
+
+def main() -> None:
+    """Parse, write the report, count its rows."""
+    tables = build_report(parse(ReportSettings, __doc__))
     done = sum(line.state.status == "done" for line in tables.accuracy)
     timed = sum(line.state.status == "done" for line in tables.speed)
     print(f"report: {done} of {len(tables.accuracy)} accuracy rows, {timed} of {len(tables.speed)} speed rows done")
+
+
+if __name__ == "__main__":
+    run_script(main)

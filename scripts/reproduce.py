@@ -27,7 +27,7 @@ import yaml
 
 from phi3v.provenance.digests import digests, explain, first_difference, machine
 from phi3v.provenance.manifest import commit, write_json
-from phi3v.settings import SettingsError, load_run
+from phi3v.settings import SettingsError, load_run, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "config/demo/digests.json"
@@ -164,4 +164,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

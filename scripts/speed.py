@@ -13,33 +13,18 @@ Two CPU processes in place of the published machines, labelled so in the result:
 Exit codes: 0 done, 2 a wrong setting or other devices than asked for, 1 anything else.
 """
 
-from __future__ import annotations
-
-import os
-import sys
-
-from phi3v.settings import SettingsError, SpeedSettings, parse
+from phi3v.settings import SpeedSettings, parse, run_script
 from phi3v.training.compat import leave_out_unused
 
 
 def main() -> int:
-    """Parse, measure, and turn a wrong setting into one line."""
-    settings = parse(SpeedSettings, __doc__ or "")
+    """Parse and measure."""
+    settings = parse(SpeedSettings, __doc__)
     leave_out_unused(settings)
     from phi3v.benchmark.speed import measure
-    from phi3v.training.finetune import EXPECTED_ERRORS
 
-    try:
-        return measure(settings)
-    except SettingsError as error:
-        # Each machine may lack something else.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except EXPECTED_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return measure(settings)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from phi3v.data.check import validate_folder
-from phi3v.data.conversations import DataError
+from phi3v.settings import run_script
 
 
 def arguments() -> argparse.Namespace:
@@ -42,29 +42,25 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Parse the command line and print what is wrong."""
     given = arguments()
-    try:
-        checks, problems, shared = validate_folder(given.data_dir, given.level, given.workers)
-        if given.allow_leaks:
-            problems.forget("leak: ")
-        for line in problems.lines():
-            print(line)
-        for split, found in checks.items():
-            pictures = f", {len(found.pictures)} pictures" if given.level != "shape" else ""
-            print(f"{split}: {found.examples} examples{pictures}", file=sys.stderr)
-        for pair, count in shared.items():
-            print(f"{pair}: {count} pictures in common", file=sys.stderr)
-        print(f"{given.data_dir}: {problems.total or 'no'} problems", file=sys.stderr)
-        if given.model and not problems.total:
-            from phi3v.data.lengths import write_statistics
-            from phi3v.model.processing import Phi3VProcessor
+    checks, problems, shared = validate_folder(given.data_dir, given.level, given.workers)
+    if given.allow_leaks:
+        problems.forget("leak: ")
+    for line in problems.lines():
+        print(line)
+    for split, found in checks.items():
+        pictures = f", {len(found.pictures)} pictures" if given.level != "shape" else ""
+        print(f"{split}: {found.examples} examples{pictures}", file=sys.stderr)
+    for pair, count in shared.items():
+        print(f"{pair}: {count} pictures in common", file=sys.stderr)
+    print(f"{given.data_dir}: {problems.total or 'no'} problems", file=sys.stderr)
+    if given.model and not problems.total:
+        from phi3v.data.lengths import write_statistics
+        from phi3v.model.processing import Phi3VProcessor
 
-            processor = Phi3VProcessor.from_pretrained(given.model)
-            print(write_statistics(given.data_dir, processor, given.num_crops), file=sys.stderr)
-    except (DataError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        processor = Phi3VProcessor.from_pretrained(given.model)
+        print(write_statistics(given.data_dir, processor, given.num_crops), file=sys.stderr)
     return 1 if problems.total else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

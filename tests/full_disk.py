@@ -66,7 +66,7 @@ def download(folder: Path, disk: Path, url: Callable[[HubServer], str]) -> None:
         surroundings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(disk / "hub"), "PHI3V_DOWNLOAD_ATTEMPTS": "2"}
         done = script("download.py", *where, **surroundings)
         assert done.returncode == 1, (done.returncode, done.stderr)
-        assert "the disk is full: free some room" in done.stderr, done.stderr
+        assert "the disk is full: free some space" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
         assert not list((disk / "out").rglob("big.parquet"))
         assert not list((disk / "out").rglob("sources.*"))

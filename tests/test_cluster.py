@@ -168,7 +168,7 @@ def test_without_an_answer_of_slurm_the_rest_is_said_all_the_same(root, tmp_path
     assert (code, rows.splitlines()[-1]) == (0, "68 open")
     assert said in error
     code, rows, error = cluster_command(root, tmp_path, "wait")
-    assert (code, rows, error.count("\n")) == (2, "", 1)
+    assert (code, rows, error.count("\n")) == (1, "", 1)
     assert error.startswith("error: squeue")
     assert said in error
     code, found, _ = cluster_command(root, tmp_path, "check", *config)

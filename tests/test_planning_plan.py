@@ -574,7 +574,7 @@ def test_advice_command_line(root, tmp_path):
         [*command[:3], "GTX1080"], capture_output=True, text=True, cwd=root, env={"PYTHONPATH": "src"}
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("GPU 'GTX1080': unknown")
+    assert done.stderr.startswith("error: GPU 'GTX1080': unknown")
 
 
 @pytest.mark.parametrize(

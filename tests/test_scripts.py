@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from phi3v.cluster.facts import ClusterError
+from phi3v.settings import SettingsError, run_script
+
 
 @pytest.mark.parametrize("name", ["plan", "provenance", "cluster"])
 def test_a_reader_that_has_seen_enough_is_no_error(root, name):
@@ -27,3 +30,41 @@ def test_help_is_the_scripts_first_page_and_does_no_work(root, name):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: {name}.py")
     assert f"python scripts/{name}.py" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (SettingsError("field `a`: got 1"), 2, "error: field `a`: got 1\n"),
+        (ClusterError("squeue failed"), 1, "error: squeue failed\n"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n"),
+        (OSError(28, "No space left"), 1, "the disk is full: free some space"),
+    ],
+)
+def test_an_error_with_a_message_for_the_user_is_one_line(capsys, error, code, said):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    printed = capsys.readouterr().err
+    assert stop.value.code == code
+    assert said in printed and printed.count("\n") == 1
+
+
+def test_any_other_error_keeps_its_traceback():
+    def main():
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        run_script(main)
+
+
+def test_wrong_input_is_reported_by_the_first_process_of_a_machine(capsys, monkeypatch):
+    def main():
+        raise SettingsError("field `a`: got 1")
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert (stop.value.code, capsys.readouterr().err) == (2, "")

@@ -1,4 +1,4 @@
-"""Settings as a command line and back: `flags` writes what `parse` reads.
+"""The scripts' common part: settings as a command line and back (`flags` writes what `parse` reads), and exit codes.
 
 pydantic-settings parses. Added to it here: lists as `--image a.png b.png` with values that may hold commas, flags that
 may stand without a value, limits in the help text, and its groups by role.
@@ -7,9 +7,12 @@ may stand without a value, limits in the help text, and its groups by role.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pydantic_settings
 from pydantic import ValidationError
@@ -28,6 +31,9 @@ GROUPS = {
     Role.EQUIVALENT: "same result up to rounding, or another seed's",
     Role.RUNTIME: "how it runs; the result is the same",
 }
+
+
+FILE_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def _add_argument(settings: type[Command], parser: argparse.ArgumentParser) -> C
     return add
 
 
-def parse(settings: type[C], description: str, arguments: list[str] | None = None) -> C:
+def parse(settings: type[C], description: str | None, arguments: list[str] | None = None) -> C:
     """The settings of a command line, a flag for each field; a wrong one prints usage and reason, and exits with 2."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -124,3 +130,25 @@ def flags(settings: Command) -> list[str]:
             values = value if isinstance(value, list) else [value]
             written += [f"--{name}", *(str(value).removesuffix(".0") for value in values)]
     return written
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's `main` and exit with its code.
+
+    An error class of this package has a message that needs no traceback: one line, exit code 2 for wrong input
+    (ValueError) and 1 for what failed while running. The same holds for files that are missing, in the way or not
+    writable, and for a full disk. On several processes, the first one of each machine reports wrong input.
+    """
+    try:
+        sys.exit(main())
+    except Exception as error:
+        wrong_input = isinstance(error, (ValueError, *FILE_ERRORS))
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (full or type(error).__module__.startswith("phi3v.") or isinstance(error, FILE_ERRORS)):
+            raise
+        if not wrong_input or os.environ.get("LOCAL_RANK", "0") == "0":
+            remedy = (
+                "; the disk is full: free some space and run the same command, it continues from there" if full else ""
+            )
+            print(f"error: {error}{remedy}", file=sys.stderr)
+        sys.exit(2 if wrong_input else 1)

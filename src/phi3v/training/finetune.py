@@ -22,13 +22,11 @@ from phi3v.planning.resources import most_checkpoints
 from phi3v.provenance.manifest import write_json, write_manifest
 from phi3v.settings import FinetuneSettings
 from phi3v.training import checkpoints
-from phi3v.training.census import Census, CensusError, census_label
+from phi3v.training.census import Census, census_label
 from phi3v.training.export import export_final, export_merged
-from phi3v.training.guard import NotANumberError
 from phi3v.training.job import Job, build
 from phi3v.training.launch import (
     REQUEUE_EXIT_CODE,
-    LostProcessError,
     StopRequest,
     explain_failure,
     leave,
@@ -40,7 +38,6 @@ from phi3v.training.logging import MetricsFile, Progress, Trackers, say
 from phi3v.training.loop import StepRecord
 from phi3v.training.memory import (
     MEMORY_SOURCES,
-    OutOfMemoryError,
     context_bytes,
     explain_memory,
     peak_memory_bytes,
@@ -53,15 +50,6 @@ Number = TypeVar("Number", int, float)
 SLOW_DISK = 100e6
 STOPPED = "stopped.json"
 """In checkpoints/: there while a job has saved and left because it was told to."""
-EXPECTED_ERRORS = (
-    OutOfMemoryError,
-    LockedError,
-    LostProcessError,
-    checkpoints.CheckpointError,
-    CensusError,
-    NotANumberError,
-)
-"""What a script reports as one line, without a traceback."""
 
 
 def run(settings: FinetuneSettings) -> int:
