@@ -9,7 +9,7 @@ LoRA on one GPU or a CPU, without torchrun:
 
     python scripts/finetune.py --model_name_or_path MODEL --data_dir DATA --output_dir OUT --use_lora --bf16
 
-The same command goes on from the newest checkpoint of OUT/checkpoints. Exit codes: 0 done, 75 told by a signal to save
+The same command resumes from the newest checkpoint of OUT/checkpoints. Exit codes: 0 done, 75 if a signal asked to save
 and leave, 2 a wrong setting, 1 anything else.
 """
 

@@ -354,7 +354,8 @@ class Loop:
 
     def _load_weights(self, checkpoint: Path) -> dict[str, Any]:
         """Read the weights of a checkpoint, with ZeRO the optimizer's states too; the values of its training.pt."""
-        values: dict[str, Any] = torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True, mmap=True)
+        # Not memory-mapped: the optimizer would keep parts of the file, which a later checkpoint may remove.
+        values: dict[str, Any] = torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
         if self.is_sharded:
             self.model.load_checkpoint(str(checkpoint))
             return values
