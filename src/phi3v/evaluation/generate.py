@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from phi3v.data.conversations import DataError
 from phi3v.data.fetch import LOCK, fetch, locked_files
 from phi3v.model.adapters import base_of, is_adapter, load_for_inference
-from phi3v.model.half import use_float32_sums
+from phi3v.model.compat import widen_float16_products
 from phi3v.model.processing import Phi3VProcessor
 from phi3v.model.runtime import TORCH_DTYPE, attention_implementation
 from phi3v.settings import Compute, Model, SettingsError, model_key, read_entries
@@ -152,8 +152,7 @@ class Predictor:
     ) -> Predictor:
         """From a checkpoint folder, or an adapter folder on its base. num_crops: None takes the checkpoint's."""
         disable_progress_bar()
-        if device.type == "cpu" and settings.dtype == "fp16":
-            use_float32_sums()
+        widen_float16_products(device, TORCH_DTYPE[settings.dtype])
         attention = attention_implementation(settings, device)
         model = load_for_inference(folder, TORCH_DTYPE[settings.dtype], attention, device)
         processor = Phi3VProcessor.from_pretrained(base_of(folder) if is_adapter(folder) else folder)

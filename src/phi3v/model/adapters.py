@@ -7,15 +7,19 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from phi3v.model.compat import keep_nf4_unpacked
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.processing import Phi3VProcessor
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 DECODER_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 # Beside an adapter: which base it was trained on.
@@ -25,13 +29,13 @@ CHECKPOINT_ENDS = ("mlp.down_proj", "mlp.fc2")
 VISION_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
-def lora_targets(model: nn.Module, freeze_vision: bool) -> list[str]:
+def lora_targets(model: Phi3VForCausalLM, freeze_vision: bool) -> list[str]:
     """Full module paths that take an adapter: the recipe's list.
 
     The decoder's four projections and lm_head; unless vision is frozen also CLIP's six and the two projector linears.
     The tower's last layer, which never runs, is left out: an adapter there would be trained by nothing.
     """
-    n_vision = model.config.vision_config.num_hidden_layers
+    n_vision = model.config.vision.num_hidden_layers
     unused = f".encoder.layers.{n_vision - 1}."
     targets = []
     for name, module in model.named_modules():
@@ -53,7 +57,7 @@ def add_lora(
     freeze_vision: bool = False,
     use_dora: bool = False,
     seed: int | None = None,
-) -> Any:
+) -> PeftModel:
     """A PEFT model with LoRA (or DoRA) on `lora_targets`, gaussian initialised; everything else is frozen.
 
     rank: columns of the factors, may exceed a layer's width; alpha: absolute, the scale is alpha / rank. seed: makes
@@ -84,7 +88,7 @@ def add_lora(
     with torch.random.fork_rng(devices=devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        adapted: Any = get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     for name, module in adapted.named_modules():
         if isinstance(module, lora.LoraLinear):
             module.ends_checkpoint = name.endswith(CHECKPOINT_ENDS)
@@ -95,7 +99,10 @@ def add_lora(
 
 
 def load_quantized(
-    folder: str | Path, dtype: torch.dtype = torch.bfloat16, attn: str = "sdpa", device: Any = None
+    folder: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    attn: str = "sdpa",
+    device: torch.device | str | None = None,
 ) -> Phi3VForCausalLM:
     """The base model in 4 bits: nf4 for every linear layer but lm_head, computing in `dtype`. CPU and CUDA.
 
@@ -116,15 +123,11 @@ def load_quantized(
         quantization_config=quantization,
         device_map={"": device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"},
     )
-    # On CPUs with AVX-512 BF16 bitsandbytes repacks a layer at its first forward pass in eval mode, with scales rounded
-    # to bfloat16: a validation would change the weights that training goes on with, and narrow layers fail.
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_nf4_unpacked(model)
     return model.requires_grad_(False)
 
 
-def save_adapter(model: Any, folder: str | Path) -> None:
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """Write a PEFT model's factors and configuration, a mark of its base's weights, and nothing of the base.
 
     PEFT would add the embedding and the head of the base (hundreds of megabytes) because lm_head has an adapter.
@@ -189,7 +192,10 @@ def _check_base(adapter: Path, base: Path) -> None:
 
 
 def load_for_inference(
-    folder: str | Path, dtype: torch.dtype = torch.bfloat16, attn: str = "sdpa", device: Any = None
+    folder: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    attn: str = "sdpa",
+    device: torch.device | str | None = None,
 ) -> PreTrainedModel:
     """A checkpoint folder, or an adapter folder on its unquantised base with the factors folded in; in eval mode.
 
@@ -202,7 +208,9 @@ def load_for_inference(
     return model.to(device).eval() if device is not None else model.eval()
 
 
-def _with_adapter(folder: str | Path, dtype: torch.dtype, attn: str, quantised_as: torch.dtype | None = None) -> Any:
+def _with_adapter(
+    folder: str | Path, dtype: torch.dtype, attn: str, quantised_as: torch.dtype | None = None
+) -> PeftModel:
     """The base with the adapter beside it, not folded in; `quantised_as`: see `merge`."""
     from peft import PeftModel
 
@@ -261,8 +269,9 @@ def merge(
     target = dtype or Phi3VConfig.from_pretrained(base).dtype or torch.bfloat16
     adapted = _with_adapter(adapter_folder, torch.float32, "sdpa", quantised_as).eval()
     sample = _sample_inputs(adapted.config)
-    with torch.inference_mode():
-        before = adapted(**sample).logits if check else None
+    if check:
+        with torch.inference_mode():
+            before = adapted(**sample).logits
     merged = adapted.merge_and_unload()
     report: dict[str, float] = {}
     with torch.no_grad():

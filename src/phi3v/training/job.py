@@ -18,9 +18,9 @@ from phi3v.data.lengths import lengths
 from phi3v.data.processes import loader_workers
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from phi3v.model.adapters import add_lora, load_quantized
+from phi3v.model.compat import widen_float16_products
 from phi3v.model.freezing import freeze_vision
-from phi3v.model.half import use_float32_sums
-from phi3v.model.runtime import attention_implementation, compute_device, uses_zero, weight_dtype
+from phi3v.model.runtime import TORCH_DTYPE, attention_implementation, compute_device, uses_zero, weight_dtype
 from phi3v.planning.fits import interval_of
 from phi3v.settings import FinetuneSettings, SettingsError
 from phi3v.training import micro_batch
@@ -129,8 +129,7 @@ def check_automatic(settings: FinetuneSettings, processes: int, device: torch.de
 
 def load_model(settings: FinetuneSettings, device: torch.device) -> Any:
     """The model with its trainable weights chosen: all, without the vision part, or adapters."""
-    if device.type == "cpu" and settings.dtype == "fp16":
-        use_float32_sums()
+    widen_float16_products(device, TORCH_DTYPE[settings.dtype])
     attention, dtype = attention_implementation(settings, device), weight_dtype(settings)
     if settings.use_qlora:
         model = load_quantized(settings.model_name_or_path, dtype, attention, device=device)

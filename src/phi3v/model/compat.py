@@ -1,0 +1,96 @@
+"""Patches of libraries that this room cannot do without; tests/test_model_compat fails as soon as one can go."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+_LIBRARY: torch.library.Library | None = None
+
+
+def widen_float16_products(device: torch.device, dtype: torch.dtype) -> None:
+    """Let float16 products and convolutions on a CPU sum in float32, as a GPU's tensor cores do; else do nothing.
+
+    Upstream: https://github.com/pytorch/pytorch/issues/146508. CPUs without float16 arithmetic run PyTorch's own
+    float16 products at 2-13 GFLOP/s per core (float32: 60-95), so a micro-step of the demo takes five times as long.
+    Widening the operands is exact. The kernels stay for the life of the process; calling this twice is safe.
+    """
+    global _LIBRARY
+    if device.type != "cpu" or dtype != torch.float16 or _LIBRARY is not None:
+        return
+    aten = torch.ops.aten
+    kernels: dict[str, Callable[..., object]] = {
+        "mm": _widened(torch.mm, aten.mm.out),
+        "bmm": _widened(torch.bmm, aten.bmm.out),
+        "addmm": _widened(torch.addmm, aten.addmm.out),
+        "_slow_conv2d_forward": _conv2d,
+        "_slow_conv2d_backward.output_mask": _conv2d_backward,
+    }
+    _LIBRARY = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        # PyTorch warns that kernels are overridden, which is the purpose.
+        warnings.simplefilter("ignore", UserWarning)
+        for name, kernel in kernels.items():
+            _LIBRARY.impl(name, kernel, "CPU")
+
+
+def _widened(product: Callable[..., torch.Tensor], out: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A kernel of `product` that widens float16; other types take PyTorch's own kernel, by its `out` variant."""
+
+    def kernel(*operands: torch.Tensor, **factors: float) -> torch.Tensor:
+        if operands[-1].dtype == torch.float16:
+            return product(*(operand.float() for operand in operands), **factors).half()
+        return out(*operands, **factors, out=operands[-1].new_empty(0))
+
+    return kernel
+
+
+def _conv2d(
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    _: list[int],
+    bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+) -> torch.Tensor:
+    """PyTorch calls this kernel for float16 alone; other types have faster ones."""
+    wide = None if bias is None else bias.float()
+    return nn.functional.conv2d(images.float(), weight.float(), wide, stride, padding).half()
+
+
+def _conv2d_backward(
+    gradient: torch.Tensor, images: torch.Tensor, weight: torch.Tensor, _: list[int], *rest: list[int]
+) -> tuple[torch.Tensor | None, ...]:
+    """rest: stride, padding, and which of the gradients of images, weight and bias are wanted."""
+    stride, padding, wanted = rest
+    wide = torch.ops.aten.convolution_backward(
+        gradient.float(),
+        images.float(),
+        weight.float(),
+        [len(weight)],
+        stride,
+        padding,
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        wanted,
+    )
+    return tuple(None if part is None else part.half() for part in wide)
+
+
+def keep_nf4_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit layers in the layout that training reads.
+
+    On CPUs with AVX-512 BF16 bitsandbytes repacks a layer at its first forward pass in eval mode, with scales rounded to
+    bfloat16. A validation would change the weights that training continues with, and narrow layers fail. Upstream:
+    https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804 (where it came in), issue 2078 (the same packing).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
