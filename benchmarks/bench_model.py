@@ -186,7 +186,7 @@ def bench_step(
     repeats: int, model: Any, rate: float, batch: dict[str, Any], frozen: bool = False, **_: Any
 ) -> dict[str, Any]:
     """Forward and backward with pixel values ready, no optimizer."""
-    from phi3v.model.freezing import freeze_vision
+    from phi3v.model.modeling import freeze_vision
 
     for parameter in model.parameters():
         parameter.requires_grad_(True)

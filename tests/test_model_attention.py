@@ -7,25 +7,18 @@ import torch
 from golden.helpers import tiny_folder
 
 from phi3v.model import Phi3VConfig
-from phi3v.model.attention import (
-    AttentionPlan,
-    LongRope,
-    attend,
-    eager_attention,
-    packed_lengths,
-    plan_attention,
-)
+from phi3v.model.attention import LongRope, Phi3VAttention, eager_attention
 from phi3v.model.fused import rotate
+from phi3v.model.layout import AttentionPlan, packed_lengths, plan_attention
 
 
-class Holder(torch.nn.Module):
-    """The part of an attention module that the kernels read."""
-
-    def __init__(self, implementation: str) -> None:
-        super().__init__()
-        self.config = Phi3VConfig()
-        self.config._attn_implementation = implementation
-        self.is_causal = True
+def attention(implementation: str) -> Phi3VAttention:
+    """A module whose kernels are called directly; its weights and head counts do not matter."""
+    config = Phi3VConfig(hidden_size=16, num_attention_heads=2, vocab_size=64, pad_token_id=0)
+    config._attn_implementation = implementation
+    module = Phi3VAttention(config, 0)
+    module.scaling = 0.3
+    return module
 
 
 def qkv(tokens: int, keys: int | None = None, heads: int = 4, kv_heads: int = 2, batch: int = 1):
@@ -48,18 +41,18 @@ def slow(query, key, value, seen) -> torch.Tensor:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_kernels_against_the_slow_version(implementation, kv_heads):
-    holder = Holder(implementation)
+    module = attention(implementation)
     lengths = [3, 1, 5]
     query, key, value = qkv(9, kv_heads=kv_heads)
     causal = torch.ones(9, 9, dtype=torch.bool).tril()[None]
     example = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     own = causal & (example[:, None] == example[None, :])
-    plain = attend(holder, query, key, value, AttentionPlan(), 0.3, 0.0)
+    plain = module.attend(query, key, value, AttentionPlan())
     torch.testing.assert_close(plain, slow(query, key, value, causal))
-    packed = attend(holder, query, key, value, AttentionPlan(lengths=lengths), 0.3, 0.0)
+    packed = module.attend(query, key, value, AttentionPlan(lengths=lengths))
     torch.testing.assert_close(packed, slow(query, key, value, own))
     # The last 2 of 9 tokens, the others cached.
-    last = attend(holder, query[:, :, -2:], key, value, AttentionPlan(), 0.3, 0.0)
+    last = module.attend(query[:, :, -2:], key, value, AttentionPlan())
     torch.testing.assert_close(last, slow(query[:, :, -2:], key, value, causal[:, -2:]))
 
 
@@ -75,7 +68,7 @@ def test_padded_rows(implementation, padding):
     query, key, value = qkv(5, batch=2)
     plan = plan_attention(mask, None, 2, 5, 0)
     assert (plan.mask is None) == (padding == "right")  # padding on the right needs no mask under causal attention
-    got = attend(Holder(implementation), query, key, value, plan, 0.3, 0.0)
+    got = attention(implementation).attend(query, key, value, plan)
     seen = torch.ones(5, 5, dtype=torch.bool).tril() & mask[:, None].bool() | torch.eye(5, dtype=torch.bool)
     expected = slow(query, key, value, seen)
     real = mask.bool()
@@ -114,13 +107,13 @@ def test_factors_go_by_each_examples_own_length():
     long = rope(original_max_position_embeddings=4)
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     device = mask.device
-    assert long.is_long(plan_attention(mask, None, 2, 5, 0), mask, 2, 5, 0, device).tolist() == [[False], [True]]
+    assert long.is_long(plan_attention(mask, None, 2, 5, 0), 2, 5, 0, device).tolist() == [[False], [True]]
     packed = plan_attention(None, torch.tensor([[0, 1, 0, 1, 2, 3, 4]]), 1, 7, 0)
-    assert long.is_long(packed, None, 1, 7, 0, device).tolist() == [[False] * 2 + [True] * 5]
-    assert long.is_long(AttentionPlan(), None, 2, 1, 4, device).tolist() == [[True]]  # the cached tokens count
-    assert long.is_long(AttentionPlan(), None, 2, 4, 0, device) is None
+    assert long.is_long(packed, 1, 7, 0, device).tolist() == [[False] * 2 + [True] * 5]
+    assert long.is_long(AttentionPlan(), 2, 1, 4, device).tolist() == [[True]]  # the cached tokens count
+    assert long.is_long(AttentionPlan(), 2, 4, 0, device) is None
     whole = rope(original_max_position_embeddings=4, longrope_scope="batch")
-    assert whole.is_long(plan_attention(mask, None, 2, 5, 0), mask, 2, 5, 0, device).tolist() == [[True]]
+    assert whole.is_long(plan_attention(mask, None, 2, 5, 0), 2, 5, 0, device).tolist() == [[True]]
 
 
 def test_tables_follow_the_formula():

@@ -6,7 +6,7 @@ from golden.golden_common import make_image
 from golden.helpers import tiny_model, tiny_processor
 
 from phi3v.model.adapters import add_lora
-from phi3v.model.freezing import GROUPS, freeze_vision, parameter_group
+from phi3v.model.modeling import GROUPS, freeze_vision, parameter_group
 
 
 def groups_with_gradient(model) -> set[str]:

@@ -6,7 +6,7 @@ from golden.helpers import tiny_model
 from test_model_modeling import LONG, example, joined
 
 from phi3v.model import fused
-from phi3v.model.modeling import RMSNorm
+from phi3v.model.fused import RMSNorm
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -42,7 +42,7 @@ def fused_split_and_rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
 KERNELS = {
     "RMSNorm": (lambda x, w: fused.rms_norm(x, w, 1e-5), plain_norm, [(2, 5, 24), (24,)]),
     "SwiGLU": (fused.swiglu, plain_gate, [(2, 5, 24)]),
-    "quick GELU": (fused._QuickGELU.apply, lambda x: x * torch.sigmoid(1.702 * x), [(2, 5, 24)]),
+    "quick GELU": (fused.quick_gelu, lambda x: x * torch.sigmoid(1.702 * x), [(2, 5, 24)]),
     "rotation": (fused_split_and_rotate, plain_split_and_rotate, [(2, 5, 64), (2, 1, 5, 4), (2, 1, 5, 4)]),
 }
 

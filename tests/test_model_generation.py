@@ -92,7 +92,7 @@ def test_each_end_token_stops():
         head = torch.zeros_like(model.lm_head.weight)
         # A head that says `end` whatever comes in: the final norm's output is never zero.
         with torch.no_grad():
-            hidden = model.model(**inputs).last_hidden_state[0, -1]
+            hidden = model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
             head[end] = hidden
             kept = model.lm_head.weight.clone()
             model.lm_head.weight.copy_(head)

@@ -281,6 +281,16 @@ def test_packed_examples_do_not_learn_from_their_neighbours():
     assert model(**packed).loss.item() == model(**clean).loss.item()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layout_made_beforehand_changes_nothing(packed):
+    """The collator's way: of the other arguments only input_ids and pixel_values are there."""
+    model, batch = tiny_model(**LONG).train(), joined([example(i) for i in range(4)], packed)
+    names = ("attention_mask", "position_ids", "image_sizes", "labels", "loss_weights")
+    layout = lay_out(model.config, batch["input_ids"], *(batch.get(name) for name in names))
+    loss = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], layout=layout).loss
+    assert torch.equal(loss, model(**batch).loss)
+
+
 def test_logits_to_keep():
     model = tiny_model().eval()
     batch = {k: v for k, v in example(1).items() if k in ("input_ids", "attention_mask")}

@@ -68,7 +68,7 @@ def counted(model, batch, custom=None):
 @pytest.mark.parametrize("method", ["full", "frozen", "frozen legacy", "lora", "lora frozen"])
 def test_hardware_flops_are_what_pytorch_counts(build, method, recompute):
     from phi3v.model.adapters import add_lora
-    from phi3v.model.freezing import freeze_vision
+    from phi3v.model.modeling import freeze_vision
 
     model = build()
     geometry = geometry_from_config(model.config.to_dict())
@@ -171,7 +171,7 @@ def test_published_model(root):
 def test_sizes_against_the_model(build):
     """Parameter counts, adapters and 4-bit weights against a real module tree; tiles against the image processor."""
     from phi3v.model.adapters import add_lora
-    from phi3v.model.freezing import parameter_group
+    from phi3v.model.modeling import parameter_group
 
     model = build(kv_heads=2)
     geometry = geometry_from_config(model.config.to_dict())

@@ -1,4 +1,4 @@
-"""The decoder's attention: which tokens see which, LongRoPE by each example's own length, and the three kernels.
+"""The decoder's attention: LongRoPE by each example's own length, the key-value cache, and the three kernels.
 
 Shapes: B = batch rows, Q = query tokens, K = key tokens (cached ones included), H = heads, D = head width,
 N = B*Q tokens of a packed batch.
@@ -7,10 +7,8 @@ N = B*Q tokens of a packed batch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,77 +16,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
 from phi3v.model import fused
 from phi3v.model.configuration import Phi3VConfig
-
-
-@dataclass
-class AttentionPlan:
-    """Which keys a query sees, computed once a forward pass for all layers.
-
-    `lengths` (packed batches): the examples' token counts in order, summing to N; causal within each. Otherwise
-    `mask` [B, 1, Q, K] bool (True = seen) or, where it is None, plain causal attention over the last Q of K keys.
-    `padding` [B, K] is kept beside a mask for the flash-attn package, which drops padded tokens itself.
-    """
-
-    mask: torch.Tensor | None = None
-    padding: torch.Tensor | None = None
-    lengths: list[int] | None = None
-    cu_seqlens: torch.Tensor | None = None
-    """[examples + 1] int32, where each packed example begins and ends, on the batch's device."""
-    row_lengths: list[int] | None = None
-    """Tokens of each row without padding, if the mask was read on the CPU."""
-
-    @property
-    def max_length(self) -> int:
-        """Longest example of a packed batch."""
-        return max(self.lengths) if self.lengths else 0
-
-
-def packed_lengths(position_ids: torch.Tensor) -> list[int] | None:
-    """Token counts of the examples in a packed batch of position ids [B, Q], or None where no row holds several.
-
-    An example begins where a position does not follow its left neighbour's, and at each row's start.
-    """
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    first = starts.flatten().nonzero().flatten().tolist()
-    if len(first) == len(position_ids):
-        return None
-    ends = [*first[1:], position_ids.numel()]
-    return [end - start for start, end in zip(first, ends, strict=True)]
-
-
-def plan_attention(
-    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch: int, queries: int, past: int
-) -> AttentionPlan:
-    """The plan for B x `queries` tokens after `past` cached ones.
-
-    attention_mask: [B, past + queries] (1 = token, 0 = padding), a ready [B, 1, Q, K] mask, or None. Packed batches
-    are recognised by position ids that start anew, without attention mask and cache.
-    """
-    if attention_mask is not None and attention_mask.dim() == 4:
-        mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-        return AttentionPlan(mask=mask)
-    if attention_mask is None:
-        if past == 0 and position_ids is not None and queries > 1:
-            lengths = packed_lengths(position_ids.expand(batch, queries))
-            if lengths is not None:
-                ends = torch.tensor([0, *lengths], device=position_ids.device).cumsum(0).to(torch.int32)
-                return AttentionPlan(lengths=lengths, cu_seqlens=ends)
-        return AttentionPlan()
-    seen = attention_mask.bool()
-    if past + queries != seen.shape[1]:
-        raise ValueError(
-            f"attention_mask: {seen.shape[1]} columns; expected {past + queries} ({past} cached, {queries} new)."
-        )
-    # Padding on the right is never seen by a token under causal attention: no mask, and the fast kernels stay open.
-    if bool(seen.all()) or (past == 0 and bool((seen[:, 1:] <= seen[:, :-1]).all())):
-        return AttentionPlan(row_lengths=seen.sum(1).tolist() if seen.device.type == "cpu" else None)
-    keys = past + queries
-    position = torch.arange(keys, device=seen.device)
-    causal = position[None, :] <= position[past:, None]  # [Q, K]
-    # A padding token sees itself, or its softmax would be over nothing.
-    itself = position[None, :] == position[past:, None]
-    return AttentionPlan(mask=((causal & seen[:, None, :]) | itself)[:, None], padding=seen)
+from phi3v.model.layout import AttentionPlan
 
 
 class LongRope:
@@ -131,30 +59,20 @@ class LongRope:
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
     def is_long(
-        self,
-        plan: AttentionPlan,
-        attention_mask: torch.Tensor | None,
-        batch: int,
-        queries: int,
-        past: int,
-        device: torch.device,
+        self, plan: AttentionPlan, batch: int, queries: int, past: int, device: torch.device
     ) -> torch.Tensor | None:
-        """Which tokens take the long factors, [B, Q], [B, 1] or [1, 1] bool; None where all are short (no transfer)."""
+        """Which tokens take the long factors, [B, Q], [B, 1] or [1, 1] bool; None if all are short (no transfer)."""
         if past + queries <= self.original:
             return None
-        by_example = self.config.longrope_scope == "sequence"
-        if by_example and (plan.lengths or plan.row_lengths):
-            counts = torch.tensor(plan.lengths or plan.row_lengths)
-            long = counts > self.original
-            if not bool(long.any()):
-                return None
-            is_long = long.repeat_interleave(counts).view(batch, queries) if plan.lengths else long[:, None]
-            return is_long.to(device, non_blocking=True)
-        if attention_mask is not None and by_example:
-            if attention_mask.dim() == 4:  # [B, 1, Q, K]: the last query sees its whole example
-                attention_mask = plan.mask[:, 0, -1]
-            return attention_mask.sum(-1, keepdim=True) > self.original
-        return torch.ones((1, 1), dtype=torch.bool, device=device)
+        lengths = plan.lengths or plan.row_lengths
+        if self.config.longrope_scope == "batch" or lengths is None:
+            return torch.ones((1, 1), dtype=torch.bool, device=device)
+        counts = torch.as_tensor(lengths)
+        long = counts > self.original
+        if long.device.type == "cpu" and not bool(long.any()):
+            return None
+        is_long = long.repeat_interleave(counts).view(batch, queries) if plan.lengths else long[:, None]
+        return is_long.to(device, non_blocking=True)
 
 
 class GrowingLayer(DynamicLayer):
@@ -205,7 +123,12 @@ def make_room(cache: Cache | None) -> None:
     The published windows are longer than all positions, so that layers with a window never forget anything either.
     """
     growing = (DynamicLayer, DynamicSlidingWindowLayer)
-    if type(cache) is DynamicCache and not cache.get_seq_length() and not getattr(cache, "offloading", False):
+    if (
+        cache is not None
+        and type(cache) is DynamicCache
+        and not cache.get_seq_length()
+        and not getattr(cache, "offloading", False)
+    ):
         cache.layers = [GrowingLayer() if type(layer) in growing else layer for layer in cache.layers]
 
 
@@ -232,46 +155,76 @@ class Phi3VAttention(Phi3Attention):
             query, key = fused.rotate(query, cos, sin), fused.rotate(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        dropout = self.attention_dropout if self.training else 0.0
-        output = attend(self, query, key, value, attention_mask or AttentionPlan(), self.scaling, dropout)
+        output = self.attend(query, key, value, attention_mask or AttentionPlan())
         return self.o_proj(output.reshape(batch, queries, -1)), None
 
-
-def attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    plan: AttentionPlan,
-    scaling: float,
-    dropout: float,
-) -> torch.Tensor:
-    """Attention of query [B, H, Q, D] over key, value [B, H_kv, K, D] by the module's implementation: [B, Q, H, D]."""
-    implementation = module.config._attn_implementation
-    if implementation.startswith("flash_attention"):
-        return _flash(module, implementation, query, key, value, plan, scaling, dropout)
-    if plan.lengths is not None:
-        return _packed(module, query, key, value, plan, scaling, dropout)
-    groups = query.shape[1] // key.shape[1]
-    causal = plan.mask is None and query.shape[2] > 1
-    mask = plan.mask
-    if (
-        causal and key.shape[2] > query.shape[2]
-    ):  # queries are the last of the keys; SDPA's own flag counts from the first
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-        mask, causal = mask.tril(key.shape[2] - query.shape[2]), False
-    if implementation == "eager":
-        if groups > 1:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """Attention of query [B, H, Q, D] over key, value [B, H_kv, K, D] by the configured kernel: [B, Q, H, D]."""
+        implementation = self.config._attn_implementation
+        if implementation.startswith("flash_attention"):
+            return self._flash(query, key, value, plan)
+        if plan.lengths is not None:
+            return self._packed(query, key, value, plan)
+        groups, dropout = query.shape[1] // key.shape[1], self._dropout()
+        causal, mask = plan.mask is None and query.shape[2] > 1, plan.mask
+        if causal and key.shape[2] > query.shape[2]:
+            # Queries are the last of the keys; SDPA's own flag counts from the first.
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            mask, causal = mask.tril(key.shape[2] - query.shape[2]), False
+        # CPU kernels take grouped heads without a copy for plain causal attention; with a mask they fall back to slow ones.
+        grouped = groups > 1 and mask is None and implementation != "eager"
+        if groups > 1 and not grouped:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        return eager_attention(query, key, value, mask, causal, scaling, dropout).transpose(1, 2)
-    # CPU kernels take grouped heads without a copy for plain causal attention; with a mask they fall back to slow ones.
-    grouped = {"enable_gqa": True} if groups > 1 and mask is None else {}
-    if groups > 1 and not grouped:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, **grouped
-    )
-    return output.transpose(1, 2)
+        if implementation == "eager":
+            return eager_attention(query, key, value, mask, causal, self.scaling, dropout).transpose(1, 2)
+        options = {"enable_gqa": True} if grouped else {}
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=self.scaling, **options
+        )
+        return output.transpose(1, 2)
+
+    def _dropout(self) -> float:
+        return self.attention_dropout if self.training else 0.0
+
+    def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """Causal attention within each example of a packed batch: [B, Q, H, D]."""
+        batch, heads, queries, width = query.shape
+        flat = [_in_one_row(x) for x in (query, key, value)]
+        if self.config._attn_implementation == "sdpa" and self._dropout() == 0 and _has_varlen_kernel(query):
+            from torch.nn.attention.varlen import varlen_attn
+
+            q, k, v = (x[0].transpose(0, 1) for x in flat)  # [N, H, D]
+            ends, longest, gqa = plan.cu_seqlens, plan.max_length, heads > k.shape[1]
+            assert ends is not None
+            bounds, causal = (ends, ends, longest, longest), (-1, 0)
+            output = varlen_attn(q, k, v, *bounds, scale=self.scaling, window_size=causal, enable_gqa=gqa)
+            assert isinstance(output, torch.Tensor)
+            return output.view(batch, queries, heads, width)
+        pieces = zip(*(x.split(plan.lengths, dim=2) for x in flat), strict=True)
+        output = torch.cat([self.attend(q, k, v, AttentionPlan()) for q, k, v in pieces], dim=1)
+        return output.view(batch, queries, heads, width)
+
+    def _flash(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """The flash-attn package, through transformers: [B, Q, H, D]."""
+        kernel = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        batch, heads, queries, width = query.shape
+        packed = {}
+        if plan.lengths is not None:
+            query, key, value = (_in_one_row(x) for x in (query, key, value))
+            ends, longest = plan.cu_seqlens, plan.max_length
+            packed = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        output, _ = kernel(
+            self,
+            query,
+            key,
+            value,
+            plan.padding,
+            dropout=self._dropout(),
+            scaling=self.scaling,
+            is_causal=True,
+            **packed,
+        )
+        return output.reshape(batch, queries, heads, width)
 
 
 def eager_attention(
@@ -293,64 +246,13 @@ def eager_attention(
     return F.dropout(weights, p=dropout, training=dropout > 0) @ value
 
 
-def _packed(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    plan: AttentionPlan,
-    scaling: float,
-    dropout: float,
-) -> torch.Tensor:
-    """Causal attention within each example of a packed batch: [B, Q, H, D]."""
-    batch, heads, queries, width = query.shape
-    flat = [
-        x.transpose(1, 2).reshape(1, batch * queries, x.shape[1], width).transpose(1, 2) for x in (query, key, value)
-    ]
-    if module.config._attn_implementation == "sdpa" and dropout == 0 and _has_varlen_kernel(query):
-        from torch.nn.attention.varlen import varlen_attn
-
-        q, k, v = (x[0].transpose(0, 1) for x in flat)  # [N, H, D]
-        ends, longest = plan.cu_seqlens, plan.max_length
-        output = varlen_attn(
-            q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=heads > k.shape[1]
-        )
-        return output.view(batch, queries, heads, width)
-    pieces = [
-        attend(module, q, k, v, AttentionPlan(), scaling, dropout)
-        for q, k, v in zip(*(x.split(plan.lengths, dim=2) for x in flat), strict=True)
-    ]
-    return torch.cat(pieces, dim=1).view(batch, queries, heads, width)
+def _in_one_row(x: torch.Tensor) -> torch.Tensor:
+    """[B, H, Q, D] as [1, H, B*Q, D]."""
+    batch, heads, queries, width = x.shape
+    return x.transpose(1, 2).reshape(1, batch * queries, heads, width).transpose(1, 2)
 
 
 def _has_varlen_kernel(query: torch.Tensor) -> bool:
     """Whether torch's own flash kernel for packed batches runs here: Ampere or newer, half precision."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     return query.is_cuda and half and torch.cuda.get_device_capability(query.device) >= (8, 0)
-
-
-def _flash(
-    module: nn.Module,
-    implementation: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    plan: AttentionPlan,
-    scaling: float,
-    dropout: float,
-) -> torch.Tensor:
-    """The flash-attn package, through transformers: [B, Q, H, D]."""
-    kernel = ALL_ATTENTION_FUNCTIONS[implementation]
-    batch, heads, queries, width = query.shape
-    packed = {}
-    if plan.lengths is not None:
-        query, key, value = (
-            x.transpose(1, 2).reshape(1, batch * queries, x.shape[1], width).transpose(1, 2)
-            for x in (query, key, value)
-        )
-        ends, longest = plan.cu_seqlens, plan.max_length
-        packed = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    output, _ = kernel(
-        module, query, key, value, plan.padding, dropout=dropout, scaling=scaling, is_causal=True, **packed
-    )
-    return output.reshape(batch, queries, heads, width)

@@ -94,7 +94,7 @@ def write_card(
     return path
 
 
-def _shown(key: str, value: Any) -> str:
+def _shown(key: str, value: object) -> str:
     """A setting's value for the table; of folders only the last part."""
     if key.endswith(("_dir", "_path")) or key == "model_name_or_path":
         return Path(str(value)).name

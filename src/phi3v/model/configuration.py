@@ -101,7 +101,7 @@ class Phi3VConfig(PreTrainedConfig):
             self.vision_config = CLIPVisionConfig(**{**OFFICIAL_VISION, **given})
         self.embd_layer = self.embd_layer or dict(OFFICIAL_EMBD_LAYER)
         self.img_processor = self.img_processor or {
-            "image_dim_out": self.vision_config.hidden_size,
+            "image_dim_out": self.vision.hidden_size,
             "model_name": "openai/clip-vit-large-patch14-336",
             "name": "clip_vision_model",
             "num_img_tokens": self.tokens_per_tile,
@@ -118,6 +118,12 @@ class Phi3VConfig(PreTrainedConfig):
     # Geometry of one tile -------------------------------------------------------------------------------------
 
     @property
+    def vision(self) -> CLIPVisionConfig:
+        """The tower's configuration."""
+        assert isinstance(self.vision_config, CLIPVisionConfig)
+        return self.vision_config
+
+    @property
     def head_dim(self) -> int:
         """Width of one decoder head."""
         return self.hidden_size // self.num_attention_heads
@@ -125,12 +131,12 @@ class Phi3VConfig(PreTrainedConfig):
     @property
     def tile_size(self) -> int:
         """Side of a square tile in pixels (336 in the published models)."""
-        return self.vision_config.image_size
+        return self.vision.image_size
 
     @property
     def tile_grid(self) -> int:
         """Side of a tile after the 2x2 merge, in image tokens (12 in the published models)."""
-        return self.vision_config.image_size // self.vision_config.patch_size // 2
+        return self.vision.image_size // self.vision.patch_size // 2
 
     @property
     def tokens_per_tile(self) -> int:
@@ -138,7 +144,7 @@ class Phi3VConfig(PreTrainedConfig):
         return self.tile_grid**2
 
     def _check(self) -> None:
-        vision = self.vision_config
+        vision, embd_layer = self.vision, self.embd_layer or {}
         if vision.image_size % (2 * vision.patch_size):
             raise ValueError(
                 f"config vision_config: image_size {vision.image_size} is no multiple of twice patch_size "
@@ -150,10 +156,8 @@ class Phi3VConfig(PreTrainedConfig):
                 "image features are the output of the last layer but one."
             )
         for key, value in OFFICIAL_EMBD_LAYER.items():
-            if self.embd_layer.get(key, value) != value:
-                raise ValueError(
-                    f"config embd_layer.{key}: {self.embd_layer[key]!r}; this model computes {value!r} only."
-                )
+            if embd_layer.get(key, value) != value:
+                raise ValueError(f"config embd_layer.{key}: {embd_layer[key]!r}; this model computes {value!r} only.")
         if self.tie_word_embeddings:
             raise ValueError("config tie_word_embeddings: true; Phi-3-vision has a separate lm_head.")
         if self.sliding_window is not None and self.sliding_window < self.max_position_embeddings:
@@ -185,7 +189,7 @@ class Phi3VConfig(PreTrainedConfig):
 
     # Serialisation --------------------------------------------------------------------------------------------
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The publisher's config.json as a dictionary; keys of our own appear only where they differ from it."""
         output = super().to_dict()
         for key in ("dtype", "id2label", "label2id", "problem_type", "return_dict", "output_hidden_states"):
@@ -195,7 +199,7 @@ class Phi3VConfig(PreTrainedConfig):
         if self.dtype is not None:
             output["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         output["model_type"] = self.model_type
-        vision = {key: getattr(self.vision_config, key) for key in _VISION_KEYS}
+        vision = {key: getattr(self.vision, key) for key in _VISION_KEYS}
         official = CLIPVisionConfig(**OFFICIAL_VISION)
         if all(vision[key] == getattr(official, key) for key in _VISION_KEYS):
             output.pop("vision_config", None)
@@ -205,11 +209,11 @@ class Phi3VConfig(PreTrainedConfig):
             output.pop("longrope_scope", None)
         if self.image_token_id == OFFICIAL_IMAGE_TOKEN_ID:
             output.pop("image_token_id", None)
-        if list(self.end_token_ids) == list(OFFICIAL_END_TOKEN_IDS):
+        if list(self.end_token_ids or ()) == list(OFFICIAL_END_TOKEN_IDS):
             output.pop("end_token_ids", None)
         return output
 
-    def to_diff_dict(self) -> dict[str, Any]:
+    def to_diff_dict(self) -> dict[str, object]:
         """What is saved: every key, since other readers have other defaults."""
         output = self.to_dict()
         output.pop("_name_or_path", None)

@@ -17,10 +17,14 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
-from torch.autograd.function import FunctionCtx
+from torch import nn
+from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 RECOMPILE_LIMIT = 64
 """Compilations of a kernel; sizes of 1 and equal sizes each need one of their own. Beyond it the plain function runs."""
@@ -47,27 +51,38 @@ def available(x: torch.Tensor) -> bool:
     return bool(torch.version.hip) or torch.cuda.get_device_capability(x.device) >= TRITON_CAPABILITY
 
 
-class _Compiled:
+class Context(Protocol):
+    """What PyTorch hands to the two directions of an autograd function."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    backward_kernel: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        """Keep tensors for the backward pass."""
+
+
+class _Compiled(Generic[P, R]):
     """A pure function that is compiled at its first call; importing the compiler takes seconds."""
 
     around: ClassVar[Callable[[], contextlib.AbstractContextManager[None]]] = contextlib.nullcontext
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[P, R]) -> None:
         functools.update_wrapper(self, function)
         self.function = function
 
     @functools.cached_property
-    def compiled(self) -> Callable[..., Any]:
+    def compiled(self) -> Callable[P, R]:
         """One kernel for tensors of any shape."""
         # Few and small: a pool of compiling processes for each GPU would take longer to start.
         threads = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "1"))
-        return torch.compile(
-            self.function, dynamic=True, options={"compile_threads": threads}, recompile_limit=RECOMPILE_LIMIT
-        )
+        compiler: Callable[..., Callable[P, R]] = torch.compile  # its types lack recompile_limit
+        options = {"compile_threads": threads}
+        return compiler(self.function, dynamic=True, options=options, recompile_limit=RECOMPILE_LIMIT)
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: P.args, **options: P.kwargs) -> R:
         with type(self).around():
-            return self.compiled(*arguments)
+            return self.compiled(*arguments, **options)
 
 
 def compiled_kernels() -> list[str]:
@@ -91,6 +106,25 @@ def called_within(around: Callable[[], contextlib.AbstractContextManager[None]])
         yield
     finally:
         _Compiled.around = staticmethod(before)
+
+
+class _Elementwise(torch.autograd.Function):
+    """A kernel of one tensor, whose backward kernel takes the gradient and that tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Context,
+        x: torch.Tensor,
+        forward_kernel: Callable[[torch.Tensor], torch.Tensor],
+        backward_kernel: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.backward_kernel = backward_kernel
+        return forward_kernel(x)
+
+    @staticmethod
+    def backward(ctx: Context, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.backward_kernel(gradient, *ctx.saved_tensors), None, None
 
 
 # RMSNorm ----------------------------------------------------------------------------------------------------------
@@ -122,13 +156,13 @@ def rms_norm_weight_backward(gradient: torch.Tensor, x: torch.Tensor, inverse: t
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Context, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         y, inverse = rms_norm_forward(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Context, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         to_x, to_weight = ctx.needs_input_grad[:2]
         return (
@@ -141,6 +175,16 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Phi-3's RMSNorm of x [..., W]."""
     return _RMSNorm.apply(x, weight, eps)
+
+
+class RMSNorm(Phi3RMSNorm):
+    """transformers' norm, in one kernel for each direction if training on CUDA."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., W] to the same shape and type."""
+        if self.training and available(hidden_states):
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states)
 
 
 # SwiGLU -----------------------------------------------------------------------------------------------------------
@@ -162,20 +206,26 @@ def swiglu_backward(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tens
     return torch.cat((to_gate, wide * gate * share), dim=-1).to(gate_up.dtype)
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate_up)
-        return swiglu_forward(gate_up)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return swiglu_backward(gradient, *ctx.saved_tensors)
-
-
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of gate and up side by side: [..., 2W] to [..., W]."""
-    return _SwiGLU.apply(gate_up)
+    return _Elementwise.apply(gate_up, swiglu_forward, swiglu_backward)
+
+
+class GatedMLP(nn.Module):
+    """The linear layers of transformers' Phi-3 feed-forward block with their gate in one kernel, if training on CUDA."""
+
+    def __init__(self, mlp: Phi3MLP) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj, self.activation_fn = mlp.gate_up_proj, mlp.down_proj, mlp.activation_fn
+        self.is_silu = mlp.config.hidden_act == "silu"
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, Q, W] to the same shape."""
+        gate_up = self.gate_up_proj(hidden_states)
+        if self.is_silu and self.training and available(gate_up):
+            return self.down_proj(swiglu(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down_proj(up * self.activation_fn(gate))
 
 
 # Quick GELU -------------------------------------------------------------------------------------------------------
@@ -194,23 +244,17 @@ def quick_gelu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor
     return (gradient.float() * share * (1 + 1.702 * wide * (1 - share))).to(x.dtype)
 
 
-class _QuickGELU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        return quick_gelu_forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return quick_gelu_backward(gradient, *ctx.saved_tensors)
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(1.702 x), elementwise."""
+    return _Elementwise.apply(x, quick_gelu_forward, quick_gelu_backward)
 
 
-class QuickGELU(torch.nn.Module):
-    """CLIP's activation."""
+class QuickGELU(nn.Module):
+    """CLIP's activation, in one kernel for each direction if training on CUDA."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Elementwise on a tensor of any shape."""
-        return _QuickGELU.apply(x) if self.training and available(x) else x * torch.sigmoid(1.702 * x)
+        return quick_gelu(x) if self.training and available(x) else x * torch.sigmoid(1.702 * x)
 
 
 # Rotary embedding -------------------------------------------------------------------------------------------------
@@ -246,7 +290,7 @@ def rotate_backward(
 class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int
+        ctx: Context, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, key, value = split_heads(qkv, heads, kv_heads)
         ctx.save_for_backward(cos, sin)
@@ -255,7 +299,7 @@ class _SplitAndRotate(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        ctx: Context, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, None, None, None, None]:
         return rotate_backward(query, key, value, *ctx.saved_tensors), None, None, None, None
 

@@ -97,7 +97,7 @@ class Phi3VImageProcessor(ImageProcessingMixin):
         do_convert_rgb: bool = True,
         num_img_tokens: int = 144,
         tile_size: int = 336,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         super().__init__()
         self.num_crops = num_crops
@@ -236,9 +236,9 @@ class Phi3VImageProcessor(ImageProcessingMixin):
 
     __call__ = preprocess
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The publisher's preprocessor_config.json; the tile side appears only where it is not the published one."""
-        output: dict[str, Any] = {
+        output: dict[str, object] = {
             "auto_map": {
                 "AutoImageProcessor": "processing_phi3_v.Phi3VImageProcessor",
                 "AutoProcessor": "processing_phi3_v.Phi3VProcessor",

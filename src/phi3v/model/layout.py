@@ -1,23 +1,47 @@
-"""Where pictures and answers stand in a batch, worked out on the CPU before the device has anything to do.
+"""Where pictures and answers stand in a batch, and which tokens see which, worked out on the CPU.
 
 A model that looks these things up in tensors on a GPU waits for it at every look-up. Training's collator makes a
-`BatchLayout` beside the batch instead, in the loader's process; other callers of the model leave that to the forward pass.
+`BatchLayout` beside the batch instead, in the loader's process. For other callers the forward pass makes it.
 
-Shapes: B = batch rows, T = tokens of a row, I = image tokens of the batch, L = label positions of the batch.
+Shapes: B = batch rows, T = tokens of a row, Q = query tokens, K = key tokens (cached ones included), I = image tokens of
+the batch, L = label positions of the batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from phi3v.model.attention import AttentionPlan, plan_attention
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.vision import gather_index
 
 DEVICE_FIELDS = ("image_positions", "feature_rows", "label_positions", "label_ids", "label_weights", "position_ids")
 """Fields of a layout that the device reads; the rest stays on the CPU."""
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Which keys a query sees, computed once per forward pass for all layers.
+
+    Without `lengths` and `mask`: plain causal attention over the last Q of K keys.
+    """
+
+    mask: torch.Tensor | None = None
+    """[B, 1, Q, K] bool, True = seen."""
+    padding: torch.Tensor | None = None
+    """[B, K], kept beside a mask for the flash-attn package, which drops padded tokens itself."""
+    lengths: list[int] | None = None
+    """Token counts of a packed batch's examples in order, summing to B*Q; causal within each."""
+    cu_seqlens: torch.Tensor | None = None
+    """[examples + 1] int32, where each packed example begins and ends, on the batch's device."""
+    row_lengths: list[int] | torch.Tensor | None = None
+    """Tokens of each row without padding, if there is a mask; a list if the mask is on the CPU."""
+
+    @property
+    def max_length(self) -> int:
+        """Longest example of a packed batch."""
+        return max(self.lengths) if self.lengths else 0
 
 
 @dataclass(frozen=True)
@@ -41,46 +65,110 @@ class BatchLayout:
     position_ids: torch.Tensor | None = None
     """[B, T] of a packed batch."""
 
+    def to(self, device: torch.device) -> BatchLayout:
+        """With the fields of `DEVICE_FIELDS` on a device."""
+
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            image_positions=moved(self.image_positions),
+            feature_rows=moved(self.feature_rows),
+            label_positions=moved(self.label_positions),
+            label_ids=moved(self.label_ids),
+            label_weights=moved(self.label_weights),
+            position_ids=moved(self.position_ids),
+        )
+
 
 def lay_out(
     config: Phi3VConfig,
-    input_ids: torch.Tensor,
+    inputs: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     image_sizes: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
     loss_weights: torch.Tensor | None = None,
+    past: int = 0,
 ) -> BatchLayout:
-    """The layout of a whole training batch, from tensors on the CPU: see `Phi3VForCausalLM.forward` for their shapes.
+    """The layout of a batch after `past` cached tokens, on the CPU; waits for tensors that are on a device.
 
-    Raises ValueError if image positions and pictures, or labels and inputs, do not fit together, and for padding that
-    is not on the right.
+    inputs: input_ids [B, T]; or inputs_embeds [B, T, D], whose pictures are in them. The others: see
+    `Phi3VForCausalLM.forward`. Raises ValueError if image positions and pictures, or labels and inputs, do not fit.
     """
-    batch, tokens = input_ids.shape
-    plan = plan_attention(attention_mask, position_ids, batch, tokens, past=0)
-    if plan.mask is not None:
-        raise ValueError("attention_mask: padding on the left or within a row; expected it on the right.")
-    positions, rows = picture_rows(config, input_ids, image_sizes)
-    where = ids = weights = None
+    batch, tokens = inputs.shape[:2]
+    plan = plan_attention(attention_mask, position_ids, batch, tokens, past)
+    layout = BatchLayout(plan=plan, position_ids=position_ids)
+    if inputs.dim() == 2:
+        sizes = None if image_sizes is None else image_sizes.cpu()
+        positions, rows = _picture_rows(config, inputs.cpu(), sizes)
+        layout = replace(layout, image_sizes=sizes, image_positions=positions, feature_rows=rows)
     if labels is not None:
         packed = position_ids if attention_mask is None else None
-        where, ids, weights = label_rows(input_ids, labels, loss_weights, packed)
-    return BatchLayout(
-        plan=plan,
-        image_sizes=image_sizes,
-        image_positions=positions,
-        feature_rows=rows,
-        label_positions=where,
-        label_ids=ids,
-        label_weights=weights,
-        position_ids=position_ids,
-    )
+        host = [None if x is None else x.cpu() for x in (loss_weights, packed)]
+        positions, ids, weights = _label_rows(inputs.shape[:2], labels.cpu(), *host)
+        layout = replace(layout, label_positions=positions, label_ids=ids, label_weights=weights)
+    return layout
 
 
-def picture_rows(
+# Attention ----------------------------------------------------------------------------------------------------------
+
+
+def packed_lengths(position_ids: torch.Tensor) -> list[int] | None:
+    """Token counts of the examples in a packed batch of position ids [B, Q], or None if no row holds several.
+
+    An example begins where a position does not follow its left neighbour's, and at each row's start.
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    first = starts.flatten().nonzero().flatten().tolist()
+    if len(first) == len(position_ids):
+        return None
+    ends = [*first[1:], position_ids.numel()]
+    return [end - start for start, end in zip(first, ends, strict=True)]
+
+
+def plan_attention(
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch: int, queries: int, past: int
+) -> AttentionPlan:
+    """The plan for B x `queries` tokens after `past` cached ones.
+
+    attention_mask: [B, past + queries] (1 = token, 0 = padding), a ready [B, 1, Q, K] mask, or None. Packed batches
+    are recognised by position ids that start anew, without attention mask and cache.
+    """
+    if attention_mask is None:
+        if past == 0 and position_ids is not None and queries > 1:
+            lengths = packed_lengths(position_ids.expand(batch, queries))
+            if lengths is not None:
+                ends = torch.tensor([0, *lengths], device=position_ids.device).cumsum(0).to(torch.int32)
+                return AttentionPlan(lengths=lengths, cu_seqlens=ends)
+        return AttentionPlan()
+    if attention_mask.dim() == 4:
+        mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+        return AttentionPlan(mask=mask, row_lengths=mask[:, 0, -1].sum(-1))  # the last query sees its whole example
+    seen, keys = attention_mask.bool(), past + queries
+    if keys != seen.shape[1]:
+        raise ValueError(f"attention_mask: {seen.shape[1]} columns; expected {keys} ({past} cached, {queries} new).")
+    counts = seen.sum(1)
+    # Padding on the right is never seen by a token under causal attention: no mask, and the fast kernels stay open.
+    if bool(seen.all()) or (past == 0 and bool((seen[:, 1:] <= seen[:, :-1]).all())):
+        return AttentionPlan(row_lengths=counts.tolist() if seen.device.type == "cpu" else counts)
+    position = torch.arange(keys, device=seen.device)
+    causal = position[None, :] <= position[past:, None]  # [Q, K]
+    # A padding token sees itself, or its softmax would be over nothing.
+    itself = position[None, :] == position[past:, None]
+    mask = ((causal & seen[:, None, :]) | itself)[:, None]
+    return AttentionPlan(mask=mask, padding=seen, row_lengths=counts)
+
+
+# Pictures and labels ------------------------------------------------------------------------------------------------
+
+
+def _picture_rows(
     config: Phi3VConfig, input_ids: torch.Tensor, image_sizes: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """image_positions and feature_rows [I] of input_ids [B, T], on the CPU; (None, None) without pictures."""
+    """image_positions and feature_rows [I] of input_ids [B, T]; (None, None) without pictures."""
     positions = (input_ids == config.image_token_id).flatten().nonzero().flatten()
     if image_sizes is None:
         if len(positions):
@@ -88,8 +176,14 @@ def picture_rows(
                 f"input_ids: {len(positions)} image positions but no pixel_values; expected both or neither."
             )
         return None, None
-    check_canvases(image_sizes, config.tile_size)
-    rows = gather_index(image_sizes // config.tile_size, config.tile_grid)
+    size = config.tile_size
+    wrong = image_sizes.dim() != 2 or image_sizes.shape[1] != 2
+    if wrong or bool((image_sizes % size).any()) or bool((image_sizes < size).any()):
+        raise ValueError(
+            f"image_sizes: {image_sizes.tolist()}; expected [height, width] of each canvas "
+            f"in whole tiles of {size} pixels."
+        )
+    rows = gather_index(image_sizes // size, config.tile_grid)
     if len(positions) != len(rows):
         raise ValueError(
             f"input_ids: {len(positions)} image positions; expected {len(rows)} for image_sizes {image_sizes.tolist()}."
@@ -97,29 +191,16 @@ def picture_rows(
     return positions, rows
 
 
-def check_canvases(image_sizes: torch.Tensor, tile_size: int) -> None:
-    """Raises ValueError if image_sizes is not [n_images, 2] in whole tiles."""
-    wrong = image_sizes.dim() != 2 or image_sizes.shape[1] != 2
-    if wrong or bool((image_sizes % tile_size).any()) or bool((image_sizes < tile_size).any()):
-        raise ValueError(
-            f"image_sizes: {image_sizes.tolist()}; expected [height, width] of each canvas "
-            f"in whole tiles of {tile_size} pixels."
-        )
-
-
-def label_rows(
-    input_ids: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor | None, packed: torch.Tensor | None
+def _label_rows(
+    shape: torch.Size, labels: torch.Tensor, loss_weights: torch.Tensor | None, packed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """label_positions, label_ids and label_weights [L], on the CPU.
+    """label_positions, label_ids and label_weights [L] for inputs of `shape` [B, T].
 
     packed: position ids of a packed batch, whose examples must not learn their first token from the example before.
     """
-    for name, values in (("labels", labels), ("loss_weights", loss_weights)):
-        if values is not None and values.shape != input_ids.shape:
-            raise ValueError(
-                f"{name}: shape {list(values.shape)}; expected {list(input_ids.shape)} like "
-                f"{'input_ids' if name == 'labels' else 'labels'}."
-            )
+    for name, values, like in (("labels", labels, "input_ids"), ("loss_weights", loss_weights, "labels")):
+        if values is not None and values.shape != shape:
+            raise ValueError(f"{name}: shape {list(values.shape)}; expected {list(shape)} like {like}.")
     wanted = torch.zeros_like(labels, dtype=torch.bool)
     wanted[:, :-1] = labels[:, 1:] != -100
     if packed is not None:

@@ -9,12 +9,14 @@ Shapes: N = rows of the input, I = inputs, O = outputs, r = rank.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from peft.tuners import lora
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from phi3v.model.fused import Context
 
 
 class _Factors(NamedTuple):
@@ -43,7 +45,9 @@ class _Prepared:
     """Steps of all optimizers of this process."""
 
     @classmethod
-    def after_step(cls, optimizer: torch.optim.Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def after_step(
+        cls, optimizer: torch.optim.Optimizer, arguments: tuple[object, ...], options: dict[str, object]
+    ) -> None:
         """A hook that PyTorch calls after each step of any optimizer."""
         cls.steps += 1
 
@@ -94,14 +98,23 @@ def _factor_gradients(
     return to_inner, to_a, torch.mm(gradient.t(), inner).float()
 
 
+class _Context(Context, Protocol):
+    scale: torch.Tensor
+
+
 class _LinearWithProduct(torch.autograd.Function):
     """x W^T + bias + scale x a^T b^T over a frozen W. The gradients of a and b are those of the trained factors."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: nn.Parameter, b: nn.Parameter,
+        ctx: _Context,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: nn.Parameter,
+        b: nn.Parameter,
         factors: _Factors,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         rows, weight_t = x.reshape(-1, x.shape[-1]), factors.weight_t
         assert weight_t is not None
         output = torch.mm(rows, weight_t) if bias is None else torch.addmm(bias, rows, weight_t)
@@ -113,7 +126,7 @@ class _LinearWithProduct(torch.autograd.Function):
         return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight, inner, own_a, own_b = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])
         to_inner, to_a, to_b = _factor_gradients(flat, rows, inner, own_b, ctx.scale)
@@ -129,7 +142,7 @@ class _AddProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, x: torch.Tensor, a: nn.Parameter, b: nn.Parameter, factors: _Factors
+        ctx: _Context, output: torch.Tensor, x: torch.Tensor, a: nn.Parameter, b: nn.Parameter, factors: _Factors
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         inner = torch.mm(rows, factors.a_t)
@@ -138,7 +151,7 @@ class _AddProduct(torch.autograd.Function):
         return torch.addmm(output.view(-1, output.shape[-1]), inner, factors.b_t).view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, inner, own_a, own_b = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])
         to_inner, to_a, to_b = _factor_gradients(flat, rows, inner, own_b, ctx.scale)
@@ -163,28 +176,42 @@ def _product_first(
     return torch.addmm(product, rows, weight.t()).view(*x.shape[:-1], -1)
 
 
-class LoraLinear(lora.Linear):
-    """PEFT's layer over a frozen `nn.Linear`; plain LoRA without dropout, all else is left to PEFT."""
+class _LoraLayer(lora.LoraLayer):
+    """Plain LoRA without dropout; all else is left to PEFT's layer, which comes next in the order of base classes."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **options)
+        self._prepared = _Prepared()
+
+    def forward(self, x: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        """[..., I] to [..., O], in x's type."""
+        if self.disable_adapters or self.merged or not self._takes(x):
+            return super().forward(x, *arguments, **options)
+        (name,) = self.active_adapters
+        return self._output(x, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+
+    def _takes(self, x: torch.Tensor) -> bool:
+        return True
+
+    def _output(self, x: torch.Tensor, a: nn.Parameter, b: nn.Parameter, scaling: float) -> torch.Tensor:
+        """Over a base that computes its own output."""
+        return _AddProduct.apply(self.base_layer(x), x, a, b, self._prepared.factors(a, b, None, x.dtype, scaling))
+
+
+class LoraLinear(_LoraLayer, lora.Linear):
+    """PEFT's layer over a frozen `nn.Linear`."""
 
     ends_checkpoint = False
     """Whether it is the last layer of a checkpointed block."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._prepared = _Prepared()
+    def _takes(self, x: torch.Tensor) -> bool:
+        return x.dtype == self.get_base_layer().weight.dtype  # else under autocast, and PEFT converts
 
-    def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        """[..., I] to [..., O], in x's type."""
-        if self.disable_adapters or self.merged:
-            return super().forward(x, *arguments, **options)
-        (name,) = self.active_adapters
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+    def _output(self, x: torch.Tensor, a: nn.Parameter, b: nn.Parameter, scaling: float) -> torch.Tensor:
         base = self.get_base_layer()
-        if x.dtype != base.weight.dtype:  # under autocast; PEFT converts
-            return super().forward(x, *arguments, **options)
         if self.ends_checkpoint:
-            return _product_first(x, base.weight, base.bias, a, b, self.scaling[name])
-        factors = self._prepared.factors(a, b, base.weight, x.dtype, self.scaling[name])
+            return _product_first(x, base.weight, base.bias, a, b, scaling)
+        factors = self._prepared.factors(a, b, base.weight, x.dtype, scaling)
         return _LinearWithProduct.apply(x, base.weight, base.bias, a, b, factors)
 
 
@@ -197,20 +224,7 @@ def layers(quantised: bool) -> dict[type[nn.Module], type[nn.Module]]:
         return {nn.Linear: LoraLinear}
     import bitsandbytes
 
-    class LoraLinear4bit(lora.Linear4bit):
-        """The same over a 4-bit base, which computes its own output."""
-
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            self._prepared = _Prepared()
-
-        def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-            """[..., I] to [..., O], in x's type."""
-            if self.disable_adapters or self.merged:
-                return super().forward(x, *arguments, **options)
-            (name,) = self.active_adapters
-            a, b = self.lora_A[name].weight, self.lora_B[name].weight
-            factors = self._prepared.factors(a, b, None, x.dtype, self.scaling[name])
-            return _AddProduct.apply(self.base_layer(x), x, a, b, factors)
+    class LoraLinear4bit(_LoraLayer, lora.Linear4bit):
+        """PEFT's layer over a 4-bit base."""
 
     return {bitsandbytes.nn.Linear4bit: LoraLinear4bit, nn.Linear: LoraLinear}

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -19,17 +19,20 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3MLP, Phi3RMSNorm
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
-from phi3v.model import fused
-from phi3v.model.attention import LongRope, Phi3VAttention, make_room, plan_attention
+from phi3v.model.attention import LongRope, Phi3VAttention, make_room
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.layout import BatchLayout, label_rows, picture_rows
+from phi3v.model.fused import GatedMLP, RMSNorm
+from phi3v.model.layout import BatchLayout, lay_out
 from phi3v.model.vision import ImageEmbedding
 
 EMBEDDING = "model.embed_tokens.weight"
 # The published modules hold the text embedding under a second name as well; files keep one of the two.
 EMBEDDING_ALIAS = "model.vision_embed_tokens.wte.weight"
+GROUPS = ("clip", "projector", "separators", "embedding", "decoder", "head", "adapters")
+"""Groups of parameters, see `parameter_group`."""
 
 
 class Phi3VPreTrainedModel(PreTrainedModel):
@@ -48,44 +51,17 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
         # The tower is made of layers, not of a PreTrainedModel, so nobody else hands it the resolved implementation.
-        if config.vision_config._attn_implementation is None:
-            config.vision_config._attn_implementation = config._attn_implementation
+        if config.vision._attn_implementation is None:
+            config.vision._attn_implementation = config._attn_implementation
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ImageEmbedding):
             for separator in (module.glb_GN, module.sub_GN):
                 init.normal_(separator, mean=0.0, std=self.config.initializer_range)
-        elif hasattr(module, "class_embedding"):
+        elif isinstance(module, CLIPVisionEmbeddings):
             init.normal_(module.class_embedding, mean=0.0, std=self.config.initializer_range)
             init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
-
-
-class RMSNorm(Phi3RMSNorm):
-    """transformers' norm, in one kernel for each direction if training on CUDA."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., D] to the same shape and type."""
-        if self.training and fused.available(hidden_states):
-            return fused.rms_norm(hidden_states, self.weight, self.variance_epsilon)
-        return super().forward(hidden_states)
-
-
-class GatedMLP(nn.Module):
-    """The linear layers of transformers' Phi-3 feed-forward block with their gate in one kernel, if training on CUDA."""
-
-    def __init__(self, mlp: Phi3MLP) -> None:
-        super().__init__()
-        self.gate_up_proj, self.down_proj, self.activation_fn = mlp.gate_up_proj, mlp.down_proj, mlp.activation_fn
-        self.is_silu = mlp.config.hidden_act == "silu"
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[B, T, D] to the same shape."""
-        gate_up = self.gate_up_proj(hidden_states)
-        if self.is_silu and self.training and fused.available(gate_up):
-            return self.down_proj(fused.swiglu(gate_up))
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.down_proj(up * self.activation_fn(gate))
 
 
 class Phi3VModel(Phi3VPreTrainedModel):
@@ -132,70 +108,43 @@ class Phi3VModel(Phi3VPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs: torch.Tensor,
+        layout: BatchLayout,
         pixel_values: torch.Tensor | None = None,
-        image_sizes: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        layout: BatchLayout | None = None,
-        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """See `Phi3VForCausalLM.forward`. hidden_states (on request): inputs of every layer, then the normed output."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids and inputs_embeds: expected exactly one of the two.")
-        if inputs_embeds is None:
-            pictures = layout or self._pictures(input_ids, pixel_values, image_sizes)
-            inputs_embeds = self.embed(input_ids, pixel_values, pictures)  # [B, T, D]
+        """inputs: input_ids [B, T] or inputs_embeds [B, T, D]. The others: see `Phi3VForCausalLM.forward`.
+
+        hidden_states (on request): the inputs of every layer, then the normed output.
+        """
+        embeds = self.embed(inputs, pixel_values, layout) if inputs.dim() == 2 else inputs  # [B, T, D]
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
             make_room(past_key_values)
-        batch, queries, _ = inputs_embeds.shape
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        if layout is not None:
-            plan, position_ids = layout.plan, layout.position_ids
-        else:
-            plan = plan_attention(attention_mask, position_ids, batch, queries, past)
+        (batch, queries), past = embeds.shape[:2], cached_tokens(past_key_values)
+        position_ids = layout.position_ids
         if position_ids is None:
-            position_ids = torch.arange(past, past + queries, device=inputs_embeds.device)[None]
-        is_long = self.rope.is_long(plan, attention_mask, batch, queries, past, inputs_embeds.device)
-        rotary = self.rope(position_ids, is_long, inputs_embeds.dtype)
-        hidden = self.embed_dropout(inputs_embeds)
+            position_ids = torch.arange(past, past + queries, device=embeds.device)[None]
+        is_long = self.rope.is_long(layout.plan, batch, queries, past, embeds.device)
+        rotary = self.rope(position_ids, is_long, embeds.dtype)
+        hidden = self.embed_dropout(embeds)
         states = []
         for layer in self.layers:
             if output_hidden_states:
                 states.append(hidden)
             hidden = layer(
-                hidden, attention_mask=plan, past_key_values=past_key_values, position_embeddings=rotary
+                hidden, attention_mask=layout.plan, past_key_values=past_key_values, position_embeddings=rotary
             )  # [B, T, D]
         hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*states, hidden) if output_hidden_states else None,
-        )
-
-    def _pictures(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None
-    ) -> BatchLayout:
-        """A layout of the pictures alone; waits for the device of input_ids."""
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids: dtype {input_ids.dtype}; expected integers.")
-        if pixel_values is not None and image_sizes is None:
-            raise ValueError("pixel_values without image_sizes; expected [n_images, 2] (height, width of each canvas).")
-        image_sizes = None if pixel_values is None or image_sizes is None else image_sizes.cpu()
-        positions, rows = picture_rows(self.config, input_ids.cpu(), image_sizes)
-        device = input_ids.device
-        return BatchLayout(
-            image_sizes=image_sizes,
-            image_positions=None if positions is None else positions.to(device),
-            feature_rows=None if rows is None else rows.to(device),
         )
 
 
@@ -216,7 +165,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     # Loading and saving ---------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: object, **kwargs: Any) -> Any:
         """Load a checkpoint in the published layout, safetensors only, under either name of the text embedding."""
         kwargs["use_safetensors"] = True
         folder = Path(pretrained_model_name_or_path)
@@ -225,13 +174,15 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), EMBEDDING_ALIAS: EMBEDDING}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if renamed:
-            # Saving would turn the renaming round; files are written under the decoder's name.
-            model._weight_conversions = None
         # Loading makes new parameters, which all ask for gradients.
         model.model.vision_embed_tokens.img_processor.vision_model.freeze_unused()
         model._stop_at_every_end_token()
         return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> None:
+        """Write a checkpoint in the published layout, with the text embedding under the decoder's name."""
+        # True, the default, would give the embedding the name back that it was loaded under.
+        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
 
     def _stop_at_every_end_token(self) -> None:
         """Let `generate` stop at each of the config's end tokens; published files name one of three."""
@@ -272,7 +223,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         arguments = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if arguments["use_reentrant"]:
             raise ValueError("activation checkpointing, use_reentrant: true; expected false (it drops gradients).")
-        self._activation_checkpointing_enable(arguments, every_n_layers, offload)
+        super().activation_checkpointing_enable(arguments, every_n_layers, offload)
 
     # Forward --------------------------------------------------------------------------------------------------
 
@@ -292,7 +243,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor | None = None,
         return_dict: bool | None = None,
         layout: BatchLayout | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> CausalLMOutputWithPast:
         """Loss and logits.
 
@@ -308,32 +259,28 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         logits: with labels None (the head runs at label positions alone, which are not kept), unless `logits_to_keep`
         is given; without labels all positions, or the last `logits_to_keep` (0 = all).
         """
+        inputs = _inputs(input_ids, inputs_embeds)
+        if use_cache is None and (labels is not None or layout is not None):
+            use_cache = False
+        if layout is None:
+            past = cached_tokens(past_key_values)
+            if pixel_values is None:
+                image_sizes = None
+            elif image_sizes is None:
+                raise ValueError(
+                    "pixel_values without image_sizes; expected [n_images, 2] (height, width of each canvas)."
+                )
+            layout = lay_out(
+                self.config, inputs, attention_mask, position_ids, image_sizes, labels, loss_weights, past
+            ).to(inputs.device)
         with self._own_dtype():
-            outputs = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                pixel_values=pixel_values,
-                image_sizes=image_sizes,
-                use_cache=False if use_cache is None and (labels is not None or layout is not None) else use_cache,
-                output_hidden_states=output_hidden_states,
-                layout=layout,
-            )
+            outputs = self.model(inputs, layout, pixel_values, past_key_values, use_cache, output_hidden_states)
             hidden = outputs.last_hidden_state  # [B, T, D]
-            loss = logits = None
-            if labels is not None:
-                packed = position_ids.expand_as(labels) if position_ids is not None and attention_mask is None else None
-                host = [None if x is None else x.cpu() for x in (labels, loss_weights, packed)]
-                found = label_rows(hidden[..., 0].detach(), *host)
-                loss = self._loss(hidden, *(None if x is None else x.to(hidden.device) for x in found))
-            elif layout is not None and layout.label_positions is not None:
-                loss = self._loss(hidden, layout.label_positions, layout.label_ids, layout.label_weights)
+            loss = None if layout.label_positions is None else self._loss(hidden, layout)
+            logits = None
             if loss is None or logits_to_keep is not None:
                 keep = logits_to_keep or 0
-                kept = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
-                logits = self.lm_head(kept)
+                logits = self.lm_head(hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep])
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
@@ -346,17 +293,17 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             return contextlib.nullcontext()
         return torch.autocast(weight.device.type, enabled=False)
 
-    def _loss(
-        self, hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Cross entropy of `targets` [L] with the head at `positions` [L] of the flattened hidden [B, T, D] alone."""
+    def _loss(self, hidden: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        """Cross entropy of the layout's labels with the head at their positions of hidden [B, T, D] alone."""
+        positions, labels, weights = layout.label_positions, layout.label_ids, layout.label_weights
+        assert positions is not None and labels is not None
         if not len(positions):
             # Through the head too, whose weights DDP waits for; zeros first, since float16 may not hold the sum.
             return self.lm_head(0.0 * hidden[:1, :1]).sum().float()
         logits = self.lm_head(hidden.flatten(0, 1)[positions]).float()
         if weights is None:
-            return F.cross_entropy(logits, targets)
-        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+            return F.cross_entropy(logits, labels)
+        return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
 
     # Generation -----------------------------------------------------------------------------------------------
 
@@ -367,8 +314,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+        **kwargs: object,
+    ) -> dict[str, object]:
         """One step's inputs. The step in which a row outgrows the short factors computes everything anew."""
         if attention_mask is not None and attention_mask.dim() == 2 and is_first_iteration:
             last = attention_mask[:, -1].bool()
@@ -378,8 +325,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
                     f"attention_mask, row {row}: its last column is padding; expected left-padded prompts "
                     "(processor(..., padding_side='left'))."
                 )
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if cached and self._outgrows_short_factors(input_ids, attention_mask):
+        if cached_tokens(past_key_values) and self._outgrows_short_factors(input_ids, attention_mask):
             past_key_values, next_sequence_length, is_first_iteration = None, None, True
         make_room(past_key_values)
         return super().prepare_inputs_for_generation(
@@ -396,10 +342,25 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         limit = self.config.original_max_position_embeddings
         if self.config.rope_scaling is None or input_ids.shape[1] <= limit:
             return False
-        per_row = self.config.longrope_scope == "sequence" and attention_mask is not None and attention_mask.dim() == 2
-        if not per_row:
-            return input_ids.shape[1] == limit + 1
-        return bool((attention_mask.sum(-1) == limit + 1).any())
+        if self.config.longrope_scope == "sequence" and attention_mask is not None and attention_mask.dim() == 2:
+            return bool((attention_mask.sum(-1) == limit + 1).any())
+        return input_ids.shape[1] == limit + 1
+
+
+def _inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """The one that is given; raises ValueError if none or both are, or if ids are no integers."""
+    if inputs_embeds is not None and input_ids is None:
+        return inputs_embeds
+    if inputs_embeds is not None or input_ids is None:
+        raise ValueError("input_ids and inputs_embeds: expected exactly one of the two.")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids: dtype {input_ids.dtype}; expected integers.")
+    return input_ids
+
+
+def cached_tokens(cache: Cache | None) -> int:
+    """Tokens that a cache holds."""
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def checkpoint_names(folder: Path) -> set[str]:
@@ -414,3 +375,48 @@ def checkpoint_names(folder: Path) -> set[str]:
 
     with safe_open(single, framework="pt") as file:
         return set(file.keys())
+
+
+def parameter_group(name: str) -> str:
+    """The group of a parameter, one of `GROUPS`, from its name (with or without PEFT's and DDP's prefixes).
+
+    clip, projector and separators are the vision part; embedding is the text embedding; decoder includes the final
+    norm; adapters are LoRA and DoRA weights wherever they sit. Raises ValueError for a name that fits none.
+    """
+    if ".lora_" in name or ".modules_to_save." in name:
+        return "adapters"
+    marks = {
+        "clip": ".img_processor.",
+        "projector": ".img_projection.",
+        "embedding": "embed_tokens.",
+        "decoder": ".layers.",
+        "head": "lm_head.",
+    }
+    if name.endswith((".glb_GN", ".sub_GN")):
+        return "separators"
+    if name.endswith("vision_embed_tokens.wte.weight"):
+        return "embedding"
+    for group, mark in marks.items():
+        if mark in name and (group != "embedding" or "vision_embed_tokens." not in name):
+            return group
+    if name.endswith("model.norm.weight"):
+        return "decoder"
+    raise ValueError(f"parameter {name!r}: it belongs to none of {', '.join(GROUPS)}.")
+
+
+def freeze_vision(model: nn.Module, mode: Literal["vision", "legacy"] = "vision") -> list[str]:
+    """Take the vision part out of training; returns the names of the frozen parameters.
+
+    "vision" freezes CLIP, projector and separators. "legacy" freezes the text embedding with them, as the recipe's
+    `--freeze_vision_model` did: it froze the module `vision_embed_tokens`, which held the embedding too.
+    Call it before adapters are added: adapters are never frozen here.
+    """
+    if mode not in ("vision", "legacy"):
+        raise ValueError(f"freeze_vision mode: {mode!r}; expected 'vision' or 'legacy'.")
+    groups = {"clip", "projector", "separators"} | ({"embedding"} if mode == "legacy" else set())
+    frozen = []
+    for name, parameter in model.named_parameters():
+        if parameter_group(name) in groups:
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from PIL import Image
@@ -20,6 +20,8 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from phi3v.model.image_processing import Phi3VImageProcessor
 
 IMAGE_TOKEN = "<|image|>"  # noqa: S105
+Pictures: TypeAlias = Image.Image | Sequence[Image.Image | Sequence[Image.Image] | None] | None
+"""A picture, a prompt's pictures, or one list of them for each prompt."""
 _TAG = re.compile(r"<\|image_(\d+)\|>")
 
 CHAT_TEMPLATE = (
@@ -63,7 +65,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 class Phi3VProcessor(ProcessorMixin):
     """An image processor and a tokenizer; call it with prompts and pictures to get model inputs."""
 
-    def __init__(self, image_processor: Phi3VImageProcessor, tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> None:
+    def __init__(
+        self, image_processor: Phi3VImageProcessor, tokenizer: PreTrainedTokenizerFast, **kwargs: object
+    ) -> None:
         # ProcessorMixin's own constructor checks class names against transformers' list of models and is not called.
         self.image_processor = image_processor
         self.tokenizer = tokenizer
@@ -76,7 +80,7 @@ class Phi3VProcessor(ProcessorMixin):
     # Loading and saving -----------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Phi3VProcessor:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: object) -> Phi3VProcessor:
         """Load from a checkpoint folder; `num_crops=...` overrides the saved number."""
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -85,7 +89,7 @@ class Phi3VProcessor(ProcessorMixin):
         image_processor = Phi3VImageProcessor.from_pretrained(folder, **overrides)
         return cls(image_processor, load_tokenizer(folder))
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: object) -> list[str]:
         """Write tokenizer and processor files in the published layout; returns their paths."""
         if push_to_hub:
             raise ValueError("push_to_hub: not offered here; scripts/merge.py --push_to_hub uploads a whole folder.")
@@ -107,13 +111,15 @@ class Phi3VProcessor(ProcessorMixin):
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return [str(folder / name) for name in ("tokenizer.json", *files)]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The publisher's processor_config.json."""
         return {"auto_map": {"AutoProcessor": "processing_phi3_v.Phi3VProcessor"}, "processor_class": "Phi3VProcessor"}
 
     # Text ---------------------------------------------------------------------------------------------------------
 
-    def apply_chat_template(self, conversation: list, add_generation_prompt: bool = False, **kwargs: Any) -> Any:
+    def apply_chat_template(
+        self, conversation: list, add_generation_prompt: bool = False, **kwargs: object
+    ) -> str | list:
         """The published chat template: `<|role|>\\ncontent<|end|>\\n` a message; a list of conversations gives a list.
 
         Raises ValueError where a message's content is no string (list content: write the image tags into the text).
@@ -133,11 +139,11 @@ class Phi3VProcessor(ProcessorMixin):
             conversation, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, **kwargs
         )
 
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+    def batch_decode(self, *args: object, **kwargs: object) -> list[str]:
         """The tokenizer's batch_decode."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
-    def decode(self, *args: Any, **kwargs: Any) -> str:
+    def decode(self, *args: object, **kwargs: object) -> str:
         """The tokenizer's decode."""
         return self.tokenizer.decode(*args, **kwargs)
 
@@ -151,7 +157,7 @@ class Phi3VProcessor(ProcessorMixin):
     def __call__(
         self,
         text: str | Sequence[str] | None = None,
-        images: Any = None,
+        images: Pictures = None,
         padding: bool | str = True,
         padding_side: str | None = None,
         max_length: int | None = None,
@@ -183,7 +189,7 @@ class Phi3VProcessor(ProcessorMixin):
             rows.append(ids[:max_length] if truncation and max_length else ids)
             pictures.extend(own[number - 1] for number in order)
             names.extend(f"prompt {index}, <|image_{number}|>" for number in order)
-        data: dict[str, Any]
+        data: dict[str, object]
         if return_tensors is None:
             data = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
         else:
@@ -214,7 +220,7 @@ class Phi3VProcessor(ProcessorMixin):
             ids.extend([self.image_token_id] * count)
         return ids, numbers
 
-    def _pad(self, rows: list[list[int]], padding: bool | str, side: str, max_length: int | None) -> dict[str, Any]:
+    def _pad(self, rows: list[list[int]], padding: bool | str, side: str, max_length: int | None) -> dict[str, object]:
         """Rows of ids as [B, T] tensors with their mask."""
         if side not in ("left", "right"):
             raise ValueError(f"padding_side: {side!r}; expected 'left' or 'right'.")
@@ -237,7 +243,7 @@ class Phi3VProcessor(ProcessorMixin):
         return {"input_ids": ids, "attention_mask": mask}
 
 
-def _batch(text: Any, images: Any) -> tuple[list[str], list[list]]:
+def _batch(text: str | Sequence[str] | None, images: Pictures) -> tuple[list[str], list[list]]:
     """Prompts and one list of pictures for each of them."""
     if isinstance(text, str):
         if images is None:
@@ -262,10 +268,7 @@ def _batch(text: Any, images: Any) -> tuple[list[str], list[list]]:
         raise ValueError(
             f"images: {len(images)} entries for {len(prompts)} prompts; expected one list of pictures for each prompt."
         )
-    nested = []
-    for own in images:
-        nested.append([] if own is None else [own] if isinstance(own, Image.Image) else list(own))
-    return prompts, nested
+    return prompts, [[] if x is None else [x] if isinstance(x, Image.Image) else list(x) for x in images]
 
 
 def _check_tags(index: int, numbers: list[int], n_images: int) -> None:

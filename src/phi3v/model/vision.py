@@ -22,7 +22,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
-        vision = config.vision_config
+        vision = config.vision
         self.embeddings = CLIPVisionEmbeddings(vision)
         self.pre_layrnorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)  # the published spelling
         self.encoder = CLIPEncoder(vision)
@@ -59,7 +59,7 @@ class ImageEmbedding(nn.Module):
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
         self.config = config
-        merged = 4 * config.vision_config.hidden_size
+        merged = 4 * config.vision.hidden_size
         self.glb_GN = nn.Parameter(torch.zeros(1, 1, merged))
         self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, merged))
         self.img_processor = ImageProcessorModule(config)

@@ -88,7 +88,7 @@ def clip_layer_parameters(vision: VisionGeometry) -> int:
 
 
 def parameters(geometry: Geometry) -> dict[str, int]:
-    """Parameters by group (phi3v.model.freezing.GROUPS), without adapters; their sum is the model's."""
+    """Parameters by group (phi3v.model.modeling.GROUPS), without adapters; their sum is the model's."""
     vision, width = geometry.vision, geometry.hidden_size
     embeddings = vision.hidden_size * (1 + 3 * vision.patch_size**2 + 1 + patches_per_tile(vision))
     layer = sum(inputs * outputs for inputs, outputs in decoder_layer_linears(geometry).values()) + 2 * width

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from phi3v.model.adapters import base_of
 from phi3v.model.card import write_card
-from phi3v.model.freezing import parameter_group
 from phi3v.model.fused import compiled_kernels
+from phi3v.model.modeling import parameter_group
 from phi3v.model.runtime import attention_note
 from phi3v.planning.fits import interval_of, recomputation
 from phi3v.planning.hardware import utilisation_of

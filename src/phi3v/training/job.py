@@ -19,7 +19,7 @@ from phi3v.data.processes import loader_workers
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from phi3v.model.adapters import add_lora, load_quantized
 from phi3v.model.compat import widen_float16_products
-from phi3v.model.freezing import freeze_vision
+from phi3v.model.modeling import freeze_vision
 from phi3v.model.runtime import TORCH_DTYPE, attention_implementation, compute_device, uses_zero, weight_dtype
 from phi3v.planning.fits import interval_of
 from phi3v.settings import FinetuneSettings, SettingsError
