@@ -202,7 +202,7 @@ def load_for_inference(
     Adapters of quantised training are evaluated on the unquantised base, as the recipe's scripts do.
     """
     if is_adapter(folder):
-        model = _merged(folder, dtype, attn)
+        model = _with_adapter(folder, dtype, attn).merge_and_unload()
     else:
         model = Phi3VForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn)
     return model.to(device).eval() if device is not None else model.eval()
@@ -236,11 +236,6 @@ def _round_to_nf4(model: Phi3VForCausalLM, folder: Path, dtype: torch.dtype) -> 
             expanded = dequantize_4bit(weight.data, getattr(weight, "quant_state"))  # noqa: B009 - unknown to torch
             with torch.no_grad():
                 model.get_submodule(name).get_parameter("weight").copy_(expanded)
-
-
-def _merged(folder: str | Path, dtype: torch.dtype, attn: str) -> Phi3VForCausalLM:
-    """The base with the adapter folded into its weights."""
-    return _with_adapter(folder, dtype, attn).merge_and_unload()
 
 
 def merge(

@@ -42,6 +42,10 @@ OFFICIAL_EMBD_LAYER = {
     "use_hd_transform": True,
     "with_learnable_separator": True,
 }
+_NOT_PUBLISHED = (
+    "dtype", "id2label", "label2id", "problem_type", "return_dict", "output_hidden_states", "output_attentions",
+    "chunk_size_feed_forward", "is_encoder_decoder", "_attn_implementation",
+)  # fmt: skip
 _VISION_KEYS = (*OFFICIAL_VISION, "num_channels", "initializer_range", "initializer_factor")
 
 
@@ -110,7 +114,7 @@ class Phi3VConfig(PreTrainedConfig):
             self.end_token_ids = (
                 list(OFFICIAL_END_TOKEN_IDS)
                 if self.vocab_size == OFFICIAL_VOCAB_SIZE
-                else sorted({*_ids(self.eos_token_id), *_ids(self.pad_token_id)})
+                else sorted({*token_ids(self.eos_token_id), *token_ids(self.pad_token_id)})
             )
         super().__post_init__(**kwargs)
         self._check()
@@ -192,9 +196,7 @@ class Phi3VConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, object]:
         """The publisher's config.json as a dictionary; keys of our own appear only where they differ from it."""
         output = super().to_dict()
-        for key in ("dtype", "id2label", "label2id", "problem_type", "return_dict", "output_hidden_states"):
-            output.pop(key, None)
-        for key in ("chunk_size_feed_forward", "is_encoder_decoder", "_attn_implementation", "output_attentions"):
+        for key in _NOT_PUBLISHED:
             output.pop(key, None)
         if self.dtype is not None:
             output["torch_dtype"] = str(self.dtype).removeprefix("torch.")
@@ -220,7 +222,7 @@ class Phi3VConfig(PreTrainedConfig):
         return output
 
 
-def _ids(value: int | list[int] | None) -> list[int]:
+def token_ids(value: int | list[int] | None) -> list[int]:
     """Token ids as a list, whichever of the three forms the config holds."""
     if value is None:
         return []

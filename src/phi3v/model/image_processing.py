@@ -11,11 +11,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from transformers import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -26,16 +27,12 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def global_views(canvas: torch.Tensor, tile_size: int) -> torch.Tensor:
-    """Global views of normalised canvases [k, 3, H, W] as [k, 3, S, S]: bicubic, not antialiased, not clamped."""
-    return torch.nn.functional.interpolate(canvas, size=(tile_size, tile_size), mode="bicubic", align_corners=False)
+Channels: TypeAlias = Sequence[float] | torch.Tensor
+"""One number for each of R, G and B."""
 
 
 def expand_uint8_tiles(
-    tiles: torch.Tensor,
-    image_sizes: torch.Tensor,
-    mean: Sequence[float] | torch.Tensor = CLIP_MEAN,
-    std: Sequence[float] | torch.Tensor = CLIP_STD,
+    tiles: torch.Tensor, image_sizes: torch.Tensor, mean: Channels = CLIP_MEAN, std: Channels = CLIP_STD
 ) -> torch.Tensor:
     """Normalised tiles with their global views from local tiles in bytes, on the tensor's own device.
 
@@ -54,31 +51,21 @@ def expand_uint8_tiles(
 
 
 def normalise_picture(
-    local: torch.Tensor,
-    down: int,
-    across: int,
-    mean: Sequence[float] | torch.Tensor,
-    std: Sequence[float] | torch.Tensor,
-    out: torch.Tensor,
+    local: torch.Tensor, down: int, across: int, mean: Channels, std: Channels, out: torch.Tensor
 ) -> None:
-    """One picture's local tiles, uint8 [down*across, 3, S, S], to `out`: its global view, then its tiles, float32."""
-    size = local.shape[-1]
-    normalise(local, mean, std, out[1:])
-    canvas = out[1:].view(down, across, 3, size, size).permute(2, 0, 3, 1, 4).reshape(1, 3, down * size, across * size)
-    out[:1] = global_views(canvas, size)
+    """One picture's local tiles, uint8 [down*across, 3, S, S], to `out`: its global view, then its tiles, float32.
 
-
-def normalise(
-    tiles: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor, out: torch.Tensor
-) -> None:
-    """uint8 [k, 3, S, S] to float32 `out`: / 255, - mean, / std; this order keeps every bit of the original."""
-    shape = (3, 1, 1)
-    mean_tensor = torch.as_tensor(mean, dtype=torch.float32, device=tiles.device).view(shape)
-    std_tensor = torch.as_tensor(std, dtype=torch.float32, device=tiles.device).view(shape)
+    / 255, - mean, / std: this order keeps every bit of the original.
+    """
+    size, tiles = local.shape[-1], out[1:]
+    means, stds = (torch.as_tensor(x, dtype=torch.float32, device=local.device).view(3, 1, 1) for x in (mean, std))
     # On a CPU tile by tile: four passes over one tile stay in its cache, over sixteen they go through main memory.
-    pairs = [(tiles, out)] if tiles.device.type != "cpu" else zip(tiles.unbind(0), out.unbind(0), strict=True)
+    pairs = [(local, tiles)] if local.device.type != "cpu" else zip(local.unbind(0), tiles.unbind(0), strict=True)
     for source, target in pairs:
-        target.copy_(source).div_(255).sub_(mean_tensor).div_(std_tensor)
+        target.copy_(source).div_(255).sub_(means).div_(stds)
+    canvas = tiles.view(down, across, 3, size, size).permute(2, 0, 3, 1, 4).reshape(1, 3, down * size, across * size)
+    # Bicubic, not antialiased, not clamped.
+    out[:1] = nn.functional.interpolate(canvas, size=(size, size), mode="bicubic", align_corners=False)
 
 
 class Phi3VImageProcessor(ImageProcessingMixin):

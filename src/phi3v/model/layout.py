@@ -17,7 +17,7 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.vision import gather_index
 
 DEVICE_FIELDS = ("image_positions", "feature_rows", "label_positions", "label_ids", "label_weights", "position_ids")
-"""Fields of a layout that the device reads; the rest stays on the CPU."""
+"""Fields of a layout that the device reads, in their order; the rest stays on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,7 @@ class BatchLayout:
         def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.to(device)
 
-        return replace(
-            self,
-            image_positions=moved(self.image_positions),
-            feature_rows=moved(self.feature_rows),
-            label_positions=moved(self.label_positions),
-            label_ids=moved(self.label_ids),
-            label_weights=moved(self.label_weights),
-            position_ids=moved(self.position_ids),
-        )
+        return BatchLayout(self.plan, self.image_sizes, *(moved(getattr(self, name)) for name in DEVICE_FIELDS))
 
 
 def lay_out(

@@ -7,9 +7,7 @@ g = tile side in image tokens, C = vision width, I = image tokens of the batch.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +21,7 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from phi3v.model.attention import LongRope, Phi3VAttention, make_room
-from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.configuration import Phi3VConfig, token_ids
 from phi3v.model.fused import GatedMLP, RMSNorm
 from phi3v.model.layout import BatchLayout, lay_out
 from phi3v.model.vision import ImageEmbedding
@@ -84,14 +82,6 @@ class Phi3VModel(Phi3VPreTrainedModel):
         self.rope = LongRope(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The text embedding."""
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the text embedding."""
-        self.embed_tokens = value
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, layout: BatchLayout) -> torch.Tensor:
         """Text embeddings with image features at the layout's image positions, [B, T, D]; features in reading order."""
@@ -168,10 +158,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: object, **kwargs: Any) -> Any:
         """Load a checkpoint in the published layout, safetensors only, under either name of the text embedding."""
         kwargs["use_safetensors"] = True
-        folder = Path(pretrained_model_name_or_path)
-        renamed = folder.is_dir() and EMBEDDING not in checkpoint_names(folder)
-        if renamed:
-            kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), EMBEDDING_ALIAS: EMBEDDING}
+        kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), EMBEDDING_ALIAS: EMBEDDING}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Loading makes new parameters, which all ask for gradients.
@@ -188,42 +175,22 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         """Let `generate` stop at each of the config's end tokens; published files name one of three."""
         if self.generation_config is None:
             return
-        given = self.generation_config.eos_token_id
-        given = given if isinstance(given, list) else [] if given is None else [given]
+        given = token_ids(self.generation_config.eos_token_id)
         self.generation_config.eos_token_id = sorted({*given, *self.config.end_token_ids})
         if self.generation_config.pad_token_id is None:
             self.generation_config.pad_token_id = self.config.pad_token_id
 
-    # Module interface -----------------------------------------------------------------------------------------
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The text embedding."""
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the text embedding."""
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Replace the head."""
-        self.lm_head = value
-
     def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+        self, activation_checkpointing_kwargs: dict[str, object] | None = None, **options: object
     ) -> None:
-        """Activation checkpointing, always non-reentrant.
+        """Activation checkpointing, always non-reentrant; raises ValueError if the reentrant kind is asked for.
 
-        The reentrant kind drops the gradients of layers whose input needs none, which silently untrains a decoder under
-        frozen embeddings. Raises ValueError where it is asked for.
+        That one drops the gradients of layers whose input needs none, so a decoder under frozen embeddings never trains.
         """
         arguments = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if arguments["use_reentrant"]:
             raise ValueError("activation checkpointing, use_reentrant: true; expected false (it drops gradients).")
-        super().activation_checkpointing_enable(arguments, every_n_layers, offload)
+        super().activation_checkpointing_enable(arguments, **options)
 
     # Forward --------------------------------------------------------------------------------------------------
 
@@ -361,20 +328,6 @@ def _inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) 
 def cached_tokens(cache: Cache | None) -> int:
     """Tokens that a cache holds."""
     return 0 if cache is None else int(cache.get_seq_length())
-
-
-def checkpoint_names(folder: Path) -> set[str]:
-    """Names of the tensors in a checkpoint folder's safetensors files; an empty set where there are none."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        return set()
-    from safetensors import safe_open
-
-    with safe_open(single, framework="pt") as file:
-        return set(file.keys())
 
 
 def parameter_group(name: str) -> str:

@@ -90,19 +90,15 @@ class Phi3VProcessor(ProcessorMixin):
         return cls(image_processor, load_tokenizer(folder))
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: object) -> list[str]:
-        """Write tokenizer and processor files in the published layout; returns their paths."""
+        """Write the files of a tokenizer that `load_tokenizer` read, and the processor's; returns their paths."""
         if push_to_hub:
             raise ValueError("push_to_hub: not offered here; scripts/merge.py --push_to_hub uploads a whole folder.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-        config = getattr(self.tokenizer, "published_config", None)
-        if config is None:
-            config = {"chat_template": self.chat_template, "padding_side": "right", "tokenizer_class": "LlamaTokenizer"}
-            config.update({f"{name}_token": getattr(self.tokenizer, f"{name}_token") for name in ("bos", "eos", "pad")})
         special = {f"{name}_token": getattr(self.tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
         files = {
-            "tokenizer_config.json": config,
+            "tokenizer_config.json": self.tokenizer.published_config,
             "special_tokens_map.json": special,
             "preprocessor_config.json": self.image_processor.to_dict(),
             "processor_config.json": self.to_dict(),
