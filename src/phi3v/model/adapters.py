@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import shutil
@@ -92,9 +91,6 @@ def add_lora(
     for name, module in adapted.named_modules():
         if isinstance(module, lora.LoraLinear):
             module.ends_checkpoint = name.endswith(CHECKPOINT_ENDS)
-    # The Trainer reloads adapters when it resumes and for the best checkpoint. PEFT would read the file onto the first
-    # GPU in every process, whichever GPU the process computes on.
-    adapted.load_adapter = functools.partial(adapted.load_adapter, torch_device="cpu")
     return adapted
 
 
