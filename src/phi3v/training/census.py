@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from phi3v.training.observe import size_of
 
@@ -33,30 +34,39 @@ def census_group(name: str, parameter_group: Callable[[str], str]) -> str:
     return f"adapters ({parameter_group('.'.join([*parts[:place], 'weight']))})"
 
 
+@dataclass
+class Group:
+    """Weights of a group, in elements."""
+
+    parameters: int = 0
+    trainable: int = 0
+    with_gradient: int = 0
+    expected: bool = False
+    """Whether any of it should train."""
+
+
 class Census:
     """Counts parameters by group, and after `watch` notes which get a gradient that is not all zero."""
 
     def __init__(self, model: nn.Module, parameter_group: Callable[[str], str], label: str) -> None:
         self.label = label
-        self.groups: dict[str, dict[str, Any]] = {}
+        self.groups: dict[str, Group] = {}
         self._names: list[str] = []
         self._sizes: list[int] = []
         self._group_of: list[str] = []
         self._seen: list[torch.Tensor | None] = []
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         for name, parameter in model.named_parameters():
             # A 4-bit weight stores two values a byte.
             size = size_of(parameter)
             size *= 2 if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8 else 1
             group = census_group(name, parameter_group)
-            entry = self.groups.setdefault(
-                group, {"parameters": 0, "trainable": 0, "with_gradient": 0, "expected": False}
-            )
-            entry["parameters"] += size
+            entry = self.groups.setdefault(group, Group())
+            entry.parameters += size
             if not parameter.requires_grad:
                 continue
-            entry["trainable"] += size
-            entry["expected"] = True
+            entry.trainable += size
+            entry.expected = True
             self._watch(len(self._names), parameter)
             self._names.append(name)
             self._sizes.append(size)
@@ -89,7 +99,7 @@ class Census:
         if dist.is_initialized():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         for flag, size, group in zip(flags.tolist(), self._sizes, self._group_of, strict=True):
-            self.groups[group]["with_gradient"] += size * flag
+            self.groups[group].with_gradient += size * flag
         self._refuse_silence(flags.tolist(), pictures_seen)
 
     def _refuse_silence(self, flags: list[int], pictures_seen: bool) -> None:
@@ -113,9 +123,9 @@ class Census:
                 f"{len(silent)} of its parts ({', '.join(names[:5])}{more}); nothing was saved"
             )
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> dict[str, object]:
         """census.json."""
-        return {"label": self.label, "groups": self.groups}
+        return {"label": self.label, "groups": {name: asdict(group) for name, group in self.groups.items()}}
 
 
 def census_label(method: str, freezing: str, use_dora: bool = False) -> str:

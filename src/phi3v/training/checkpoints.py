@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from phi3v.provenance.manifest import digest_file, write_json
 from phi3v.settings import FinetuneSettings, Role, fields_with
@@ -34,16 +34,23 @@ TRAINING = "training.pt"
 RESUMES = "Earlier checkpoints are untouched: the same command resumes from the newest"
 
 
+class FileFacts(TypedDict):
+    """What a seal holds of a file."""
+
+    bytes: int
+    sha256: str
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or cannot be used."""
 
 
-def decisive(settings: FinetuneSettings) -> dict[str, Any]:
+def decisive(settings: FinetuneSettings) -> dict[str, object]:
     """The settings that decide the data, the updates or their order."""
     return settings.model_dump(include={*fields_with(FinetuneSettings, Role.RECIPE, Role.NUMERICS, Role.EQUIVALENT)})
 
 
-def fingerprint(settings: FinetuneSettings, data_dir: Path) -> dict[str, Any]:
+def fingerprint(settings: FinetuneSettings, data_dir: Path) -> dict[str, object]:
     """What a checkpoint must have been written with to be resumed: settings, data and base weights."""
     return decisive(settings) | {
         "data": digest_folder(data_dir, "*.json*"),
@@ -81,9 +88,9 @@ def share_of(listings: Iterable[Iterable[str]], process: int, processes: int) ->
     return sorted({name for names in listings for name in names})[process::processes]
 
 
-def digest_and_sync(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def digest_and_sync(folder: Path, names: Iterable[str]) -> dict[str, FileFacts]:
     """Size and sha256 of some of the folder's files, each forced to disk."""
-    result = {}
+    result: dict[str, FileFacts] = {}
     for name in names:
         path = folder / name
         with path.open("rb") as file:
@@ -93,7 +100,7 @@ def digest_and_sync(folder: Path, names: Iterable[str]) -> dict[str, dict[str, A
 
 
 def seal(
-    folder: Path, target: Path, files: dict[str, Any], step: int, processes: int, settings: dict[str, Any]
+    folder: Path, target: Path, files: dict[str, FileFacts], step: int, processes: int, settings: dict[str, object]
 ) -> None:
     """Write the seal and give the folder its final name; from here on it counts."""
     write_json(
@@ -148,7 +155,7 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
 
 
-def find(folder: Path, settings: dict[str, Any], processes: int, sharded: bool) -> Found:
+def find(folder: Path, settings: dict[str, object], processes: int, sharded: bool) -> Found:
     """The newest checkpoint of `folder` that is whole and was written with these settings.
 
     sharded: ZeRO, whose checkpoints belong to their number of processes.
@@ -163,7 +170,7 @@ def find(folder: Path, settings: dict[str, Any], processes: int, sharded: bool) 
     return result
 
 
-def why_not(path: Path, settings: dict[str, Any], processes: int, sharded: bool) -> str:
+def why_not(path: Path, settings: dict[str, object], processes: int, sharded: bool) -> str:
     """Why a checkpoint cannot be resumed; "" if it can."""
     try:
         sealed = json.loads((path / SEAL).read_text(encoding="utf-8"))

@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 NAME = ".lock.json"
 BEAT_SECONDS = 10.0
@@ -29,7 +28,7 @@ class LockedError(RuntimeError):
     """Another job owns the folder."""
 
 
-def _place() -> dict[str, Any]:
+def _place() -> dict[str, object]:
     """What makes a pid of this process meaningful: host, boot and pid namespace; and when the process started."""
 
     def read(path: str) -> str:
@@ -132,7 +131,7 @@ class FolderLock:
         finally:
             temporary.unlink()
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> dict[str, object] | None:
         """The holder; None where there is no lock. An unreadable lock belongs to nobody known."""
         try:
             value = json.loads(self.path.read_text(encoding="utf-8"))
@@ -142,7 +141,7 @@ class FolderLock:
         except ValueError:
             return {}
 
-    def _stale(self, holder: dict[str, Any]) -> str:
+    def _stale(self, holder: dict[str, object]) -> str:
         """Why the holder is gone, or "" where it must be taken for alive."""
         place = _place()
         if all(holder.get(key) == value for key, value in place.items()):
@@ -169,7 +168,7 @@ class FolderLock:
         finally:
             probe.unlink(missing_ok=True)
 
-    def _take_over(self, holder: dict[str, Any], reason: str) -> None:
+    def _take_over(self, holder: dict[str, object], reason: str) -> None:
         aside = self.path.with_name(f"{NAME}.stale.{self.token}")
         try:
             os.rename(self.path, aside)
@@ -195,7 +194,7 @@ class FolderLock:
             os.utime(self.path)
 
 
-def describe(holder: dict[str, Any]) -> str:
+def describe(holder: dict[str, object]) -> str:
     """The holder in words."""
     job = f"job {holder['job']}, " if holder.get("job") else ""
     return f"{job}pid {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"

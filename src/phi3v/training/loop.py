@@ -322,13 +322,13 @@ class Loop:
         if self.is_sharded:
             with self.writer.explained():
                 self.model.save_checkpoint(str(folder))
-        parts = {f"random_{self.accelerator.process_index}.pt": random_states(self.device)}
+        parts: dict[str, object] = {f"random_{self.accelerator.process_index}.pt": random_states(self.device)}
         if self.accelerator.is_main_process:
             parts[TRAINING] = self._training_state()
         self.writer.write(parts, self.state.best_step if self.settings.keep_best else 0)
         self._saved_at, self._clock = time.monotonic(), time.perf_counter()
 
-    def _training_state(self) -> dict[str, Any]:
+    def _training_state(self) -> dict[str, object]:
         values = {"state": asdict(self.state), "scheduler": self.scheduler.state_dict()}
         if self.is_sharded:
             return values

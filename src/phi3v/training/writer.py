@@ -16,6 +16,7 @@ from phi3v.training.checkpoints import (
     RESUMES,
     WRITING,
     CheckpointError,
+    FileFacts,
     digest_and_sync,
     names_of,
     rotate,
@@ -38,10 +39,10 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, keep: int, process: int, processes: int) -> None:
         self.folder, self.keep, self.process, self.processes = folder, keep, process, processes
-        self.settings: dict[str, Any] = {}
+        self.settings: dict[str, object] = {}
         """Settings, data and base weights that a checkpoint belongs to; known to the first process."""
         self._threads = ThreadPoolExecutor(1, "checkpoint")
-        self._part: Future[dict[str, Any]] | None = None
+        self._part: Future[dict[str, FileFacts]] | None = None
         self._sealing: Future[None] | None = None
         self._host: Any = None
         """The last copy of the state, which the next one overwrites."""
@@ -60,7 +61,7 @@ class CheckpointWriter:
         self._barrier()
         return writing / self._name
 
-    def write(self, parts: dict[str, Any], best_step: int) -> None:
+    def write(self, parts: dict[str, object], best_step: int) -> None:
         """Write this process's `parts`, {file name: what torch.save takes}, beside training; a collective call.
 
         best_step: its checkpoint is kept; 0: none. If host memory cannot hold a copy, training waits for the files.
@@ -108,7 +109,7 @@ class CheckpointWriter:
         self._sealing = None
         self._barrier()
 
-    def _seal(self, step: int, files: dict[str, Any]) -> None:
+    def _seal(self, step: int, files: dict[str, FileFacts]) -> None:
         name = f"checkpoint-{step}"
         seal(self.folder / WRITING / name, self.folder / name, files, step, self.processes, self.settings)
         rotate(self.folder, self.keep, self._best)
@@ -143,14 +144,14 @@ class CheckpointWriter:
             dist.barrier()
 
 
-def _write_part(folder: Path, parts: dict[str, Any], share: list[str]) -> dict[str, Any]:
+def _write_part(folder: Path, parts: dict[str, object], share: list[str]) -> dict[str, FileFacts]:
     """Write `parts`; sizes and digests of them and of the files `share`, which DeepSpeed wrote."""
     for name, value in parts.items():
         torch.save(value, folder / name)
     return digest_and_sync(folder, [*parts, *share])
 
 
-def tensor_bytes(value: Any) -> int:
+def tensor_bytes(value: object) -> int:
     """Size of all tensors in a nest of dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
