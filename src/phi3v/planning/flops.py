@@ -70,7 +70,7 @@ class Work:
 def example_work(geometry: Geometry, tokens: float, tiles: float, labels: float) -> Work:
     """Work of one example: its tokens (image tokens included), real tiles (global views included), label tokens.
 
-    A trainer gets these from the batch: attention_mask.sum(-1), pixel_values.shape[0], (labels != -100).sum(-1).
+    Training gets these from the batch: attention_mask.sum(-1), pixel_values.shape[0], (labels != -100).sum(-1).
     """
     merged = patches_per_tile(geometry.vision) // 4
     # The two separators are projected once a forward pass, whatever the number of places they stand in.

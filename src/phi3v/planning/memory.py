@@ -72,7 +72,7 @@ LOGIT_BYTES = 16
 CONTEXT = 1.0e9
 # What fragmentation adds to tensors that come and go, with expandable segments. An estimate, as above.
 FRAGMENTATION = 0.15
-# What a CPU process holds once PyTorch, transformers and the Trainer are imported, bytes: 0.50 GB measured.
+# What a CPU process holds once PyTorch, transformers and accelerate are imported, bytes: 0.50 GB measured.
 CPU_RUNTIME = 0.5e9
 
 Verdict = Literal["yes", "tight", "no"]

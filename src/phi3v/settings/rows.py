@@ -40,7 +40,7 @@ YesNo = Annotated[bool, BeforeValidator(_table_bool)]
 YesNoOrAuto = Annotated[bool | Literal["auto"], BeforeValidator(_table_bool)]
 CountOrAuto = Annotated[int | Literal["auto"], _count_or_auto(1)]
 WorkersOrAuto = Annotated[int | Literal["auto"], _count_or_auto(0)]
-# numpy, which the Trainer seeds as well, takes 32 bits.
+# numpy, which accelerate's set_seed seeds as well, takes 32 bits.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 

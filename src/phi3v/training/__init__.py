@@ -1,1 +1,1 @@
-"""Fine-tuning and its speed: the Hugging Face Trainer with what the recipe needs beside it."""
+"""Fine-tuning: a loop over accelerate, and what surrounds it."""

@@ -28,7 +28,7 @@ NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters as two groups, with weight decay and without (norms and biases), as the Trainer makes them."""
+    """Trained parameters as two groups, with weight decay and without (norms and biases)."""
     in_norms = {
         f"{name}.{own}"
         for name, module in model.named_modules()
