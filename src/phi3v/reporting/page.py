@@ -16,8 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
-from PIL import Image, ImageOps
+from PIL import Image
 
+from phi3v.data.conversations import DataError
+from phi3v.data.pictures import open_rgb
 from phi3v.evaluation.predictions import Record
 from phi3v.planning.fits import MEAN_TOKENS, PADDED_TILES, runnable
 from phi3v.planning.flops import FORMULA
@@ -88,12 +90,10 @@ class Thumbnails:
             key = hashlib.sha256(raw).hexdigest()[:12]
             if key in self.data:
                 return key
-            image = Image.open(io.BytesIO(raw))
-            image.draft("RGB", (2 * LONGEST_SIDE, 2 * LONGEST_SIDE))
-            small = ImageOps.exif_transpose(image).convert("RGB")
-            small.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            small = open_rgb(raw, str(path))
+        except (OSError, DataError):
             return None
+        small.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         small.save(buffer, "WEBP", quality=QUALITY, method=4)
         uri = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
