@@ -118,7 +118,7 @@ def check_geometry(settings: FinetuneSettings, processes: int) -> None:
 def check_automatic(settings: FinetuneSettings, processes: int, device: torch.device) -> None:
     """Raises SettingsError if `auto` would search with a memory plan that is not the job's: it counts shards of ZeRO 2."""
     automatic = "auto" in (settings.batch_size_per_gpu, settings.gradient_checkpointing)
-    whole = settings.method in ("full", "frozen") and settings.zero_stage < 2
+    whole = settings.method in ("full", "frozen") and settings.zero_stage < 2 and settings.optimizer == "adamw"
     if automatic and whole and processes > 1 and device.type == "cuda":
         raise SettingsError(
             f"command line: field `zero_stage`: got {settings.zero_stage} with auto on {processes} GPUs, whose optimizer "
