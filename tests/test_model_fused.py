@@ -119,7 +119,7 @@ def test_a_checkpointed_training_step_compiles_every_kernel(adapters, monkeypatc
     from torch._dynamo.utils import counters
 
     from phi3v.model.adapters import add_lora
-    from phi3v.training.observe import Observer
+    from phi3v.model.runtime import Observer
 
     torch._dynamo.reset()
     kernels = [kernel for kernel in vars(fused).values() if isinstance(kernel, fused._Compiled)]

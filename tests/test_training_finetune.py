@@ -342,6 +342,22 @@ def test_out_of_memory_is_one_message_with_three_settings():
     assert said.endswith("--gradient_checkpointing (now off); --use_flash_attention (now off)")
 
 
+def test_advice_on_memory_does_not_contradict_auto():
+    from phi3v.training.memory import _what_helps
+
+    def advice(**values):
+        return " ".join(
+            _what_helps(validate(FinetuneSettings, {"model_name_or_path": "m", "output_dir": "o"} | values, "test"))
+        )
+
+    for asked in ({"batch_size_per_gpu": "auto"}, {"gradient_checkpointing": "auto"}):
+        assert "--optimizer adamw_8bit" in advice(**asked)
+        assert "zero_stage" not in advice(**asked) and "offload" not in advice(**asked)
+    assert "--zero_stage 3" in advice() and "--optimizer adamw_offload" in advice()
+    assert "zero_stage" not in advice(optimizer="adamw_8bit")
+    assert "--optimizer" not in advice(use_lora=True)
+
+
 def test_a_layer_that_should_train_and_does_not_stops_the_job(folders, tmp_path, monkeypatch):
     """Gradients that stop on their way down, as in the published frozen rows: last norm and head still train."""
     from phi3v.training import job
@@ -391,7 +407,7 @@ def test_the_kernel_of_packed_batches_on_cuda_is_named():
     """Torch's own operator for them, in the form in which a forward pass shows it."""
     from torch.nn.attention import varlen
 
-    from phi3v.training.observe import _Operators, attention_kernel
+    from phi3v.model.runtime import _Operators, attention_kernel
 
     heads, ends = torch.zeros(4, 1, 8, dtype=torch.bfloat16), torch.tensor([0, 4], dtype=torch.int32)
     with _Operators() as seen, pytest.raises((RuntimeError, NotImplementedError)):  # no CPU kernel

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from phi3v.model.runtime import TORCH_DTYPE, compute_device, nvidia_smi
+from phi3v.model.runtime import TORCH_DTYPE, compute_device, device_name, nvidia_smi
 from phi3v.planning.hardware import hardware_of_device
 from phi3v.provenance.manifest import commit, container, versions
 from phi3v.settings import Hardware, SettingsError, SpeedSettings, read_entries
-from phi3v.training.observe import device_name
 
 # Where the kernel lists InfiniBand ports; a test points it elsewhere.
 INFINIBAND = Path("/sys/class/infiniband")

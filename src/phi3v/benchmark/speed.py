@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from phi3v.benchmark.machine import check_devices, fingerprint, found_devices, measured_peak
+from phi3v.model.runtime import Observer, device_name
 from phi3v.planning.flops import FORMULA, Work
 from phi3v.planning.hardware import Utilisation, utilisation_of
 from phi3v.provenance.manifest import write_json, write_manifest
@@ -31,7 +32,6 @@ from phi3v.training.launch import leave
 from phi3v.training.logging import Progress, say
 from phi3v.training.loop import StepRecord
 from phi3v.training.memory import explain_memory, peak_memory_bytes
-from phi3v.training.observe import Observer, device_name
 
 PROFILED_STEPS = 3
 """Optimizer steps under the profiler."""

@@ -11,6 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from phi3v.cluster.facts import ask
 from phi3v.settings import AccuracyRow, Job, ResolvedRun
 
@@ -81,12 +83,6 @@ def progress(folder: Path) -> Progress | None:
     return Progress(last["step"], steps, seconds * (steps - last["step"]))
 
 
-def duration(seconds: float) -> str:
-    """1:02:03"""
-    whole, rest = divmod(round(seconds), 60)
-    return f"{whole // 60}:{whole % 60:02d}:{rest:02d}"
-
-
 def status_lines(run: ResolvedRun, root: Path, jobs: list[RunningJob]) -> list[str]:
     """A line per row: state, SLURM job, progress; then jobs that belong to no row."""
     results = root / "results" / run.settings.name
@@ -120,4 +116,4 @@ def _row_state(job: Job, results: Path, at: RunningJob | None) -> tuple[str, str
         return "stopped" if stopped else "trained" if trained else "open", step, ""
     if at.state != "RUNNING":
         return at.state.lower()[:9], step, ""
-    return ACTIVITY.get(at.rule, at.rule), step, duration(reached.seconds_left) if reached else ""
+    return ACTIVITY.get(at.rule, at.rule), step, tqdm.format_interval(reached.seconds_left) if reached else ""

@@ -373,3 +373,8 @@ def freeze_vision(model: nn.Module, mode: Literal["vision", "legacy"] = "vision"
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen
+
+
+def size_of(parameter: nn.Parameter) -> int:
+    """Elements of a weight; ZeRO 3 leaves an empty tensor and the size beside it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from phi3v.training.observe import size_of
+from phi3v.model.modeling import size_of
 
 # Groups that only pictures reach.
 PICTURE_GROUPS = ("clip", "projector", "separators")

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from phi3v.model.adapters import base_of
 from phi3v.model.card import write_card
 from phi3v.model.fused import compiled_kernels
-from phi3v.model.modeling import parameter_group
-from phi3v.model.runtime import attention_note
+from phi3v.model.modeling import parameter_group, size_of
+from phi3v.model.runtime import Observer, attention_note, device_name, linear4bit
 from phi3v.planning.fits import interval_of, recomputation
 from phi3v.planning.hardware import utilisation_of
 from phi3v.planning.resources import most_checkpoints
@@ -41,9 +41,7 @@ from phi3v.training.memory import (
     context_bytes,
     explain_memory,
     peak_memory_bytes,
-    reserved_bytes,
 )
-from phi3v.training.observe import Observer, device_name, linear4bit, size_of
 
 Number = TypeVar("Number", int, float)
 # Bytes a second that any file system a 4B model is trained on should write; beyond it a save may not end in time.
@@ -92,7 +90,7 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
     if checkpoint := find_checkpoint(job, output / "checkpoints"):
         loop.resume(checkpoint)
     train_seconds = -time.perf_counter()
-    with explain_memory(job.settings, job.device):
+    with explain_memory(job.asked, job.device):
         loop.run()
     train_seconds += time.perf_counter()
     if loop.stopped_by_signal:
@@ -237,7 +235,7 @@ def observe(job: Job, observer: Observer, train_seconds: float) -> dict[str, Any
         "world_size": job.processes,
         "device": device_name(job.device),
         "peak_memory_bytes": largest(peak_memory_bytes(job.device), job.device),
-        "reserved_memory_bytes": largest(reserved_bytes(job.device), job.device) if cuda else None,
+        "reserved_memory_bytes": largest(torch.cuda.max_memory_reserved(job.device), job.device) if cuda else None,
         "context_memory_bytes": largest(context_bytes(job.device), job.device) if cuda else None,
         "memory_source": MEMORY_SOURCES["cuda" if cuda else "cpu"],
         "steps": job.loop.state.step,

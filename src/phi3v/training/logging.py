@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from tqdm import tqdm
+
 from phi3v.settings import FinetuneSettings, SettingsError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
-    from tqdm import tqdm
 
 # Fields of a metrics.jsonl line, in order; a validation line has step, epoch, eval_loss and eval_seconds instead.
 FIELDS = (
@@ -30,12 +31,6 @@ def say(text: str) -> None:
     """A line for the log, from the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 class Log(Protocol):
@@ -96,8 +91,6 @@ class Progress:
     def begin(self, step: int, total: int) -> None:
         self._start, self._first_step, self._next_line, self._total = time.perf_counter(), step, step + 1, total
         if self.wants_bar:
-            from tqdm import tqdm
-
             self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
 
     def write(self, line: Line) -> None:
@@ -115,7 +108,7 @@ class Progress:
             self.bar.update(step - self.bar.n)
         elif step >= self._next_line or step == self._total:
             left = (time.perf_counter() - self._start) / max(step - self._first_step, 1) * (self._total - step)
-            say(f"step {step}/{self._total}  epoch {line['epoch']:.2f}  {values}  ETA {duration(left)}")
+            say(f"step {step}/{self._total}  epoch {line['epoch']:.2f}  {values}  ETA {tqdm.format_interval(left)}")
             tenth = max(1, self._total // 10)
             self._next_line = (step // tenth + 1) * tenth
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from phi3v.model.runtime import device_name
 from phi3v.settings import FinetuneSettings
-from phi3v.training.observe import device_name
 
 GB = 1e9
 # Of what is free: the rest is for fragments, and for what other jobs of the machine take meanwhile.
@@ -23,17 +23,18 @@ class OutOfMemoryError(RuntimeError):
     """The device's memory did not suffice."""
 
 
-def capacity_bytes(device: torch.device, limit_gb: float | None, processes_here: int) -> float:
-    """Bytes that this process may take altogether, those it holds already included.
+def capacity_bytes(device: torch.device, limit_gb: float | None) -> float:
+    """Bytes that this process may use in total, those it holds already included; limit_gb: a limit in 10^9 bytes.
 
-    limit_gb: a ceiling of the user's, in 10^9 bytes. processes_here: they share the memory of a CPU machine.
+    The processes of a CPU machine share its memory.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        room = SHARE * (free + torch.cuda.memory_reserved(device))
+        available = SHARE * (free + torch.cuda.memory_reserved(device))
     else:
-        room = SHARE * (free_ram() / processes_here + held_bytes(device))
-    return room if limit_gb is None else min(room, limit_gb * GB)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        available = SHARE * (free_ram() / processes + held_bytes(device))
+    return available if limit_gb is None else min(available, limit_gb * GB)
 
 
 def held_bytes(device: torch.device) -> float:
@@ -102,11 +103,6 @@ MEMORY_SOURCES = {
 """Where the figures of observed.json and speed.json come from, by kind of device."""
 
 
-def reserved_bytes(device: torch.device) -> int:
-    """Largest memory so far that PyTorch's allocator held, its free blocks included; CUDA only."""
-    return torch.cuda.max_memory_reserved(device)
-
-
 def context_bytes(device: torch.device) -> int:
     """Memory in use on a CUDA device beyond what PyTorch reserves: context, kernels, NCCL, and other processes."""
     free, total = torch.cuda.mem_get_info(device)
@@ -115,7 +111,10 @@ def context_bytes(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def explain_memory(settings: FinetuneSettings, device: torch.device) -> Iterator[None]:
-    """Out of memory as one message: the numbers, and the three settings that would help most."""
+    """Out of memory as one message: the numbers, and the three settings that would help most.
+
+    settings: as the user gave them, with `auto` in its place, so that no advice contradicts it.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -134,22 +133,22 @@ def explain_memory(settings: FinetuneSettings, device: torch.device) -> Iterator
 
 def _what_helps(settings: FinetuneSettings) -> list[str]:
     """Settings that this job could still change, by what they save."""
-    full = settings.method in ("full", "frozen")
+    full, fixed = settings.method in ("full", "frozen"), not settings.is_probed
     size, crops = settings.batch_size_per_gpu, settings.num_crops or "the data folder's"
     ways = [
         (f"--batch_size_per_gpu 1 (now {size}; the batch stays)", size not in (1, "auto")),
         ("--gradient_checkpointing (now off)", not settings.gradient_checkpointing),
         (f"--recompute_every 1 (now {settings.recompute_every})", settings.recompute_every > 1),
         ("--use_flash_attention (now off)", not settings.use_flash_attention),
+        ("--optimizer adamw_8bit (now adamw)", full and settings.optimizer == "adamw"),
+        ("--optimizer adamw_offload", full and fixed and settings.optimizer != "adamw_offload"),
         ("--use_lora (now full fine-tuning)", full),
         ("--use_qlora (now LoRA on whole weights)", settings.method == "lora"),
-        ("--zero_stage 3 on several GPUs", full and settings.zero_stage < 3 and size != "auto"),
+        (
+            "--zero_stage 3 on several GPUs",
+            full and fixed and settings.optimizer == "adamw" and settings.zero_stage < 3,
+        ),
         (f"--num_crops 4 (now {crops})", settings.num_crops != 4),
         ("--freeze_vision_model", settings.freeze_vision_model == "no"),
     ]
     return [text for text, helps in ways if helps]
-
-
-def processes_on_this_machine() -> int:
-    """Processes of the job that share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from phi3v.data.dataset import Example
-from phi3v.model.runtime import TORCH_DTYPE, uses_zero, weight_dtype
+from phi3v.model.runtime import TORCH_DTYPE, device_name, uses_zero, weight_dtype
 from phi3v.planning.fits import Choice, choices, fastest_first, micro_batches
 from phi3v.planning.flops import Setup, example_work
 from phi3v.planning.geometry import geometry_from_config
@@ -43,9 +43,7 @@ from phi3v.training.memory import (
     give_back,
     held_bytes,
     peak,
-    processes_on_this_machine,
 )
-from phi3v.training.observe import device_name
 
 FILE = "micro_batch.json"
 PROBES = 8
@@ -226,7 +224,7 @@ def choose(
     examples = [examples[at % len(examples)] for at in range(largest)]
     setup = _setup(settings, model, examples[0], processes, device)
     trial = Trial(settings, model, examples, collate, setup, device)
-    capacity = _agreed(capacity_bytes(device, settings.memory_limit_gb, processes_on_this_machine()), "MIN", device)
+    capacity = _agreed(capacity_bytes(device, settings.memory_limit_gb), "MIN", device)
     way, peaks = trial.search(ways_of(settings, setup, device), capacity)
     tried = "; ".join(f"{tried}: {_gb(value)}" for tried, value in peaks.items())
     numbers = f"longest examples of {lengths[order[0]]} tokens; {tried}; {_gb(capacity)} are available"
