@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from reporting_examples import write_pass, write_run
 
-from phi3v.reporting.columns import as_markdown
 from phi3v.reporting.join import build_tables
-from phi3v.reporting.page import build_report
+from phi3v.reporting.page import as_markdown, build_report
 from phi3v.settings import ReportSettings
 
 ROW = "phi3-docvqa-full-bf16"

@@ -60,14 +60,11 @@ class Manifest(TypedDict, total=False):
     commit: str | None
     dirty: str | None
     versions: dict[str, str]
-    environment: dict[str, Any]
     device: str
-    seed: int | None
     inputs: dict[str, dict[str, str]]
     finished: str
     seconds: float
     user: str
-    host: str
 
 
 def versions() -> dict[str, str]:

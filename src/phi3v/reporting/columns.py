@@ -1,4 +1,4 @@
-"""The columns of accuracy.tsv, speed.tsv and report.json, and the tables of tables.md as the recipe's page lays them out."""
+"""The columns of accuracy.tsv, speed.tsv and report.json, and how the lines of the two tables are grouped and worded."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import TypeVar
 
 from phi3v.evaluation.statistics import Comparison
 from phi3v.planning.memory import GB
-from phi3v.reporting.join import AccuracyLine, AnyLine, SpeedLine, Tables
+from phi3v.reporting.join import AccuracyLine, AnyLine, SpeedLine
 from phi3v.reporting.results import Pass, Speed
-from phi3v.reporting.verdict import hardware_name
 
 METHODS = {"full": "full", "frozen": "vision frozen", "lora": "LoRA", "qlora": "QLoRA"}
 DTYPES = ["bf16", "fp16", "fp32"]
@@ -239,7 +238,7 @@ def _cell(value: Cell) -> str:
     return " ".join(str(value).split())
 
 
-def by_dataset_and_model(lines: list[AccuracyLine]) -> dict[tuple[str, str], list[AccuracyLine]]:
+def by_dataset_and_model(lines: Sequence[AccuracyLine]) -> dict[tuple[str, str], list[AccuracyLine]]:
     """Lines by (dataset, model), in the order in which those first occur; in a group as the recipe orders methods and dtypes."""
     groups: dict[tuple[str, str], list[AccuracyLine]] = {}
     for line in lines:
@@ -255,75 +254,3 @@ def by_hardware(lines: list[SpeedLine]) -> dict[str, list[SpeedLine]]:
     for line in lines:
         groups.setdefault(line.row.hardware, []).append(line)
     return groups
-
-
-def as_markdown(tables: Tables) -> str:
-    """All tables of a run in Markdown, laid out as the recipe's page has them, ready to paste."""
-    run = tables.run
-    parts = [f"# {_escaped(run.settings.title)}", ""]
-    if run.settings.notice:
-        parts += [f"**{_escaped(run.settings.notice)}**", ""]
-    for (dataset, model), lines in by_dataset_and_model(tables.accuracy).items():
-        parts += [f"## {_escaped(run.datasets[dataset].title)}, {_escaped(run.models[model].title)}", ""]
-        parts += [*_accuracy_table(lines), ""]
-    for hardware, speed in by_hardware(tables.speed).items():
-        parts += [f"## Speed: {_escaped(run.hardware[hardware].title)}", "", *_speed_table(speed), ""]
-    return "\n".join(parts)
-
-
-def _accuracy_table(lines: list[AccuracyLine]) -> list[str]:
-    several = any(line.spread for line in lines)
-    header = ["training method", "data type", "LoRA rank", "LoRA alpha", "batch size", "learning rate", "epochs"]
-    header += ["before", "after", "95 % interval", "published", *(["seeds"] if several else [])]
-    rows = []
-    for line in lines:
-        row, after = line.row, line.after
-        cells = [METHODS[row.method], row.dtype, row.lora_rank or "-", f"{row.lora_alpha:g}" if row.lora_alpha else "-"]
-        cells += [row.batch_size, f"{row.learning_rate:g}", f"{row.epochs:g}"]
-        if after:
-            cells += [_figure(line.score("before")), _figure(after.score)]
-            cells += [f"{after.interval[0]:.1f} to {after.interval[1]:.1f}"]
-        else:
-            cells += ["", line.state.status, ""]
-        rows.append([*cells, _figure(row.published), *([_seeds(line)] if several else [])])
-    return _table(header, rows)
-
-
-def _seeds(line: AccuracyLine) -> str:
-    """Each seed's score and their standard deviation."""
-    if not line.spread:
-        return "1"
-    return f"{', '.join(_figure(score) for score in line.seed_scores)} (sd {_figure(line.spread['sd'])})"
-
-
-def _speed_table(lines: list[SpeedLine]) -> list[str]:
-    header = ["training method", "nodes", "GPUs", "flash attention", "images/s", "speed-up", "peak GB"]
-    header += ["published images/s", "published speed-up"]
-    rows = []
-    for line in lines:
-        row, ours = line.row, chosen(line)
-        rate: str = line.state.status
-        memory = None
-        if line.speed:
-            memory = _in_gb(line.device_memory or line.speed.peak_memory_bytes)
-            rate = _figure(line.speed.images_per_second, 3)
-            rate += f" (stand-in for {line.gpus} {hardware_name(row.hardware)})" if line.speed.stand_in else ""
-        cells = [f"{METHODS[row.method]} ({ours})" if ours else METHODS[row.method], row.nodes, line.gpus]
-        cells += [plain(row.flash_attention), rate, f"{line.speedup:.2f}x" if line.speedup else "", _figure(memory, 1)]
-        cells += [_figure(row.published_images_per_second, 3)]
-        rows.append([*cells, f"{row.published_speedup:g}x" if row.published_speedup else ""])
-    return _table(header, rows)
-
-
-def _figure(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return lines + ["| " + " | ".join(_escaped(str(cell)) for cell in row) + " |" for row in rows]
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -28,6 +28,7 @@ from phi3v.provenance.manifest import Commit, commit, write_atomically, write_js
 from phi3v.reporting import columns, figures, sections
 from phi3v.reporting.figures import Figure
 from phi3v.reporting.join import AccuracyLine, AnyLine, SpeedLine, Tables, build_tables
+from phi3v.reporting.verdict import hardware_name
 from phi3v.settings import AccuracyRow, ReportSettings, Role, SpeedRow, fields_with, load_run
 
 HERE = Path(__file__).resolve().parent
@@ -54,7 +55,7 @@ def build_report(settings: ReportSettings) -> Tables:
     write_atomically(folder / "accuracy.tsv", columns.as_tsv(accuracy, columns.ACCURACY_COLUMNS))
     write_atomically(folder / "speed.tsv", columns.as_tsv(speed, columns.SPEED_COLUMNS))
     write_json(folder / "report.json", {**about, "accuracy": accuracy, "speed": speed})
-    write_atomically(folder / "tables.md", columns.as_markdown(tables))
+    write_atomically(folder / "tables.md", as_markdown(tables))
     write_atomically(folder / "index.html", Page(tables, results, code).render())
     parents = {name: str(work.folder) for name, work in sections.finished(tables, results).items()}
     write_manifest(
@@ -67,6 +68,14 @@ def build_report(settings: ReportSettings) -> Tables:
         device="CPU",
     )
     return tables
+
+
+def as_markdown(tables: Tables) -> str:
+    """All tables of a run in Markdown, laid out as the recipe's page has them, ready to paste."""
+    template = _environment().get_template("tables.md")
+    accuracy, speed = columns.by_dataset_and_model(tables.accuracy), columns.by_hardware(tables.speed)
+    text = template.render(run=tables.run, settings=tables.run.settings, accuracy=accuracy, speed=speed)
+    return text.rstrip() + "\n"
 
 
 class Thumbnails:
@@ -153,11 +162,10 @@ class Page:
         return found
 
     def _overviews(self) -> list[Figure]:
-        run, by_dataset = self.tables.run, dict[str, list[AccuracyLine]]()
-        for (dataset, _), lines in columns.by_dataset_and_model(self.tables.accuracy).items():
-            by_dataset.setdefault(dataset, []).extend(lines)
+        run, groups = self.tables.run, columns.by_dataset_and_model(self.tables.accuracy)
         found: list[Figure] = []
-        for dataset, lines in by_dataset.items():
+        for dataset in dict.fromkeys(name for name, _ in groups):
+            lines = [line for (name, _), group in groups.items() if name == dataset for line in group]
             title = run.datasets[dataset].title
             forest = figures.forest(dataset, title, lines, run.settings.comparable)
             found += self._add(forest, figures.losses(dataset, title, lines))
@@ -196,7 +204,7 @@ class Page:
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE / "templates"),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -207,10 +215,12 @@ def _environment() -> jinja2.Environment:
         "duration": duration_text,
         "count": count_text,
         "gb": gigabytes_text,
+        "markdown": markdown_text,
         "plain": columns.plain,
         "hours": hours_text,
     }
     environment.globals |= {
+        "GB": GB,
         "METHODS": columns.METHODS,
         "METRICS": figures.METRICS,
         "PLAN_COLUMNS": sections.PLAN_COLUMNS,
@@ -218,6 +228,7 @@ def _environment() -> jinja2.Environment:
         "attention": columns.attention,
         "chosen": columns.chosen,
         "official_figures": columns.official_figures,
+        "hardware_name": hardware_name,
         "hidden_fields": SHOWN_ELSEWHERE,
         "harmless": fields_with(AccuracyRow, Role.EQUIVALENT),
         "published_tokens": MEAN_TOKENS,
@@ -265,6 +276,11 @@ def _summary(tables: Tables) -> dict[str, object]:
         "has_official": any(tables.run.datasets[line.row.dataset].official for line in tables.accuracy),
         "has_mfu": any(line.speed and line.speed.mfu is not None for line in tables.speed),
     }
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is, also in the cell of a table."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def figure_text(value: float | None, digits: int = 1) -> str:
