@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from phi3v.evaluation import statistics
 from phi3v.provenance.manifest import Commit, ResultError
@@ -169,7 +169,6 @@ class SpeedLine(Line):
 
 
 AnyLine = AccuracyLine | SpeedLine
-LineT = TypeVar("LineT", AccuracyLine, SpeedLine)
 
 
 @dataclass
