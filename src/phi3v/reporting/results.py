@@ -88,7 +88,7 @@ class Speed(ResultFile):
     tokens_per_second: Rate
     step_seconds: Rate
     spread: float = 0.0
-    """Of the windows' rates, as a share of their mean."""
+    """Fastest less slowest window over the median."""
     repeats: list[Window] = []
     world_size: int | None = None
     device: str | None = None
