@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv lock containers offline-bundle reproduce verify-conda verify-containers verify-pristine demo demo-all digits test verify-training verify-evaluation verify-gpu verify-report verify-slurm slurm-status check format docs clean
+.PHONY: help venv lock containers offline-bundle reproduce verify-conda verify-containers verify-pristine demo demo-all digits test verify-training verify-evaluation verify-gpu verify-report verify-slurm slurm-status check audit format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,8 @@ check: $(VENV)/installed  ## formatting, lint, types, workflow lint
 	mypy
 	snakemake --lint --configfile config/demo.yaml
 	git ls-files -z | xargs -0 detect-secrets-hook --exclude-files '^(envs/.*\.txt|envs/train-cuda\.yaml|requirements\.txt|config/demo/digests\.json|tests/golden/.*|.*\.min\.js)$$'
+
+audit: $(VENV)/installed  ## look the pinned packages up in the vulnerability data of the package index (needs the network)
 	for lock in requirements.txt envs/train-cuda.txt; do \
 	  pip-audit -r $$lock --no-deps --disable-pip --progress-spinner off --timeout 5 || exit 1; \
 	done
