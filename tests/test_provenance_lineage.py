@@ -97,7 +97,7 @@ def test_errors_say_what_was_expected(root, run, tmp_path):
     code, _, said = provenance(root, run, "results/mine/report", "--row", "phi9")
     assert code == 2
     assert f"row 'phi9': no result behind this report; expected one of {ROW}, {OTHER}" in said
-    said = "nope: no such file or folder; expected the folder of a result, or a file in it\n"
+    said = "error: nope: no such file or folder; expected the folder of a result, or a file in it\n"
     assert provenance(root, run, "nope") == (2, "", said)
     code, _, said = provenance(root, run, "results/mine/report", "--row", ROW, "--crate", "crate")
     assert code == 2
@@ -174,5 +174,5 @@ def test_a_folder_of_somebody_is_not_overwritten(root, run):
     (run / "mine").mkdir()
     (run / "mine/notes.txt").write_text("keep")
     code, _, said = provenance(root, run, "results/mine/report", "--crate", "mine")
-    assert (code, said) == (2, "mine: is there and is no crate; expected a new folder\n")
+    assert (code, said) == (2, "error: mine: is there and is no crate; expected a new folder\n")
     assert (run / "mine/notes.txt").read_text() == "keep"
