@@ -138,7 +138,7 @@ def write_row(
         "row": row.row,
         "dataset": row.dataset,
         "learning_rate": row.learning_rate,
-        "num_train_epochs": row.epochs,
+        "epochs": row.epochs,
         "batch_size": row.batch_size,
     }
     train = results / "train" / row.row

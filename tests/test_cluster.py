@@ -115,7 +115,7 @@ def test_a_site_file_names_the_devices_of_its_gpus(root):
 
 def test_progress_of_a_training_folder(tmp_path):
     assert progress(tmp_path) is None
-    (tmp_path / "settings.json").write_text(json.dumps({"max_steps": -1, "num_train_epochs": 2.0}))
+    (tmp_path / "settings.json").write_text(json.dumps({"max_steps": -1, "epochs": 2.0}))
     lines = [{"step": n, "epoch": n / 50, "loss": 1.0, "seconds": 2.0} for n in range(1, 31)]
     # The line that is being written.
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 31, "ep')

@@ -231,7 +231,7 @@ def test_a_row_that_asks_for_flash_attention_runs_where_there_is_none(tree):
     )
     run = tree(hardware=V100, rows={"accuracy": ["phi3-docvqa-full-fp16"], "speed": []})
     assert run.job("phi3-docvqa-full-fp16").pool.device == "v100-32gb"
-    assert "--use_flash_attention" in settings.flags(jobs.finetune(run, run.job("phi3-docvqa-full-fp16")))
+    assert "--flash_attention" in settings.flags(jobs.finetune(run, run.job("phi3-docvqa-full-fp16")))
 
 
 def test_overrides_are_recorded_and_checked(tree):
@@ -281,8 +281,8 @@ def test_flags_are_the_recipes(published):
     assert " ".join(settings.flags(jobs.finetune(published, job))) == (
         f"--model_name_or_path {model} --output_dir results/published/train/phi3-docvqa-qlora-bf16 --data_dir {data} "
         "--dataset docvqa --row phi3-docvqa-qlora-bf16 --use_lora --use_qlora --lora_rank 32 --lora_alpha_ratio 0.5 "
-        "--batch_size 64 --num_crops 16 --num_train_epochs 2 --learning_rate 0.0002 --bf16 --use_flash_attention "
-        "--batch_size_per_gpu auto --gradient_checkpointing auto --expect_device cuda --no-tqdm --save_minutes 30"
+        "--batch_size 64 --learning_rate 0.0002 --epochs 2 --num_crops 16 --bf16 --flash_attention "
+        "--micro_batch_size auto --gradient_checkpointing auto --expect_device cuda --no-tqdm --save_minutes 30"
     )
 
 
@@ -326,11 +326,17 @@ def test_a_list_takes_several_values_and_a_comma_is_part_of_one():
     assert parsed.image == ["a, b.png", "ü.png", "3.0"]
 
 
-def test_the_tables_names_are_flags_too():
-    flags = ["--epochs", "2", "--weight_decay", "0.1", "--micro_batch_size", "4", "--flash_attention"]
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--epochs", "2", "--weight_decay", "0.1", "--micro_batch_size", "4", "--flash_attention"],
+        ["--num_train_epochs", "2", "--wd", "0.1", "--batch_size_per_gpu", "4", "--use_flash_attention"],
+    ],
+)
+def test_flags_have_the_tables_names_and_the_recipes(flags):
     parsed = settings.parse(settings.FinetuneSettings, "", [*BASE, *flags])
-    assert (parsed.num_train_epochs, parsed.wd, parsed.batch_size_per_gpu) == (2, 0.1, 4)
-    assert parsed.use_flash_attention
+    assert (parsed.epochs, parsed.weight_decay, parsed.micro_batch_size) == (2, 0.1, 4)
+    assert parsed.flash_attention
 
 
 def test_help_groups_the_flags_and_gives_type_limits_and_default(monkeypatch, capsys):
@@ -508,6 +514,6 @@ def test_a_wrong_further_setting_is_refused(tree, row, values, said):
 def test_an_automatic_micro_batch_is_a_rows_setting(tree):
     run = tree(overrides={"phi35-nlvr2-full-bf16": {"micro_batch_size": "auto"}})
     flags = settings.flags(jobs.finetune(run, run.job("phi35-nlvr2-full-bf16")))
-    assert flags[flags.index("--batch_size_per_gpu") + 1] == "auto"
+    assert flags[flags.index("--micro_batch_size") + 1] == "auto"
     with pytest.raises(SettingsError, match="expected an integer >= 1, or auto"):
         tree(overrides={"phi35-nlvr2-full-bf16": {"micro_batch_size": 0}})

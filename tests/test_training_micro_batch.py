@@ -152,10 +152,10 @@ def test_auto_uses_the_room_there_is_and_trains_within_it(base, tmp_path):
     with peak(CPU) as taken:
         narrow = train(base, tmp_path / "narrow", room_for(0.3))
     wide = train(base, tmp_path / "wide", room_for(8.0))
-    assert wide["batch_size_per_gpu"] == 32
-    size = narrow["batch_size_per_gpu"]
+    assert wide["micro_batch_size"] == 32
+    size = narrow["micro_batch_size"]
     assert 1 < size < 32
-    (chosen,) = [probe for probe in narrow["probes"] if probe["batch_size_per_gpu"] == size]
+    (chosen,) = [probe for probe in narrow["probes"] if probe["micro_batch_size"] == size]
     assert chosen["peak_bytes"] <= narrow["capacity_bytes"]
     assert taken[0] <= 1.1 * narrow["capacity_bytes"]
     observed = json.loads((tmp_path / "narrow" / "observed.json").read_text())
@@ -208,7 +208,7 @@ def test_a_job_that_goes_on_keeps_its_size(tmp_path, monkeypatch):
 
     (tmp_path / "checkpoints" / "checkpoint-5").mkdir(parents=True)
     values = {
-        "batch_size_per_gpu": 8,
+        "micro_batch_size": 8,
         "recompute_every": 4,
         "processes": 2,
         "device": "CPU (x)",
@@ -235,7 +235,7 @@ def test_a_job_that_goes_on_keeps_its_size(tmp_path, monkeypatch):
         ({"gradient_checkpointing": False, "recompute_every": 2}, "gradient_checkpointing is not on"),
         ({"batch_size_per_gpu": "many"}, "`batch_size_per_gpu`: got 'many': expected an integer >= 1, or auto"),
         ({"batch_size_per_gpu": 0}, "expected an integer >= 1, or auto"),
-        ({"memory_limit_gb": 4}, "neither batch_size_per_gpu nor gradient_checkpointing is auto"),
+        ({"memory_limit_gb": 4}, "neither micro_batch_size nor gradient_checkpointing is auto"),
     ],
 )
 def test_what_cannot_be_found_is_refused(values, said):

@@ -110,7 +110,7 @@ def weights_of_base(base: Path) -> dict[str, torch.Tensor]:
 
 def test_auto_with_all_the_room_takes_a_processs_whole_share(base, two):
     found = json.loads((base / "2 x auto" / "micro_batch.json").read_text())
-    assert (found["batch_size_per_gpu"], found["processes"]) == (4, 2)
+    assert (found["micro_batch_size"], found["processes"]) == (4, 2)
 
 
 def test_census_counts_what_is_in_shards(base, one, two):

@@ -60,7 +60,7 @@ def search(job: Search, folder: Path) -> Chosen:
 
     output = folder / "out" / f"{job.method}-{job.memory_gib}-{job.attention}-{job.optimistic}"
     settings = settings_of(FullSizeJob(job.method, job.attention), folder).model_copy(
-        update={"batch_size": BATCH, "batch_size_per_gpu": "auto", "output_dir": str(output)}
+        update={"batch_size": BATCH, "micro_batch_size": "auto", "output_dir": str(output)}
     )
     live: list[int] = []
     choose = micro_batch.choose
@@ -83,7 +83,7 @@ def search(job: Search, folder: Path) -> Chosen:
     ):
         build(settings, output, trackers=False)
     found = json.loads((output / micro_batch.FILE).read_text(encoding="utf-8"))
-    size, interval = found["batch_size_per_gpu"], found["recompute_every"]
+    size, interval = found["micro_batch_size"], found["recompute_every"]
     return Chosen(size, interval, found["probes"], found["capacity_bytes"], *live)
 
 

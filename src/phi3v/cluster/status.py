@@ -78,7 +78,7 @@ def progress(folder: Path) -> Progress | None:
         return None
     last, steps = lines[-1], settings["max_steps"]
     if steps < 1:
-        steps = max(last["step"], round(settings["num_train_epochs"] * last["step"] / last["epoch"]))
+        steps = max(last["step"], round(settings["epochs"] * last["step"] / last["epoch"]))
     seconds = statistics.median(line["seconds"] for line in lines[-50:])
     return Progress(last["step"], steps, seconds * (steps - last["step"]))
 

@@ -216,7 +216,7 @@ def attention_implementation(settings: Compute, device: torch.device) -> str:
     The flash-attn package if it can run there, else PyTorch's SDPA: its flash kernel on Ampere and newer in bf16 and
     fp16, its memory-efficient kernel on other CUDA devices and in fp32, a flash kernel of its own on a CPU.
     """
-    if not settings.use_flash_attention:
+    if not settings.flash_attention:
         return "eager"
     if has_flash_kernels(settings, device) and has_flash_attn():
         return "flash_attention_2"
@@ -245,7 +245,7 @@ def has_flash_attn() -> bool:
 
 def attention_note(settings: Compute, device: torch.device) -> str:
     """A sentence if --use_flash_attention runs another kernel than flash attention on a GPU; else ""."""
-    if not settings.use_flash_attention or device.type != "cuda" or has_flash_kernels(settings, device):
+    if not settings.flash_attention or device.type != "cuda" or has_flash_kernels(settings, device):
         return ""
     return (
         f"--use_flash_attention: PyTorch's memory-efficient attention runs instead, in {settings.dtype} on "

@@ -179,7 +179,7 @@ class Choice:
     def settings(self) -> dict[str, int]:
         """The fields of FinetuneSettings in place of `auto`."""
         return {
-            "batch_size_per_gpu": self.micro_batch,
+            "micro_batch_size": self.micro_batch,
             "gradient_checkpointing": self.recompute_every > 0,
             "recompute_every": max(1, self.recompute_every),
         }

@@ -121,7 +121,7 @@ def utilisation_of(
         geometry_from_config(config),
         method=settings.method,
         rank=settings.lora_rank,
-        flash=settings.use_flash_attention,
+        flash=settings.flash_attention,
         recompute=settings.recompute,
         vision_adapters=settings.freeze_vision_model == "no",
     )

@@ -335,7 +335,7 @@ def _no_verdict(state: State) -> Verdict:
 def _notes(job: Job, trained: dict[str, object], work: Work) -> list[str]:
     """What a reader must know about a result that was not repeated after a change. trained: the training's settings."""
     row, notes = job.row, []
-    now = {"learning_rate": row.learning_rate, "num_train_epochs": row.epochs, "batch_size": row.batch_size}
+    now = {"learning_rate": row.learning_rate, "epochs": row.epochs, "batch_size": row.batch_size}
     for name, value in now.items():
         if trained.get(name, value) != value:
             notes.append(f"made with {name} {trained[name]:g}; the settings now say {value:g}")

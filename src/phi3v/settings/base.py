@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ValidationError
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -31,6 +32,16 @@ class Role(StrEnum):
     """Same bytes in the end."""
 
 
+@dataclass(frozen=True)
+class Bare:
+    """Mark of a field whose flag may stand without a value."""
+
+    yes: str
+    """What the bare flag means."""
+    no: str | None = None
+    """What --no-FLAG means; None: there is no such flag."""
+
+
 def fields_with(model: type[BaseModel], *roles: Role) -> tuple[str, ...]:
     """Names of a model's fields that have one of the roles: by role in the order given, then as they are declared."""
 
@@ -49,12 +60,15 @@ def accepted_names(model: type[BaseModel]) -> set[str]:
     return names
 
 
-class Strict(BaseModel):
+class Strict(
+    BaseModel,
+    extra="forbid",
+    frozen=True,
+    use_attribute_docstrings=True,
+    protected_namespaces=(),
+    allow_inf_nan=False,
+):
     """Unknown fields are errors; docstrings under the fields become their descriptions."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
 
 
 _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")

@@ -11,13 +11,12 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pydantic_settings
 from pydantic import ValidationError
 
-from phi3v.settings.base import Role, explain, fields_with
+from phi3v.settings.base import Bare, Role, explain, fields_with
 
 if TYPE_CHECKING:
     from phi3v.settings.commands import Command
@@ -34,16 +33,6 @@ GROUPS = {
 
 
 FILE_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-
-
-@dataclass(frozen=True)
-class Bare:
-    """Mark of a field whose flag may stand without a value."""
-
-    yes: str
-    """What the bare flag means."""
-    no: str | None = None
-    """What --no-FLAG means; None: there is no such flag."""
 
 
 def type_text(schema: dict[str, Any]) -> str:

@@ -8,21 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, model_validator
+from pydantic import AliasChoices, AliasGenerator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from phi3v.settings.base import Role, SettingsError, Strict, accepted_names, read_entries, validate
-from phi3v.settings.command_line import Bare
+from phi3v.settings.base import Bare, Role, SettingsError, Strict, accepted_names, read_entries, validate
 from phi3v.settings.entries import Dataset, Metric, dataset_key
 from phi3v.settings.rows import (
-    CountOrAuto,
     Dtype,
-    Optimizer,
+    Recipe,
     Seed,
     Training,
     WorkersOrAuto,
-    YesNoOrAuto,
-    recompute_share,
 )
 
 
@@ -31,11 +27,25 @@ def _number_word(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+RECIPE_NAMES = {
+    "epochs": "num_train_epochs",
+    "flash_attention": "use_flash_attention",
+    "micro_batch_size": "batch_size_per_gpu",
+    "weight_decay": "wd",
+}
+"""Our name of a setting, as in the tables, to the flag of the recipe's scripts, which works as well."""
+
+
+def _names(name: str) -> str | AliasChoices:
+    return AliasChoices(name, RECIPE_NAMES[name]) if name in RECIPE_NAMES else name
+
+
 class Command(BaseSettings):
     """Settings of a script: a flag for each field. Nothing is read from environment variables."""
 
     model_config = SettingsConfigDict(
         **Strict.model_config,
+        alias_generator=AliasGenerator(validation_alias=_names),
         cli_implicit_flags=True, cli_enforce_required=True, cli_avoid_json=True, cli_hide_none_type=True,
     )  # fmt: skip
 
@@ -60,9 +70,7 @@ class Compute(Command):
     """Compute in float16 over float32 weights; what the recipe does without --bf16."""
     fp32: Annotated[bool, Role.NUMERICS] = False
     """Compute in float32 (ours)."""
-    use_flash_attention: Annotated[bool, Role.NUMERICS] = Field(
-        False, validation_alias=AliasChoices("use_flash_attention", "flash_attention")
-    )
+    flash_attention: Annotated[bool, Role.NUMERICS] = False
     """Flash attention in both towers: the flash-attn package if it is installed, else PyTorch's own kernel. GPUs older
     than Ampere, and float32, run PyTorch's memory-efficient kernel instead."""
     expect_device: Annotated[Literal["cuda", "cpu"] | None, Role.RUNTIME] = None
@@ -104,37 +112,10 @@ class RowOptions(Compute):
     """Rank of the adapters."""
     lora_alpha_ratio: float = Field(2.0, gt=0)
     """Scale of the adapters over their rank."""
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout before the adapters."""
     # The recipe's flag is bare.
     freeze_vision_model: Annotated[Literal["no", "vision", "legacy"], Bare("vision")] = "no"
     """vision (also as a bare flag): freeze CLIP, projector and separators. legacy: the text embedding too, as the
     recipe's scripts did."""
-    batch_size: int = Field(16, ge=1)
-    """Examples of one optimizer step over all processes."""
-    batch_size_per_gpu: Annotated[CountOrAuto, Role.EQUIVALENT] = Field(
-        1, validation_alias=AliasChoices("batch_size_per_gpu", "micro_batch_size")
-    )
-    """Examples of one forward pass of one process; auto: the most that fit, found before training (ours)."""
-    num_crops: int | None = Field(None, ge=1, le=64)
-    """Largest number of tiles of an image; left out: the data folder's, else 16."""
-    num_train_epochs: float = Field(1, gt=0, validation_alias=AliasChoices("num_train_epochs", "epochs"))
-    """Passes over the training split."""
-    learning_rate: float = Field(4e-5, gt=0, lt=1)
-    """Peak learning rate."""
-    wd: float = Field(0.01, ge=0, validation_alias=AliasChoices("wd", "weight_decay"))
-    """AdamW's decoupled weight decay."""
-    warmup_steps: int = Field(50, ge=0)
-    """Steps of linear warm-up before the linear decay."""
-    optimizer: Optimizer = "adamw"
-    """adamw: AdamW with float32 states. adamw_8bit: 8-bit states (bitsandbytes), without ZeRO. paged_adamw_8bit: the
-    same in memory that moves to the host when the GPU is full. adamw_offload: float32 states and master weights in
-    the host's memory (DeepSpeed ZeRO 3); for full fine-tuning (ours)."""
-    gradient_checkpointing: Annotated[YesNoOrAuto, Role.EQUIVALENT, Bare("yes", no="no")] = True
-    """Recompute activations in the backward pass (non-reentrant); also as a bare flag, or --no-gradient_checkpointing.
-    auto: in as few layers as the memory allows, found before training (ours)."""
-    recompute_every: Annotated[int, Role.EQUIVALENT] = Field(1, ge=1)
-    """With gradient_checkpointing: recompute every n-th layer only; 1: all layers (ours)."""
     seed: Annotated[Seed, Role.EQUIVALENT] = 42
     """Data order and initial adapters."""
     num_workers: Annotated[WorkersOrAuto, Role.RUNTIME] = "auto"
@@ -193,8 +174,11 @@ class FurtherOptions(Command):
     """How long to wait for another job that owns output_dir; 0: refuse at once (ours)."""
 
 
-class FinetuneSettings(FurtherOptions, RowOptions):
+class FinetuneSettings(FurtherOptions, Recipe, RowOptions):
     """scripts/finetune.py"""
+
+    batch_size: int = Field(16, ge=1)
+    """Examples of one optimizer step over all processes."""
 
     @model_validator(mode="after")
     def _qlora_is_lora(self) -> FinetuneSettings:
@@ -237,12 +221,12 @@ class FinetuneSettings(FurtherOptions, RowOptions):
             raise ValueError("use_dora: without adapters; expected --use_lora or --use_qlora beside it")
         if self.merge and not (self.use_lora or self.use_qlora):
             raise ValueError("merge: without adapters; full fine-tuning writes a whole checkpoint in any case")
-        self._check_auto("batch_size_per_gpu", "a number")
+        self._check_auto("micro_batch_size", "a number")
         self._check_auto("gradient_checkpointing", "--gradient_checkpointing or --no-gradient_checkpointing")
         if self.recompute_every > 1 and self.gradient_checkpointing is not True:
             raise ValueError("recompute_every: set, but gradient_checkpointing is not on")
         if self.memory_limit_gb is not None and not self.is_probed:
-            raise ValueError("memory_limit_gb: set, but neither batch_size_per_gpu nor gradient_checkpointing is auto")
+            raise ValueError("memory_limit_gb: set, but neither micro_batch_size nor gradient_checkpointing is auto")
         for name in ("keep_best", "early_stopping_patience"):
             if getattr(self, name) and not self.eval_steps:
                 raise ValueError(f"{name}: set, but eval_steps is 0; expected --eval_steps N")
@@ -262,18 +246,7 @@ class FinetuneSettings(FurtherOptions, RowOptions):
     @property
     def is_probed(self) -> bool:
         """Whether something is found before training by running real passes."""
-        return "auto" in (self.batch_size_per_gpu, self.gradient_checkpointing)
-
-    @property
-    def micro_batch_size(self) -> int:
-        """batch_size_per_gpu where it is known; what `auto` found has to be put in its place before."""
-        assert self.batch_size_per_gpu != "auto"
-        return self.batch_size_per_gpu
-
-    @property
-    def recompute(self) -> float | None:
-        """Share of the layers that are recomputed in the backward pass; None: auto, not chosen yet."""
-        return recompute_share(self.gradient_checkpointing, self.recompute_every)
+        return "auto" in (self.micro_batch_size, self.gradient_checkpointing)
 
     @property
     def method(self) -> Literal["full", "frozen", "lora", "qlora"]:

@@ -56,7 +56,7 @@ def evaluate(run: ResolvedRun, job: Job, what: Literal["base", "trained", "offic
     values = _common(run, job, dataset, run.settings.seed) | {
         "model_name_or_path": f"{run.results}/train/{job.row.row}/final", "metric": run.datasets[dataset].metric,
         "batch_size_per_gpu": how.batch_size_per_gpu, "max_new_tokens": how.max_new_tokens,
-        job.row.dtype: True, "use_flash_attention": job.row.flash_attention,
+        job.row.dtype: True, "flash_attention": job.row.flash_attention,
     }  # fmt: skip
     if what == "base":
         base = {"row": "", "passes": ["before"], "model_name_or_path": run.model_folder(job.row.model)}
@@ -76,6 +76,6 @@ def demo_base(run: ResolvedRun) -> FinetuneSettings:
     return FinetuneSettings(
         model_name_or_path=f"{demo.folder}/random", data_dir=run.data_folder(demo.mixture), output_dir=f"{demo.folder}/base",
         dataset=demo.mixture, row="base", bf16=True, gradient_checkpointing=False, zero_stage=0, expect_device="cpu",
-        batch_size=base.batch_size, batch_size_per_gpu=base.micro_batch_size, num_train_epochs=base.epochs,
+        batch_size=base.batch_size, micro_batch_size=base.micro_batch_size, epochs=base.epochs,
         learning_rate=base.learning_rate, num_crops=base.num_crops, seed=demo.seed, tqdm=False,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from phi3v.settings.base import Role, SettingsError, Strict, validate
+from phi3v.settings.base import Bare, Role, SettingsError, Strict, validate
 
 Method = Literal["full", "frozen", "lora", "qlora"]
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -45,14 +45,49 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
-def recompute_share(checkpointing: bool | Literal["auto"], every: int) -> float | None:
-    """Share of the layers whose activations are recomputed in the backward pass; None: auto."""
-    return None if checkpointing == "auto" else float(checkpointing) / every
+class Recipe(Strict):
+    """What a column of the tables and a flag of scripts/finetune.py decide alike."""
+
+    batch_size: int = Field(64, ge=1)
+    """Examples of one optimizer step over all processes."""
+    micro_batch_size: Annotated[CountOrAuto, Role.EQUIVALENT] = 1
+    """Examples of one forward pass of one process; auto: the most that fit, found before training (ours)."""
+    learning_rate: float = Field(4e-5, gt=0, lt=1)
+    """Peak learning rate."""
+    epochs: float = Field(1, gt=0)
+    """Passes over the training split."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapters."""
+    num_crops: int | None = Field(None, ge=1, le=64)
+    """Largest number of tiles of an image; left out: the dataset's, else 16."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decoupled weight decay."""
+    warmup_steps: int = Field(50, ge=0)
+    """Steps of linear warm-up before the linear decay."""
+    optimizer: Optimizer = "adamw"
+    """adamw: AdamW with float32 states. adamw_8bit: 8-bit states (bitsandbytes), without ZeRO. paged_adamw_8bit: the
+    same in memory that moves to the host when the GPU is full. adamw_offload: float32 states and master weights in
+    the host's memory (DeepSpeed ZeRO 3); for full fine-tuning (ours)."""
+    gradient_checkpointing: Annotated[YesNoOrAuto, Role.EQUIVALENT, Bare("yes", no="no")] = True
+    """Recompute activations in the backward pass (non-reentrant); as a flag also bare, or --no-gradient_checkpointing.
+    auto: in as few layers as the memory allows, found before training (ours)."""
+    recompute_every: Annotated[int, Role.EQUIVALENT] = Field(1, ge=1)
+    """With gradient_checkpointing: recompute every n-th layer only; 1: all layers (ours)."""
+
+    @property
+    def known_micro_batch(self) -> int:
+        """micro_batch_size, or 1 if it is still to be found."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+
+    @property
+    def recompute(self) -> float | None:
+        """Share of the layers that are recomputed in the backward pass; None if it is still to be chosen."""
+        return (
+            None if self.gradient_checkpointing == "auto" else float(self.gradient_checkpointing) / self.recompute_every
+        )
 
 
-class Training(Strict):
-    """What an accuracy row and a speed row share: model, data, method and the recipe's constants."""
-
+class _Named(Strict):
     row: Annotated[Name, Role.IDENTITY]
     """Unique id; it carries the model."""
     model: str
@@ -65,48 +100,21 @@ class Training(Strict):
     """Compute type; fp16 is mixed precision over float32 weights."""
     flash_attention: Annotated[YesNo, Role.NUMERICS]
     """Flash attention in both towers; on GPUs older than Ampere PyTorch's memory-efficient kernel instead."""
-    batch_size: int = Field(64, ge=1)
-    """Examples of one optimizer step over all processes."""
-    micro_batch_size: Annotated[CountOrAuto, Role.EQUIVALENT] = 1
-    """Examples of one forward pass of one process; auto: the most that fit, found before training."""
-    learning_rate: float = Field(4e-5, gt=0, lt=1)
-    """Peak learning rate."""
-    epochs: float = Field(1, gt=0)
-    """Passes over the training split."""
+
+
+class Training(Recipe, _Named):
+    """What an accuracy row and a speed row share: model, data, method and the recipe's constants."""
+
     lora_rank: int | None = Field(None, ge=1)
     """Rank of the adapters; LoRA and QLoRA need it, others have none."""
     lora_alpha: float | None = Field(None, gt=0)
     """Scale of the adapters; goes with the rank."""
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout before the adapters."""
-    num_crops: int | None = Field(None, ge=1, le=64)
-    """Largest number of tiles of an image; empty: the dataset's."""
-    weight_decay: float = Field(0.01, ge=0)
-    """AdamW's decoupled weight decay."""
-    warmup_steps: int = Field(50, ge=0)
-    """Steps of linear warm-up before the linear decay."""
-    optimizer: Optimizer = "adamw"
-    """Where AdamW keeps its states and in how many bits; see docs/training.md, "Full fine-tuning on one GPU"."""
-    gradient_checkpointing: Annotated[YesNoOrAuto, Role.EQUIVALENT] = True
-    """Recompute activations in the backward pass; auto: in as few layers as the memory allows."""
-    recompute_every: Annotated[int, Role.EQUIVALENT] = Field(1, ge=1)
-    """With gradient_checkpointing yes: recompute every n-th layer only; 1: all layers."""
     finetune: dict[str, Any] = {}
     """In overrides: further settings of scripts/finetune.py by their names, as {eval_steps: 100, keep_best: true}."""
     published_doubted: Annotated[YesNo, Role.PUBLISHED] = False
     """The published figure is very likely not what its row says; the note tells why, and no verdict is given."""
     legacy_freezing: YesNo = False
     """Frozen rows only: freeze the text embedding as well, as the recipe's scripts did."""
-
-    @property
-    def known_micro_batch(self) -> int:
-        """micro_batch_size, or 1 where it is still to be found."""
-        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
-
-    @property
-    def recompute(self) -> float | None:
-        """Share of the layers that are recomputed; None if it is still to be chosen."""
-        return recompute_share(self.gradient_checkpointing, self.recompute_every)
 
     @model_validator(mode="after")
     def _method_and_adapter_agree(self) -> Training:

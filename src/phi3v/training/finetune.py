@@ -201,7 +201,7 @@ def headline(job: Job) -> str:
     settings, plan = job.settings, job.loop.training.plan
     trainable = sum(size_of(p) for p in job.model.parameters() if p.requires_grad)
     how = f", ZeRO {settings.zero_stage}" if job.loop.is_sharded else ""
-    size = "a pack" if settings.batching == "packed" else f"{settings.batch_size_per_gpu}"
+    size = "a pack" if settings.batching == "packed" else f"{settings.micro_batch_size}"
     left_out = f", {job.left_out} longer than {settings.max_length} tokens left out" if job.left_out else ""
     return (
         f"{settings.row or settings.dataset or 'finetune'}: {settings.method} {settings.dtype}{how} on "
@@ -224,12 +224,12 @@ def observe(job: Job, observer: Observer, train_seconds: float) -> dict[str, Any
     layers, weight_bytes = linear4bit(job.model)
     cuda = job.device.type == "cuda"
     return {
-        "asked": {"dtype": settings.dtype, "attention": "flash" if settings.use_flash_attention else "eager"},
+        "asked": {"dtype": settings.dtype, "attention": "flash" if settings.flash_attention else "eager"},
         **observer.result(),
         "compiled_kernels": compiled_kernels(),
         "linear4bit_layers": layers,
         "linear4bit_bytes": weight_bytes,
-        "batch_size_per_gpu": None if settings.batching == "packed" else settings.batch_size_per_gpu,
+        "batch_size_per_gpu": None if settings.batching == "packed" else settings.micro_batch_size,
         "recompute_every": interval_of(settings.recompute or 0.0),
         "zero_stage": settings.zero_stage if job.loop.is_sharded else 0,
         "world_size": job.processes,

@@ -100,7 +100,7 @@ def check_settings(settings: FinetuneSettings, device: torch.device) -> None:
 
 def check_geometry(settings: FinetuneSettings, processes: int) -> None:
     """Raises SettingsError if the batch does not divide by the processes and their micro-batches."""
-    share = processes * (1 if settings.batch_size_per_gpu == "auto" else settings.batch_size_per_gpu)
+    share = processes * settings.known_micro_batch
     if settings.batching == "packed":
         if settings.batch_size % processes:
             raise SettingsError(
@@ -108,7 +108,7 @@ def check_geometry(settings: FinetuneSettings, processes: int) -> None:
                 f"{processes} processes"
             )
     elif settings.batch_size % share:
-        each = "" if settings.batch_size_per_gpu == "auto" else f" x --batch_size_per_gpu {settings.batch_size_per_gpu}"
+        each = "" if settings.micro_batch_size == "auto" else f" x --batch_size_per_gpu {settings.micro_batch_size}"
         raise SettingsError(
             f"command line: field `batch_size`: got {settings.batch_size}: expected a multiple of {share} "
             f"({processes} processes{each})"
@@ -117,7 +117,7 @@ def check_geometry(settings: FinetuneSettings, processes: int) -> None:
 
 def check_automatic(settings: FinetuneSettings, processes: int, device: torch.device) -> None:
     """Raises SettingsError if `auto` would search with a memory plan that is not the job's: it counts shards of ZeRO 2."""
-    automatic = "auto" in (settings.batch_size_per_gpu, settings.gradient_checkpointing)
+    automatic = "auto" in (settings.micro_batch_size, settings.gradient_checkpointing)
     whole = settings.method in ("full", "frozen") and settings.zero_stage < 2 and settings.optimizer == "adamw"
     if automatic and whole and processes > 1 and device.type == "cuda":
         raise SettingsError(
@@ -179,7 +179,7 @@ def plan_of(settings: FinetuneSettings, data: TrainingData, processes: int) -> B
     plan = BatchPlan(
         examples=len(data.examples),
         batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
+        micro_batch_size=settings.known_micro_batch,
         processes=processes,
         seed=settings.seed,
         grouping=settings.batching,
@@ -198,7 +198,7 @@ def validation_of(
         return None
     dataset = read_data(settings, processor, "val")[0]
     count = min(settings.eval_examples or len(dataset), len(dataset))
-    plan = BatchPlan(count, count, settings.micro_batch_size, split.plan.processes, seed=0)
+    plan = BatchPlan(count, count, settings.known_micro_batch, split.plan.processes, seed=0)
     collator = Collator(processor.tokenizer.pad_token_id, "fixed", config)
     return replace(split, plan=plan, examples=PickedExamples(dataset), collate=collator)
 
@@ -264,7 +264,7 @@ def make_loop(
         model.to(device)
     optimizer = build_optimizer(settings, model, device)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    steps = math.ceil(settings.num_train_epochs * training.plan.steps_per_epoch)
+    steps = math.ceil(settings.epochs * training.plan.steps_per_epoch)
     total_steps = settings.max_steps if settings.max_steps > 0 else steps
     process = accelerator.process_index
     return Loop(
@@ -287,7 +287,7 @@ def _epochs(settings: FinetuneSettings, plan: BatchPlan) -> int:
     """Whole epochs the job will begin."""
     if settings.max_steps > 0:
         return -(-settings.max_steps // plan.steps_per_epoch)
-    return int(-(-settings.num_train_epochs // 1))
+    return int(-(-settings.epochs // 1))
 
 
 def _lengths(settings: FinetuneSettings, dataset: ConversationDataset) -> tuple[list[int] | None, list[int] | None]:

@@ -134,12 +134,12 @@ def explain_memory(settings: FinetuneSettings, device: torch.device) -> Iterator
 def _what_helps(settings: FinetuneSettings) -> list[str]:
     """Settings that this job could still change, by what they save."""
     full, fixed = settings.method in ("full", "frozen"), not settings.is_probed
-    size, crops = settings.batch_size_per_gpu, settings.num_crops or "the data folder's"
+    size, crops = settings.micro_batch_size, settings.num_crops or "the data folder's"
     ways = [
         (f"--batch_size_per_gpu 1 (now {size}; the batch stays)", size not in (1, "auto")),
         ("--gradient_checkpointing (now off)", not settings.gradient_checkpointing),
         (f"--recompute_every 1 (now {settings.recompute_every})", settings.recompute_every > 1),
-        ("--use_flash_attention (now off)", not settings.use_flash_attention),
+        ("--use_flash_attention (now off)", not settings.flash_attention),
         ("--optimizer adamw_8bit (now adamw)", full and settings.optimizer == "adamw"),
         ("--optimizer adamw_offload", full and fixed and settings.optimizer != "adamw_offload"),
         ("--use_lora (now full fine-tuning)", full),

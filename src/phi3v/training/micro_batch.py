@@ -232,8 +232,8 @@ def choose(
         with explain_memory(settings, device):
             what = (
                 "not even one example at a time"
-                if settings.batch_size_per_gpu == "auto"
-                else f"no recomputation with micro-batch {settings.batch_size_per_gpu}"
+                if settings.micro_batch_size == "auto"
+                else f"no recomputation with micro-batch {settings.micro_batch_size}"
             )
             raise MemoryError(f"{what} fits: {numbers}")
     say(f"{way}: {numbers}")
@@ -261,13 +261,13 @@ def choose(
 
 
 def _values(way: Choice) -> dict[str, int]:
-    return {"batch_size_per_gpu": way.micro_batch, "recompute_every": way.recompute_every}
+    return {"micro_batch_size": way.micro_batch, "recompute_every": way.recompute_every}
 
 
 def _sizes(settings: FinetuneSettings, processes: int) -> list[int]:
-    if settings.batch_size_per_gpu == "auto":
+    if settings.micro_batch_size == "auto":
         return micro_batches(settings.batch_size, processes)
-    return [settings.batch_size_per_gpu]
+    return [settings.micro_batch_size]
 
 
 def ways_of(settings: FinetuneSettings, setup: Setup, device: torch.device) -> list[Choice]:
@@ -313,7 +313,7 @@ def _written(settings: FinetuneSettings, output: Path, processes: int, device: t
         values = json.loads((output / FILE).read_text(encoding="utf-8"))
         here = (processes, device_name(device), checkpoints.decisive(settings))
         same = (values["processes"], values["device"], values["settings"]) == here
-        return Choice(int(values["batch_size_per_gpu"]), int(values["recompute_every"])) if same else None
+        return Choice(int(values["micro_batch_size"]), int(values["recompute_every"])) if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -340,7 +340,7 @@ def _setup(settings: FinetuneSettings, model: Any, longest: Example, processes: 
         nowhere,
         settings.method,
         _planned_dtype(settings),
-        settings.use_flash_attention,
+        settings.flash_attention,
         work,
         work,
         settings.batch_size,

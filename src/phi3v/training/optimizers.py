@@ -45,7 +45,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 def build_optimizer(settings: FinetuneSettings, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of the model's trained parameters; device: where the model computes."""
-    groups = decay_groups(model, settings.wd)
+    groups = decay_groups(model, settings.weight_decay)
     rates: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": (settings.adam_beta1, settings.adam_beta2),

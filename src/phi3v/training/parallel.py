@@ -82,7 +82,7 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
     accumulate: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}} if in_float32 else {}
     return {
         **accumulate,
-        "train_micro_batch_size_per_gpu": settings.batch_size_per_gpu,
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": settings.max_grad_norm,
         "bf16": {"enabled": settings.dtype == "bf16"},
