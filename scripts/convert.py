@@ -35,10 +35,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="clips decoded at a time (default: 2)")
     parser.add_argument(
-        "--shards", type=float, metavar="MB",
+        "--shards",
+        type=float,
+        metavar="MB",
         help="pack the pictures of split train into tar shards of this size, for file systems that dislike many files "
         "(default: as the entry says, else 0: a file a picture)",
-    )  # fmt: skip
+    )
     entry = parser.add_argument_group("an entry of a datasets file")
     entry.add_argument("--datasets", nargs="+", default=["config/datasets.yaml"], metavar="FILE", help="datasets files")
     entry.add_argument("--dataset", metavar="NAME", help="entry to convert")

@@ -24,9 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (default: the base's)"
     )
     parser.add_argument(
-        "--quantised_as", choices=("bfloat16", "float16", "float32"),
+        "--quantised_as",
+        choices=("bfloat16", "float16", "float32"),
         help="fold a QLoRA adapter into the 4-bit weights that training in this type saw (default: the base as it is)",
-    )  # fmt: skip
+    )
     parser.add_argument("--manifest", type=Path, help="the run's manifest.json (default: in or above --adapter)")
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder as a private repository")
     chosen = parser.parse_args(arguments)

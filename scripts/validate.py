@@ -23,9 +23,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path, metavar="DIR", help="folder with images/ and a jsonl for each split")
     parser.add_argument(
-        "--level", choices=["shape", "paths", "images"], default="images",
+        "--level",
+        choices=["shape", "paths", "images"],
+        default="images",
         help="shape: lines and ids; paths: also image paths; images: also decode them and look for leaks (default)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--allow-leaks", "--allow_leaks", action="store_true", help="pictures shared by splits are counted, not errors"
     )

@@ -92,9 +92,11 @@ def _add_argument(settings: type[Command], parser: argparse.ArgumentParser) -> C
 def parse(settings: type[C], description: str | None, arguments: list[str] | None = None) -> C:
     """The settings of a command line, a flag for each field; a wrong one prints usage and reason, and exits with 2."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         usage="%(prog)s --FLAG VALUE …",
-    )  # fmt: skip
+    )
     source = pydantic_settings.CliSettingsSource[Any](
         settings, root_parser=parser, add_argument_method=_add_argument(settings, parser)
     )

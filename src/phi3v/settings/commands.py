@@ -46,8 +46,11 @@ class Command(BaseSettings):
     model_config = SettingsConfigDict(
         **Strict.model_config,
         alias_generator=AliasGenerator(validation_alias=_names),
-        cli_implicit_flags=True, cli_enforce_required=True, cli_avoid_json=True, cli_hide_none_type=True,
-    )  # fmt: skip
+        cli_implicit_flags=True,
+        cli_enforce_required=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -378,8 +381,11 @@ def row_values(row: Training) -> dict[str, Any]:
     if row.method == "frozen":
         freezing = "legacy" if row.legacy_freezing else "vision"
     return columns | {
-        row.dtype: True, "use_lora": adapters, "use_qlora": row.method == "qlora", "freeze_vision_model": freezing
-    }  # fmt: skip
+        row.dtype: True,
+        "use_lora": adapters,
+        "use_qlora": row.method == "qlora",
+        "freeze_vision_model": freezing,
+    }
 
 
 def own_settings(row: Training, where: str, /, **decided: Any) -> FinetuneSettings:

@@ -21,32 +21,53 @@ def _device(hardware: Hardware) -> Literal["cpu", "cuda"]:
 def _common(run: ResolvedRun, job: Job, dataset: str, seed: int) -> dict[str, Any]:
     """What every command of a job takes from its machines and the run."""
     return {
-        "row": job.row.row, "dataset": dataset, "data_dir": run.data_folder(dataset), "num_crops": job.num_crops,
-        "expect_device": _device(run.hardware[job.pool.device]), "seed": seed, "num_workers": run.settings.num_workers,
+        "row": job.row.row,
+        "dataset": dataset,
+        "data_dir": run.data_folder(dataset),
+        "num_crops": job.num_crops,
+        "expect_device": _device(run.hardware[job.pool.device]),
+        "seed": seed,
+        "num_workers": run.settings.num_workers,
         "tqdm": False,
-    }  # fmt: skip
+    }
 
 
 def finetune(run: ResolvedRun, job: Job) -> FinetuneSettings:
     """Training of a row; the row may state itself when it saves."""
     return own_settings(
-        job.row, f"row `{job.row.row}`", **_common(run, job, job.row.dataset, job.seed),
-        model_name_or_path=run.model_folder(job.row.model), output_dir=f"{run.results}/train/{job.row.row}",
-        **({} if {"save_minutes", "save_steps"} & job.row.finetune.keys() else {"save_minutes": run.settings.save_minutes}),
-    )  # fmt: skip
+        job.row,
+        f"row `{job.row.row}`",
+        **_common(run, job, job.row.dataset, job.seed),
+        model_name_or_path=run.model_folder(job.row.model),
+        output_dir=f"{run.results}/train/{job.row.row}",
+        **(
+            {}
+            if {"save_minutes", "save_steps"} & job.row.finetune.keys()
+            else {"save_minutes": run.settings.save_minutes}
+        ),
+    )
 
 
 def speed(run: ResolvedRun, job: Job) -> SpeedSettings:
     """Timing of a row."""
     row, timing = job.row, run.settings.speed
     assert isinstance(row, SpeedRow)
-    return SpeedSettings.model_validate({
-        **row_values(row), **row.finetune, **_common(run, job, row.dataset, run.settings.seed),
-        "model_name_or_path": run.model_folder(row.model), "output_dir": f"{run.results}/speed/{row.row}",
-        "speed_warmup_steps": timing.warmup_steps, "timed_steps": timing.timed_steps, "repeats": timing.repeats,
-        "expect_processes": row.nodes * row.gpus_per_node, "expect_hardware": row.hardware,
-        "hardware": run.settings.files.hardware, "stand_in": job.pool.stand_in,
-    })  # fmt: skip
+    return SpeedSettings.model_validate(
+        {
+            **row_values(row),
+            **row.finetune,
+            **_common(run, job, row.dataset, run.settings.seed),
+            "model_name_or_path": run.model_folder(row.model),
+            "output_dir": f"{run.results}/speed/{row.row}",
+            "speed_warmup_steps": timing.warmup_steps,
+            "timed_steps": timing.timed_steps,
+            "repeats": timing.repeats,
+            "expect_processes": row.nodes * row.gpus_per_node,
+            "expect_hardware": row.hardware,
+            "hardware": run.settings.files.hardware,
+            "stand_in": job.pool.stand_in,
+        }
+    )
 
 
 def evaluate(run: ResolvedRun, job: Job, what: Literal["base", "trained", "official"]) -> EvaluateSettings:
@@ -54,10 +75,13 @@ def evaluate(run: ResolvedRun, job: Job, what: Literal["base", "trained", "offic
     own, how = job.row.dataset, run.settings.evaluation
     dataset = run.datasets[own].official if what == "official" else own
     values = _common(run, job, dataset, run.settings.seed) | {
-        "model_name_or_path": f"{run.results}/train/{job.row.row}/final", "metric": run.datasets[dataset].metric,
-        "batch_size_per_gpu": how.batch_size_per_gpu, "max_new_tokens": how.max_new_tokens,
-        job.row.dtype: True, "flash_attention": job.row.flash_attention,
-    }  # fmt: skip
+        "model_name_or_path": f"{run.results}/train/{job.row.row}/final",
+        "metric": run.datasets[dataset].metric,
+        "batch_size_per_gpu": how.batch_size_per_gpu,
+        "max_new_tokens": how.max_new_tokens,
+        job.row.dtype: True,
+        "flash_attention": job.row.flash_attention,
+    }
     if what == "base":
         base = {"row": "", "passes": ["before"], "model_name_or_path": run.model_folder(job.row.model)}
         values |= base | {"output_dir": f"{run.results}/evaluate/base/{job.baseline}"}
@@ -74,8 +98,20 @@ def demo_base(run: ResolvedRun) -> FinetuneSettings:
     assert run.demo is not None
     demo, base = run.demo, run.demo.base
     return FinetuneSettings(
-        model_name_or_path=f"{demo.folder}/random", data_dir=run.data_folder(demo.mixture), output_dir=f"{demo.folder}/base",
-        dataset=demo.mixture, row="base", bf16=True, gradient_checkpointing=False, zero_stage=0, expect_device="cpu",
-        batch_size=base.batch_size, micro_batch_size=base.micro_batch_size, epochs=base.epochs,
-        learning_rate=base.learning_rate, num_crops=base.num_crops, seed=demo.seed, tqdm=False,
-    )  # fmt: skip
+        model_name_or_path=f"{demo.folder}/random",
+        data_dir=run.data_folder(demo.mixture),
+        output_dir=f"{demo.folder}/base",
+        dataset=demo.mixture,
+        row="base",
+        bf16=True,
+        gradient_checkpointing=False,
+        zero_stage=0,
+        expect_device="cpu",
+        batch_size=base.batch_size,
+        micro_batch_size=base.micro_batch_size,
+        epochs=base.epochs,
+        learning_rate=base.learning_rate,
+        num_crops=base.num_crops,
+        seed=demo.seed,
+        tqdm=False,
+    )
