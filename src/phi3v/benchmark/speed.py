@@ -37,6 +37,8 @@ PROFILED_STEPS = 3
 """Optimizer steps under the profiler."""
 TRACE, TABLE = "trace.json.gz", "operators.txt"
 OPERATORS = 20
+MEMORY = ("peak_memory_bytes", "reserved_memory_bytes", "context_memory_bytes", "memory_source")
+"""Fields of observed.json that speed.json repeats."""
 
 
 @dataclass
@@ -132,6 +134,7 @@ class Profile:
             by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
             table = self._profiler.key_averages().table(sort_by=by, row_limit=OPERATORS, max_name_column_width=60)
             (self.folder / TABLE).write_text(f"{PROFILED_STEPS} optimizer steps\n{table}\n", encoding="utf-8")
+            say(f"{self.folder}: {TRACE} of {PROFILED_STEPS} steps, and the {OPERATORS} longest operators in {TABLE}")
             self._profiler = None
 
 
@@ -150,54 +153,62 @@ def measure(settings: SpeedSettings) -> int:
     started = time.perf_counter()
     check_timing(settings)
     check_devices(settings, found_devices(settings))
-    timed = settings.speed_warmup_steps + settings.repeats * settings.timed_steps
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    quiet = {"eval_steps": 0, "keep_best": False, "early_stopping_patience": 0, "save_steps": 0, "save_minutes": 0}
-    changes = {"max_steps": timed + PROFILED_STEPS * settings.profile, "report_to": [], **quiet}
-    job = build(settings.model_copy(update=changes), output, trackers=False)
+    job = build(timed_job(settings), output, trackers=False)
     if job.is_main:
         (output / "manifest.json").unlink(missing_ok=True)
-        say(
-            f"{headline(job)}; {settings.speed_warmup_steps} warm-up and "
-            f"{settings.repeats} x {settings.timed_steps} timed steps"
-        )
+        windows = f"{settings.repeats} x {settings.timed_steps} timed steps"
+        say(f"{headline(job)}; {settings.speed_warmup_steps} warm-up and {windows}")
         say_attention(job)
-    counting = utilisation_of(
-        settings, job.model.config.to_dict(), device_name(job.device), job.processes, settings.hardware
-    )
+    config, name = job.model.config.to_dict(), device_name(job.device)
+    counting = utilisation_of(settings, config, name, job.processes, settings.hardware)
     cpu = job.device.type == "cpu"
-    peaks = [measured_peak(settings.dtype)] if cpu else []
+    before = measured_peak(settings.dtype) if cpu else None
+    stopwatch, observed = run_steps(settings, job, output)
+    if before is not None:
+        # Again after the timing: the larger rate was less disturbed by other programs.
+        peak, source = max(before, measured_peak(settings.dtype))
+        counting = replace(counting, peak_tflops=peak, peak_source=source)
+    result = speed_result(settings, job, stopwatch.windows, counting, observed)
+    if job.is_main:
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        write_json(output / "speed.json", result)
+        inputs, seconds = (
+            {"data": str(job.data_dir), "model": settings.model_name_or_path},
+            time.perf_counter() - started,
+        )
+        write_manifest(
+            output, kind="speed", settings=settings, inputs=inputs, seed=settings.seed, seconds=seconds, device=name
+        )
+        say(summary(result))
+    return leave(0)
+
+
+def timed_job(settings: SpeedSettings) -> SpeedSettings:
+    """The settings of a job that trains as many steps as are timed and profiled, and neither validates nor saves."""
+    steps = _timed_steps(settings) + PROFILED_STEPS * settings.profile
+    quiet = {"eval_steps": 0, "keep_best": False, "early_stopping_patience": 0, "save_steps": 0, "save_minutes": 0}
+    return settings.model_copy(update={"max_steps": steps, "report_to": [], **quiet})
+
+
+def _timed_steps(settings: SpeedSettings) -> int:
+    return settings.speed_warmup_steps + settings.repeats * settings.timed_steps
+
+
+def run_steps(settings: SpeedSettings, job: Job, output: Path) -> tuple[Stopwatch, dict[str, Any]]:
+    """Run the job's steps: the stopwatch with its windows, and what observed.json holds; a collective call."""
     stopwatch = Stopwatch(job.device, settings.speed_warmup_steps, settings.timed_steps, settings.repeats)
     observer = Observer(job.model)
     job.loop.hooks += [lambda record: observer.remove(), stopwatch]
     if job.is_main:
         job.loop.logs.append(Progress(settings.tqdm, lambda: peak_memory_bytes(job.device)))
     if job.is_main and settings.profile:
-        job.loop.hooks.append(Profile(output / "profile", job.device, timed))
-    train_seconds = -time.perf_counter()
+        job.loop.hooks.append(Profile(output / "profile", job.device, _timed_steps(settings)))
+    started = time.perf_counter()
     with explain_memory(settings, job.device):
         job.loop.run()
-    train_seconds += time.perf_counter()
-    if cpu:
-        # Again after the timing: the larger rate was less disturbed by other programs.
-        peak, source = max(*peaks, measured_peak(settings.dtype))
-        counting = replace(counting, peak_tflops=peak, peak_source=source)
-    result = speed_result(settings, job, stopwatch.windows, counting, observe(job, observer, train_seconds))
-    if job.is_main:
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
-        write_json(output / "speed.json", result)
-        write_manifest(
-            output, kind="speed", settings=settings,
-            inputs={"data": str(job.data_dir), "model": settings.model_name_or_path},
-            seed=settings.seed, seconds=time.perf_counter() - started, device=device_name(job.device),
-        )  # fmt: skip
-        say(summary(result))
-        if settings.profile:
-            say(
-                f"{output}/profile: {TRACE} of {PROFILED_STEPS} steps, and the {OPERATORS} longest operators in {TABLE}"
-            )
-    return leave(0)
+    return stopwatch, observe(job, observer, time.perf_counter() - started)
 
 
 def speed_result(
@@ -222,10 +233,7 @@ def speed_result(
         "formula": FORMULA,
         "model_tflop_per_step": step.model / steps / 1e12,
         "hardware_tflop_per_step": step.hardware / steps / 1e12,
-        "peak_memory_bytes": observed["peak_memory_bytes"],
-        "reserved_memory_bytes": observed["reserved_memory_bytes"],
-        "context_memory_bytes": observed["context_memory_bytes"],
-        "memory_source": observed["memory_source"],
+        **{name: observed[name] for name in MEMORY},
         "resident_memory_bytes": largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, job.device),
         "warmup_steps": settings.speed_warmup_steps,
         "timed_steps": settings.timed_steps,
@@ -254,14 +262,13 @@ def _reserved(result: dict[str, Any]) -> str:
 
 def summary(result: dict[str, Any]) -> str:
     """The result in a few lines, with the formula of MFU and HFU."""
+    resident = f"{result['resident_memory_bytes'] / 2**30:.2f} GiB of the machine's memory per process"
     lines = [
-        f"{result['images_per_second']:.3f} img/s, {result['tokens_per_second_per_device']:.0f} tokens/s a device, "
-        f"{result['step_seconds']:.3f} s a step, spread {100 * result['spread']:.1f} %, waiting for data "
+        f"{result['images_per_second']:.3f} img/s, {result['tokens_per_second_per_device']:.0f} tokens/s per device, "
+        f"{result['step_seconds']:.3f} s per step, spread {100 * result['spread']:.1f} %, waiting for data "
         f"{100 * result['loading_share']:.1f} %",
-        f"peak {result['peak_memory_bytes'] / 2**30:.2f} GiB"
-        + _reserved(result)
-        + f", {result['resident_memory_bytes'] / 2**30:.2f} GiB of the machine's memory, a process",
-    ]  # fmt: skip
+        f"peak {result['peak_memory_bytes'] / 2**30:.2f} GiB{_reserved(result)}, {resident}",
+    ]
     if result["mfu"] is None:
         lines.append(f"MFU and HFU unknown: {result['device']} is in no hardware file")
     else:
