@@ -16,7 +16,7 @@ from phi3v.planning.geometry import geometry_from_config
 from phi3v.planning.hardware import find_hardware, hardware_of_device
 from phi3v.planning.memory import memory
 from phi3v.planning.plan import duration, plan_job, plan_run
-from phi3v.planning.resources import check_disk, check_room, disk_needed, resources
+from phi3v.planning.resources import check_disk, check_room, checkpoint_bytes, disk_needed, resources
 from phi3v.planning.step_time import Constants, step_time
 from phi3v.settings import Geometry, Hardware, SettingsError, load_run, model_key, read_entries
 
@@ -325,6 +325,14 @@ def test_a_merged_model_is_counted_beside_its_adapter(root, run):
         for merge in (False, True)
     )
     assert merged - plain == pytest.approx(8.29, abs=0.01) and plain < 1
+
+
+def test_size_of_a_checkpoint():
+    """Float32 weights and two moments: of 4 bytes each, or of one byte and 4/256 for the scale of its block."""
+    assert checkpoint_bytes(1e9, 2e9, "adamw", is_sharded=False) == 12e9
+    assert checkpoint_bytes(1e9, 2e9, "adamw", is_sharded=True) == 14e9
+    assert checkpoint_bytes(1e9, 2e9, "paged_adamw_8bit", is_sharded=False) == pytest.approx(6.03e9, rel=1e-3)
+    assert checkpoint_bytes(1e9, 2e9, "adamw_offload", is_sharded=True) == 14e9
 
 
 def test_disk_that_is_written_already_is_not_needed_again(run, tmp_path):

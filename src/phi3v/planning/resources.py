@@ -15,7 +15,7 @@ from pathlib import Path
 from phi3v.planning.fits import setup_of, workload
 from phi3v.planning.flops import Setup
 from phi3v.planning.geometry import model_geometry, parameters
-from phi3v.planning.memory import GB, MOMENT_BYTES, STATE_BYTES, memory
+from phi3v.planning.memory import GB, MOMENT_BYTES, memory
 from phi3v.planning.step_time import CONSTANTS, step_time
 from phi3v.settings import (
     AccuracyRow,
@@ -114,11 +114,20 @@ def most_checkpoints(keep: int, keep_best: bool) -> int:
     return keep + keep_best + 1
 
 
+def checkpoint_bytes(trained: float, weights: float, optimizer: str, is_sharded: bool) -> float:
+    """Size of a checkpoint: float32 weights that train and their moments; with ZeRO (is_sharded) all weights beside.
+
+    trained: parameters. weights: bytes of all weights as the model holds them.
+    """
+    moments = MOMENT_BYTES["adamw_8bit" if "8bit" in optimizer else "adamw"]
+    return trained * (4 + moments) + (weights if is_sharded else 0)
+
+
 def row_gb(setup: Setup, row: Training, save_minutes: float) -> tuple[float, float]:
     """(what an accuracy row leaves behind, the most that its checkpoints take beside it while it trains)
 
-    Final weights: 2 bytes each, or adapters in 4; a merged row has both. A checkpoint: weights in 2 bytes, float32
-    copies and two moments. save_minutes: the run's, for a row without a setting of its own.
+    Final weights: 2 bytes each, or adapters in 4; a merged row has both. save_minutes: the run's, for a row without a
+    setting of its own.
     """
     own = own_settings(row, f"row `{row.row}`")
     if not {"save_minutes", "save_steps"} & row.finetune.keys():
@@ -127,11 +136,10 @@ def row_gb(setup: Setup, row: Training, save_minutes: float) -> tuple[float, flo
     saves = own.save_minutes or own.save_steps or own.keep_best
     count = most_checkpoints(own.keep_checkpoints, own.keep_best) if saves else 1
     whole, trained = 2 * sum(parameters(setup.geometry).values()), setup.trained
+    checkpoints = count * checkpoint_bytes(trained, whole, setup.optimizer, not setup.replicated) / GB
     if not setup.adapters:
-        # Float32 weights and moments; beside 8-bit moments the two more bytes of float32 weights.
-        each = 2 + MOMENT_BYTES["adamw_8bit"] if setup.replicated else STATE_BYTES
-        return whole / GB, count * (each * trained + whole) / GB
-    return 4 * trained / GB + (whole / GB if own.merge else 0.0), count * 12 * trained / GB
+        return whole / GB, checkpoints
+    return 4 * trained / GB + (whole / GB if own.merge else 0.0), checkpoints
 
 
 def disk_needed(

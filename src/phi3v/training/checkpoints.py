@@ -223,15 +223,7 @@ def rotate(folder: Path, keep: int, best: Path | None = None) -> None:
             shutil.rmtree(path)
 
 
-def bytes_needed(trained: int, weights: int, sharded: bool) -> int:
-    """Size of a checkpoint: float32 weights that train and Adam's two moments; with ZeRO (sharded) all weights beside.
-
-    trained: parameters. weights: bytes of all weights as the model holds them.
-    """
-    return trained * 12 + (weights if sharded else 0)
-
-
-def check_space(folder: Path, needed: int, count: int) -> None:
+def check_space(folder: Path, needed: float, count: int) -> None:
     """Raises CheckpointError if the disk cannot hold `count` checkpoints of `needed` bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     held = sum(file.stat().st_size for path in checkpoint_folders(folder) for file in files_of(path))

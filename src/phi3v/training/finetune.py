@@ -18,7 +18,7 @@ from phi3v.model.modeling import parameter_group, size_of
 from phi3v.model.runtime import Observer, attention_note, device_name, linear4bit
 from phi3v.planning.fits import interval_of, recomputation
 from phi3v.planning.hardware import utilisation_of
-from phi3v.planning.resources import most_checkpoints
+from phi3v.planning.resources import checkpoint_bytes, most_checkpoints
 from phi3v.provenance.manifest import write_json, write_manifest
 from phi3v.settings import FinetuneSettings
 from phi3v.training import checkpoints
@@ -157,7 +157,7 @@ def _checkpoint_of_first_process(job: Job, folder: Path) -> Path | None:
         checkpoints.set_aside(path)
     trained = sum(size_of(p) for p in job.loop.trained)
     weights = sum(size_of(p) * p.element_size() for p in job.model.parameters())
-    needed = checkpoints.bytes_needed(trained, weights, job.loop.is_sharded)
+    needed = checkpoint_bytes(trained, weights, settings.optimizer, job.loop.is_sharded)
     if settings.save_steps or settings.save_minutes or settings.keep_best:
         checkpoints.check_space(folder, needed, most_checkpoints(settings.keep_checkpoints, settings.keep_best))
     patience = seconds_to_save(parents_command(), os.environ)
