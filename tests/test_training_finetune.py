@@ -342,6 +342,19 @@ def test_out_of_memory_is_one_message_with_three_settings():
     assert said.endswith("--gradient_checkpointing (now off); --use_flash_attention (now off)")
 
 
+def test_out_of_memory_while_the_job_is_built_is_explained_too(folders, tmp_path, monkeypatch):
+    """DeepSpeed's float32 copies and optimizer states are allocated before the first step."""
+    from phi3v.training import job
+    from phi3v.training.memory import OutOfMemoryError
+
+    def too_large(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(job, "make_loop", too_large)
+    with pytest.raises(OutOfMemoryError, match=r"out of memory on CPU.*What helps most: "):
+        train(folders, tmp_path, fp32=True)
+
+
 def test_advice_on_memory_does_not_contradict_auto():
     from phi3v.training.memory import _what_helps
 

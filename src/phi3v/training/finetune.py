@@ -87,10 +87,11 @@ def _run(settings: FinetuneSettings, output: Path, stop: StopRequest, lock: Fold
         say_attention(job)
     observer = Observer(job.model)
     attach(job, output, stop, lock, observer)
-    if checkpoint := find_checkpoint(job, output / "checkpoints"):
-        loop.resume(checkpoint)
+    checkpoint = find_checkpoint(job, output / "checkpoints")
     train_seconds = -time.perf_counter()
     with explain_memory(job.asked, job.device):
+        if checkpoint is not None:
+            loop.resume(checkpoint)
         loop.run()
     train_seconds += time.perf_counter()
     if loop.stopped_by_signal:

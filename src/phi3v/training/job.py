@@ -29,6 +29,7 @@ from phi3v.training.guard import LossGuard
 from phi3v.training.launch import join_processes, prepare_process
 from phi3v.training.logging import check_trackers
 from phi3v.training.loop import Loop
+from phi3v.training.memory import explain_memory
 from phi3v.training.optimizers import build_optimizer, linear_schedule
 from phi3v.training.parallel import loss_scale, make_accelerator
 from phi3v.training.plan import BatchPlan, packs_needed
@@ -224,7 +225,7 @@ def choose_way(settings: FinetuneSettings, output: Path, data: TrainingData, pad
 def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Job:
     """Everything up to `loop.run()`; trackers: TensorBoard and others.
 
-    Raises SettingsError, before anything heavy, if something cannot work.
+    Raises SettingsError, before anything heavy, if something cannot work, and OutOfMemoryError.
     """
     device = compute_device(settings)
     prepare_process(settings, device)
@@ -234,17 +235,19 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Jo
     pad = processor.tokenizer.pad_token_id
     join_processes(device)
     asked, model = settings, None
-    if settings.is_probed:
-        settings, model = choose_way(settings, output, data, pad, device)
-    plan = plan_of(settings, data, world_size())
-    # accelerate comes before the model: with ZeRO 3 it makes the weights load in shards.
-    accelerator = make_accelerator(settings, output, plan.accumulation, device, trackers)
-    model = load_model(settings, device) if model is None else model
-    cuda = device.type == "cuda"
-    collator = Collator(pad, settings.batching, model.config)
-    training = PlannedSplit(plan, data.examples, collator, loader_workers(settings.num_workers, cuda), cuda)
-    validation = validation_of(settings, processor, model.config, training)
-    loop = make_loop(settings, accelerator, model, output, device, training, validation)
+    # The weights reach the device here, and DeepSpeed's float32 copies with their optimizer states.
+    with explain_memory(asked, device):
+        if settings.is_probed:
+            settings, model = choose_way(settings, output, data, pad, device)
+        plan = plan_of(settings, data, world_size())
+        # accelerate comes before the model: with ZeRO 3 it makes the weights load in shards.
+        accelerator = make_accelerator(settings, output, plan.accumulation, device, trackers)
+        model = load_model(settings, device) if model is None else model
+        cuda = device.type == "cuda"
+        collator = Collator(pad, settings.batching, model.config)
+        training = PlannedSplit(plan, data.examples, collator, loader_workers(settings.num_workers, cuda), cuda)
+        validation = validation_of(settings, processor, model.config, training)
+        loop = make_loop(settings, accelerator, model, output, device, training, validation)
     return Job(settings, asked, loop, model, processor, data.folder, data.num_crops, data.left_out)
 
 
