@@ -287,6 +287,26 @@ def test_the_best_weights_are_exported_and_training_stops_early(folders, tmp_pat
     assert value == pytest.approx(best["eval_loss"], rel=1e-5)
 
 
+def test_a_job_that_stopped_early_makes_no_further_step_when_it_resumes(folders, tmp_path, monkeypatch):
+    from phi3v.training import finetune
+
+    def fail(*arguments):
+        raise RuntimeError("killed while exporting")
+
+    values = {
+        "fp32": True, "learning_rate": 0.3, "max_steps": 12, "eval_steps": 1, "early_stopping_patience": 1,
+        "save_steps": 1,
+    }  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "export_final", fail)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(folders, tmp_path, **values)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert 1 < json.loads(before.splitlines()[-1])["step"] < 12
+    train(folders, tmp_path, **values)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
 def test_two_deterministic_runs_are_bitwise_equal(folders, tmp_path):
     first, second = (train(folders, tmp_path / n, bf16=True, use_lora=True, deterministic=True) for n in "ab")
     other = train(folders, tmp_path / "c", bf16=True, use_lora=True, deterministic=True, seed=7)

@@ -25,7 +25,7 @@ from phi3v.planning.flops import Work
 from phi3v.planning.hardware import Utilisation
 from phi3v.settings import FinetuneSettings
 from phi3v.training.batches import BatchCounts, MicroBatch, PlannedSplit
-from phi3v.training.checkpoints import TRAINING
+from phi3v.training.checkpoints import TRAINING, CheckpointError
 from phi3v.training.guard import LossGuard
 from phi3v.training.launch import StopRequest
 from phi3v.training.logging import Log, say
@@ -147,7 +147,7 @@ class Loop:
             for log in self.logs:
                 log.begin(self.state.step, self.total_steps)
             self.model.train()
-            self._ended = self.state.step >= self.total_steps
+            self._ended = self.state.step >= self.total_steps or self.stops_early
             while not self._ended:
                 self._run_epoch()
             self.writer.finish()
@@ -247,12 +247,18 @@ class Loop:
         line = {"step": step, "epoch": self.training.plan.epochs_at(step), "eval_loss": loss}
         for log in self.logs:
             log.write(line | {"eval_seconds": time.perf_counter() - start})
-        patience = self.settings.early_stopping_patience
-        if patience and self.state.stale_validations >= patience:
+        if self.stops_early:
+            patience = self.settings.early_stopping_patience
             say(f"step {step}: no lower validation loss for {patience} times: stopping early")
             self._ended = True
         self._clock = time.perf_counter()
         return self.state.best_step == step
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the last validations brought no lower loss; also true after a resume, so training ends where it did."""
+        patience = self.settings.early_stopping_patience
+        return bool(patience) and self.state.stale_validations >= patience
 
     # Values of a step ------------------------------------------------------------------------------------------------
 
@@ -357,7 +363,11 @@ class Loop:
         # Not memory-mapped: the optimizer would keep parts of the file, which a later checkpoint may remove.
         values: dict[str, Any] = torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
         if self.is_sharded:
-            self.model.load_checkpoint(str(checkpoint))
+            if self.model.load_checkpoint(str(checkpoint))[0] is None:
+                raise CheckpointError(
+                    f"{checkpoint}: DeepSpeed finds no file `latest` there in process {self.accelerator.process_index}; "
+                    "expected a folder that every process can read"
+                )
             return values
         parameters = dict(self.module.named_parameters())
         with torch.no_grad():
@@ -369,6 +379,8 @@ class Loop:
         best = self.writer.folder / f"checkpoint-{self.state.best_step}"
         if best.is_dir():
             self._load_weights(best)
+        elif self.state.best_step:
+            say(f"{best}: the checkpoint with the lowest validation loss is missing; the last weights are exported")
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
