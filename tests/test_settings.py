@@ -314,6 +314,14 @@ def test_evaluations_and_timings_are_read_back_from_their_flags(published):
     assert (official.dataset, official.train_dir) == ("docvqa_official", published.data_folder("docvqa"))
 
 
+def test_texts_and_numbers_are_read_back_as_they_are():
+    texts = {"output_dir": "v2.0", "row": "phi3-v1.0", "dataset": "None", "report_to": ['a"b\\', "c, d\n", "3.0"]}
+    numbers = {"epochs": 3.0, "learning_rate": 3e-7, "lora_alpha_ratio": 1 / 3, "weight_decay": 0.0}
+    written = settings.FinetuneSettings.model_validate({"model_name_or_path": "m-1.0", **texts, **numbers})
+    assert settings.parse(settings.FinetuneSettings, "", settings.flags(written)) == written
+    assert "3" in settings.flags(written)
+
+
 def test_environment_variables_are_no_settings(monkeypatch):
     monkeypatch.setenv("seed", "7")
     monkeypatch.setenv("SEED", "7")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -54,6 +55,15 @@ def type_text(schema: dict[str, Any]) -> str:
     return " ".join([str(schema.get("type", "any")), *bounds])
 
 
+class _List(argparse.Action):
+    """Store the values of a flag as a JSON list, which pydantic-settings reads as it is: commas and quotes stay."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, json.dumps(values))
+
+
 def _add_argument(settings: type[Command], parser: argparse.ArgumentParser) -> Callable[..., None]:
     """How a field of the settings becomes an argument of the parser."""
     schemas = settings.model_json_schema()["properties"]
@@ -75,8 +85,7 @@ def _add_argument(settings: type[Command], parser: argparse.ArgumentParser) -> C
             facts.append(f"default: {field.default}")
         options["help"] = f"{field.description or ''} ({'; '.join(facts)})".removesuffix(" ()").replace("%", "%%")
         if options.get("action") == "append":
-            # Quoted, a comma is part of the value.
-            options.update(action="store", nargs="+", metavar="VALUE", type=lambda value: f'"{value}"')
+            options.update(action=_List, nargs="+", metavar="VALUE")
         for bare in field.metadata:
             if isinstance(bare, Bare):
                 options.update(nargs="?", const=bare.yes)
@@ -119,7 +128,7 @@ def flags(settings: Command) -> list[str]:
             written.append(f"--{name}" if value else f"--no-{name}")
         else:
             values = value if isinstance(value, list) else [value]
-            written += [f"--{name}", *(str(value).removesuffix(".0") for value in values)]
+            written += [f"--{name}", *(str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in values)]
     return written
 
 

@@ -49,6 +49,7 @@ class Command(BaseSettings):
         cli_implicit_flags=True,
         cli_enforce_required=True,
         cli_avoid_json=True,
+        cli_parse_none_str="\0",  # no argument holds it, so `None` is a text like any other
         cli_hide_none_type=True,
     )
 
