@@ -185,6 +185,9 @@ def test_a_table(tmp_path: Path) -> None:
     csv = tmp_path / "my.csv"
     csv.write_text('question,answer,image\n"What, exactly?","a ""cat""",train/cat/1.jpg\n')
     assert converted(tmp_path / "csv", "table", csv, images_dir=folder)[0].turns[0].user == "What, exactly?"
+    csv.write_text("image,question,answer,,\ntrain/cat/1.jpg,first?,yes,,\n\n,third?,no,,\n")  # as spreadsheets write
+    first, third = converted(tmp_path / "spreadsheet", "table", csv, images_dir=folder)
+    assert (first.id[-1], third.id[-1]) == ("0", "2")
 
 
 @pytest.mark.parametrize(

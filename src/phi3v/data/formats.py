@@ -143,7 +143,7 @@ def table(inputs: Inputs) -> Samples:
     """
 
     def build(where: str, number: int, row: dict[str, str]) -> Sample:
-        if "" in row:
+        if row[""] != "0":
             raise DataError(f"{where}: {row['']} fields more than the header (negative: fewer); expected as many")
         names = [name.strip() for name in row["image"].split(";") if name.strip()]
         pictures = tuple(picture_under(inputs.images_dir, name, where, "image") for name in names)
