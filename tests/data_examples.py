@@ -85,7 +85,7 @@ class HubServer:
     """A web server with a hub's repositories, and faults to order: `faults[path suffix]` is a list of what the next
     GETs meet.
 
-    Faults: "cut" (half of the bytes, then the connection ends), "wrong" (other bytes), or a status number.
+    Faults: "cut" (half of the bytes, then the connection ends), "wrong" (other bytes), "no HEAD" (405 to a HEAD), or a status number.
     """
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -128,9 +128,11 @@ class HubServer:
         self.requests.append((handler.command, path, handler.headers.get("Range")))
         fault: str | int | None = None
         for suffix, faults in self.faults.items():
-            if path.endswith(suffix) and faults and (body or faults[0] == "head404"):
+            if path.endswith(suffix) and faults and (body or faults[0] == "no HEAD"):
                 fault = faults.pop(0)
                 break
+        if fault == "no HEAD":
+            return self._reply(handler, 405, b"", {}, body)
         if isinstance(fault, int):
             return self._reply(handler, fault, b"{}", {"Retry-After": "0"} if fault in (429, 503) else {}, body)
         if path.startswith("/api/"):

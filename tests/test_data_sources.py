@@ -197,6 +197,15 @@ def test_a_web_file_goes_on_after_a_cut(tmp_path: Path, hub: HubServer) -> None:
     assert [path.name for path in files[0].parent.iterdir()] == ["UCF.tar.gz"]
 
 
+def test_a_download_resumes_from_a_server_that_refuses_head(tmp_path: Path, hub: HubServer) -> None:
+    # The first GET asks for the headers.
+    hub.faults = {"UCF.tar.gz": ["no HEAD", "cut", "cut"]}
+    url = f"{hub.address}/files/UCF.tar.gz"
+    fetch([(url, None)], tmp_path)
+    assert locked_files(tmp_path, url, None)[1][0].read_bytes() == SHARD
+    assert [asked for _, _, asked in hub.requests] == [None, None, None, f"bytes={len(SHARD) // 2}-"]
+
+
 def test_a_web_file_that_changed_between_two_tries_starts_anew(tmp_path: Path, hub: HubServer) -> None:
     hub.faults = {"UCF.tar.gz": ["cut", 500, 500, 500, 500, 500]}
     url = f"{hub.address}/files/UCF.tar.gz"

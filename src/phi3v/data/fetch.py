@@ -356,8 +356,9 @@ class _Web(_Server):
         import httpx2
 
         answer = httpx2.head(self.url, headers=HEADERS, timeout=TIMEOUT, follow_redirects=True)
-        if answer.status_code in (403, 405, 501):  # the server answers GET only
-            return Remote(name, None)
+        if answer.status_code in (403, 405, 501):  # the server answers GET only: take the headers, not the body
+            with httpx2.stream("GET", self.url, headers=HEADERS, timeout=TIMEOUT, follow_redirects=True) as answer:
+                pass
         answer.raise_for_status()
         length = answer.headers.get("Content-Length")
         return Remote(name, int(length) if length else None, tag=answer.headers.get("ETag", ""))
