@@ -28,7 +28,8 @@ images=$(ls containers/*.sif* 2>/dev/null || true)
 test -z "$results" || tar -cf "$output/results.tar" $results
 test -z "$images" || tar -cf "$output/images.tar" $images
 
-requirements=$(printf ' -r envs/%s.txt' "$@")
+# SHA256SUMS checks the wheels: the hashes of one lock would make pip refuse the others, and the wheels built here.
+for name; do cat "envs/$name.txt"; done | sed -e '/^ *#/d' -e '/^ *--hash/d' -e 's/ *\\$//' | sort -u > "$output/requirements.txt"
 cat > "$output/README" <<END
 phi3v without internet. On the cluster, in this folder:
 
@@ -36,7 +37,7 @@ phi3v without internet. On the cluster, in this folder:
     mkdir phi3v && tar -xf source.tar -C phi3v && cd phi3v
     for name in results images; do test ! -f ../\$name.tar || tar -xf ../\$name.tar; done
     python3 -m venv .venv
-    .venv/bin/pip install --no-index --find-links ../wheels$requirements
+    .venv/bin/pip install --no-index --find-links ../wheels -r ../requirements.txt
     . .venv/bin/activate && export HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 PIP_FIND_LINKS=\$PWD/../wheels
     snakemake --profile slurm -n
 
