@@ -97,8 +97,11 @@ def resources(run: ResolvedRun, job: Job, root: Path = Path(), kind: str = "trai
         minutes = seconds / 60 * (CPU_MARGIN if cpu else MARGIN) + START_MINUTES
         # A process holds its libraries, the weights it reads and those it gathers to save; a CPU one all its tensors.
         weights = 2 * sum(parameters(setup.geometry).values()) / 1e6
+        # Without ZeRO each process reads the whole checkpoint to resume, and the first one copies its state to save.
+        trains = kind == "train" and setup.replicated
+        state = checkpoint_bytes(setup.trained, 0, setup.optimizer, is_sharded=False) / 1e6 if trains else 0
         need = memory(setup)
-        tensors = need.allocated_gb * 1000 if cpu else 2 * weights + need.host_gb * 1000
+        tensors = need.allocated_gb * 1000 + state if cpu else max(2 * weights, state) + need.host_gb * 1000
         mem_mb = processes * (3_000 + tensors if cpu else 12_000 + tensors)
     except SettingsError:
         minutes, mem_mb = 24 * 60.0, processes * (3_000.0 if cpu else 48_000.0)

@@ -371,7 +371,7 @@ class Loop:
             return values
         parameters = dict(self.module.named_parameters())
         with torch.no_grad():
-            for name, weight in values["weights"].items():
+            for name, weight in values.pop("weights").items():  # freed before the optimizer copies its states
                 parameters[name].copy_(weight)
         return values
 
