@@ -14,12 +14,28 @@ from training_fixtures import train_here, write_data, write_model
 
 from phi3v.planning.fits import Choice, micro_batches
 from phi3v.settings import FinetuneSettings, SettingsError, validate
-from phi3v.training import micro_batch
+from phi3v.training import memory, micro_batch
 from phi3v.training.checkpoints import decisive
 from phi3v.training.memory import GB, OutOfMemoryError, held_bytes, peak
 from phi3v.training.micro_batch import fastest_that_fits, largest_that_fits
 
 CPU = torch.device("cpu")
+
+
+def test_free_memory_keeps_to_the_control_groups_around_a_process(tmp_path, monkeypatch):
+    """A SLURM job is limited by a group around its tasks' own; pages of files count as free."""
+    groups, own = tmp_path / "cgroup", tmp_path / "self"
+    for name, limit, used in (("job", 1_000_000, 700_000), ("job/task", "max", 600_000)):
+        (groups / name).mkdir(parents=True)
+        (groups / name / "memory.max").write_text(f"{limit}\n")
+        (groups / name / "memory.current").write_text(f"{used}\n")
+        (groups / name / "memory.stat").write_text("anon 1\ninactive_file 150000\nactive_file 50000\n")
+    own.write_text("1:name=systemd:/x\n0::/job/task\n")
+    monkeypatch.setattr(memory, "GROUPS", groups)
+    monkeypatch.setattr(memory, "OWN_GROUP", own)
+    assert memory.free_ram() == 500_000
+    own.write_text("0::/\n")
+    assert memory.free_ram() > 500_000
 
 
 def test_sizes_divide_a_processs_share_of_the_batch():

@@ -17,6 +17,8 @@ from phi3v.settings import FinetuneSettings
 GB = 1e9
 # Of what is free: the rest is for fragments, and for what other jobs of the machine take meanwhile.
 SHARE = 0.95
+# Where Linux mounts control groups and names a process's own; a test points them elsewhere.
+GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class OutOfMemoryError(RuntimeError):
@@ -53,15 +55,30 @@ def give_back(device: torch.device) -> None:
 
 
 def free_ram() -> float:
-    """Bytes that the machine, or the control group of this process, has left."""
+    """Bytes that the machine, or a control group of this process, has left."""
     with open("/proc/meminfo", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
     free = float(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        free = min(free, float(limit) - float(used))  # "max" is no number: no limit
+    for group in _control_groups():
+        with contextlib.suppress(OSError, ValueError):
+            limit = float((group / "memory.max").read_text())  # "max" is no number: no limit
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            # The kernel drops pages of files before it lacks memory.
+            used = (
+                float((group / "memory.current").read_text())
+                - float(stat["inactive_file"])
+                - float(stat["active_file"])
+            )
+            free = min(free, limit - used)
     return free
+
+
+def _control_groups() -> list[Path]:
+    """This process's control group and those that contain it (version 2); a SLURM job has one with its --mem."""
+    lines = OWN_GROUP.read_text().splitlines() if OWN_GROUP.is_file() else []
+    own = next((line for line in lines if line.startswith("0::/")), "0::/")
+    group = GROUPS / own.removeprefix("0::/")
+    return [group, *(parent for parent in group.parents if parent.is_relative_to(GROUPS))]
 
 
 def _status(name: str) -> float:
