@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=4 scripts/evaluate.py --model_name_or_path ADAPTER --data_dir DATA --output_dir RESULT \\
         --bf16 --use_flash_attention --passes after control --batch_size_per_gpu 16
 
-RESULT/PASS/ gets predictions.jsonl, metrics.json and timing.json; RESULT/manifest.json is written last. A run that was stopped goes on
-where it was when started again. On a CPU, with the demo's data:
+RESULT/PASS/ gets predictions.jsonl, metrics.json and timing.json; RESULT/manifest.json is written last. The same command
+resumes a run that was stopped. On a CPU, with the demo's data:
 
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 scripts/evaluate.py --fp32 --model_name_or_path results/demo/train/ROW/final \\
         --data_dir results/data/KEY --output_dir evaluated

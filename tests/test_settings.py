@@ -217,7 +217,7 @@ def test_pattern_takes_what_the_hardware_can_do(tree):
 
 
 def test_row_by_name_must_be_possible(tree):
-    with pytest.raises(SettingsError, match=r"phi35-nlvr2-full-bf16`: asked for by name, but field dtype: bf16"):
+    with pytest.raises(SettingsError, match=r"phi35-nlvr2-full-bf16`: named in `rows`, but field dtype: bf16"):
         tree(hardware=V100, rows={"accuracy": ["phi35-nlvr2-full-bf16"], "speed": []})
 
 

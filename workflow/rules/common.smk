@@ -39,7 +39,7 @@ except settings.SettingsError as error:
 # The scripts import phi3v from this checkout, whichever environment they run in. It is part of each command, since
 # Snakemake takes PYTHONPATH from the environment where it activates conda.
 prologue = SITE.prologue(SCRIPTS) if ON_SLURM and "SLURM_JOB_ID" in os.environ else ""
-# A prefix of one's own takes the place of Snakemake's, with which a command fails where any part of its pipe does.
+# Setting a shell prefix replaces Snakemake's `set -euo pipefail`, so repeat it.
 shell.prefix(
     f"set -euo pipefail; export PYTHONPATH={shlex.quote(SOURCE)}; {prologue}".replace(
         "{", "{{"

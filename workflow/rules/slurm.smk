@@ -25,7 +25,7 @@ def on_site(known, value):
 
 
 def look_at_cluster():
-    """Refuse what the cluster would refuse, or keep waiting for ever."""
+    """Stop before the first job if the cluster would refuse one or never start it."""
     asked = requests(RUN, SITE)
     found = settings_problems(RUN, SITE, asked)
     try:
@@ -56,7 +56,7 @@ def refuse_second_writers():
         ids = " ".join(job.id for job in running)
         raise WorkflowError(
             f"jobs of an earlier Snakemake are still there; a second one of a row would write the same files:\n{listed}\n"
-            "They go on by themselves and nothing is lost. Wait for them: python scripts/cluster.py wait; "
+            "They continue on their own and nothing is lost. Wait for them: python scripts/cluster.py wait; "
             f"or cancel them: scancel {ids}. Then start Snakemake again."
         )
 

@@ -1,5 +1,5 @@
 rule finetune:
-    """Train one row. Checkpoints live in the row's folder and are not outputs: a failed job keeps them and goes on."""
+    """Train one row. Checkpoints live in the row's folder and are not outputs: a failed job keeps them, and the next one resumes."""
     input:
         model=on_job(lambda job: model_file(job.row.model)),
         data=on_job(lambda job: dataset_file(job.row.dataset)),

@@ -133,7 +133,7 @@ def _jobs(
     placed = _place(path, row, run.settings.hardware, run.hardware)
     if isinstance(placed, str):
         if row.row in (*run.settings.rows.accuracy, *run.settings.rows.speed):
-            raise SettingsError(f"{path}: row `{row.row}`: asked for by name, but field {placed}")
+            raise SettingsError(f"{path}: row `{row.row}`: named in `rows`, but field {placed}")
         if {"dtype", "method"} & set(departures):
             raise SettingsError(f"{where}: overrides of row `{row.row}`: field {placed}")
         run.not_run.append(NotRun(row=row, reason=placed))

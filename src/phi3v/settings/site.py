@@ -24,7 +24,7 @@ class Partition(Strict):
     partition: Word
     """SLURM's name of the partition."""
     max_runtime: int | None = Field(None, ge=1)
-    """Minutes that a job may take there; longer jobs are cut to it and go on in the next one. Left out: no limit."""
+    """Minutes that a job may take there; longer jobs are cut to it and resume in the next one. Left out: no limit."""
     gpus_per_node: int = Field(0, ge=0)
     """GPUs of a machine."""
     gpu_type: Word = ""
