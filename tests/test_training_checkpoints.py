@@ -101,9 +101,9 @@ def test_a_checkpoint_of_version_1_is_refused(tmp_path):
     sealed = json.loads((path / SEAL).read_text())
     del sealed["version"]
     (path / SEAL).write_text(json.dumps(sealed))
-    found = find(tmp_path, SETTINGS, 2, True)
-    assert found.path is None
-    assert found.skipped[path].startswith("its layout is version 1, this release reads version 2: finish that run")
+    with pytest.raises(CheckpointError, match=r"checkpoint-5: its layout is version 1, this release reads version 2"):
+        find(tmp_path, SETTINGS, 2, True)
+    assert path.is_dir()
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):

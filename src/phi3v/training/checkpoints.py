@@ -158,7 +158,8 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 def find(folder: Path, settings: dict[str, object], processes: int, sharded: bool) -> Found:
     """The newest checkpoint of `folder` that is whole and was written with these settings.
 
-    sharded: ZeRO, whose checkpoints belong to their number of processes.
+    sharded: ZeRO, whose checkpoints belong to their number of processes. Raises CheckpointError for one that another
+    release wrote: setting it aside would lose what it took to train.
     """
     result = Found()
     for path in checkpoint_folders(folder):
@@ -171,7 +172,7 @@ def find(folder: Path, settings: dict[str, object], processes: int, sharded: boo
 
 
 def why_not(path: Path, settings: dict[str, object], processes: int, sharded: bool) -> str:
-    """Why a checkpoint cannot be resumed; "" if it can."""
+    """Why a checkpoint cannot be resumed; "" if it can. Raises CheckpointError if another release wrote it."""
     try:
         sealed = json.loads((path / SEAL).read_text(encoding="utf-8"))
         version, other = sealed.get("version", 1), sealed["processes"]
@@ -181,9 +182,9 @@ def why_not(path: Path, settings: dict[str, object], processes: int, sharded: bo
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{SEAL} cannot be read ({error})"
     if version != VERSION:
-        return (
-            f"its layout is version {version}, this release reads version {VERSION}: finish that run with the release "
-            "that started it, or start anew"
+        raise CheckpointError(
+            f"{path}: its layout is version {version}, this release reads version {VERSION}. Nothing was changed: finish "
+            "that run with the release that started it, choose another --output_dir, or delete the folder to start anew"
         )
     changed = [name for name in settings if written.get(name) != settings[name]]
     if changed:
