@@ -308,7 +308,7 @@ def test_a_hub_id_comes_through_the_lock_and_never_again(root, checkpoint, tmp_p
         assert hub.gets("model.safetensors") == 1  # by one of the two processes
         missing = run_script(root, *flags, "--model_name_or_path", "owner/none", "--output_dir", "none", cwd=tmp_path)
         output, _ = missing.communicate(timeout=600)
-        assert missing.returncode == 1 and "hf://owner/none: no such repository" in output and "Traceback" not in output
+        assert missing.returncode == 2 and "hf://owner/none: no such repository" in output and "Traceback" not in output
     (folder,) = (tmp_path / "results/models").glob("owner--tiny-*")
     lock = json.loads((folder / LOCK).read_text())["sources"]
     assert [source["resolved"] for source in lock] == [COMMIT] and (folder / PINS).is_file()

@@ -46,3 +46,14 @@ def test_a_signal_is_noted_and_the_handler_put_back(number):
         assert stop.asked
         assert stop.signal == number.name
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_after_an_error_does_not_keep_it_from_being_reported():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(RuntimeError, match="lost"), StopRequest():
+            raise RuntimeError("lost")
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)

@@ -10,7 +10,9 @@ import argparse
 import errno
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -132,12 +134,17 @@ def flags(settings: Command) -> list[str]:
     return written
 
 
+FIRST_PROCESS_SECONDS = 2.0
+"""How long the other processes of a machine leave the report to the first; torchrun looks every 0.1 s by default."""
+
+
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with its code.
 
     An error class of this package has a message that needs no traceback: one line, exit code 2 for wrong input
     (ValueError) and 1 for what failed while running. The same holds for files that are missing, in the way or not
-    writable, and for a full disk. On several processes, the first one of each machine reports wrong input.
+    writable, and for a full disk. On several processes, the first one of each machine reports wrong input; if it finds
+    none, torchrun leaves the others alive, and they report theirs.
     """
     try:
         sys.exit(main())
@@ -146,9 +153,9 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not (full or type(error).__module__.startswith("phi3v.") or isinstance(error, FILE_ERRORS)):
             raise
-        if not wrong_input or os.environ.get("LOCAL_RANK", "0") == "0":
-            remedy = (
-                "; the disk is full: free some space and run the same command, it continues from there" if full else ""
-            )
-            print(f"error: {error}{remedy}", file=sys.stderr)
+        if wrong_input and os.environ.get("LOCAL_RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(FIRST_PROCESS_SECONDS)
+        remedy = "; the disk is full: free some space and run the same command, it continues from there" if full else ""
+        print(f"error: {error}{remedy}", file=sys.stderr)
         sys.exit(2 if wrong_input else 1)

@@ -116,9 +116,12 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # After an error the signals stay without effect: torchrun sends SIGTERM as soon as another process is gone, and
+        # this one still has to report what it saw.
+        if error is None:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked, self.signal = True, signal.Signals(number).name
