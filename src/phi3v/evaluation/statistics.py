@@ -63,7 +63,8 @@ def bootstrap_paired(
     first, second = np.asarray(left), np.asarray(right)
     rng = np.random.default_rng(seed)
     figures = []
-    for pick in rng.integers(0, first.size, (resamples, first.size)):
+    for _ in range(resamples):  # one at a time: all indices of a million examples would take 4 GB
+        pick = rng.integers(0, first.size, first.size)
         with contextlib.suppress(ValueError):
             figures.append(statistic(first[pick], second[pick]))
     if not figures:

@@ -150,7 +150,8 @@ def trackers_of(settings: FinetuneSettings, output: Path) -> list[str | GeneralT
     """TensorBoard in OUTPUT/tensorboard, and what --report_to names."""
     from accelerate.tracking import TensorBoardTracker
 
-    return [TensorBoardTracker("tensorboard", output), *settings.report_to]
+    others = [name for name in settings.report_to if name != "tensorboard"]
+    return [TensorBoardTracker("tensorboard", output), *others]
 
 
 def check_trackers(names: list[str]) -> None:
