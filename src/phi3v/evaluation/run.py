@@ -220,9 +220,9 @@ def _run_pass(
     open_batches = [batch for batch in batches if any(question.id not in done for question in batch)]
     mine = open_batches[processes.rank :: processes.world]
     started = time.perf_counter()
-    dtypes: list[str] = []
+    dtypes: set[str] = set()
     hook = _first_decoder_layer(predictor.model).register_forward_hook(
-        lambda _module, _inputs, output: dtypes.append(_dtype(output[0] if isinstance(output, tuple) else output))
+        lambda _module, _inputs, output: dtypes.add(_dtype(output[0] if isinstance(output, tuple) else output))
     )
     workers = loader_workers(settings.num_workers, processes.device.type == "cuda")
     title = f"{settings.row or settings.dataset or 'evaluate'} {each.name}"
@@ -243,7 +243,7 @@ def _run_pass(
         "device": processes.title,
         "threads": torch.get_num_threads(),
         "observed": {
-            "activation_dtype": dtypes[0] if dtypes else "",
+            "activation_dtype": ", ".join(sorted(dtypes)),
             "parameter_dtype": _dtype(predictor.model),
             "attention": getattr(predictor.model.config, "_attn_implementation", None),
             "resumed_examples": resumed,
