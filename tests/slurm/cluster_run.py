@@ -78,10 +78,10 @@ class Runs:
         sources["texts"], sources["base"]["epochs"] = ["docvqa", "mixture"], 1
         (folder / "config/demo/sources.yaml").write_text(yaml.safe_dump(sources))
         # The cluster's GPUs are files: jobs that SLURM gives GPUs compute on CPUs here.
-        rules, given = folder / "workflow/rules/common.smk", "device_flags(RUN.hardware[job.pool.device].kind)"
-        text = rules.read_text()
+        jobs, given = folder / "src/phi3v/settings/jobs.py", "_device(run.hardware[job.pool.device])"
+        text = jobs.read_text()
         assert given in text
-        rules.write_text(text.replace(given, 'device_flags("cpu")'))
+        jobs.write_text(text.replace(given, '"cpu"'))
         self.site(SITE)
 
     def site(self, values: dict[str, Any]) -> None:
