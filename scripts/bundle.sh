@@ -24,7 +24,7 @@ git archive --format=tar -o "$output/source.tar" HEAD
 for name; do python -m pip wheel --quiet --wheel-dir "$output/wheels" -r "envs/$name.txt"; done
 # Each of these files is the last one that is written to its folder. tar keeps times, which Snakemake compares.
 results=$(ls results/data/*/dataset.json results/models/*/sources.lock.json 2>/dev/null | xargs -r -n 1 dirname)
-images=$(ls containers/*.sif* 2>/dev/null || true)
+images=$(find containers -name '*.sif*' | sort)
 test -z "$results" || tar -cf "$output/results.tar" $results
 test -z "$images" || tar -cf "$output/images.tar" $images
 

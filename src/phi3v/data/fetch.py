@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -303,7 +304,7 @@ def _with_retries(action: Callable[[], T], what: str) -> T:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-class _Server:
+class _Server(ABC):
     """A remote source: what it lists, and the folder that its files go into."""
 
     url: str
@@ -314,9 +315,9 @@ class _Server:
         """The folders that a file's bytes are written to on the way into `folder`."""
         return [folder]
 
+    @abstractmethod
     def get(self, remote: Remote, target: Path, sha256: str | None) -> None:
         """Fetch one file. Raises SourceError."""
-        raise NotImplementedError
 
     def missing(self, folder: Path) -> Iterator[tuple[Path, int]]:
         """(folder, bytes that will be written there) of the files that are not in `folder` yet."""
