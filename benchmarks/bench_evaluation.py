@@ -153,9 +153,10 @@ def main() -> None:
 
     import torch
 
+    from phi3v.data.folder import Pictures
     from phi3v.demo.tiny import build_tiny
     from phi3v.evaluation.generate import Predictor
-    from phi3v.evaluation.questions import pictures_of_split, plan_batches, prompt_lengths, read_questions
+    from phi3v.evaluation.questions import plan_batches, prompt_lengths, read_questions
     from phi3v.evaluation.run import evaluate
     from phi3v.settings import EvaluateSettings
 
@@ -176,7 +177,7 @@ def main() -> None:
             found[batch] = [json.loads(line)["prediction"] for line in lines]
             rates[batch] = json.loads((root / f"out{batch}/after/timing.json").read_text())["examples_per_second"]
         different = [i for i, pair in enumerate(zip(found[1], found[given.batch], strict=True)) if pair[0] != pair[1]]
-        questions, pictures = read_questions(data, "val"), pictures_of_split(data, "val")
+        questions, pictures = read_questions(data, "val"), Pictures(data)
         loaded = Predictor.load(model, settings, torch.device("cpu"), given.max_new_tokens, 4)
         lengths = prompt_lengths(pictures, questions, loaded.processor.image_processor, 4)
         batches = plan_batches(lengths, given.batch)

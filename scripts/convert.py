@@ -34,13 +34,6 @@ def arguments() -> argparse.Namespace:
         help="rows that cannot be taken (default: as the entry says, else stop)",
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="clips decoded at a time (default: 2)")
-    parser.add_argument(
-        "--shards",
-        type=float,
-        metavar="MB",
-        help="pack the pictures of split train into tar shards of this size, for file systems that dislike many files "
-        "(default: as the entry says, else 0: a file a picture)",
-    )
     entry = parser.add_argument_group("an entry of a datasets file")
     entry.add_argument("--datasets", nargs="+", default=["config/datasets.yaml"], metavar="FILE", help="datasets files")
     entry.add_argument("--dataset", metavar="NAME", help="entry to convert")
@@ -79,14 +72,11 @@ def arguments() -> argparse.Namespace:
 
 def convert(given: argparse.Namespace) -> None:
     """An entry of a datasets file, or one's own files."""
-    shard_bytes = None if given.shards is None else int(given.shards * 10**6)
     if given.dataset:
         known = read_entries(given.datasets, Dataset, Path())
         check_known("command line", "dataset", given.dataset, known)
         entry = known[given.dataset]
-        convert_dataset(
-            given.dataset, entry, given.source_dir, given.output_dir, given.on_error, given.workers, shard_bytes
-        )
+        convert_dataset(given.dataset, entry, given.source_dir, given.output_dir, given.on_error, given.workers)
         return
     convert_files(
         given.format,
@@ -102,7 +92,6 @@ def convert(given: argparse.Namespace) -> None:
         dict(option.split("=", 1) for option in given.option),
         given.on_error or "stop",
         given.workers,
-        shard_bytes or 0,
     )
 
 

@@ -109,14 +109,14 @@ def no_room(folder: Path, disk: Path) -> None:
         assert not any(method == "GET" for method, _, _ in hub.requests)
 
 
-def convert_with(folder: Path, disk: Path, *options: str) -> None:
+def convert(folder: Path, disk: Path) -> None:
     """A conversion into a full disk leaves what was there; with room it makes what it makes elsewhere."""
     rows = cauldron_rows(40)
     for number, row in enumerate(rows):
         row["images"][0]["bytes"] = picture_bytes(number, "PNG", (320, 320))  # 0.3 MB
     old = write_parquet(folder / "old.parquet", rows[:4])
     new = write_parquet(folder / "new.parquet", rows)
-    what = ("--format", "cauldron", "--split", "train", "--name", "set", *options)
+    what = ("--format", "cauldron", "--split", "train", "--name", "set")
     assert script("convert.py", *what, "--input", old, "--output_dir", disk / "out").returncode == 0
     before = files(disk / "out")
     filler = fill(disk, 8 * 2**20)
@@ -132,30 +132,6 @@ def convert_with(folder: Path, disk: Path, *options: str) -> None:
     assert len(files(disk / "out")) > 4
 
 
-def convert(folder: Path, disk: Path) -> None:
-    """Pictures as files."""
-    convert_with(folder, disk)
-
-
-def shards(folder: Path, disk: Path) -> None:
-    """Pictures in tar shards."""
-    convert_with(folder, disk, "--shards", "2")
-
-
-def shards_need_room_once(folder: Path, disk: Path) -> None:
-    """12 MB of pictures are packed on a disk of 24: they are never there twice."""
-    rows = cauldron_rows(48)
-    for number, row in enumerate(rows):
-        row["images"][0]["bytes"] = picture_bytes(number, "PNG", (320, 320))
-    source = write_parquet(folder / "new.parquet", rows)
-    fill(disk, 19 * 2**20)
-    done = script(
-        "convert.py", "--format", "cauldron", "--input", source, "--shards", "2", "--output_dir", disk / "out"
-    )
-    assert done.returncode == 0, done.stderr
-    assert sum(map(len, files(disk / "out").values())) > 14 * 2**20
-
-
 def unpack(folder: Path, disk: Path) -> None:
     """An archive that needs more room than there is."""
     archive = ucf_archive(folder, {"train": 2, "val": 1})
@@ -169,10 +145,7 @@ def unpack(folder: Path, disk: Path) -> None:
     assert script("convert.py", *what).returncode == 0
 
 
-SCENARIOS = {
-    scenario.__name__: scenario
-    for scenario in (download_web, download_hub, no_room, convert, shards, shards_need_room_once, unpack)
-}
+SCENARIOS = {scenario.__name__: scenario for scenario in (download_web, download_hub, no_room, convert, unpack)}
 
 
 def main() -> None:

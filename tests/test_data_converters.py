@@ -510,7 +510,7 @@ def test_an_entry_from_fetch_to_folder_is_repeatable(tmp_path: Path, monkeypatch
     assert tree(tmp_path / "out") == first
 
 
-def test_what_an_entry_says_of_bad_rows_and_shards_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_entry_says_of_bad_rows_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = cauldron_rows(8, pictures=2)
     rows[4]["texts"] = None
@@ -520,20 +520,19 @@ def test_what_an_entry_says_of_bad_rows_and_shards_is_done(tmp_path: Path, monke
     fetch([(split.url, split.revision) for split in plain.splits.values()], "source")
     with pytest.raises(DataError, match="row 4"):
         convert_dataset("demo", plain, "source", "out")
-    asked = Dataset.model_validate({**DATASET, "on_error": "skip", "shards": 0.005})
+    asked = Dataset.model_validate({**DATASET, "on_error": "skip"})
     assert dataset_key("demo", asked) != dataset_key("demo", plain)
     convert_dataset("demo", asked, "source", "out")
     description = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert description["rejected"] == 2
     assert [description["splits"][split]["rejected"] for split in ("train", "val")] == [2, 0]
-    assert len(description["splits"]["train"]["shards"]) > 1
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert [item["where"] for item in rejected] == ["a.parquet: row 4", "a.parquet: row 6"]
     # The first picture of row 6 was fine; it goes with its row.
     assert description["splits"]["train"]["images"] == 8
     assert not list((tmp_path / "out" / "images").rglob("00000006*"))
     # The script does what the entry says, and the command line has the last word.
-    (tmp_path / "datasets.yaml").write_text(json.dumps({"demo": {**DATASET, "on_error": "skip", "shards": 0.005}}))
+    (tmp_path / "datasets.yaml").write_text(json.dumps({"demo": {**DATASET, "on_error": "skip"}}))
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     script = (sys.executable, str(ROOT / "scripts" / "convert.py"), "--datasets", "datasets.yaml", "--dataset", "demo")
     where = ("--source_dir", "source", "--output_dir", "typed")
@@ -544,8 +543,6 @@ def test_what_an_entry_says_of_bad_rows_and_shards_is_done(tmp_path: Path, monke
     assert stopped.returncode == 2 and "row 4" in stopped.stderr
     with pytest.raises(DataError, match="row 4"):
         convert_dataset("demo", asked, "source", "again", on_error="stop")
-    convert_dataset("demo", asked, "source", "again", shard_bytes=0)
-    assert not (tmp_path / "again" / "shards").exists()
 
 
 def test_rejected_rows_of_a_split_are_counted_once(tmp_path: Path) -> None:
@@ -558,18 +555,17 @@ def test_rejected_rows_of_a_split_are_counted_once(tmp_path: Path) -> None:
     assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("shard_bytes", [0, 4000])
-def test_pictures_of_an_evaluation_that_train_too_are_counted(tmp_path: Path, shard_bytes: int) -> None:
+def test_pictures_of_an_evaluation_that_train_too_are_counted(tmp_path: Path) -> None:
     rows = cauldron_rows(10, pictures=2)
     rows[7]["images"] = [rows[0]["images"][1], rows[7]["images"][0]]
     rows[8]["images"] = [rows[3]["images"][0], rows[3]["images"][1]]
     source = write_parquet(tmp_path / "a.parquet", rows)
     alone = convert_files("cauldron", source, tmp_path / "out", "val", rows="6:")
     assert alone["leakage"] == {}  # nothing to leak from
-    both = convert_files("cauldron", source, tmp_path / "out", "train", rows=":6", shard_bytes=shard_bytes)
+    both = convert_files("cauldron", source, tmp_path / "out", "train", rows=":6")
     assert both["leakage"] == {"val": {"examples": 2, "of": 4, "pictures": 3}}
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["leakage"] == both["leakage"]
-    assert converted(tmp_path / "clean", "cauldron", source, "train", rows=":6", shard_bytes=shard_bytes)
+    assert converted(tmp_path / "clean", "cauldron", source, "train", rows=":6")
     clean = convert_files("cauldron", source, tmp_path / "clean", "val", rows="9:")
     assert clean["leakage"] == {"val": {"examples": 0, "of": 1, "pictures": 0}}
 

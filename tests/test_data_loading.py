@@ -1,12 +1,10 @@
-"""Loading: any example by its number as model inputs, exactly; batches; tar shards; lengths without decoding."""
+"""Loading: any example by its number as model inputs, exactly; batches; lengths without decoding."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import pickle
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,11 @@ from phi3v.data.conversations import (
     Turn,
     answer_text,
     format_line,
-    parse_line,
     prompt_text,
 )
 from phi3v.data.convert import convert_files
 from phi3v.data.dataset import ConversationDataset, collate
-from phi3v.data.folder import LENGTHS, LineIndex, shard_order, split_file
+from phi3v.data.folder import LENGTHS, LineIndex, split_file
 from phi3v.data.lengths import count, count_turns, lengths, plot, write_statistics
 from phi3v.demo.tiny import train_tokenizer
 from phi3v.model.image_processing import Phi3VImageProcessor
@@ -292,58 +289,6 @@ def test_what_cannot_be_loaded_is_named(data: Path, tmp_path: Path, processor: P
         ConversationDataset(data, "val", processor)[0]
 
 
-def read_shard(path: Path) -> list[tuple[Conversation, list[bytes]]]:
-    """(example, its stored pictures) of a shard, in order, as any reader of webdataset tars sees them."""
-    found: list[tuple[Conversation, list[bytes]]] = []
-    with tarfile.open(path, "r:") as archive:
-        for member in archive:
-            content = archive.extractfile(member)
-            assert content is not None, "shards hold files only"
-            data = content.read()
-            if member.name.endswith(".json"):
-                found.append((parse_line(data, f"{path}: {member.name}"), []))
-            else:
-                found[-1][1].append(data)
-    return found
-
-
-def test_shards_hold_the_same_records(data: Path, tmp_path: Path, processor: Phi3VProcessor) -> None:
-    source = tmp_path / "a.parquet"
-    for split, rows in (("train", "0:12"), ("val", "12:")):
-        convert_files(
-            "cauldron",
-            source,
-            tmp_path / "sharded",
-            split,
-            rows=rows,
-            turns="draw",
-            num_crops=6,
-            shard_bytes=10_000,
-            name="data",
-        )
-    description = json.loads((tmp_path / "sharded" / "dataset.json").read_text())["splits"]
-    assert len(description["train"]["shards"]) > 2
-    assert "shards" not in description["val"]
-    assert not (tmp_path / "sharded" / "images" / "train").exists()
-    for split in ("train", "val"):
-        files, shards = (ConversationDataset(tmp_path / name, split, processor) for name in ("data", "sharded"))
-        assert lengths(files) == lengths(shards)
-        for index in range(len(files)):
-            one, other = files[index], shards[index]
-            assert one.pop("id") == other.pop("id")
-            assert all(torch.equal(one[key], other[key]) for key in one)
-    stored = [item for name in description["train"]["shards"] for item in read_shard(tmp_path / "sharded" / name)]
-    lines = (tmp_path / "data" / "train.jsonl").read_bytes()
-    assert b"".join(format_line(example) for example, _ in stored) == lines
-    for example, pictures in stored:
-        assert [(tmp_path / "data" / "images" / path).read_bytes() for path in example.images] == pictures
-    # Again as files: the shards go.
-    convert_files(
-        "cauldron", source, tmp_path / "sharded", "train", rows="0:12", turns="draw", num_crops=6, name="data"
-    )
-    assert not list((tmp_path / "sharded" / "shards").iterdir())
-
-
 class Counted(PickedExamples):
     """Notes in shared memory how many examples were loaded, by whichever process."""
 
@@ -358,21 +303,19 @@ class Counted(PickedExamples):
 
 
 @pytest.mark.parametrize("grouping", ["fixed", "length", "packed"])
-@pytest.mark.parametrize("sharded", [False, True])
 def test_seed_epoch_and_position_are_all_that_resuming_needs(
-    tmp_path: Path, processor: Phi3VProcessor, grouping: Grouping, sharded: bool
+    tmp_path: Path, processor: Phi3VProcessor, grouping: Grouping
 ) -> None:
     source = write_parquet(tmp_path / "a.parquet", cauldron_rows(21, turns=3))
     folder = tmp_path / "data"
-    convert_files("cauldron", source, folder, "train", turns="draw", num_crops=2, shard_bytes=15_000 * sharded)
+    convert_files("cauldron", source, folder, "train", turns="draw", num_crops=2)
 
     def batches(epoch: int, step: int, workers: int, rank: int) -> tuple[list[Any], int, int]:
         """(batches from `step` on of a process that starts anew, examples it loaded, batches of a whole step)."""
         dataset = ConversationDataset(folder, "train", processor)
-        assert bool(dataset.shard_starts()) == sharded
         plan = BatchPlan(
             examples=21, batch_size=8, micro_batch_size=2, processes=2, seed=5, grouping=grouping, packs=2,
-            lengths=lengths(dataset), token_budget=500, shard_starts=dataset.shard_starts(),
+            lengths=lengths(dataset), token_budget=500,
         )  # fmt: skip
         examples = Counted(dataset)
         sampler = PlannedBatches(plan, rank)
@@ -401,66 +344,3 @@ def test_seed_epoch_and_position_are_all_that_resuming_needs(
             assert loaded == sum(len(picks) for picks, _ in rest)  # what was trained on is not loaded again
         assert [picks for picks, _ in batches(2, 0, 0, rank)[0]] != [picks for picks, _ in whole]
     assert sorted(set(seen)) == [f"data-train-{number:08d}" for number in range(21)]
-
-
-def test_shards_of_the_examples_that_are_kept(tmp_path: Path, processor: Phi3VProcessor) -> None:
-    source = write_parquet(tmp_path / "a.parquet", cauldron_rows(12))
-    convert_files("cauldron", source, tmp_path / "data", "train", shard_bytes=10_000)
-    dataset = ConversationDataset(tmp_path / "data", "train", processor)
-    starts = dataset.shard_starts()
-    assert len(starts) > 3 and starts[0] == 0
-    assert dataset.shard_starts(range(12)) == starts
-    kept = [index for index in range(12) if not starts[1] <= index < starts[2] and index != starts[2]]
-    shards = dataset.shard_starts(kept)
-    assert len(shards) == len(starts) - 1
-    assert sorted(shard_order(shards, len(kept), 1, 0)) == list(range(len(kept)))
-    assert [kept[start] for start in shards] == [0, starts[2] + 1, *starts[3:]]
-
-
-def test_of_a_picture_in_a_shard_only_its_header_is_read(
-    tmp_path: Path, processor: Phi3VProcessor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = cauldron_rows(8)
-    for number, row in enumerate(rows):
-        row["images"][0]["bytes"] = picture_bytes(number, ("PNG", "JPEG")[number % 2], (400 + number, 300))
-    source = write_parquet(tmp_path / "a.parquet", rows)
-    convert_files("cauldron", source, tmp_path / "data", "train", shard_bytes=10**9)
-    pictures = ConversationDataset(tmp_path / "data", "train", processor).pictures
-    read = 0
-
-    def counting(handle: int, buffers: list, offset: int) -> int:
-        nonlocal read
-        read += sum(map(len, buffers))
-        return preadv(handle, buffers, offset)
-
-    preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", counting)
-    sizes = [pictures.size(f"train/00000/{n:08d}-0.{('png', 'jpg')[n % 2]}", "x") for n in range(8)]
-    assert sizes == [(400 + number, 300) for number in range(8)]
-    assert read < 0.5 * sum(len(row["images"][0]["bytes"]) for row in rows)
-
-
-def test_a_damaged_shard_is_named(tmp_path: Path, processor: Phi3VProcessor) -> None:
-    source = write_parquet(tmp_path / "a.parquet", cauldron_rows(4))
-    convert_files("cauldron", source, tmp_path / "data", "train", shard_bytes=10**9)
-    shard = tmp_path / "data" / "shards" / "train-00000.tar"
-    shard.write_bytes(shard.read_bytes()[:3000])
-    with pytest.raises(DataError, match="shorter than its index says"):
-        ConversationDataset(tmp_path / "data", "train", processor)[3]
-    (tmp_path / "data" / "shards" / "train.index.npz").write_bytes(b"junk")
-    with pytest.raises(DataError, match="not an index of shards"):
-        ConversationDataset(tmp_path / "data", "train", processor)
-
-
-def test_the_order_of_shards_is_a_permutation_that_stays_together() -> None:
-    starts = [0, 10, 25, 27, 50]
-    order = shard_order(starts, 60, seed=1, epoch=0, together=2)
-    assert sorted(order) == list(range(60))
-    assert order == shard_order(starts, 60, 1, 0, 2)
-    assert order != shard_order(starts, 60, 1, 1, 2)
-    shard_of = [max(k for k, start in enumerate(starts) if start <= index) for index in range(60)]
-    visited = [shard_of[index] for index in order]
-    last = {shard: len(visited) - 1 - visited[::-1].index(shard) for shard in set(visited)}
-    for place in range(60):
-        under_way = {shard for shard in set(visited[: place + 1]) if last[shard] > place}
-        assert len(under_way) <= 2

@@ -53,23 +53,6 @@ def test_a_converted_folder_is_fine(tmp_path: Path) -> None:
     }
 
 
-def test_shards_are_checked_like_files(tmp_path: Path) -> None:
-    rows = cauldron_rows(8)
-    rows[7]["images"] = rows[1]["images"]
-    source = write_parquet(tmp_path / "a.parquet", rows)
-    for split, part in (("train", "0:6"), ("val", "6:8")):
-        convert_files("cauldron", source, tmp_path / "out", split, rows=part, shard_bytes=10_000)
-    found = problems(tmp_path / "out")
-    assert len(found) == 1
-    assert "val.jsonl:2" in found[0]
-    assert "the same pixels as 'train/00000/00000001-0.png' of split train" in found[0]
-    shard = tmp_path / "out" / "shards" / "train-00000.tar"
-    shard.write_bytes(shard.read_bytes()[:2000])
-    assert "train.jsonl:1: image 'train/00000/00000000-0.jpg'" in problems(tmp_path / "out", "paths")[0]
-    shard.unlink()
-    assert "train.jsonl:1: " in problems(tmp_path / "out", "paths")[0]
-
-
 def test_every_wrong_line_is_named_in_whatever_way_it_is_wrong(tmp_path: Path) -> None:
     lines: list[Conversation | bytes] = [
         example(0),

@@ -187,22 +187,6 @@ def test_an_adapter_is_evaluated_on_its_base(checkpoint, tmp_path):
     assert read[0] != read[1]
 
 
-def test_pictures_in_shards_give_the_same_answers(checkpoint, tmp_path):
-    from phi3v.data.folder import write_shards
-
-    data = write_data(tmp_path / "data", 6)
-    evaluate_here(checkpoint, data, tmp_path / "files", batch_size_per_gpu=2)
-    index = json.loads((data / "dataset.json").read_text())
-    index["splits"]["val"] |= write_shards(data / "val.jsonl", data / "images", data, "val", shard_bytes=4000)
-    assert len(index["splits"]["val"]["shards"]) > 1
-    assert not list((data / "images").iterdir())
-    (data / "dataset.json").write_text(json.dumps(index))
-    # Two threads read the shards.
-    evaluate_here(checkpoint, data, tmp_path / "shards", batch_size_per_gpu=2, num_workers=2)
-    read = [(tmp_path / name / "after/predictions.jsonl").read_bytes() for name in ("files", "shards")]
-    assert read[0] == read[1]
-
-
 def test_bad_data_are_named(checkpoint, tmp_path):
     from phi3v.data.conversations import DataError
 

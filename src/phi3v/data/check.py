@@ -17,6 +17,7 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -223,19 +224,10 @@ def _path_problem(root: str, name: str) -> str | None:
     return None if os.path.isfile(file) else "not a file"
 
 
-_STORES: dict[str, Pictures] = {}
-"""Of a checking process: the pictures of each split."""
-
-
-def _open_stores(data_dir: Path, described: dict[str, SplitEntry], splits: list[str]) -> None:
-    _STORES.update({split: Pictures(data_dir, described.get(split)) for split in splits})
-
-
-def check_picture(job: tuple[str, str]) -> tuple[str, bytes, int, int]:
-    """(problem or "", hash of the pixels, width, height) of a (split, path)."""
-    split, path = job
+def check_picture(pictures: Pictures, path: str) -> tuple[str, bytes, int, int]:
+    """(problem or "", hash of the pixels, width, height) of a picture."""
     try:
-        with _STORES[split].open(path, "picture") as image:
+        with pictures.open(path, "picture") as image:
             digest = hashlib.blake2b(struct.pack(">II", *image.size), digest_size=16)
             digest.update(image.tobytes())
             return "", digest.digest(), image.width, image.height
@@ -243,14 +235,12 @@ def check_picture(job: tuple[str, str]) -> tuple[str, bytes, int, int]:
         return str(error).removeprefix(f"picture: image {path!r}: "), b"", 0, 0
 
 
-def check_images(
-    data_dir: Path, described: dict[str, SplitEntry], checks: dict[str, SplitCheck], problems: Problems, workers: int
-) -> dict[str, int]:
+def check_images(data_dir: Path, checks: dict[str, SplitCheck], problems: Problems, workers: int) -> dict[str, int]:
     """Every picture decodes; the same pixels in two splits are a leak. Returns {"SPLIT and SPLIT": shared pictures}."""
     jobs = [(split, name) for split, found in checks.items() for name in found.pictures]
     owners: dict[str, dict[bytes, str]] = {split: {} for split in checks}
-    with process_pool(workers, _open_stores, data_dir, described, list(checks)) as pool:
-        results = pool.map(check_picture, jobs, chunksize=16)
+    with process_pool(workers) as pool:
+        results = pool.map(partial(check_picture, Pictures(data_dir)), [path for _, path in jobs], chunksize=16)
         bar = tqdm(results, total=len(jobs), desc="decoding", unit="picture", disable=None)
         for (split, name), (problem, digest, width, height) in zip(jobs, bar, strict=True):
             where = f"{checks[split].file}:{checks[split].pictures[name]}: image {shown(name)}"
@@ -301,24 +291,10 @@ def validate_folder(
             problems.add("number of examples", message)
     if level == "shape" or not any(found.pictures for found in checks.values()):
         return checks, problems, {}
-    for split, found in checks.items():
-        entry = described.get(split, {})
-        if "shards" in entry:
-            check_shards(Pictures(data_dir, entry), found, problems)
-        else:
-            check_paths(data_dir / "images", found, problems)
-    shared = check_images(data_dir, described, checks, problems, workers) if level == "images" else {}
+    for found in checks.values():
+        check_paths(data_dir / "images", found, problems)
+    shared = check_images(data_dir, checks, problems, workers) if level == "images" else {}
     return checks, problems, shared
-
-
-def check_shards(pictures: Pictures, found: SplitCheck, problems: Problems) -> None:
-    """Every picture is in the shards; those that are not are dropped from `found`."""
-    for name, number in list(found.pictures.items()):
-        try:
-            pictures.locate(name, "")
-        except (DataError, OSError) as error:
-            problems.add("image: not in the shards", f"{found.file}:{number}: {str(error).removeprefix(': ')}")
-            del found.pictures[name]
 
 
 def content_digest(data: bytes) -> bytes:
@@ -355,14 +331,14 @@ def leakage(folders: dict[str, Path], splits: dict[str, SplitEntry]) -> dict[str
     if "train" not in splits:
         return {}
     train = folders["train"] / splits["train"]["file"]
-    theirs = Pictures(folders["train"], splits["train"])
+    theirs = Pictures(folders["train"])
     found: dict[str, dict[str, int]] = {}
     for split, entry in splits.items():
         if split == "train":
             continue
         examples = [example.images for example in read_conversations(folders[split] / entry["file"])]
         paths = {path for images in examples for path in images}
-        leaked = in_training(paths, Pictures(folders[split], entry), read_conversations(train), theirs)
+        leaked = in_training(paths, Pictures(folders[split]), read_conversations(train), theirs)
         count = sum(any(path in leaked for path in images) for images in examples)
         found[split] = {"examples": count, "of": len(examples), "pictures": len(leaked)}
     return found

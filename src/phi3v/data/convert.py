@@ -21,7 +21,7 @@ from tqdm import tqdm
 from phi3v.data.check import leakage
 from phi3v.data.conversations import Conversation, DataError, Turn, format_line, image_path_problem, shown
 from phi3v.data.fetch import link_or_copy, locked_files
-from phi3v.data.folder import LENGTHS, Description, SplitEntry, describe, write_shards
+from phi3v.data.folder import LENGTHS, Description, SplitEntry, describe
 from phi3v.data.formats import FORMATS
 from phi3v.data.pictures import KEPT, as_png, inspect
 from phi3v.data.rows import Inputs, Picture, Rejection, Sample
@@ -198,13 +198,11 @@ def convert(
     num_crops: int | None,
     on_error: OnError = "stop",
     keep_other_splits: bool = False,
-    shard_bytes: int = 0,
 ) -> Description:
     """Convert splits into output_dir and return dataset.json's content.
 
     on_error: "stop" at the first row that cannot be taken, or "skip" it: it is listed in rejected.jsonl and counted.
     keep_other_splits: splits already there stay (conversion of one split by hand); else they go.
-    shard_bytes: pack the pictures of split train into tar shards of about that size instead of files; 0: files.
     Raises DataError, or OSError (a full disk): then nothing of the output folder has changed.
     """
     output_dir = Path(output_dir)
@@ -223,13 +221,6 @@ def convert(
                 source = replace(source, inputs=replace(source.inputs, scratch=scratch))
                 results[split] = _convert_split(split, source, work, on_error, log)
                 shutil.rmtree(scratch, ignore_errors=True)
-        if shard_bytes and (train := results.get("train")):
-            # Only the split that is read over and over, at random, by every process; evaluation reads few files once.
-            results["train"] = {
-                **train,
-                **write_shards(work / train["file"], work / "images", work, "train", shard_bytes),
-            }
-            shutil.rmtree(work / "images" / "train")
         entries = {**previous.get("splits", {}), **results}
         origins = {**previous.get("source", {}), **{split: source.origin() for split, source in splits.items()}}
         dataset: Description = {
@@ -269,12 +260,6 @@ def _move_into_place(work: Path, output_dir: Path, results: dict[str, SplitEntry
     shutil.rmtree(output_dir / LENGTHS, ignore_errors=True)
     (output_dir / "images").mkdir(exist_ok=True)
     for split, result in results.items():
-        for path in (output_dir / "shards").glob(f"{split}[-.]*"):
-            path.unlink()
-        if (work / "shards").exists() and split == "train":
-            (output_dir / "shards").mkdir(exist_ok=True)
-            for path in (work / "shards").iterdir():
-                os.replace(path, output_dir / "shards" / path.name)
         old = output_dir / "images" / split
         if old.exists():
             shutil.rmtree(old)
@@ -302,11 +287,10 @@ def convert_dataset(
     output_dir: str | Path,
     on_error: OnError | None = None,
     workers: int = 2,
-    shard_bytes: int | None = None,
 ) -> Description:
     """Convert an entry of a datasets file from what scripts/download.py fetched. Raises DataError.
 
-    on_error, shard_bytes: None: as the entry states.
+    on_error: None: as the entry states.
     """
     splits: dict[str, SplitSource] = {}
     for split, entry in dataset.splits.items():
@@ -319,10 +303,7 @@ def convert_dataset(
             entry.format, inputs, entry.url, revision, digest, entry.options, entry.rows, turns == "first"
         )
     on_error = on_error or dataset.on_error
-    shard_bytes = int(dataset.shards * 10**6) if shard_bytes is None else shard_bytes
-    return convert(
-        name, splits, output_dir, dataset.turns, dataset.metric, dataset.num_crops, on_error, shard_bytes=shard_bytes
-    )
+    return convert(name, splits, output_dir, dataset.turns, dataset.metric, dataset.num_crops, on_error)
 
 
 def convert_files(
@@ -339,7 +320,6 @@ def convert_files(
     options: dict[str, str] | None = None,
     on_error: OnError = "stop",
     workers: int = 2,
-    shard_bytes: int = 0,
 ) -> Description:
     """Convert a file or folder by hand into one split; other splits of output_dir stay. Raises DataError."""
     name = name or Path(output_dir).resolve().name
@@ -356,4 +336,4 @@ def convert_files(
     inner = {**given, **({"images_dir": str(images_dir.resolve())} if images_dir else {})}
     inputs = Inputs(files, root, split, name, inner, workers=workers)
     part = SplitSource(format_name, inputs, str(source), None, digest, given, rows, turns == "first")
-    return convert(name, {split: part}, output_dir, turns, metric, num_crops, on_error, True, shard_bytes)
+    return convert(name, {split: part}, output_dir, turns, metric, num_crops, on_error, True)

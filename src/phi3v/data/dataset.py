@@ -8,7 +8,6 @@ within seconds.
 
 from __future__ import annotations
 
-import bisect
 import copy
 import random
 from collections.abc import Sequence
@@ -69,9 +68,7 @@ class ConversationDataset(Dataset[Example]):
         self.lines = LineIndex(split_file(data_dir, split))
         if not len(self.lines):
             raise DataError(f"{self.lines.path}: empty; expected one JSON object a line")
-        entry = self.description.get("splits", {}).get(split, {})
-        self.pictures = Pictures(data_dir, entry)
-        self._shard_starts = entry.get("shard_starts", [])
+        self.pictures = Pictures(data_dir)
         self.turns = turns or self.description.get("turns", "all")
         self.num_crops = num_crops or self.description.get("num_crops") or Entry.model_fields["num_crops"].default
         # A copy: another dataset may use the same processor with another number of crops.
@@ -111,15 +108,6 @@ class ConversationDataset(Dataset[Example]):
         if self.turns == "draw" and len(turns) > 1:
             turns = (turns[random.Random(f"turn/{self.seed}/{self.epoch}/{index}").randrange(len(turns))],)
         return replace(conversation, turns=turns)
-
-    def shard_starts(self, kept: Sequence[int] | None = None) -> list[int]:
-        """First example of each tar shard, for shard_order; empty: the pictures are files.
-
-        kept: the examples that are used, in order; starts are then places in it.
-        """
-        if kept is None:
-            return self._shard_starts
-        return list(dict.fromkeys(bisect.bisect_left(kept, start) for start in self._shard_starts))
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):

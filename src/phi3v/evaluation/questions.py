@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from phi3v.data.check import in_training
 from phi3v.data.conversations import DataError, prompt_text, read_conversations
-from phi3v.data.folder import Pictures, describe, split_file
+from phi3v.data.folder import Pictures, split_file
 
 if TYPE_CHECKING:  # the report reads predictions in an environment without torch
     from phi3v.model.image_processing import Phi3VImageProcessor
@@ -31,14 +31,9 @@ class Question:
     answers: tuple[str, ...]
 
 
-def pictures_of_split(data_dir: str | Path, split: str) -> Pictures:
-    """The pictures of a split, in files or in shards."""
-    return Pictures(data_dir, describe(data_dir).get("splits", {}).get(split))
-
-
 def read_questions(data_dir: str | Path, split: str) -> list[Question]:
     """A question per example of a split, in its order. Raises DataError: no such split, bad line, an id twice, a missing picture."""
-    path, pictures = split_file(data_dir, split), pictures_of_split(data_dir, split)
+    path, pictures = split_file(data_dir, split), Pictures(data_dir)
     questions: list[Question] = []
     lines: dict[str, int] = {}
     for number, example in enumerate(read_conversations(path), 1):
@@ -67,7 +62,7 @@ def leaked(pictures: Pictures, questions: Sequence[Question], train_dir: str | P
     except DataError:
         return None
     paths = {name for question in questions for name in question.images}
-    found = in_training(paths, pictures, read_conversations(path), pictures_of_split(train_dir, "train"))
+    found = in_training(paths, pictures, read_conversations(path), Pictures(train_dir))
     return sum(any(name in found for name in question.images) for question in questions)
 
 

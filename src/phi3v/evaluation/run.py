@@ -6,7 +6,6 @@ batches are kept: a run that was killed continues after them (phi3v.evaluation.p
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -33,7 +32,6 @@ from phi3v.evaluation.questions import (
     Question,
     content_digests,
     leaked,
-    pictures_of_split,
     plan_batches,
     prompt_lengths,
     read_questions,
@@ -112,7 +110,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Summary]:
     if not data_dir.is_dir():
         raise FileNotFoundError(f"--data_dir {data_dir}: no such folder; expected images/ and a jsonl for each split")
     metric, num_crops = _metric_and_crops(settings)
-    pictures, questions = pictures_of_split(data_dir, settings.split), read_questions(data_dir, settings.split)
+    pictures, questions = Pictures(data_dir), read_questions(data_dir, settings.split)
     processes = join(settings)
     if processes.rank == 0 and (note := attention_note(settings, processes.device)):
         print(note)
@@ -273,8 +271,8 @@ def _progress(title: str, total: int, bar: bool, silent: bool) -> tqdm:
 
 def _inputs(batch: list[Question], pictures: Pictures, predictor: Predictor) -> dict[str, torch.Tensor]:
     """Model inputs of a batch, on the CPU."""
-    own = copy.copy(pictures)  # a thread must not close another one's shards
-    images = [[own.open(path, f"{own.data_dir}: {question.id}") for path in question.images] for question in batch]
+    where = pictures.data_dir
+    images = [[pictures.open(path, f"{where}: {question.id}") for path in question.images] for question in batch]
     return predictor.prepare([question.prompt for question in batch], images)
 
 

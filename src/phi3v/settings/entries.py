@@ -169,8 +169,6 @@ class Dataset(Strict):
     """Shown where the data are downloaded."""
     on_error: Literal["stop", "skip"] = "stop"
     """Source rows that cannot be taken: stop at the first, or skip them (rejected.jsonl names them, the report counts)."""
-    shards: float = Field(0, ge=0)
-    """MB of a tar shard of the training pictures, for file systems that dislike many files; 0: a file a picture."""
     workload: Workload | None = None
     """For the planner; empty: counted from the converted folder, pictures taken for the largest grid."""
     official: str = ""
@@ -260,7 +258,7 @@ def _digest(value: Any) -> str:
 def dataset_key(name: str, dataset: Dataset) -> str:
     """Folder name under results/data: source, revision, conversion options and converter version decide it."""
     splits = {split: source.model_dump() for split, source in dataset.splits.items()}
-    made = [dataset.turns, dataset.on_error, dataset.shards, CONVERTER_VERSION]
+    made = [dataset.turns, dataset.on_error, 0, CONVERTER_VERSION]  # 0 keeps the names of folders that exist
     return f"{name}-{_digest([splits, *made])}"
 
 

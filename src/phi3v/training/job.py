@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,6 @@ class TrainingData:
     folder: Path
     num_crops: int
     left_out: int
-    shard_starts: Sequence[int]
 
 
 def world_size() -> int:
@@ -172,7 +170,7 @@ def read_training_data(settings: FinetuneSettings, processor: Phi3VProcessor) ->
     examples = PickedExamples(dataset, kept)
     if not len(examples):
         raise SettingsError(f"{folder}: split train: no examples to train on; expected at least one")
-    return TrainingData(examples, lengths, folder, num_crops, len(dataset) - len(examples), dataset.shard_starts(kept))
+    return TrainingData(examples, lengths, folder, num_crops, len(dataset) - len(examples))
 
 
 def plan_of(settings: FinetuneSettings, data: TrainingData, processes: int) -> BatchPlan:
@@ -186,7 +184,6 @@ def plan_of(settings: FinetuneSettings, data: TrainingData, processes: int) -> B
         grouping=settings.batching,
         lengths=data.lengths,
         token_budget=settings.tokens_per_pack,
-        shard_starts=data.shard_starts,
     )
     return replace(plan, packs=packs_needed(plan, _epochs(settings, plan))) if settings.batching == "packed" else plan
 

@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from phi3v.data.folder import shard_order
-
 Grouping = Literal["fixed", "length", "packed"]
 
 
@@ -60,8 +58,6 @@ class BatchPlan:
     """Tokens of a pack at most; an example that is longer is a pack by itself."""
     packs: int = 0
     """M with `packed`, see `packs_needed`."""
-    shard_starts: Sequence[int] = ()
-    """First example of each tar shard, for an order that reads few shards at a time; empty: pictures are files."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -93,8 +89,6 @@ class BatchPlan:
 
     def order(self, epoch: int) -> list[int]:
         """The examples of an epoch, in order: by seed and epoch alone."""
-        if self.shard_starts:
-            return shard_order(self.shard_starts, self.examples, self.seed, epoch)
         return epoch_order(self.examples, self.seed, epoch)
 
     def epoch(self, epoch: int, rank: int, first_step: int = 0) -> Iterator[list[Pick]]:
