@@ -113,7 +113,7 @@ offline-bundle: $(VENV)/installed  ## pack source, wheels, images, data and weig
 	scripts/bundle.sh phi3v-offline $(ARGS)
 
 docs: $(VENV)/installed  ## write config/README.md and the schemas from the settings
-	python -m phi3v.settings.docs
+	python scripts/settings_docs.py
 
 clean:  ## remove the demo's results and sources (other runs stay)
 	rm -rf results/demo results/demo-sources results/digits results/digits-source

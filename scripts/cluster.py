@@ -18,9 +18,10 @@ from pathlib import Path
 
 from phi3v.cluster.check import Problem, login_problems, probe, problems, requests, settings_problems
 from phi3v.cluster.facts import ClusterError, look, site_text
+from phi3v.cluster.site import CPU, SITE_FILE, load_site
 from phi3v.cluster.status import running_jobs, status_lines
 from phi3v.planning.fits import runnable
-from phi3v.settings import CPU, SITE_FILE, Hardware, load_run, load_site, read_entries, run_script
+from phi3v.settings import Hardware, load_run, read_entries, run_script
 
 
 def site(path: str) -> int:

@@ -13,8 +13,9 @@ import yaml
 from phi3v.cluster import check
 from phi3v.cluster.check import GPU_PROBE, Request, probe, problems
 from phi3v.cluster.facts import Facts, PartitionFacts, devices_of, gpus, minutes, site_text
+from phi3v.cluster.site import Partition, Site
 from phi3v.cluster.status import COMMENT, progress
-from phi3v.settings import Hardware, Partition, SettingsError, Site, load_run, read_entries, validate
+from phi3v.settings import Hardware, SettingsError, load_run, read_entries, validate
 
 GPU = PartitionFacts("gpu", True, False, 1440, nodes=4, cpus=64, memory_mb=500_000, gpus={"a100": 8})
 CPU = PartitionFacts("cpu", True, True, None, nodes=10, cpus=32, memory_mb=100_000)

@@ -22,6 +22,7 @@ sys.path.insert(0, SOURCE)
 
 from phi3v import settings
 from phi3v.cluster.check import fit
+from phi3v.cluster.site import CPU, SITE_FILE, Site, load_site
 from phi3v.planning.fits import runnable
 from phi3v.planning.resources import check_room
 from phi3v.planning.resources import resources as planned_resources
@@ -32,7 +33,7 @@ ON_SLURM = "slurm_account" in (workflow.resource_settings.default_resources or {
 
 try:
     RUN = runnable(settings.load_run(dict(config)))
-    SITE = settings.load_site() if ON_SLURM else settings.Site()
+    SITE = load_site() if ON_SLURM else Site()
 except settings.SettingsError as error:
     raise WorkflowError(f"wrong settings, nothing was started\n{error}")
 

@@ -20,7 +20,7 @@ def belongs_to_row(known):
 def on_site(known, value):
     """A resources function: `value` of the site's entry for where the rule's job goes; None leaves it to SLURM."""
     if not belongs_to_row(known):
-        return lambda wildcards: value(SITE.of(settings.CPU)) or None
+        return lambda wildcards: value(SITE.of(CPU)) or None
     return lambda wildcards: value(site_entry(job_of(wildcards))) or None
 
 
@@ -38,7 +38,7 @@ def look_at_cluster():
     errors = [str(problem) for problem in found if problem.level == "error"]
     if errors:
         raise WorkflowError(
-            f"{settings.SITE_FILE} or the run's hardware does not fit this cluster, nothing was started\n"
+            f"{SITE_FILE} or the run's hardware does not fit this cluster, nothing was started\n"
             + "\n".join(errors)
         )
 
@@ -108,7 +108,7 @@ if ON_SLURM:
             added["slurm_extra"] = f"--signal=USR1@{SITE.leave_seconds}"
         elif "runtime" in known.resources:
             known.resources["runtime"] = known.resources["runtime"].constrain(
-                SITE.of(settings.CPU).max_runtime
+                SITE.of(CPU).max_runtime
             )
         for name, value in added.items():
             known.resources[name] = Resource(name, value)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from phi3v.cluster.facts import Facts, PartitionFacts
+from phi3v.cluster.site import CPU, SITE_FILE, Partition, Site
 from phi3v.planning.resources import Resources, resources
-from phi3v.settings import CPU, SITE_FILE, AccuracyRow, Partition, ResolvedRun, Site
+from phi3v.settings import AccuracyRow, ResolvedRun
 
 # Seconds by which SLURM may signal early (sbatch(1), --signal), and as much to start.
 SLURM_EARLY = 90

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 from dataclasses import dataclass, field
 
-from phi3v.settings import CPU, Hardware
+from phi3v.cluster.site import CPU
+from phi3v.settings import Hardware
 
 
 class ClusterError(RuntimeError):

@@ -3,6 +3,7 @@
 from phi3v.settings.base import (
     Role,
     SettingsError,
+    Strict,
     check_known,
     explain,
     fields_with,
@@ -36,4 +37,3 @@ from phi3v.settings.entries import (
 from phi3v.settings.load import load_run
 from phi3v.settings.rows import AccuracyRow, SpeedRow, Training
 from phi3v.settings.run import Demo, Job, NotRun, Pool, ResolvedRun, Run
-from phi3v.settings.site import CPU, SITE_FILE, Partition, Site, load_site

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from phi3v.settings.base import Strict, read_yaml, validate
+from phi3v.settings import Strict, read_yaml, validate
 
 SITE_FILE = "config/site.yaml"
 CPU = "cpu"
