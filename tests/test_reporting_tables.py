@@ -131,7 +131,7 @@ def test_rows_say_how_far_they_came(changed):
     log.write_text("epoch 1\nRuntimeError: out of memory\n")
     line = line_of(run, results)
     assert line.state.status == "did not finish" and str(log) in line.state.reason
-    assert line.result.train.log_tail[-1] == "RuntimeError: out of memory"
+    assert line.train.log_tail[-1] == "RuntimeError: out of memory"
 
 
 def test_a_token_in_a_log_is_not_shown(root, changed, monkeypatch):
@@ -224,8 +224,8 @@ def test_a_broken_control_leaves_the_score_and_is_named(changed):
     run, results = changed
     (results / "evaluate" / ROW / "control" / "metrics.json").unlink()
     line = line_of(run, results)
-    assert line.state.status == "done" and "control" not in line.result.after_minus
-    assert "control/metrics.json: cannot be read" in line.result.problems[0]
+    assert line.state.status == "done" and "control" not in line.after_minus
+    assert "control/metrics.json: cannot be read" in line.problems[0]
 
 
 def test_a_half_written_curve_is_read_as_far_as_it_goes(changed):
@@ -233,7 +233,7 @@ def test_a_half_written_curve_is_read_as_far_as_it_goes(changed):
     path = results / "train" / ROW / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 61, "lo')
     line = line_of(run, results)
-    assert len(line.result.training.curve) == 60 and not line.result.problems
+    assert len(line.training.curve) == 60 and not line.problems
 
 
 def test_changed_settings_and_other_code_are_marked(changed):
@@ -492,7 +492,7 @@ def test_several_seeds_are_one_row_with_mean_and_spread(root, tmp_path, monkeypa
     assert line.seed_scores == pytest.approx(each)
     assert line.score("after") == pytest.approx(sum(each) / 3, abs=1e-6)
     assert line.spread["sd"] == pytest.approx(np.std(each, ddof=1))
-    assert line.n == 500 and line.score("before") is not None
+    assert line.after.n == 500 and line.score("before") is not None
     # The seeds' spread is in interval and verdict.
     alone = build_tables(load_run(root / "config/config.yaml", root), tmp_path)
     single = next(other for other in alone.accuracy if other.row.row == row)
@@ -501,7 +501,7 @@ def test_several_seeds_are_one_row_with_mean_and_spread(root, tmp_path, monkeypa
     assert line.verdict.text == "inconclusive" and line.verdict.reason.endswith("mean of 3 seeds")
     record = as_records([line], ACCURACY_COLUMNS + ACCURACY_TIMES)[0]
     assert record["seeds"] == "42 43 44" and len(record["after_of_each_seed"].split()) == 3
-    assert record["train_seconds"] == pytest.approx(sum(m.result.train.seconds for m in line.members))
+    assert record["train_seconds"] == pytest.approx(sum(m.train.seconds for m in line.members))
     assert sum(r.row.row.startswith(row) for r in build_tables(run, tmp_path).accuracy) == 1
 
 

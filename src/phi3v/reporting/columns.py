@@ -16,7 +16,8 @@ DTYPES = ["bf16", "fp16", "fp32"]
 OFFICIAL_METRICS = ("official_anls", "consistency", "auroc")
 """Of the datasets' authors; in metrics.json they stand beside the recipe's metric."""
 
-LineT = TypeVar("LineT", AccuracyLine, SpeedLine)
+LineT = TypeVar("LineT", bound=AnyLine)
+PartT = TypeVar("PartT")
 Cell = str | float | None
 Column = tuple[str, Callable[[LineT], Cell]]
 Figure = tuple[str, float, Sequence[float] | None]
@@ -25,7 +26,7 @@ Figure = tuple[str, float, Sequence[float] | None]
 
 def official_figures(line: AccuracyLine) -> list[Figure]:
     """The figures on the authors' own split, their own metric first; [] if it is not done."""
-    found = line.result.official if line.result else None
+    found = line.passes.get("official")
     if found is None:
         return []
     ours: Figure = (found.metric, found.score, found.interval)
@@ -72,79 +73,94 @@ def plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _after(get: Callable[[Pass], Cell]) -> Callable[[AccuracyLine], Cell]:
-    return lambda line: get(line.after) if line.after else None
+def _of(part: Callable[[LineT], PartT | None], get: Callable[[PartT], Cell]) -> Callable[[LineT], Cell]:
+    """A cell of a part of the line; empty if there is no such part."""
+
+    def cell(line: LineT) -> Cell:
+        found = part(line)
+        return None if found is None else get(found)
+
+    return cell
+
+
+def _pass(name: str, get: Callable[[Pass], Cell]) -> Callable[[AccuracyLine], Cell]:
+    return _of(lambda line: line.passes.get(name), get)
 
 
 def _further(name: str) -> Callable[[AccuracyLine], Cell]:
-    return _after(lambda after: after.more.get(name, {}).get("score"))
+    return _pass("after", lambda after: after.more.get(name, {}).get("score"))
 
 
-def _minus(name: str, get: Callable[[Comparison], Cell]) -> Callable[[AccuracyLine], Cell]:
-    def value(line: AccuracyLine) -> Cell:
-        found = line.result.after_minus.get(name) if line.result else None
-        return get(found) if found else None
-
-    return value
-
-
-def _official(get: Callable[[Pass], Cell]) -> Callable[[AccuracyLine], Cell]:
-    return lambda line: get(line.result.official) if line.result and line.result.official else None
+def _minus(name: str) -> list[Column[AccuracyLine]]:
+    """The columns of the score after training minus that of another pass."""
+    parts: list[tuple[str, Callable[[Comparison], Cell]]] = [
+        ("", lambda found: found.difference),
+        ("_low", lambda found: found.interval[0]),
+        ("_high", lambda found: found.interval[1]),
+        ("_p", lambda found: found.p),
+    ]
+    return [(f"after_minus_{name}{end}", _of(lambda line: line.after_minus.get(name), get)) for end, get in parts]
 
 
 def _first_official(get: Callable[[Figure], Cell]) -> Callable[[AccuracyLine], Cell]:
-    def value(line: AccuracyLine) -> Cell:
-        figures = official_figures(line)
-        return get(figures[0]) if figures else None
-
-    return value
+    return _of(lambda line: next(iter(official_figures(line)), None), get)
 
 
 def _speed(get: Callable[[Speed], Cell]) -> Callable[[SpeedLine], Cell]:
-    return lambda line: get(line.speed) if line.speed else None
+    return _of(lambda line: line.speed, get)
 
 
 def _in_gb(size: float | None) -> float | None:
     return size / GB if size else None
 
 
-ACCURACY_COLUMNS: list[Column[AccuracyLine]] = [
+ROW_COLUMNS: list[Column[AnyLine]] = [
     ("row", lambda r: r.row.row),
     ("model", lambda r: r.row.model),
     ("dataset", lambda r: r.row.dataset),
     ("method", lambda r: r.row.method),
     ("dtype", lambda r: r.row.dtype),
-    ("metric", _after(lambda after: after.metric)),
+]
+DIFFERENCE_COLUMNS: list[Column[AnyLine]] = [
+    ("not_distinguished_from", lambda r: " ".join(r.same_as)),
+    ("departures", departures),
+]
+STATE_COLUMNS: list[Column[AnyLine]] = [
+    ("status", lambda r: r.state.status),
+    ("reason", lambda r: r.state.reason),
+    ("note", lambda r: r.row.note),
+]
+
+ACCURACY_COLUMNS: list[Column[AccuracyLine]] = [
+    *ROW_COLUMNS,
+    ("metric", _pass("after", lambda after: after.metric)),
     ("before", lambda r: r.score("before")),
     ("after", lambda r: r.score("after")),
     ("control", lambda r: r.score("control")),
-    ("n", lambda r: r.n),
+    ("n", _pass("after", lambda after: after.n)),
     ("published", lambda r: r.row.published),
-    ("after_low", _after(lambda after: after.interval[0])),
-    ("after_high", _after(lambda after: after.interval[1])),
-    ("after_minus_before", _minus("before", lambda gain: gain.difference)),
-    ("after_minus_before_low", _minus("before", lambda gain: gain.interval[0])),
-    ("after_minus_before_high", _minus("before", lambda gain: gain.interval[1])),
-    ("after_minus_before_p", _minus("before", lambda gain: gain.p)),
-    ("after_minus_control", _minus("control", lambda worth: worth.difference)),
-    ("after_minus_control_low", _minus("control", lambda worth: worth.interval[0])),
-    ("after_minus_control_high", _minus("control", lambda worth: worth.interval[1])),
-    ("after_minus_control_p", _minus("control", lambda worth: worth.p)),
+    ("after_low", _pass("after", lambda after: after.interval[0])),
+    ("after_high", _pass("after", lambda after: after.interval[1])),
+    *_minus("before"),
+    *_minus("control"),
     ("after_minus_published", lambda r: r.verdict.against.difference if r.verdict.against else None),
     ("verdict", lambda r: r.verdict.text),
     ("verdict_reason", lambda r: r.verdict.reason),
     ("official_anls", _further("official_anls")),
     ("auroc", _further("auroc")),
     ("consistency", _further("consistency")),
-    ("leaked", _after(lambda after: after.leaked)),
+    ("leaked", _pass("after", lambda after: after.leaked)),
     ("official_split", lambda r: r.official.status),
     ("official_metric", _first_official(lambda figure: figure[0])),
     ("official_score", _first_official(lambda figure: figure[1])),
     ("official_low", _first_official(lambda figure: figure[2][0] if figure[2] else None)),
     ("official_high", _first_official(lambda figure: figure[2][1] if figure[2] else None)),
-    ("official_accuracy", _official(lambda official: official.score if official.metric == "accuracy" else None)),
-    ("official_n", _official(lambda official: official.n)),
-    ("official_leaked", _official(lambda official: official.leaked)),
+    (
+        "official_accuracy",
+        _pass("official", lambda official: official.score if official.metric == "accuracy" else None),
+    ),
+    ("official_n", _pass("official", lambda official: official.n)),
+    ("official_leaked", _pass("official", lambda official: official.leaked)),
     ("seeds", lambda r: " ".join(str(job.job.seed) for job in r.jobs if job.job)),
     ("after_of_each_seed", lambda r: " ".join(f"{score:.2f}" for score in r.seed_scores)),
     ("after_sd_over_seeds", lambda r: r.spread["sd"] if r.spread else None),
@@ -155,26 +171,19 @@ ACCURACY_COLUMNS: list[Column[AccuracyLine]] = [
     ("observed_attention", lambda r: r.observed.attention_decoder),
     ("linear4bit_layers", lambda r: r.observed.linear4bit_layers),
     ("linear4bit_bytes", lambda r: r.observed.linear4bit_bytes),
-    ("not_distinguished_from", lambda r: " ".join(r.same_as)),
-    ("departures", departures),
-    ("status", lambda r: r.state.status),
-    ("reason", lambda r: r.state.reason),
-    ("note", lambda r: r.row.note),
+    *DIFFERENCE_COLUMNS,
+    *STATE_COLUMNS,
 ]
 
 # In report.json alone: accuracy.tsv has the same bytes when a run is repeated.
 ACCURACY_TIMES: list[Column[AccuracyLine]] = [
     ("train_seconds", lambda r: r.train_seconds),
-    ("evaluate_seconds", lambda r: r.result.evaluate.seconds if r.result else None),
+    ("evaluate_seconds", lambda r: r.evaluate.seconds),
     ("gpu_hours", lambda r: r.device_hours),
 ]
 
 SPEED_COLUMNS: list[Column[SpeedLine]] = [
-    ("row", lambda r: r.row.row),
-    ("model", lambda r: r.row.model),
-    ("dataset", lambda r: r.row.dataset),
-    ("method", lambda r: r.row.method),
-    ("dtype", lambda r: r.row.dtype),
+    *ROW_COLUMNS,
     ("flash_attention", lambda r: plain(r.row.flash_attention)),
     ("hardware", lambda r: r.row.hardware),
     ("nodes", lambda r: r.row.nodes),
@@ -204,12 +213,9 @@ SPEED_COLUMNS: list[Column[SpeedLine]] = [
     ("verdict_reason", lambda r: r.verdict.reason),
     ("observed_dtype", lambda r: r.observed.activation_dtype),
     ("observed_attention", lambda r: r.observed.attention_decoder),
-    ("not_distinguished_from", lambda r: " ".join(r.same_as)),
-    ("departures", departures),
-    ("seconds", lambda r: r.result.work.seconds if r.result else None),
-    ("status", lambda r: r.state.status),
-    ("reason", lambda r: r.state.reason),
-    ("note", lambda r: r.row.note),
+    *DIFFERENCE_COLUMNS,
+    ("seconds", lambda r: r.work.seconds),
+    *STATE_COLUMNS,
 ]
 
 

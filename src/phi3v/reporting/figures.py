@@ -133,8 +133,8 @@ def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None
     traces: list[Json] = []
     rows = []
     for job in (job for line in lines for job in line.jobs):
-        if job.result and job.result.training.curve:
-            row, curve = job.row.row, job.result.training.curve
+        if curve := job.training.curve:
+            row = job.row.row
             x, y = [point.get("epoch") for point in curve], [point.get("loss") for point in curve]
             hover = f"{row}<br>epoch %{{x:.2f}}, loss %{{y:.4f}}"
             traces.append(_curve(short(row), x, y, _colour(len(traces)), hover))
@@ -184,9 +184,9 @@ def tokens(name: str, title: str, statistics: Mapping[str, Mapping[str, Any]]) -
 
 def curves(line: AccuracyLine) -> Figure | None:
     """Loss, learning rate and throughput of one row over its optimizer steps."""
-    if line.result is None or not line.result.training.curve:
+    curve = line.training.curve
+    if not curve:
         return None
-    curve = line.result.training.curve
     steps = [point.get("step") for point in curve]
     parts = [
         ("loss", "loss", "--after", ".4f"),

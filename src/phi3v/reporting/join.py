@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Literal
 
 from phi3v.evaluation import statistics
-from phi3v.provenance.manifest import Commit, ResultError
+from phi3v.provenance.manifest import Commit, ResultError, read_json
 from phi3v.reporting.results import (
-    AccuracyResult,
     Observed,
     Pass,
-    Reader,
     Speed,
-    SpeedResult,
+    Training,
     Work,
-    compare_passes,
+    attempt,
+    check_owner,
+    compare,
     mean_over_seeds,
+    read_pass,
+    read_training,
+    read_work,
 )
 from phi3v.reporting.verdict import Verdict, accuracy_verdict, speed_verdict, stand_in_text
-from phi3v.settings import AccuracyRow, Job, ResolvedRun, Role, SpeedRow, fields_with
+from phi3v.settings import AccuracyRow, Job, ResolvedRun, Role, SpeedRow, fields_with, validate
 
 STEADY = 0.05
 """Spread of a speed row's windows above which the report says so: on a machine of one's own they stay below."""
@@ -41,11 +44,15 @@ class State:
 
 @dataclass(kw_only=True)
 class Line:
-    """What a row of either table has beside its results."""
+    """What a row of either table has beside what it measured."""
 
-    state: State
+    state: State = State("not run yet")
     job: Job | None = None
     """None for a row that this run's hardware cannot do."""
+    observed: Observed = field(default_factory=Observed)
+    """What the training or the timing was seen to run with."""
+    problems: list[str] = field(default_factory=list)
+    """Files that cannot be used, and why."""
     verdict: Verdict = field(default_factory=Verdict)
     same_as: list[str] = field(default_factory=list)
     """Rows that ask for something else but ran the same code."""
@@ -64,11 +71,25 @@ class AccuracyLine(Line):
     """A row of the accuracy table, or the job of one of its seeds."""
 
     row: AccuracyRow
-    result: AccuracyResult | None = None
+    baseline: Work = field(default_factory=Work)
+    """The evaluation before training, which rows share."""
+    train: Work = field(default_factory=Work)
+    evaluate: Work = field(default_factory=Work)
+    evaluate_official: Work = field(default_factory=Work)
+    """The evaluation on the authors' own split, the second protocol."""
+    training: Training = field(default_factory=Training)
+    passes: dict[str, Pass] = field(default_factory=dict)
+    """before, after, control; official is after training, on the authors' own split."""
+    after_minus: dict[str, statistics.Comparison] = field(default_factory=dict)
+    """After training minus the pass of this name; minus control is what the pictures are worth."""
     official: State = State("")
-    """The second protocol, on the authors' own split."""
+    """How far the second protocol came."""
     members: list[AccuracyLine] = field(default_factory=list)
-    """A line for each seed of a row with several; result and verdict are then over the seeds that are done."""
+    """A line for each seed of a row with several; passes and verdict are then over the seeds that are done."""
+
+    @property
+    def works(self) -> list[Work]:
+        return [self.baseline, self.train, self.evaluate, self.evaluate_official]
 
     @property
     def jobs(self) -> list[AccuracyLine]:
@@ -78,7 +99,7 @@ class AccuracyLine(Line):
     @property
     def after(self) -> Pass | None:
         """The pass after training."""
-        return self.result.passes.get("after") if self.result else None
+        return self.passes.get("after")
 
     @property
     def seed_scores(self) -> list[float]:
@@ -93,9 +114,8 @@ class AccuracyLine(Line):
     @property
     def train_seconds(self) -> float | None:
         """Training time of all seeds that are done."""
-        seconds = [line.result.train.seconds for line in self.jobs if line.result]
-        found = [value for value in seconds if value is not None]
-        return sum(found) if found else None
+        seconds = [line.train.seconds for line in self.jobs if line.train.seconds is not None]
+        return sum(seconds) if seconds else None
 
     @property
     def device_hours(self) -> float | None:
@@ -103,20 +123,9 @@ class AccuracyLine(Line):
         seconds = self.train_seconds
         return None if seconds is None or self.job is None else seconds * self.job.processes / 3600
 
-    @property
-    def n(self) -> int | None:
-        """Examples of the evaluation after training."""
-        return self.after.n if self.after else None
-
-    @property
-    def observed(self) -> Observed:
-        """What the training was seen to run with."""
-        return self.result.training.observed if self.result else Observed()
-
     def score(self, name: str) -> float | None:
-        """Score of a pass: before, after or control."""
-        found = self.result.passes.get(name) if self.result else None
-        return None if found is None else found.score
+        """Score of a pass."""
+        return self.passes[name].score if name in self.passes else None
 
 
 @dataclass(kw_only=True)
@@ -124,15 +133,16 @@ class SpeedLine(Line):
     """A row of the speed table."""
 
     row: SpeedRow
-    result: SpeedResult | None = None
+    work: Work = field(default_factory=Work)
+    speed: Speed | None = None
     speedup: float | None = None
     """Against the first row of the same hardware's table."""
     stand_in: str = ""
     """Which devices stood for which machines; empty if it ran on the published ones."""
 
     @property
-    def speed(self) -> Speed | None:
-        return self.result.speed if self.result else None
+    def works(self) -> list[Work]:
+        return [self.work]
 
     @property
     def rate(self) -> float | None:
@@ -143,11 +153,6 @@ class SpeedLine(Line):
     def gpus(self) -> int:
         """Devices of the published figure."""
         return self.row.nodes * self.row.gpus_per_node
-
-    @property
-    def observed(self) -> Observed:
-        """What the job was seen to run with."""
-        return self.result.observed if self.result else Observed()
 
     @property
     def device_memory(self) -> float | None:
@@ -195,12 +200,12 @@ def build_tables(run: ResolvedRun, results: Path, code: Commit | None = None) ->
 
     code: commit of the code that reports, to mark results of older code.
     """
-    reader = Reader(results, run.settings.seed)
+    reader = _Reader(run, results, code)
     seeds: dict[str, list[AccuracyLine]] = {}
     for job in run.accuracy:
-        seeds.setdefault(job.table_row, []).append(_accuracy_line(run, job, reader, code))
+        seeds.setdefault(job.table_row, []).append(reader.accuracy(job))
     accuracy = [own[0] if len(own) == 1 else _over_seeds(run, row, own) for row, own in seeds.items()]
-    speed = [_speed_line(job, reader, code) for job in run.speed]
+    speed = [reader.speed(job) for job in run.speed]
     for skipped in run.not_run:
         state, verdict = State("cannot run", skipped.reason), Verdict("not run", skipped.reason)
         if isinstance(skipped.row, AccuracyRow):
@@ -213,34 +218,116 @@ def build_tables(run: ResolvedRun, results: Path, code: Commit | None = None) ->
     return Tables(run, accuracy, speed)
 
 
-def _accuracy_line(run: ResolvedRun, job: Job, reader: Reader, code: Commit | None) -> AccuracyLine:
-    """One job's line: a row with one seed, or one of a row's seeds."""
-    assert isinstance(job.row, AccuracyRow)
-    official = run.datasets[job.row.dataset].official
-    result = reader.accuracy(job.row.row, job.baseline, job.row.dataset, official)
-    line = AccuracyLine(row=job.row, job=job, result=result, state=_accuracy_state(result))
-    line.official = _official_state(run, official, result, line.state)
-    line.verdict = _accuracy_verdict(run, line)
-    line.notes = _notes(job, result.training.settings, result.train)
-    line.older = _is_older(result.train, code)
-    return line
+@dataclass
+class _Reader:
+    """Makes a job's line of what is in its folders."""
+
+    run: ResolvedRun
+    root: Path
+    """results/NAME."""
+    code: Commit | None
+    baselines: dict[str, tuple[Pass | None, list[str]]] = field(default_factory=dict)
+    """Passes before training, which rows share, and why one cannot be read."""
+
+    def work(self, kind: str, name: str, problems: list[str]) -> Work:
+        """Folder and log of one job; kind: train, evaluate, evaluate/base, evaluate/official, speed."""
+        return read_work(self.root / kind / name, self.root / "logs" / kind / f"{name}.log", problems)
+
+    def accuracy(self, job: Job) -> AccuracyLine:
+        """The line of a row with one seed, or of one of a row's seeds."""
+        assert isinstance(job.row, AccuracyRow)
+        row, problems, official_problems = job.row, list[str](), list[str]()
+        line = AccuracyLine(row=row, job=job, problems=problems)
+        line.train = self.work("train", row.row, problems)
+        line.evaluate = self.work("evaluate", row.row, problems)
+        line.baseline = self.work("evaluate/base", job.baseline, problems)
+        line.evaluate_official = self.work("evaluate/official", row.row, official_problems)
+        official = self.run.datasets[row.dataset].official
+
+        def read(work: Work, name: str, dataset: str) -> Pass:
+            check_owner(work, row.row, dataset)
+            return read_pass(work.folder / name)
+
+        def add(name: str, found: Pass | None) -> None:
+            if found is not None:
+                line.passes[name] = found
+
+        if line.baseline.manifest is not None:
+            if job.baseline not in self.baselines:
+                own: list[str] = []
+                self.baselines[job.baseline] = attempt(own, read, line.baseline, "before", row.dataset), own
+            before, own = self.baselines[job.baseline]
+            problems += own
+            add("before", before)
+        if line.evaluate.manifest is not None:
+            add("after", attempt(problems, read, line.evaluate, "after", row.dataset))
+            if (line.evaluate.folder / "control").is_dir():
+                add("control", attempt(problems, read, line.evaluate, "control", row.dataset))
+        if official and line.evaluate_official.manifest is not None:
+            add("official", attempt(official_problems, read, line.evaluate_official, "after", official))
+        _compare_passes(line, self.run.settings.seed)
+        line.training = read_training(line.train.folder, problems)
+        where = str(line.train.folder / "observed.json")
+        line.observed = attempt(problems, validate, Observed, line.training.observed, where) or Observed()
+        line.state = _accuracy_state(line)
+        line.official = _official_state(self.run, official, line, "; ".join(official_problems))
+        line.verdict = _accuracy_verdict(self.run, line)
+        line.notes = _notes(job, line.training.settings, line.train)
+        line.older = self.is_older(line.train)
+        return line
+
+    def speed(self, job: Job) -> SpeedLine:
+        """The line of a row of the speed table."""
+        assert isinstance(job.row, SpeedRow)
+        problems: list[str] = []
+        line = SpeedLine(row=job.row, job=job, problems=problems, work=self.work("speed", job.row.row, problems))
+        if line.work.manifest is not None:
+            attempt(problems, _read_speed, line, line.work.folder / "speed.json")
+        line.state = State("done") if line.speed else _work_state("timing", line.work, problems)
+        line.notes = _notes(job, {}, line.work)
+        line.older = self.is_older(line.work)
+        if line.speed and line.speed.spread > STEADY:
+            line.notes.append(f"its windows differ by {100 * line.speed.spread:.0f} %")
+        return line
+
+    def is_older(self, work: Work) -> bool:
+        """Whether a result was made at another commit than the report: re-runs are chosen, so the report only says so."""
+        made_by = work.manifest.get("commit") if work.manifest else None
+        return bool(made_by and self.code and self.code["commit"] not in (None, made_by))
+
+
+def _read_speed(line: SpeedLine, path: Path) -> None:
+    values, row = read_json(path), line.row.row
+    if values.get("row") not in (None, row):
+        raise ResultError(f"{path}: field `row`: got {values['row']!r}; expected {row!r}: a result of another row")
+    line.observed = validate(Observed, values | (values.get("observed") or {}), str(path))
+    line.speed = validate(Speed, values, str(path))
+
+
+def _compare_passes(line: AccuracyLine, seed: int) -> None:
+    """Fill in the comparisons of a line from the passes that it has."""
+    line.after_minus = {}
+    for name in ("before", "control"):
+        if "after" in line.passes and name in line.passes:
+            try:
+                line.after_minus[name] = compare(line.passes["after"], line.passes[name], seed)
+            except ResultError as error:
+                line.problems.append(f"{line.evaluate.folder / name}: {error}")
 
 
 def _over_seeds(run: ResolvedRun, table_row: str, members: list[AccuracyLine]) -> AccuracyLine:
     """The line of a row with several seeds: means over those that are done, their spread, and what became of the others."""
     done = [line for line in members if line.state.status == "done"]
     shown = done[0] if done else members[0]
-    assert shown.result is not None
-    problems = [problem for member in members if member.result for problem in member.result.problems]
     line = replace(
         shown,
         row=shown.row.model_copy(update={"row": table_row}),
-        result=replace(shown.result, passes=dict(shown.result.passes), problems=problems),
+        passes=dict(shown.passes),
+        problems=[problem for member in members for problem in member.problems],
         older=any(member.older for member in members),
         notes=[],
         members=members,
     )
-    assert line.result is not None
     for member in members:
         seed = f"seed {member.job.seed if member.job else '?'}"
         if member.state.status != "done":
@@ -250,36 +337,23 @@ def _over_seeds(run: ResolvedRun, table_row: str, members: list[AccuracyLine]) -
         line.notes += [f"{seed}: {note}" for note in member.notes]
     if len(done) > 1:
         try:
-            _take_means(line.result, [member.result for member in done if member.result])
-            compare_passes(line.result, run.settings.seed)
+            _take_means(line, done)
+            _compare_passes(line, run.settings.seed)
         except ResultError as error:
             line.state = State("damaged", str(error))
-            line.result = replace(line.result, passes={}, after_minus={}, official=None)
+            line.passes, line.after_minus = {}, {}
     line.verdict = _accuracy_verdict(run, line)
     return line
 
 
-def _take_means(result: AccuracyResult, seeds: list[AccuracyResult]) -> None:
-    """Replace a result's passes by their means over the seeds; before training there is one model, so one pass."""
-    for name in ("after", "control"):
+def _take_means(line: AccuracyLine, seeds: list[AccuracyLine]) -> None:
+    """Replace a line's passes by their means over the seeds; before training there is one model, so one pass."""
+    for name in ("after", "control", "official"):
         passes = [own.passes[name] for own in seeds if name in own.passes]
         if len(passes) == len(seeds):
-            result.passes[name] = mean_over_seeds(passes)
+            line.passes[name] = mean_over_seeds(passes)
         else:
-            result.passes.pop(name, None)
-    official = [own.official for own in seeds if own.official is not None]
-    result.official = mean_over_seeds(official) if len(official) == len(seeds) else None
-
-
-def _speed_line(job: Job, reader: Reader, code: Commit | None) -> SpeedLine:
-    assert isinstance(job.row, SpeedRow)
-    result = reader.speed(job.row.row)
-    state = State("done") if result.speed else _work_state("timing", result.work, result.problems)
-    line = SpeedLine(row=job.row, job=job, result=result, state=state, older=_is_older(result.work, code))
-    line.notes = _notes(job, {}, result.work)
-    if line.speed and line.speed.spread > STEADY:
-        line.notes.append(f"its windows differ by {100 * line.speed.spread:.0f} %")
-    return line
+            line.passes.pop(name, None)
 
 
 def _work_state(verb: str, work: Work, problems: Sequence[str] = ()) -> State:
@@ -291,35 +365,35 @@ def _work_state(verb: str, work: Work, problems: Sequence[str] = ()) -> State:
     return State("not run yet", f"{verb} has not run yet")
 
 
-def _accuracy_state(result: AccuracyResult) -> State:
-    if "after" in result.passes:
+def _accuracy_state(line: AccuracyLine) -> State:
+    if "after" in line.passes:
         return State("done")
-    if result.problems:
-        return State("damaged", result.problems[0])
-    if result.train.manifest is not None:
-        return _work_state("evaluation", result.evaluate)
-    if result.train.log is None and result.training.curve:
-        return State("did not finish", f"training stopped after step {result.training.curve[-1].get('step')}")
-    if result.train.log is None and result.baseline.manifest is None and result.baseline.log is not None:
-        return _work_state("the evaluation before training", result.baseline)
-    return _work_state("training", result.train)
+    if line.problems:
+        return State("damaged", line.problems[0])
+    if line.train.manifest is not None:
+        return _work_state("evaluation", line.evaluate)
+    if line.train.log is None and line.training.curve:
+        return State("did not finish", f"training stopped after step {line.training.curve[-1].get('step')}")
+    if line.train.log is None and line.baseline.manifest is None and line.baseline.log is not None:
+        return _work_state("the evaluation before training", line.baseline)
+    return _work_state("training", line.train)
 
 
-def _official_state(run: ResolvedRun, official: str, result: AccuracyResult, state: State) -> State:
+def _official_state(run: ResolvedRun, official: str, line: AccuracyLine, problem: str) -> State:
     """State of the second protocol."""
     if not official:
         return State("", "no official split is known for this dataset")
-    if result.official is not None:
+    if "official" in line.passes:
         return State("done")
     missing = run.datasets[official].missing_source()
-    if result.official_problem:
-        return State("damaged", result.official_problem)
+    if problem:
+        return State("damaged", problem)
     if missing is not None:
         reason = f"{missing}: no such file; the authors' own split comes by hand (docs/evaluation.md)"
         return State("not present", reason)
-    if state.status != "done":
+    if line.state.status != "done":
         return State("not run yet", "the row is not done")
-    return _work_state("evaluation on the official split", result.official_work)
+    return _work_state("evaluation on the official split", line.evaluate_official)
 
 
 def _accuracy_verdict(run: ResolvedRun, line: AccuracyLine) -> Verdict:
@@ -342,12 +416,6 @@ def _notes(job: Job, trained: dict[str, object], work: Work) -> list[str]:
     if work.manifest and work.manifest.get("dirty"):
         notes.append("made by code with uncommitted changes")
     return notes
-
-
-def _is_older(work: Work, code: Commit | None) -> bool:
-    """Whether a result was made at another commit than the report: re-runs are chosen, so the report only says so."""
-    made_by = work.manifest.get("commit") if work.manifest else None
-    return bool(made_by and code and code["commit"] not in (None, made_by))
 
 
 def _mark_same_code(run: ResolvedRun, lines: Sequence[AnyLine]) -> None:

@@ -251,19 +251,18 @@ def _digest(script: str) -> str:
 
 def _failed(line: AnyLine) -> bool:
     states = [line.state, line.official] if isinstance(line, AccuracyLine) else [line.state]
-    problems = line.result.problems if line.result else []
-    return bool(problems) or any(state.status in ("did not finish", "damaged") for state in states)
+    return bool(line.problems) or any(state.status in ("did not finish", "damaged") for state in states)
 
 
 def _summary(tables: Tables) -> dict[str, object]:
     """Figures of the first screen."""
-    results = [line.result for line in tables.accuracy if line.state.status == "done" and line.result]
-    gains = [result.after_minus["before"].difference for result in results if "before" in result.after_minus]
-    worth = [result.after_minus["control"].interval[0] for result in results if "control" in result.after_minus]
+    done = [line for line in tables.accuracy if line.state.status == "done"]
+    gains = [line.after_minus["before"].difference for line in done if "before" in line.after_minus]
+    worth = [line.after_minus["control"].interval[0] for line in done if "control" in line.after_minus]
     # Rows share the evaluation before training.
-    works = {work.folder: work.seconds or 0 for job in tables.jobs if job.result for work in job.result.works}
+    works = {work.folder: work.seconds or 0 for job in tables.jobs for work in job.works}
     return {
-        "done": len(results),
+        "done": len(done),
         "rows": len(tables.accuracy),
         "gained": sum(gain > 0 for gain in gains),
         "gained_of": len(gains),

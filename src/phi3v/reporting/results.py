@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar, cast
@@ -120,14 +120,14 @@ class Pass:
     """Shown in the report, wrong and right ones."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Work:
     """One job's folder: train, evaluate or speed."""
 
-    folder: Path
-    manifest: Manifest | None
-    log: Path | None
-    log_tail: list[str]
+    folder: Path = Path()
+    manifest: Manifest | None = None
+    log: Path | None = None
+    log_tail: Sequence[str] = ()
 
     @property
     def seconds(self) -> float | None:
@@ -136,53 +136,12 @@ class Work:
 
 @dataclass
 class Training:
-    """What a training job left beside its weights."""
+    """What a training job left beside its weights: settings.json, observed.json, census.json, and lines of metrics.jsonl."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    recorded: dict[str, Any] = field(default_factory=dict)
-    """observed.json, all of it."""
-    observed: Observed = field(default_factory=Observed)
+    observed: dict[str, Any] = field(default_factory=dict)
     census: dict[str, Any] = field(default_factory=dict)
     curve: list[Point] = field(default_factory=list)
-
-
-@dataclass
-class AccuracyResult:
-    """Everything that a row of the accuracy table produced."""
-
-    train: Work
-    evaluate: Work
-    baseline: Work
-    """The evaluation before training, which rows share."""
-    official_work: Work
-    """The evaluation on the authors' own split."""
-    training: Training = field(default_factory=Training)
-    passes: dict[str, Pass] = field(default_factory=dict)
-    """before, after, control."""
-    official: Pass | None = None
-    """After training, on the authors' own split."""
-    official_problem: str = ""
-    after_minus: dict[str, statistics.Comparison] = field(default_factory=dict)
-    """After training minus the pass of this name; minus control is what the pictures are worth."""
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def works(self) -> list[Work]:
-        return [self.baseline, self.train, self.evaluate, self.official_work]
-
-
-@dataclass
-class SpeedResult:
-    """Everything that a row of the speed table produced."""
-
-    work: Work
-    speed: Speed | None = None
-    observed: Observed = field(default_factory=Observed)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def works(self) -> list[Work]:
-        return [self.work]
 
 
 def attempt(problems: list[str], read: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T | None:
@@ -194,11 +153,14 @@ def attempt(problems: list[str], read: Callable[P, T], *arguments: P.args, **opt
         return None
 
 
+def read_if_present(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """A JSON object; None if the file is missing, or damaged and so a problem."""
+    return attempt(problems, read_json, path) if path.is_file() else None
+
+
 def read_work(folder: Path, log: Path, problems: list[str]) -> Work:
     """Manifest and log of a job's folder; either may be missing."""
-    manifest = None
-    if (folder / "manifest.json").is_file():
-        manifest = cast(Manifest | None, attempt(problems, read_json, folder / "manifest.json"))
+    manifest = cast(Manifest | None, read_if_present(folder / "manifest.json", problems))
     tail: list[str] = []
     if log.is_file() and manifest is None:
         with log.open("rb") as file:
@@ -210,13 +172,10 @@ def read_work(folder: Path, log: Path, problems: list[str]) -> Work:
 
 def read_training(folder: Path, problems: list[str]) -> Training:
     """Settings, observations, census and curve of a training job; each may be missing."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in ("settings", "observed", "census"):
-        path = folder / f"{name}.json"
-        found[name] = (attempt(problems, read_json, path) if path.is_file() else None) or {}
-    observed = attempt(problems, validate, Observed, found["observed"], str(folder / "observed.json")) or Observed()
-    curve = read_curve(folder / "metrics.jsonl", problems)
-    return Training(found["settings"], found["observed"], observed, found["census"], curve)
+    settings, observed, census = (
+        read_if_present(folder / f"{name}.json", problems) or {} for name in ("settings", "observed", "census")
+    )
+    return Training(settings, observed, census, read_curve(folder / "metrics.jsonl", problems))
 
 
 def read_curve(path: Path, problems: list[str]) -> list[Point]:
@@ -296,17 +255,6 @@ def compare(left: Pass, right: Pass, seed: int) -> statistics.Comparison:
     return statistics.paired(left.scores[at_left], right.scores[at_right], seed)
 
 
-def compare_passes(found: AccuracyResult, seed: int) -> None:
-    """Fill in the comparisons of a result from the passes that it has."""
-    found.after_minus = {}
-    for name in ("before", "control"):
-        if "after" in found.passes and name in found.passes:
-            try:
-                found.after_minus[name] = compare(found.passes["after"], found.passes[name], seed)
-            except ResultError as error:
-                found.problems.append(f"{found.evaluate.folder / name}: {error}")
-
-
 def mean_over_seeds(passes: list[Pass]) -> Pass:
     """One pass whose score of each example is its mean over the seeds; the first seed's examples are shown.
 
@@ -327,71 +275,3 @@ def mean_over_seeds(passes: list[Pass]) -> Pass:
     interval = statistics.interval_over_seeds(scores, [one.score for one in passes])
     score = 100 * float(scores.mean())
     return replace(first, score=score, interval=interval, ids=first.ids[orders[0]], scores=scores, more=more)
-
-
-@dataclass
-class Reader:
-    """Reads the result folders of one run."""
-
-    root: Path
-    """results/NAME."""
-    seed: int
-    """Of the comparisons' bootstraps."""
-    baselines: dict[str, tuple[Pass | None, list[str]]] = field(default_factory=dict)
-    """Passes before training, which rows share, and why one cannot be read."""
-
-    def work(self, kind: str, name: str, problems: list[str]) -> Work:
-        """Folder and log of one job; kind: train, evaluate, evaluate/base, evaluate/official, speed."""
-        return read_work(self.root / kind / name, self.root / "logs" / kind / f"{name}.log", problems)
-
-    def accuracy(self, row: str, baseline: str, dataset: str, official: str = "") -> AccuracyResult:
-        """A row's results. baseline: folder of the evaluation before training. official: dataset with the authors' own split."""
-        problems: list[str] = []
-        official_problems: list[str] = []
-        found = AccuracyResult(
-            self.work("train", row, problems),
-            self.work("evaluate", row, problems),
-            self.work("evaluate/base", baseline, problems),
-            self.work("evaluate/official", row, official_problems),
-            problems=problems,
-        )
-
-        def read(work: Work, name: str, data: str = dataset) -> Pass:
-            check_owner(work, row, data)
-            return read_pass(work.folder / name)
-
-        if found.baseline.manifest is not None:
-            if baseline not in self.baselines:
-                own: list[str] = []
-                self.baselines[baseline] = attempt(own, read, found.baseline, "before"), own
-            before, own = self.baselines[baseline]
-            problems += own
-            if before is not None:
-                found.passes["before"] = before
-        if found.evaluate.manifest is not None:
-            for name in ("after", "control"):
-                if name == "after" or (found.evaluate.folder / name).is_dir():
-                    done = attempt(problems, read, found.evaluate, name)
-                    if done is not None:
-                        found.passes[name] = done
-        if official and found.official_work.manifest is not None:
-            found.official = attempt(official_problems, read, found.official_work, "after", official)
-        found.official_problem = "; ".join(official_problems)
-        compare_passes(found, self.seed)
-        found.training = read_training(found.train.folder, problems)
-        return found
-
-    def speed(self, row: str) -> SpeedResult:
-        """A speed row's results."""
-        problems: list[str] = []
-        found = SpeedResult(self.work("speed", row, problems), problems=problems)
-        if found.work.manifest is not None:
-            attempt(problems, self._read_speed, found, found.work.folder / "speed.json", row)
-        return found
-
-    def _read_speed(self, found: SpeedResult, path: Path, row: str) -> None:
-        values = read_json(path)
-        if values.get("row") not in (None, row):
-            raise ResultError(f"{path}: field `row`: got {values['row']!r}; expected {row!r}: a result of another row")
-        found.observed = validate(Observed, values | (values.get("observed") or {}), str(path))
-        found.speed = validate(Speed, values, str(path))

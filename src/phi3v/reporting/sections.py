@@ -10,8 +10,8 @@ from typing import Any
 from phi3v.planning.memory import GB
 from phi3v.provenance.manifest import Manifest, ResultError, read_json
 from phi3v.reporting.columns import Cell
-from phi3v.reporting.join import AccuracyLine, AnyLine, SpeedLine, Tables
-from phi3v.reporting.results import Work, attempt
+from phi3v.reporting.join import AnyLine, SpeedLine, Tables
+from phi3v.reporting.results import Work, attempt, read_if_present
 from phi3v.settings import Dataset, dataset_key
 
 SHOWN_REJECTIONS = 10
@@ -63,8 +63,7 @@ def _dataset(name: str, entry: Dataset, rows: int, results: Path) -> DataSection
         facts = attempt(problems, read_json, folder / "dataset.json") or {}
     else:
         problems.append("not converted yet" if rows or missing is None else f"not present: {missing}")
-    statistics = folder / "statistics.json"
-    counted = attempt(problems, read_json, statistics) if statistics.is_file() else None
+    counted = read_if_present(folder / "statistics.json", problems)
     rejected = _rejections(folder / "rejected.jsonl")
     return DataSection(name, entry, rows, problems[-1] if problems else "", facts, _objects(counted), rejected)
 
@@ -117,7 +116,7 @@ def finished(tables: Tables, results: Path) -> dict[str, Work]:
     """The finished jobs behind the tables by their folder under `results`; an evaluation that rows share stands once."""
     found: dict[str, Work] = {}
     for line in tables.jobs:
-        for work in line.result.works if line.result else []:
+        for work in line.works:
             if work.manifest is not None:
                 inside = work.folder.is_relative_to(results)
                 found[str(work.folder.relative_to(results) if inside else work.folder)] = work
@@ -163,7 +162,7 @@ def plan(tables: Tables, results: Path) -> list[list[Cell]]:
     for line in tables.jobs:
         if line.row.row in planned:
             entry = planned[line.row.row]
-            seconds, rate, peak = _took(line) if line.result else (None, None, None)
+            seconds, rate, peak = _took(line)
             hours, allocated = seconds / 3600 if seconds else None, peak / GB if peak else None
             cells = [line.row.row, entry.get("status"), entry.get("hours"), hours, entry.get("images_per_second"), rate]
             found.append([*cells, entry.get("allocated_gb"), allocated])
@@ -172,12 +171,10 @@ def plan(tables: Tables, results: Path) -> list[list[Cell]]:
 
 def _took(line: AnyLine) -> tuple[float | None, float | None, float | None]:
     """(seconds, images/s, bytes at the peak) of a job; the rate of a training is the median of its steps'."""
-    assert line.result is not None
     if isinstance(line, SpeedLine):
-        return line.result.works[0].seconds, line.rate, line.speed.peak_memory_bytes if line.speed else None
-    assert isinstance(line, AccuracyLine) and line.result is not None
-    parts = [work.seconds for work in (line.result.baseline, line.result.train, line.result.evaluate)]
+        return line.work.seconds, line.rate, line.speed.peak_memory_bytes if line.speed else None
+    parts = [work.seconds for work in (line.baseline, line.train, line.evaluate)]
     known = [part for part in parts if part is not None]
-    rates = sorted(rate for point in line.result.training.curve if (rate := point.get("images_per_second")))
+    rates = sorted(rate for point in line.training.curve if (rate := point.get("images_per_second")))
     median = rates[len(rates) // 2] if rates else None
     return sum(known) if len(known) == len(parts) else None, median, line.observed.peak_memory_bytes
