@@ -51,6 +51,8 @@ def test_a_turn_as_the_model_sees_it() -> None:
     turn = Turn(("a.png", "b.png"), "Same?", "yes")
     assert prompt_text(turn, 3) == "<|user|>\n<|image_3|>\n<|image_4|>\nSame?<|end|>\n<|assistant|>\n"
     assert answer_text(turn) == "yes<|end|>\n<|endoftext|>"
+    turn = Turn(("a.png",), "Total?", "$1", system="Be brief.")
+    assert prompt_text(turn) == "<|system|>\nBe brief.<|end|>\n<|user|>\n<|image_1|>\nTotal?<|end|>\n<|assistant|>\n"
     assert prompt_text(Turn((), "Hi", "x")) == "<|user|>\nHi<|end|>\n<|assistant|>\n"
 
 
@@ -108,7 +110,7 @@ def test_lines_that_are_not_json_of_ours(line: bytes, expected: str) -> None:
         (record(answers=[]), "`conversations[0].answers`: got []; expected a list of accepted answers"),
         (record(answers=["y", "x"]), "`conversations[0].answers[0]`: got 'y'; expected the assistant's answer, 'x'"),
         (record(answers=["x", None]), "`conversations[0].answers[1]`: got None; expected a string"),
-        (record(image="a"), "`conversations[0].image`: unknown; expected images, user, assistant, answers"),
+        (record(image="a"), "`conversations[0].image`: unknown; expected images, system, user, assistant, answers"),
         ({**record(), "extra": 1}, "field `extra`: unknown; expected id, source, conversations"),
         ({**record(), "id": 5}, "field `id`: got 5; expected a string"),
         ({**record(), "id": "a\nb"}, "expected no line break"),
@@ -154,10 +156,10 @@ def test_what_cannot_be_read_back_is_not_written(tmp_path: Path) -> None:
 
 
 TEXT = st.text(min_size=1, max_size=30).filter(lambda text: conversations.text_problem(text) is None)
-PATH = st.text(st.sampled_from("ab/. -_é"), min_size=1, max_size=12)
+PATH = st.text(st.sampled_from("ab/. -_é<s>"), min_size=1, max_size=12)
 TURN = st.fixed_dictionaries(
     {"user": TEXT, "assistant": TEXT},
-    optional={"images": st.lists(PATH, max_size=3), "answers": st.lists(TEXT, max_size=2)},
+    optional={"images": st.lists(PATH, max_size=3), "answers": st.lists(TEXT, max_size=2), "system": TEXT},
 )
 RECORD = st.fixed_dictionaries({"id": TEXT, "source": TEXT, "conversations": st.lists(TURN, max_size=3)})
 JSON = st.recursive(
@@ -211,7 +213,7 @@ def test_the_fast_pattern_accepts_only_what_the_reader_accepts(value: dict, asci
 
 
 def test_the_fast_pattern_takes_what_the_writer_writes() -> None:
-    turns = (Turn(("a b/é.png", "c.1.png"), 'A "b"\n\\x/?', "y", ("y", "z")), Turn((), "more?", "q"))
+    turns = (Turn(("a b/é.png", "c.1.png"), 'A "b"\n\\x/?', "y", ("y", "z"), "Be brief."), Turn((), "more?", "q"))
     assert _LINE.fullmatch(format_line(Conversation("id 1", "s", turns)).decode())
 
 

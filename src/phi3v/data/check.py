@@ -52,7 +52,7 @@ _PATH = r'"[\w-][\w. -]*(?:/[\w-][\w. -]*)*"'
 def _turn_pattern(group: int) -> str:
     images = rf'"images": \[(?:{_PATH}(?:, {_PATH})*)?\]'
     answers = rf'(?:, "answers": \["\{group}"(?:, "{_TEXT}")*\])?'
-    return rf'\{{{images}, "user": "{_TEXT}", "assistant": "({_TEXT})"{answers}\}}'
+    return rf'\{{{images}(?:, "system": "{_TEXT}")?, "user": "{_TEXT}", "assistant": "({_TEXT})"{answers}\}}'
 
 
 _LINE = re.compile(

@@ -3,8 +3,8 @@
     {"id": "val-0000000300", "source": "ucf101", "conversations": [
       {"images": ["val/BabyCrawling/clip.0.jpg"], "user": "Classify the video …", "assistant": "BabyCrawling"}]}
 
-`images` are paths relative to DIR/images; a turn without pictures has an empty list (or none). `answers` is optional:
-every accepted answer, of which `assistant` is the first. A line that is anything else is refused with file, line,
+`images` are paths relative to DIR/images; a turn without pictures has an empty list (or none). Optional: `system`, an
+instruction that comes before the question, and `answers`, every accepted answer, of which `assistant` is the first. A line that is anything else is refused with file, line,
 field, value and what was expected. The format is described in docs/data.md and in
 workflow/schemas/conversations.schema.json.
 """
@@ -26,7 +26,7 @@ CONTROL_TOKEN = re.compile(
 )
 """The model's own marks. In a text they would end an answer, open a turn or stand for a picture that is not there."""
 
-_TURN_KEYS = {"images", "user", "assistant", "answers"}
+_TURN_KEYS = {"images", "system", "user", "assistant", "answers"}
 _RECORD_KEYS = {"id", "source", "conversations"}
 
 
@@ -43,6 +43,8 @@ class Turn:
     assistant: str
     answers: tuple[str, ...] = ()
     """All accepted answers, `assistant` first; empty when there is only that one."""
+    system: str = ""
+    """A system message before the question; empty: none."""
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -80,8 +82,19 @@ def image_path_problem(path: object) -> str | None:
         return "a path inside the images folder, without empty, . or .. parts"
     if "/." in path and any(part in (".", "..") for part in path.split("/")):
         return "a path inside the images folder, without . or .. parts"
+    if path.isspace():
+        return "some text"
     if len(path) > 1024:
         return "at most 1024 characters"
+    return _surrogate_problem(path)
+
+
+def _surrogate_problem(text: str) -> str | None:
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return "no lone surrogates"
     return None
 
 
@@ -93,12 +106,7 @@ def text_problem(text: object, empty: bool = False) -> str | None:
         return "some text"
     if "<" in text and (token := CONTROL_TOKEN.search(text)):
         return f"no control token of the model ({token.group()})"
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            return "no lone surrogates"
-    return None
+    return _surrogate_problem(text)
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -140,17 +148,19 @@ def _turn_problem(where: str, turn: object) -> str | None:
     if type(turn) is not dict:
         return f"field `{where}`: got {shown(turn)}; expected an object"
     for key in turn.keys() - _TURN_KEYS:
-        return f"field `{where}.{key}`: unknown; expected images, user, assistant, answers"
+        return f"field `{where}.{key}`: unknown; expected images, system, user, assistant, answers"
     for key in ("user", "assistant"):
         if key not in turn:
             return f"field `{where}.{key}`: missing; expected a string"
         if expected := text_problem(turn[key]):
             return f"field `{where}.{key}`: got {shown(turn[key])}; expected {expected}"
+    if "system" in turn and (expected := text_problem(turn["system"])):
+        return f"field `{where}.system`: got {shown(turn['system'])}; expected {expected}"
     images = turn.get("images", [])
     if type(images) is not list:
         return f"field `{where}.images`: got {shown(images)}; expected a list of paths"
     for index, path in enumerate(images):
-        if expected := image_path_problem(path) or text_problem(path):
+        if expected := image_path_problem(path):
             return f"field `{where}.images[{index}]`: got {shown(path)}; expected {expected}"
     if "answers" in turn:
         answers = turn["answers"]
@@ -197,7 +207,13 @@ def parse_line(line: bytes, where: str) -> Conversation:
         record["id"],
         record["source"],
         tuple(
-            Turn(tuple(turn.get("images", ())), turn["user"], turn["assistant"], tuple(turn.get("answers", ())))
+            Turn(
+                tuple(turn.get("images", ())),
+                turn["user"],
+                turn["assistant"],
+                tuple(turn.get("answers", ())),
+                turn.get("system", ""),
+            )
             for turn in record["conversations"]
         ),
     )
@@ -229,7 +245,13 @@ def format_line(conversation: Conversation) -> bytes:
     """A line of the jsonl with its line end: fields in one order, text as UTF-8, so equal examples are equal bytes."""
     turns = []
     for turn in conversation.turns:
-        fields: dict[str, object] = {"images": list(turn.images), "user": turn.user, "assistant": turn.assistant}
+        system = {"system": turn.system} if turn.system else {}
+        fields: dict[str, object] = {
+            "images": list(turn.images),
+            **system,
+            "user": turn.user,
+            "assistant": turn.assistant,
+        }
         if turn.answers:
             fields["answers"] = list(turn.answers)
         turns.append(fields)
@@ -240,13 +262,14 @@ def format_line(conversation: Conversation) -> bytes:
 
 
 def prompt_text(turn: Turn, first_image: int = 1) -> str:
-    """The turn up to where the answer starts, as Phi-3-vision's chat template writes it.
+    """The turn up to where the answer starts, as Phi-3-vision's chat template writes it, after its system message.
 
     A mark for each picture stands on its own line before the text. first_image: number of the turn's first picture;
     pictures are numbered over the whole conversation.
     """
     marks = "".join(f"<|image_{first_image + index}|>\n" for index in range(len(turn.images)))
-    return f"<|user|>\n{marks}{turn.user}<|end|>\n<|assistant|>\n"
+    system = f"<|system|>\n{turn.system}<|end|>\n" if turn.system else ""
+    return f"{system}<|user|>\n{marks}{turn.user}<|end|>\n<|assistant|>\n"
 
 
 def answer_text(turn: Turn) -> str:

@@ -96,9 +96,12 @@ class ConversationDataset(Dataset[Example]):
         return parse_line(self.lines[index], f"{self.lines.path}:{index + 1}")
 
     def choices(self, conversation: Conversation) -> tuple[Turn, ...]:
-        """The turns that can train. Where one is drawn, each has the pictures of the whole record."""
+        """The turns that can train. Where one is drawn, each has the record's pictures and its first system message."""
         if self.turns == "draw" and len(conversation.turns) > 1:
-            return tuple(replace(turn, images=conversation.images) for turn in conversation.turns)
+            system = conversation.turns[0].system
+            return tuple(
+                replace(turn, images=conversation.images, system=turn.system or system) for turn in conversation.turns
+            )
         return conversation.turns[:1] if self.turns == "first" else conversation.turns
 
     def selected(self, index: int) -> Conversation:
