@@ -34,8 +34,8 @@ from phi3v.settings import (
     Workload,
     dataset_key,
 )
-from phi3v.settings.load import place_accuracy
 from phi3v.settings.rows import Optimizer
+from phi3v.settings.run import place_accuracy
 
 # What a dataset without `workload` is taken for, per example: square pictures fill the largest grid there is.
 UNKNOWN = {"shapes": [(1000, 1000, 1.0)], "text": 100, "labels": 12, "picture_bytes": 3e5}

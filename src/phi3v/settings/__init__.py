@@ -34,6 +34,5 @@ from phi3v.settings.entries import (
     local_source,
     model_key,
 )
-from phi3v.settings.load import load_run
 from phi3v.settings.rows import AccuracyRow, SpeedRow, Training
-from phi3v.settings.run import Demo, Job, NotRun, Pool, ResolvedRun, Run
+from phi3v.settings.run import Demo, Job, NotRun, Pool, ResolvedRun, Run, load_run

@@ -178,6 +178,17 @@ class FurtherOptions(Command):
     """How long to wait for another job that owns output_dir; 0: refuse at once (ours)."""
 
 
+_ZERO_OF_OPTIMIZER: dict[str, tuple[Literal[0, 3], str]] = {
+    "adamw_8bit": (
+        0,
+        _8_BIT := "because bitsandbytes updates tensors below 2^31 elements and ZeRO joins all weights into one",
+    ),
+    "paged_adamw_8bit": (0, _8_BIT),
+    "adamw_offload": (3, "which sums the gradients of micro-batches in float32"),
+}
+"""Optimizer to the ZeRO stage that full fine-tuning needs with it, and why."""
+
+
 class FinetuneSettings(FurtherOptions, Recipe, RowOptions):
     """scripts/finetune.py"""
 
@@ -185,48 +196,41 @@ class FinetuneSettings(FurtherOptions, Recipe, RowOptions):
     """Examples of one optimizer step over all processes."""
 
     @model_validator(mode="after")
-    def _qlora_is_lora(self) -> FinetuneSettings:
+    def _follows(self) -> FinetuneSettings:
+        """What other settings decide. In place: a copy would be lost where the constructor is called."""
         if self.use_qlora:
-            # In place: a copy would be lost where the constructor is called. The class is frozen.
             object.__setattr__(self, "use_lora", True)
-        return self
-
-    @model_validator(mode="after")
-    def _optimizer_decides_the_zero_stage(self) -> FinetuneSettings:
-        if self.optimizer == "adamw":
-            return self
-        if self.optimizer == "adamw_offload":
-            if self.use_lora:
-                raise ValueError("optimizer: adamw_offload, with adapters, whose states are small; expected adamw")
-            stage, why = 3, "which sums the gradients of micro-batches in float32"
-        else:
-            stage, why = (
-                0,
-                "because bitsandbytes updates tensors below 2^31 elements and ZeRO joins all weights into one",
-            )
+        stage, why = _ZERO_OF_OPTIMIZER.get(self.optimizer, (self.zero_stage, ""))
+        if self.optimizer == "adamw_offload" and self.use_lora:
+            raise ValueError("optimizer: adamw_offload, with adapters, whose states are small; expected adamw")
         if "zero_stage" in self.model_fields_set and self.zero_stage != stage and not self.use_lora:
             raise ValueError(f"zero_stage: {self.zero_stage}, with optimizer {self.optimizer}; expected {stage}, {why}")
         object.__setattr__(self, "zero_stage", stage)
         return self
 
     @model_validator(mode="after")
-    def _legacy_is_full(self) -> FinetuneSettings:
+    def _belong_together(self) -> FinetuneSettings:
         if self.use_lora and self.freeze_vision_model == "legacy":
             raise ValueError("freeze_vision_model: legacy, with adapters: expected no or vision")
-        return self
-
-    @model_validator(mode="after")
-    def _belong_together(self) -> FinetuneSettings:
         if self.full_train and self.dataset not in ("", "docvqa"):
             raise ValueError(
                 f"full_train: selects the dataset docvqa, got --dataset {self.dataset}; give one of the two"
             )
-        if self.use_dora and not (self.use_lora or self.use_qlora):
+        if self.use_dora and not self.use_lora:
             raise ValueError("use_dora: without adapters; expected --use_lora or --use_qlora beside it")
-        if self.merge and not (self.use_lora or self.use_qlora):
+        if self.merge and not self.use_lora:
             raise ValueError("merge: without adapters; full fine-tuning writes a whole checkpoint in any case")
-        self._check_auto("micro_batch_size", "a number")
-        self._check_auto("gradient_checkpointing", "--gradient_checkpointing or --no-gradient_checkpointing")
+        for name, expected in (
+            ("micro_batch_size", "a number"),
+            ("gradient_checkpointing", "--gradient_checkpointing or --no-gradient_checkpointing"),
+        ):
+            if getattr(self, name) == "auto" and self.batching == "packed":
+                raise ValueError(
+                    f"{name}: auto, with packed batches, which --tokens_per_pack limits; expected {expected}"
+                )
+            if getattr(self, name) == "auto" and self.zero_stage == 3 and not self.use_lora:
+                why = "whose weights are in shards before anything can be probed"
+                raise ValueError(f"{name}: auto, with zero_stage 3, {why}; expected {expected}")
         if self.recompute_every > 1 and self.gradient_checkpointing is not True:
             raise ValueError("recompute_every: set, but gradient_checkpointing is not on")
         if self.memory_limit_gb is not None and not self.is_probed:
@@ -236,17 +240,6 @@ class FinetuneSettings(FurtherOptions, Recipe, RowOptions):
                 raise ValueError(f"{name}: set, but eval_steps is 0; expected --eval_steps N")
         return self
 
-    def _check_auto(self, name: str, expected: str) -> None:
-        if getattr(self, name) != "auto":
-            return
-        if self.batching == "packed":
-            raise ValueError(f"{name}: auto, with packed batches, which --tokens_per_pack limits; expected {expected}")
-        if self.method in ("full", "frozen") and self.zero_stage == 3:
-            raise ValueError(
-                f"{name}: auto, with zero_stage 3, whose weights are in shards before anything can be probed; expected "
-                f"{expected}"
-            )
-
     @property
     def is_probed(self) -> bool:
         """Whether something is found before training by running real passes."""
@@ -255,7 +248,7 @@ class FinetuneSettings(FurtherOptions, Recipe, RowOptions):
     @property
     def method(self) -> Literal["full", "frozen", "lora", "qlora"]:
         """The method's name in the tables."""
-        if self.use_lora or self.use_qlora:
+        if self.use_lora:
             return "qlora" if self.use_qlora else "lora"
         return "full" if self.freeze_vision_model == "no" else "frozen"
 

@@ -5,7 +5,6 @@ Defaults are the constants of Microsoft's recipe (PhiCookBook, FineTuning_Vision
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -202,28 +201,26 @@ RowT = TypeVar("RowT", bound=Training)
 def read_table(path: str, model: type[RowT], root: Path) -> list[RowT]:
     """Rows of a tab-separated table with a header; lines that start with # are comments, empty cells are defaults."""
     try:
-        lines = (root / path).read_text(encoding="utf-8-sig").splitlines()
+        text = (root / path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read ({error}); expected a tab-separated table") from None
-    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
-    if not numbered:
+    lines = [(n, line.split("\t")) for n, line in enumerate(text, 1) if line.strip() and not line.startswith("#")]
+    if not lines:
         raise SettingsError(f"{path}: empty; expected a header line and rows")
-    header = numbered[0][1].split("\t")
+    (first, header), *rest = lines
     for column in header:
         if column not in model.model_fields:
-            raise SettingsError(
-                f"{path}: line {numbered[0][0]}: column {column!r}: unknown; expected {', '.join(model.model_fields)}"
-            )
+            expected = ", ".join(model.model_fields)
+            raise SettingsError(f"{path}: line {first}: column {column!r}: unknown; expected {expected}")
     if len(set(header)) != len(header):
-        raise SettingsError(f"{path}: line {numbered[0][0]}: a column is named twice; expected each once")
+        raise SettingsError(f"{path}: line {first}: a column is named twice; expected each once")
     rows = []
-    for number, line in numbered[1:]:
-        cells = next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE))
+    for number, cells in rest:
         if len(cells) != len(header):
             raise SettingsError(
                 f"{path}: line {number}: {len(cells)} fields; expected {len(header)}, separated by tabs"
             )
-        values = {column: cell for column, cell in zip(header, cells, strict=True) if cell != ""}
+        values = {column: cell for column, cell in zip(header, cells, strict=True) if cell}
         rows.append(validate(model, values, f"{path}: line {number}: row `{values.get('row', '')}`"))
     if not rows:
         raise SettingsError(f"{path}: a header but no rows; expected at least one")
