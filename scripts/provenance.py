@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 from phi3v.provenance import lineage
-from phi3v.reporting import crate
 from phi3v.settings import run_script
 
 
@@ -34,7 +33,7 @@ def main() -> int:
     if given.row:
         found = lineage.of_row(found, given.row)
     if given.crate:
-        print(crate.export(given.result if given.result.is_dir() else given.result.parent, given.crate))
+        print(lineage.export_crate(given.result if given.result.is_dir() else given.result.parent, given.crate))
         return 0
     for line in lineage.lines(found):
         print(line)

@@ -9,7 +9,6 @@ import pytest
 
 from phi3v.provenance import lineage
 from phi3v.provenance.manifest import ResultError, write_json, write_manifest
-from phi3v.reporting import crate
 
 ROW, OTHER = "phi35-docvqa-lora-bf16", "phi35-nlvr2-full-bf16"
 REVISION = "3f7d1c9e"
@@ -107,7 +106,7 @@ def test_errors_say_what_was_expected(root, run, tmp_path):
     with pytest.raises(ResultError, match=r"no manifest\.json"):
         lineage.chain(tmp_path / "empty/inner")
     with pytest.raises(ResultError, match="expected a report's folder"):
-        crate.export(run / f"results/mine/train/{ROW}", tmp_path / "crate", run)
+        lineage.export_crate(run / f"results/mine/train/{ROW}", tmp_path / "crate", run)
 
 
 def test_a_shared_result_is_opened_once(run):
@@ -140,7 +139,7 @@ def offline(monkeypatch):
 def test_the_validator_accepts_the_crate(run, offline):
     from rocrate_validator import models, services
 
-    path = crate.export(run / "results/mine/report", run / "crate", run)
+    path = lineage.export_crate(run / "results/mine/report", run / "crate", run)
     graph = {entity["@id"]: entity for entity in json.loads(path.read_text())["@graph"]}
     assert len([entity for entity in graph.values() if entity["@type"] == "CreateAction"]) == 8
     assert f"results/mine/evaluate/{ROW}/after/metrics.json" in graph
@@ -165,7 +164,7 @@ def test_files_of_one_name_from_two_other_folders_are_both_in_the_crate(run, tmp
     write_manifest(
         run / "results/mine/report", kind="report", settings={}, inputs=inputs, seed=1, seconds=1, device="x"
     )
-    crate.export(run / "results/mine/report", run / "crate", run)
+    lineage.export_crate(run / "results/mine/report", run / "crate", run)
     copies = (run / "crate/outside").rglob("dataset.json")
     assert {json.loads(path.read_text())["name"] for path in copies} == {"own 0", "own 1"}
 
