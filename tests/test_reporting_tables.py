@@ -12,8 +12,8 @@ import yaml
 from reporting_examples import manifest, write_pass, write_row, write_run, write_speed
 from scipy.stats import binomtest
 
-from phi3v.reporting import sections, verdict
-from phi3v.reporting.columns import ACCURACY_COLUMNS, ACCURACY_TIMES, SPEED_COLUMNS, as_records, chosen
+from phi3v.reporting import verdict
+from phi3v.reporting.columns import ACCURACY_COLUMNS, ACCURACY_TIMES, SPEED_COLUMNS, as_records, chosen, plan
 from phi3v.reporting.join import build_tables
 from phi3v.reporting.page import build_report
 from phi3v.reporting.results import read_pass
@@ -604,7 +604,7 @@ def test_the_plan_stands_beside_what_happened(root, changed, monkeypatch):
     (results / "plan").mkdir()
     rows = [{"row": ROW, "status": "run", "hours": 2.5, "images_per_second": 80.0, "allocated_gb": 1.2}]
     (results / "plan/plan.json").write_text(json.dumps({"rows": rows}))
-    (entry,) = sections.plan(build_tables(run, results), results)
+    (entry,) = plan(build_tables(run, results), results)
     folders = (f"train/{ROW}", f"evaluate/{ROW}", f"evaluate/base/{run.job(ROW).baseline}")
     took = [json.loads((results / folder / "manifest.json").read_text())["seconds"] for folder in folders]
     assert entry[:3] == [ROW, "run", 2.5] and entry[3] == pytest.approx(sum(took) / 3600)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from phi3v.evaluation.statistics import Comparison
 from phi3v.planning.memory import GB
-from phi3v.reporting.join import AccuracyLine, AnyLine, SpeedLine
+from phi3v.provenance.manifest import ResultError, read_json
+from phi3v.reporting.join import AccuracyLine, AnyLine, SpeedLine, Tables
 from phi3v.reporting.results import Pass, Speed
 
 METHODS = {"full": "full", "frozen": "vision frozen", "lora": "LoRA", "qlora": "QLoRA"}
@@ -260,3 +262,38 @@ def by_hardware(lines: list[SpeedLine]) -> dict[str, list[SpeedLine]]:
     for line in lines:
         groups.setdefault(line.row.hardware, []).append(line)
     return groups
+
+
+PLAN_COLUMNS = ["row", "plan", "hours planned", "hours taken", "images/s planned", "images/s seen"]
+PLAN_COLUMNS += ["allocated GB planned", "allocated GB seen"]
+
+
+def plan(tables: Tables, results: Path) -> list[list[Cell]]:
+    """What was planned (results/NAME/plan/plan.json) beside what was measured, in PLAN_COLUMNS; empty if no plan was made.
+
+    A row's hours are those of one seed's job: training and the three passes, that before training included.
+    """
+    try:
+        planned = {entry["row"]: entry for entry in read_json(results / "plan" / "plan.json")["rows"]}
+    except (ResultError, KeyError, TypeError):
+        return []
+    found: list[list[Cell]] = []
+    for line in tables.jobs:
+        if line.row.row in planned:
+            entry = planned[line.row.row]
+            seconds, rate, peak = _took(line)
+            hours, allocated = seconds / 3600 if seconds else None, peak / GB if peak else None
+            cells = [line.row.row, entry.get("status"), entry.get("hours"), hours, entry.get("images_per_second"), rate]
+            found.append([*cells, entry.get("allocated_gb"), allocated])
+    return found
+
+
+def _took(line: AnyLine) -> tuple[float | None, float | None, float | None]:
+    """(seconds, images/s, bytes at the peak) of a job; the rate of a training is the median of its steps'."""
+    if isinstance(line, SpeedLine):
+        return line.work.seconds, line.rate, line.speed.peak_memory_bytes if line.speed else None
+    parts = [work.seconds for work in (line.baseline, line.train, line.evaluate)]
+    known = [part for part in parts if part is not None]
+    rates = sorted(rate for point in line.training.curve if (rate := point.get("images_per_second")))
+    median = rates[len(rates) // 2] if rates else None
+    return sum(known) if len(known) == len(parts) else None, median, line.observed.peak_memory_bytes

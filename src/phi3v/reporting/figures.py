@@ -83,41 +83,31 @@ def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool
         points = [(row, value) for row, value in values if value is not None]
         if points:
             traces.append(_marks(name, points, colour, symbol, size))
-    ours = _marks(
-        "after, 95 % interval", [(line.row.row, after.score) for line, after in shown], "--after", "square", 9
-    )
-    ours["error_x"] = {
-        "type": "data",
-        "symmetric": False,
-        "thickness": 2,
-        "width": 4,
-        "color": "--after",
+    scores = [(line.row.row, after.score) for line, after in shown]
+    ours = _marks("after, 95 % interval", scores, "--after", "square", 9)
+    bars = {
         "array": [after.interval[1] - after.score for _, after in shown],
         "arrayminus": [after.score - after.interval[0] for _, after in shown],
     }
+    ours["error_x"] = {"type": "data", "symmetric": False, "thickness": 2, "width": 4, "color": "--after", **bars}
     ours["customdata"] = [[*after.interval, after.n] for _, after in shown]
     interval = "[%{customdata[0]:.1f}, %{customdata[1]:.1f}], n = %{customdata[2]}"
     ours["hovertemplate"] = f"%{{y}}<br>after %{{x:.1f}} {interval}<extra></extra>"
-    numbers = [
-        (line.score("before"), after.score, *after.interval, line.score("control"), line.row.published)
-        for line, after in shown
-    ]
+    numbers = []
+    for line, after in reversed(shown):
+        each = ", ".join(f"{score:.1f}" for score in line.seed_scores) or "1"
+        own = [line.score("before"), after.score, *after.interval, line.score("control"), line.row.published]
+        numbers.append([line.row.row, *own, each])
+    xaxis = _axis(f"{metric} (0–100)", range=[-2, 102])
+    yaxis = _of_rows([line.row.row for line in rows])
     return Figure(
         f"forest-{dataset}",
         f"{title}: {metric} of each row",
         f"{len(shown)} rows; each with its score before and after training, with swapped pictures, and as published.",
         [*traces, ours],
-        {
-            "height": 130 + 34 * len(shown),
-            "xaxis": _axis(f"{metric} (0–100)", range=[-2, 102]),
-            "yaxis": _of_rows([line.row.row for line in rows]),
-            "hovermode": "closest",
-        },
+        {"height": 130 + 34 * len(shown), "xaxis": xaxis, "yaxis": yaxis, "hovermode": "closest"},
         ["row", "before", "after", "low", "high", "pictures swapped", "published", "seeds"],
-        [
-            [line.row.row, *scores, ", ".join(f"{score:.1f}" for score in line.seed_scores) or "1"]
-            for line, scores in zip(rows[::-1], numbers[::-1], strict=True)
-        ],
+        numbers,
     )
 
 
@@ -219,38 +209,32 @@ def curves(line: AccuracyLine) -> Figure | None:
 
 def speed_bars(hardware: str, title: str, lines: list[SpeedLine], comparable: bool) -> Figure | None:
     """Speed-up of every row of one hardware's table, ours beside published: ratios, so that machines do not matter."""
-    shown = [line for line in lines if line.speed and line.speedup is not None][::-1]
+    shown = [line for line in lines if line.speed and line.speedup is not None]
     if not shown:
         return None
-    labels = [line.row.row for line in shown]
-    suffix = "" if comparable else " (other machines)"
-
-    def bars(name: str, values: list[float | None], colour: str) -> Json:
+    labels = [line.row.row for line in reversed(shown)]
+    traces: list[Json] = []
+    for name, values, colour in (
+        (
+            "published" if comparable else "published (other machines)",
+            [x.row.published_speedup for x in shown],
+            "--published",
+        ),
+        ("ours" if comparable else "ours (other machines)", [x.speedup for x in shown], "--after"),
+    ):
         hover = f"%{{y}}<br>{name}: %{{x:.2f}} x<extra></extra>"
-        bar = {"type": "bar", "orientation": "h", "name": name, "y": labels, "x": values}
-        return {**bar, "marker": {"color": colour}, "hovertemplate": hover}
-
+        bar = {"type": "bar", "orientation": "h", "name": name, "y": labels, "x": values[::-1]}
+        traces.append({**bar, "marker": {"color": colour}, "hovertemplate": hover})
+    xaxis, yaxis = _axis("times the first row's images/s"), _of_rows(labels)
+    look = {"height": 120 + 44 * len(shown), "barmode": "group", "bargap": 0.35, "hovermode": "closest"}
     return Figure(
         f"speed-{hardware}",
         f"{title}: speed-up against the first row",
         f"Speed-up of {len(shown)} rows, ours and published.",
-        [
-            bars(f"published{suffix}", [line.row.published_speedup for line in shown], "--published"),
-            bars(f"ours{suffix}", [line.speedup for line in shown], "--after"),
-        ],
-        {
-            "height": 120 + 44 * len(shown),
-            "barmode": "group",
-            "bargap": 0.35,
-            "xaxis": _axis("times the first row's images/s"),
-            "yaxis": _of_rows(labels),
-            "hovermode": "closest",
-        },
+        traces,
+        {**look, "xaxis": xaxis, "yaxis": yaxis},
         ["row", "speed-up", "published speed-up", "images/s", "published images/s"],
-        [
-            [line.row.row, line.speedup, line.row.published_speedup, line.rate, line.row.published_images_per_second]
-            for line in shown[::-1]
-        ],
+        [[x.row.row, x.speedup, x.row.published_speedup, x.rate, x.row.published_images_per_second] for x in shown],
     )
 
 

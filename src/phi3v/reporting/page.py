@@ -12,6 +12,7 @@ import io
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,10 +25,11 @@ from phi3v.evaluation.predictions import Record
 from phi3v.planning.fits import MEAN_TOKENS, PADDED_TILES, runnable
 from phi3v.planning.flops import FORMULA
 from phi3v.planning.memory import GB
-from phi3v.provenance.manifest import Commit, commit, write_atomically, write_json, write_manifest
-from phi3v.reporting import columns, figures, sections
+from phi3v.provenance.manifest import Commit, Manifest, commit, write_atomically, write_json, write_manifest
+from phi3v.reporting import columns, figures
 from phi3v.reporting.figures import Figure
 from phi3v.reporting.join import AccuracyLine, AnyLine, SpeedLine, Tables, build_tables
+from phi3v.reporting.results import DataSection, Work, data_folder, read_dataset
 from phi3v.reporting.verdict import hardware_name
 from phi3v.settings import AccuracyRow, ReportSettings, Role, SpeedRow, fields_with, load_run
 
@@ -57,7 +59,7 @@ def build_report(settings: ReportSettings) -> Tables:
     write_json(folder / "report.json", {**about, "accuracy": accuracy, "speed": speed})
     write_atomically(folder / "tables.md", as_markdown(tables))
     write_atomically(folder / "index.html", Page(tables, results, code).render())
-    parents = {name: str(work.folder) for name, work in sections.finished(tables, results).items()}
+    parents = {name: str(work.folder) for name, work in finished(tables, results).items()}
     write_manifest(
         folder,
         kind="report",
@@ -125,7 +127,7 @@ class Page:
         """The page as text."""
         tables, results = self.tables, self.results
         scripts = {"plotly": _asset("plotly-basic.min.js"), "page": _asset("page.js")}
-        data_sets = sections.datasets(tables, results)
+        data_sets = datasets(tables, results)
         parts = {
             "accuracy": columns.by_dataset_and_model(tables.accuracy),
             "overviews": self._overviews(),
@@ -133,9 +135,11 @@ class Page:
             "details": dict(detail for line in tables.accuracy for detail in self._details(line)),
             "data_sets": data_sets,
             "tokens": self._add(*(figures.tokens(of.name, of.entry.title, of.statistics) for of in data_sets)),
-            "plan": sections.plan(tables, results),
+            "plan": columns.plan(tables, results),
             "failures": [line for line in tables.jobs if _failed(line)],
-            "provenance": sections.provenance(tables, results),
+            "provenance": Provenance(
+                {name: work.manifest for name, work in finished(tables, results).items() if work.manifest}
+            ),
             "summary": _summary(tables),
         }
         data = {"plots": {name: vars(plot) for name, plot in self.plots.items()}, "pictures": self.thumbnails.data}
@@ -182,13 +186,13 @@ class Page:
             "lines": lines,
             "figures": self._add(bars, figures.scaling(hardware, title, lines)),
             "stand_ins": stand_ins,
-            "fingerprints": sections.fingerprints(lines),
+            "fingerprints": fingerprints(lines),
         }
 
     def _details(self, line: AccuracyLine) -> Iterator[tuple[str, dict[str, object]]]:
         """Curves and examples of each job of a row, by the job's id."""
         name = line.row.dataset
-        images = sections.data_folder(name, self.tables.run.datasets[name], self.results) / "images"
+        images = data_folder(name, self.tables.run.datasets[name], self.results) / "images"
         for job in line.jobs:
             # Each seed's answers would fill the page with the same pictures: the first seed stands for the row.
             records = job.after.examples if job.after and job is line.jobs[0] else []
@@ -199,6 +203,72 @@ class Page:
         """Keys of the thumbnails of an example."""
         keys = [self.thumbnails.add(images / path) for path in record.get("images", [])[:PICTURES_PER_EXAMPLE]]
         return [key for key in keys if key]
+
+
+def datasets(tables: Tables, results: Path) -> list[DataSection]:
+    """Each dataset of the run's rows, then their official splits."""
+    rows: dict[str, int] = {}
+    for line in tables.lines:
+        rows[line.row.dataset] = rows.get(line.row.dataset, 0) + 1
+    for name in list(rows):
+        official = tables.run.datasets[name].official
+        if official:
+            rows.setdefault(official, 0)
+    return [read_dataset(name, tables.run.datasets[name], count, results) for name, count in rows.items()]
+
+
+@dataclass
+class Provenance:
+    """What is behind the results, from their manifests."""
+
+    manifests: dict[str, Manifest]
+    """By the folder's name under the run's results."""
+
+    def distinct(self, name: str) -> list[str]:
+        """The distinct values of a field: commit, device, host, user."""
+        return sorted({str(manifest.get(name)) for manifest in self.manifests.values() if manifest.get(name)})
+
+    @property
+    def versions(self) -> dict[str, list[str]]:
+        """Package to its distinct versions."""
+        found: dict[str, set[str]] = {}
+        for manifest in self.manifests.values():
+            for package, version in manifest.get("versions", {}).items():
+                found.setdefault(package, set()).add(str(version))
+        return {package: sorted(versions) for package, versions in found.items()}
+
+    @property
+    def dirty(self) -> int:
+        """Results of code with uncommitted changes."""
+        return sum(bool(manifest.get("dirty")) for manifest in self.manifests.values())
+
+
+def finished(tables: Tables, results: Path) -> dict[str, Work]:
+    """The finished jobs behind the tables by their folder under `results`; an evaluation that rows share stands once."""
+    found: dict[str, Work] = {}
+    for line in tables.jobs:
+        for work in line.works:
+            if work.manifest is not None:
+                inside = work.folder.is_relative_to(results)
+                found[str(work.folder.relative_to(results) if inside else work.folder)] = work
+    return found
+
+
+def fingerprints(lines: list[SpeedLine]) -> list[tuple[list[str], dict[str, str]]]:
+    """What speed rows were measured on: (rows, known facts), rows with the same facts together."""
+    groups: dict[str, tuple[list[str], dict[str, str]]] = {}
+    for line in lines:
+        facts = line.speed.fingerprint if line.speed else {}
+        known = {name: _fact(value) for name, value in facts.items() if value not in (None, [], {})}
+        if known:
+            groups.setdefault(json.dumps(known, sort_keys=True), ([], known))[0].append(line.row.row)
+    return list(groups.values())
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_fact(item)}" for name, item in value.items() if item is not None)
+    return "; ".join(_fact(item) for item in value) if isinstance(value, list) else str(value)
 
 
 def _environment() -> jinja2.Environment:
@@ -220,14 +290,9 @@ def _environment() -> jinja2.Environment:
         "hours": hours_text,
     }
     environment.globals |= {
+        "columns": columns,
         "GB": GB,
-        "METHODS": columns.METHODS,
         "METRICS": figures.METRICS,
-        "PLAN_COLUMNS": sections.PLAN_COLUMNS,
-        "asked": columns.asked,
-        "attention": columns.attention,
-        "chosen": columns.chosen,
-        "official_figures": columns.official_figures,
         "hardware_name": hardware_name,
         "hidden_fields": SHOWN_ELSEWHERE,
         "harmless": fields_with(AccuracyRow, Role.EQUIVALENT),

@@ -22,11 +22,12 @@ from phi3v.data.conversations import DataError
 from phi3v.evaluation import statistics
 from phi3v.evaluation.predictions import Record, scored_lines
 from phi3v.provenance.manifest import Manifest, ResultError, read_json, scrub
-from phi3v.settings import SettingsError, validate
+from phi3v.settings import Dataset, SettingsError, dataset_key, validate
 
 SHOWN_EXAMPLES = 12
 CURVE_POINTS = 300
 LOG_LINES = 15
+SHOWN_REJECTIONS = 10
 T = TypeVar("T")
 P = ParamSpec("P")
 Point = dict[str, float | None]
@@ -275,3 +276,59 @@ def mean_over_seeds(passes: list[Pass]) -> Pass:
     interval = statistics.interval_over_seeds(scores, [one.score for one in passes])
     score = 100 * float(scores.mean())
     return replace(first, score=score, interval=interval, ids=first.ids[orders[0]], scores=scores, more=more)
+
+
+@dataclass
+class DataSection:
+    """One dataset: what dataset.json and statistics.json state, or why they are not there."""
+
+    name: str
+    entry: Dataset
+    rows: int
+    """Rows of the run that use it; 0: an official split."""
+    problem: str
+    facts: dict[str, Any]
+    """dataset.json."""
+    statistics: dict[str, dict[str, Any]]
+    rejections: list[str]
+    """The first source rows that were left out, each with its reason."""
+
+    def of(self, name: str) -> dict[str, dict[str, Any]]:
+        """A field of dataset.json, {split: {…}}: splits, leakage, source."""
+        return _objects(self.facts.get(name))
+
+
+def data_folder(name: str, entry: Dataset, results: Path) -> Path:
+    """Folder of a converted dataset; results: results/NAME."""
+    return results.parent / "data" / dataset_key(name, entry)
+
+
+def read_dataset(name: str, entry: Dataset, rows: int, results: Path) -> DataSection:
+    """What the data's folder states about one dataset. rows: rows of the run that use it."""
+    folder = data_folder(name, entry, results)
+    problems: list[str] = []
+    facts = read_if_present(folder / "dataset.json", problems)
+    if facts is None and not problems:
+        missing = entry.missing_source()
+        problems.append("not converted yet" if rows or missing is None else f"not present: {missing}")
+    counted = read_if_present(folder / "statistics.json", problems)
+    rejected = _rejections(folder / "rejected.jsonl")
+    return DataSection(name, entry, rows, problems[-1] if problems else "", facts or {}, _objects(counted), rejected)
+
+
+def _objects(value: object) -> dict[str, dict[str, Any]]:
+    """The members of an object that are objects themselves."""
+    return {key: item for key, item in value.items() if isinstance(item, dict)} if isinstance(value, dict) else {}
+
+
+def _rejections(path: Path) -> list[str]:
+    found: list[str] = []
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line, _ in zip(file, range(SHOWN_REJECTIONS), strict=False):
+                try:
+                    item = json.loads(line)
+                    found.append(f"{item.get('split', '')}: {item.get('where', '')}: {item.get('reason', '')}"[:300])
+                except (ValueError, AttributeError):
+                    found.append(line.strip()[:300])
+    return found
