@@ -34,7 +34,7 @@ from phi3v.data.conversations import (
     shown,
 )
 from phi3v.data.folder import Pictures, SplitEntry, describe, splits_of
-from phi3v.data.pictures import TOO_THIN, too_thin
+from phi3v.data.pictures import thin_problem
 from phi3v.data.processes import process_pool
 
 Level = Literal["shape", "paths", "images"]
@@ -248,8 +248,8 @@ def check_images(data_dir: Path, checks: dict[str, SplitCheck], problems: Proble
                 problems.add("image does not decode", f"{where}: {problem}")
                 continue
             owners[split][digest] = name
-            if too_thin(width, height):
-                problems.add("image too thin", f"{where}: {width} x {height}; {TOO_THIN}")
+            if problem := thin_problem(width, height):
+                problems.add("image too thin", f"{where}: {problem}")
     shared: dict[str, int] = {}
     for one, other in itertools.combinations(checks, 2):
         lines, mine, theirs = checks[other].pictures, owners[one], owners[other]

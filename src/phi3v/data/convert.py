@@ -23,15 +23,12 @@ from phi3v.data.conversations import Conversation, DataError, Turn, format_line,
 from phi3v.data.fetch import link_or_copy, locked_files
 from phi3v.data.folder import LENGTHS, Description, SplitEntry, describe
 from phi3v.data.formats import FORMATS
-from phi3v.data.pictures import KEPT, as_png, inspect
+from phi3v.data.pictures import read_pictures
 from phi3v.data.rows import Inputs, Picture, Rejection, Sample
 from phi3v.provenance.manifest import digest_file, write_json
 from phi3v.settings import CONVERTER_VERSION, Dataset
 
 OnError = Literal["stop", "skip"]
-
-MAX_IMAGE_BYTES = 256 * 2**20
-"""A larger encoded picture is refused before it is read."""
 
 MAX_NAME_BYTES = 255
 """Of a file or folder on nearly every file system."""
@@ -100,35 +97,25 @@ class PictureWriter:
 
         number, place: source row and position in it, for the picture's name.
         """
-        data = picture.data
-        if isinstance(data, Path):
-            if (size := data.stat().st_size) > MAX_IMAGE_BYTES:
-                raise DataError(f"{where}: {data.name}: {size} bytes; expected at most {MAX_IMAGE_BYTES}")
-            content = data.read_bytes()
-        else:
-            content = data
-        kind = inspect(content, where).format
-        path = self._path(picture.name, kind, number, place, where)
+        stored = read_pictures(picture.data, where)[0]
+        path = self._path(picture.name, stored.suffix, number, place, where)
         target = self.images / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        if kind not in KEPT:
-            content = as_png(content, where)
         if target.exists():
-            if target.read_bytes() != content:
+            if target.read_bytes() != stored.data:
                 raise DataError(
                     f"{where}: picture {shown(path)}: another one of that name is there; expected names to differ"
                 )
             return path
-        if kind in KEPT and isinstance(data, Path):
-            link_or_copy(data, target)
+        if stored.original and isinstance(picture.data, Path):
+            link_or_copy(picture.data, target)
         else:
-            target.write_bytes(content)
+            target.write_bytes(stored.data)
         self.written += 1
         self.of_row.append(target)
         return path
 
-    def _path(self, name: str, kind: str, number: int, place: int, where: str) -> str:
-        suffix = KEPT.get(kind, ".png")
+    def _path(self, name: str, suffix: str, number: int, place: int, where: str) -> str:
         name = name or f"{number // 1000:05d}/{number:08d}-{place}{suffix}"
         if not name.lower().endswith((".jpg", ".jpeg") if suffix == ".jpg" else suffix):
             name += suffix
