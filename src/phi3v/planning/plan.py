@@ -241,7 +241,9 @@ def _with_published(planned: Planned, row: SpeedRow, job: Job, run: ResolvedRun,
     if job.pool.stand_in or row.published_images_per_second is None:
         return planned
     theirs = published_setup(row, geometry, run.hardware[row.hardware])
-    return replace(planned, as_published=images_per_second(theirs), as_published_gb=published_memory(theirs).total_gb)
+    return replace(
+        planned, as_published=images_per_second(theirs), as_published_gb=sum(published_memory(theirs).values())
+    )
 
 
 @dataclass(frozen=True)
