@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -27,7 +27,7 @@ CONTROL_TOKEN = re.compile(
 """The model's own marks. In a text they would end an answer, open a turn or stand for a picture that is not there."""
 
 _TURN_KEYS = {"images", "system", "user", "assistant", "answers"}
-_RECORD_KEYS = {"id", "source", "conversations"}
+_RECORD_KEYS = {"id", "source", "conversations", "meta"}
 
 
 class DataError(ValueError):
@@ -59,6 +59,8 @@ class Conversation:
     id: str
     source: str
     turns: tuple[Turn, ...]
+    meta: dict[str, str] = field(default_factory=dict)
+    """What the source says of it, such as a category."""
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -180,12 +182,15 @@ def record_problem(record: object) -> str | None:
     if type(record) is not dict:
         return f"got {shown(record)}; expected an object"
     for key in record.keys() - _RECORD_KEYS:
-        return f"field `{key}`: unknown; expected id, source, conversations"
+        return f"field `{key}`: unknown; expected id, source, conversations, meta"
     for key in ("id", "source"):
         if key not in record:
             return f"field `{key}`: missing; expected a string"
         if expected := text_problem(record[key]) or ("no line break" if "\n" in record[key] else None):
             return f"field `{key}`: got {shown(record[key])}; expected {expected}"
+    meta = record.get("meta", {})
+    if type(meta) is not dict or any(text_problem(value, empty=True) for value in meta.values()):
+        return f"field `meta`: got {shown(meta)}; expected an object of texts"
     turns = record.get("conversations")
     if type(turns) is not list or not turns:
         return f"field `conversations`: got {shown(turns)}; expected a list of turns"
@@ -216,6 +221,7 @@ def parse_line(line: bytes, where: str) -> Conversation:
             )
             for turn in record["conversations"]
         ),
+        record.get("meta", {}),
     )
 
 
@@ -255,7 +261,9 @@ def format_line(conversation: Conversation) -> bytes:
         if turn.answers:
             fields["answers"] = list(turn.answers)
         turns.append(fields)
-    record = {"id": conversation.id, "source": conversation.source, "conversations": turns}
+    record: dict[str, object] = {"id": conversation.id, "source": conversation.source, "conversations": turns}
+    if conversation.meta:
+        record["meta"] = conversation.meta
     if problem := record_problem(record):
         raise DataError(f"example {shown(conversation.id)}: {problem}")
     return json.dumps(record, ensure_ascii=False, separators=(", ", ": ")).encode("utf-8") + b"\n"
