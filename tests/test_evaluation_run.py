@@ -102,7 +102,6 @@ def test_two_processes_answer_each_example_once_and_alike(root, checkpoint, tmp_
     for name in ("after", "control"):
         for file in ("predictions.jsonl", "metrics.json"):
             assert (tmp_path / "one" / name / file).read_bytes() == (tmp_path / "two" / name / file).read_bytes()
-        assert not (tmp_path / "two" / name / "partial").exists()
     assert summary["after"]["n"] == 9
     assert "auroc" in summary["after"]["more"]
     manifest = json.loads((tmp_path / "two/manifest.json").read_text())
@@ -150,7 +149,12 @@ def test_parts_of_other_settings_are_not_taken_over(checkpoint, tmp_path):
 
     data = write_data(tmp_path / "data", 3)
     stale = Partial(tmp_path / "out/after", "0123456789abcdef-after", 0)
-    stale.append([{"id": f"val-{i:04d}", "prediction": "stale", "tokens": 1, "choice": None} for i in range(3)])
+    stale.append(
+        [
+            {"id": f"val-{i:04d}", "prediction": "stale", "tokens": 1, "choice": None, "probability": 1.0}
+            for i in range(3)
+        ]
+    )
     evaluate_here(checkpoint, data, tmp_path / "out")
     assert "stale" not in (tmp_path / "out/after/predictions.jsonl").read_text()
 
@@ -205,12 +209,38 @@ def test_bad_data_are_named(checkpoint, tmp_path):
         evaluate_here(checkpoint, data, tmp_path / "out")
 
 
-def test_a_dataset_of_one_picture_has_no_control(checkpoint, tmp_path):
-    from phi3v.data.conversations import DataError
-
+def test_the_control_of_one_picture_is_not_applicable_and_the_rest_is_evaluated(checkpoint, tmp_path):
     data = write_data(tmp_path / "data", 2, shared=True)
-    with pytest.raises(DataError, match="no two examples whose pictures differ"):
-        evaluate_here(checkpoint, data, tmp_path / "out", passes=["control"])
+    assert list(evaluate_here(checkpoint, data, tmp_path / "out", passes=["after", "control"])) == ["after"]
+    found = json.loads((tmp_path / "out/control/metrics.json").read_text())
+    assert found == {"not_applicable": "no two examples have different pictures, so none can be swapped"}
+    assert (tmp_path / "out/manifest.json").is_file()
+
+
+def test_cut_answers_are_marked_and_counted(checkpoint, tmp_path):
+    data = write_data(tmp_path / "data", 6)
+    cut = evaluate_here(checkpoint, data, tmp_path / "one", max_new_tokens=1)["after"]["cut"]
+    records = [json.loads(line) for line in (tmp_path / "one/after/predictions.jsonl").read_text().splitlines()]
+    assert cut == sum(record.get("cut", False) for record in records) > 0
+    # An answer is cut if a longer limit would have let it go on.
+    evaluate_here(checkpoint, data, tmp_path / "long", max_new_tokens=40)
+    longer = [json.loads(line) for line in (tmp_path / "long/after/predictions.jsonl").read_text().splitlines()]
+    for short, long in zip(records, longer, strict=True):
+        if long["prediction"] != short["prediction"]:
+            assert short["cut"]
+            assert long["prediction"].startswith(short["prediction"])
+
+
+def test_other_metrics_score_the_same_answers_without_generating(checkpoint, tmp_path):
+    data = write_data(tmp_path / "data", 4)
+    evaluate_here(checkpoint, data, tmp_path / "out")
+    timing = (tmp_path / "out/after/timing.json").stat().st_mtime_ns
+    (tmp_path / "out/after/predictions.jsonl").unlink()
+    summary = evaluate_here(checkpoint, data, tmp_path / "out", metrics=["edit_similarity", "cer"])["after"]
+    assert summary["metric"] == "edit_similarity" and {"cer", "character_error_rate"} <= set(summary["more"])
+    assert (tmp_path / "out/after/timing.json").stat().st_mtime_ns == timing
+    first = json.loads((tmp_path / "out/after/predictions.jsonl").read_text().splitlines()[0])
+    assert list(first["scores"]) == ["cer"]
 
 
 def test_pictures_that_were_trained_on_are_counted(checkpoint, tmp_path):

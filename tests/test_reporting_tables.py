@@ -228,6 +228,26 @@ def test_a_broken_control_leaves_the_score_and_is_named(changed):
     assert "control/metrics.json: cannot be read" in line.problems[0]
 
 
+def test_cut_answers_groups_and_a_control_that_is_not_applicable_are_shown(root, changed, monkeypatch):
+    monkeypatch.chdir(root)
+    run, results = changed
+    folder = results / "evaluate" / ROW
+    metrics = json.loads((folder / "after/metrics.json").read_text())
+    metrics |= {"cut": 7, "groups": {"letters": {"score": 31.25, "n": 100, "interval": [20.5, 40.5]}}}
+    metrics["more"]["fields"] = {"invalid": 3, "fields": {"total": {"accuracy": 61.5, "f1": 62.5, "n": 90}}}
+    (folder / "after/metrics.json").write_text(json.dumps(metrics))
+    (folder / "control/predictions.jsonl").unlink()
+    (folder / "control/metrics.json").write_text(json.dumps({"not_applicable": "one picture"}))
+    line = line_of(run, results)
+    assert line.state.status == "done" and not line.problems and line.no_control == "one picture"
+    row = rows_of(report(root, results) / "accuracy.tsv")[ROW]
+    assert (row["cut"], row["control"]) == ("7", "")
+    page = (results / f"report/rows/{ROW}.html").read_text() if (results / "report/rows").is_dir() else ""
+    page += (results / "report/index.html").read_text()
+    for text in ("7 of 100 answers", "letters", "31.2", "3 invalid answers", "61.5", "not applicable: one picture"):
+        assert text in page, text
+
+
 def test_a_half_written_curve_is_read_as_far_as_it_goes(changed):
     run, results = changed
     path = results / "train" / ROW / "metrics.jsonl"

@@ -185,9 +185,11 @@ def convert(
     num_crops: int | None,
     on_error: OnError = "stop",
     keep_other_splits: bool = False,
+    scoring: Description | None = None,
 ) -> Description:
     """Convert splits into output_dir and return dataset.json's content.
 
+    scoring: further fields of dataset.json that evaluation reads.
     on_error: "stop" at the first row that cannot be taken, or "skip" it: it is listed in rejected.jsonl and counted.
     keep_other_splits: splits already there stay (conversion of one split by hand); else they go.
     Raises DataError, or OSError (a full disk): then nothing of the output folder has changed.
@@ -218,6 +220,7 @@ def convert(
             "turns": turns,
             "metric": metric,
             "num_crops": num_crops,
+            **(scoring or {}),
             "splits": entries,
             "rejected": sum(entry.get("rejected", 0) for entry in entries.values()),
             "leakage": leakage({split: work if split in results else output_dir for split in entries}, entries),
@@ -290,7 +293,16 @@ def convert_dataset(
             entry.format, inputs, entry.url, revision, digest, entry.options, entry.rows, turns == "first"
         )
     on_error = on_error or dataset.on_error
-    return convert(name, splits, output_dir, dataset.turns, dataset.metric, dataset.num_crops, on_error)
+    scoring: Description = {}
+    if len(dataset.metrics) > 1:
+        scoring["metrics"] = dataset.metrics
+    if dataset.group_by:
+        scoring["group_by"] = dataset.group_by
+    if dataset.max_new_tokens:
+        scoring["max_new_tokens"] = dataset.max_new_tokens
+    return convert(
+        name, splits, output_dir, dataset.turns, dataset.metric, dataset.num_crops, on_error, scoring=scoring
+    )
 
 
 def convert_files(

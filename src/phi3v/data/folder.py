@@ -36,6 +36,10 @@ class Description(TypedDict, total=False):
     source: dict[str, dict[str, object]]
     turns: str
     metric: str
+    metrics: list[str]
+    """Given if there are several."""
+    group_by: str
+    max_new_tokens: int
     num_crops: int | None
     splits: dict[str, SplitEntry]
     rejected: int

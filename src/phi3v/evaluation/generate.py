@@ -5,6 +5,7 @@ B = prompts of a batch, T = their padded length, V = vocabulary.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,6 +79,10 @@ class Answer:
     text: str
     tokens: int
     """Generated tokens, including the one that ended it."""
+    probability: float
+    """Geometric mean of the probabilities of its tokens."""
+    cut: bool
+    """It reached max_new_tokens before it ended."""
     choice: float | None = None
     """P(positive) / (P(positive) + P(negative)) of the first token."""
 
@@ -122,14 +127,18 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Generat
     return sorted(ids)
 
 
-class _FirstLogits:
-    """A logits processor that keeps the first step's logits [B, V] and changes nothing."""
+class _Watch:
+    """A logits processor that changes nothing. first: [B, V] logits of the first step; best: each step's largest log-probability, [B]."""
 
-    logits: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.first: torch.Tensor | None = None
+        self.best: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.logits is None:
-            self.logits = scores.float()
+        logits = scores.float()
+        if self.first is None:
+            self.first = logits
+        self.best.append(logits.amax(-1) - logits.logsumexp(-1))  # greedy: the token that is taken
         return scores
 
 
@@ -182,7 +191,7 @@ class Predictor:
         moved = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         if "pixel_values" in moved and moved["pixel_values"].is_floating_point():
             moved["pixel_values"] = moved["pixel_values"].to(self.model.dtype)
-        first, tokenizer, ends = _FirstLogits(), self.processor.tokenizer, self.end_tokens
+        watch, tokenizer, ends = _Watch(), self.processor.tokenizer, self.end_tokens
         sequences = self.model.generate(
             **moved,
             do_sample=False,
@@ -193,15 +202,18 @@ class Predictor:
             use_cache=True,
             # Generated, it would stand for a picture that is missing, and stop the model with an error.
             suppress_tokens=[self.model.config.image_token_id],
-            logits_processor=[first] if self.choice else None,
+            logits_processor=[watch],
         )  # [B, T + new]
         new = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        best = torch.stack(watch.best, dim=1).double().cpu()  # [B, new]
         shares: list[float] | list[None] = [None] * len(new)
-        if self.choice and first.logits is not None:
-            shares = self.choice.share(first.logits)
+        if self.choice and watch.first is not None:
+            shares = self.choice.share(watch.first)
         answers = []
-        for row, share in zip(new, shares, strict=True):
+        for row, own, share in zip(new, best, shares, strict=True):
             stop = next((i for i, token in enumerate(row) if token in ends), len(row))
             text = tokenizer.decode(row[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            answers.append(Answer(text, min(stop + 1, len(row)), share))
+            tokens = min(stop + 1, len(row))
+            probability = math.exp(own[:tokens].mean())
+            answers.append(Answer(text, tokens, probability, stop == len(row) == self.max_new_tokens, share))
         return answers

@@ -25,7 +25,7 @@ def predict(settings: PredictSettings) -> str:
     pictures = [open_rgb(Path(name), name) for name in settings.image]
     device = compute_device(settings)
     folder = weights_folder(settings.model_name_or_path)
-    predictor = Predictor.load(folder, settings, device, settings.max_new_tokens, settings.num_crops)
+    predictor = Predictor.load(folder, settings, device, settings.max_new_tokens or 64, settings.num_crops)
     # The picture marks stand in front of the question, as in training.
     prompt = prompt_text(Turn(tuple(settings.image), settings.question, ""))
     (answer,) = predictor.answer(predictor.prepare([prompt], [pictures]))

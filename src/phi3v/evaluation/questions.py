@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -29,6 +29,8 @@ class Question:
     prompt: str
     """What the model reads, up to where the answer starts."""
     answers: tuple[str, ...]
+    meta: dict[str, str] = field(default_factory=dict)
+    """What the source says of the example."""
 
 
 def read_questions(data_dir: str | Path, split: str) -> list[Question]:
@@ -45,7 +47,7 @@ def read_questions(data_dir: str | Path, split: str) -> list[Question]:
         turn = example.turns[0]
         for image in turn.images:
             pictures.stored_bytes(image, f"{path}:{number}: field `images`")
-        questions.append(Question(example.id, turn.images, turn.user, prompt_text(turn), turn.accepted))
+        questions.append(Question(example.id, turn.images, turn.user, prompt_text(turn), turn.accepted, example.meta))
     return questions
 
 

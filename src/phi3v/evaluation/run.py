@@ -1,7 +1,7 @@
 """Evaluate a checkpoint or adapter on a split: the passes `before`, `after` and `control`, over one or many processes.
 
-Each example is answered once, by one process. Batches are the same for any number of processes, so the predictions are too. Finished
-batches are kept: a run that was killed continues after them (phi3v.evaluation.predictions).
+Each example is answered once, by one process. Batches are the same for any number of processes, so the predictions are too. Answers are kept
+in PASS/partial/: a run that was killed continues after them, and the same command with other metrics scores them again.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from phi3v.data.conversations import DataError
 from phi3v.data.folder import Pictures, describe, split_file
 from phi3v.data.processes import loader_workers
 from phi3v.evaluation.generate import Answer, Predictor, choice_of, is_hub_id, weights_folder
-from phi3v.evaluation.metrics import normalise
-from phi3v.evaluation.predictions import Draft, Partial, Summary, finished, merge, summarise, write_pass
+from phi3v.evaluation.metrics import Summary, normalise, score, summarise
+from phi3v.evaluation.predictions import Draft, Partial, Record, json_lines
 from phi3v.evaluation.questions import (
     Question,
     content_digests,
@@ -38,12 +38,19 @@ from phi3v.evaluation.questions import (
     swap_pictures,
 )
 from phi3v.model.runtime import attention_note, compute_device
-from phi3v.provenance.manifest import commit, digest_file, write_manifest
+from phi3v.provenance.manifest import commit, digest_file, write_atomically, write_json, write_manifest
 from phi3v.settings import Compute, Dataset, EvaluateSettings, Role, fields_with
+from phi3v.settings.commands import Answering
 
 DEFAULT_CROPS = Dataset.model_fields["num_crops"].default
+DEFAULT_NEW_TOKENS = 64
+"""The recipe's limit of an answer."""
 SECONDS_BETWEEN_LINES = 30
+NO_CONTROL = "no two examples have different pictures, so none can be swapped"
 _DEVICE_MEMORY = (torch.cuda.OutOfMemoryError,)
+
+Timing = dict[str, object]
+"""timing.json of a pass, the only file that differs from run to run."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +92,33 @@ def join(settings: Compute) -> Processes:
     if world > 1:
         # The processes share files and barriers only, so gloo serves every device. One may wait long for the longest answers.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=2))
+    if rank == 0 and (note := attention_note(settings, device)):
+        print(note)
     return Processes(rank, world, device)
+
+
+def shared_weights(name: str, processes: Processes) -> Path:
+    """The model's folder; the first process fetches a hub id while the others wait."""
+    if not is_hub_id(name):
+        return weights_folder(name)
+    if processes.rank == 0:
+        weights_folder(name)
+    processes.wait()
+    return weights_folder(name, may_fetch=False)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The questions of one pass, and the files of its answers."""
+    """Questions that one model answers, and where the answers go."""
 
     name: str
     folder: Path
     questions: list[Question]
-    left_out: int
+    pictures: Pictures
+    fingerprint: str
+    """What the answers depend on."""
+    left_out: int = 0
     """Examples that the control cannot use."""
-    part: Partial
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Summary]:
@@ -109,37 +130,34 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Summary]:
     data_dir, output = Path(settings.data_dir), Path(settings.output_dir)
     if not data_dir.is_dir():
         raise FileNotFoundError(f"--data_dir {data_dir}: no such folder; expected images/ and a jsonl for each split")
-    metric, num_crops = _metric_and_crops(settings)
-    pictures, questions = Pictures(data_dir), read_questions(data_dir, settings.split)
+    settings = _with_the_datas(settings)
+    questions, pictures = read_questions(data_dir, settings.split), Pictures(data_dir)
     processes = join(settings)
-    if processes.rank == 0 and (note := attention_note(settings, processes.device)):
-        print(note)
-    model = _weights(settings.model_name_or_path, processes)
-    fingerprint = _fingerprint(settings, model, num_crops)
+    model = shared_weights(settings.model_name_or_path, processes)
+    inputs: dict[str, Path] = {"model": model, "data": data_dir, "split": split_file(data_dir, settings.split)}
+    fingerprint = answers_fingerprint(settings, model, digest_file(inputs["split"]))
     if processes.rank == 0:
         (output / "manifest.json").unlink(missing_ok=True)
-    passes = [
-        _pass(name, output / name, questions, pictures, f"{fingerprint}-{name}", settings.seed, processes.rank)
-        for name in settings.passes
-    ]
-    open_passes = [each for each in passes if not finished(each.folder, each.part.fingerprint)]
-    if open_passes:
-        predictor = Predictor.load(model, settings, processes.device, settings.max_new_tokens, num_crops)
-        if {normalise(answer) for question in questions for answer in question.answers} == {"yes", "no"}:
-            predictor = replace(predictor, choice=choice_of(predictor.processor.tokenizer))
-    load_seconds = round(time.perf_counter() - started, 3)
-    for each in open_passes:
-        timing = _run_pass(each, pictures, predictor, settings, processes)
-        processes.wait()
-        if processes.rank == 0:
-            _finish_pass(each, pictures, metric, settings, {"load_seconds": load_seconds, **timing})
-        processes.wait()
     summaries: dict[str, Summary] = {}
+    passes = []
+    for name in settings.passes:
+        each = Pass(name, output / name, questions, pictures, f"{fingerprint}-{name}")
+        if name == "control":
+            swapped, left_out = swap_pictures(questions, content_digests(pictures, questions), settings.seed)
+            if not swapped:
+                if processes.rank == 0:
+                    (output / name / "predictions.jsonl").unlink(missing_ok=True)
+                    write_json(output / name / "metrics.json", {"not_applicable": NO_CONTROL})
+                    print(f"{settings.row or settings.dataset} control: not applicable: {NO_CONTROL}")
+                continue
+            each = replace(each, questions=swapped, left_out=len(left_out))
+        passes.append(each)
+    yes_no = {normalise(answer) for question in questions for answer in question.answers} == {"yes", "no"}
+    for each, drafts, timing in answer_passes(
+        passes, model, settings, processes, yes_no, settings.row or settings.dataset
+    ):
+        summaries[each.name] = _score(each, drafts, timing, settings)
     if processes.rank == 0:
-        summaries = {
-            each.name: json.loads((each.folder / "metrics.json").read_text(encoding="utf-8")) for each in passes
-        }
-        inputs = {"model": model, "data": data_dir, "split": split_file(data_dir, settings.split)}
         write_manifest(
             output,
             kind="evaluate",
@@ -148,73 +166,88 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Summary]:
             seed=settings.seed,
             seconds=time.perf_counter() - started,
             device=processes.title,
-            extra={"load_seconds": load_seconds},
         )
     processes.leave()
     return summaries
 
 
-def _metric_and_crops(settings: EvaluateSettings) -> tuple[str, int]:
-    """Metric and num_crops: the settings', else the data folder's."""
+def _with_the_datas(settings: EvaluateSettings) -> EvaluateSettings:
+    """The settings with the data folder's values where they leave something out."""
     index = describe(settings.data_dir)
-    metric = settings.metric or index.get("metric")
-    if metric is None:
+    metrics = settings.metrics or index.get("metrics") or ([index["metric"]] if "metric" in index else [])
+    if not metrics:
         raise DataError(
-            f"{settings.data_dir}: no dataset.json that names a metric, and no --metric; expected accuracy or anls"
+            f"{settings.data_dir}: no dataset.json that names a metric, and no --metrics; expected a name such as accuracy"
         )
-    return metric, settings.num_crops or index.get("num_crops") or DEFAULT_CROPS
+    own = {
+        "metrics": [name for name in metrics if ":" not in name] or ["accuracy"],
+        "group_by": settings.group_by or index.get("group_by", ""),
+        "num_crops": settings.num_crops or index.get("num_crops") or DEFAULT_CROPS,
+        "max_new_tokens": settings.max_new_tokens or index.get("max_new_tokens") or DEFAULT_NEW_TOKENS,
+    }
+    return settings.model_copy(update=own)
 
 
-def _weights(name: str, processes: Processes) -> Path:
-    """The model's folder; the first process fetches a hub id while the others wait."""
-    if not is_hub_id(name):
-        return weights_folder(name)
-    if processes.rank == 0:
-        weights_folder(name)
-    processes.wait()
-    return weights_folder(name, may_fetch=False)
-
-
-def _fingerprint(settings: EvaluateSettings, model: Path, num_crops: int) -> str:
-    """Digest of everything the answers depend on: model files, split, settings, code."""
+def answers_fingerprint(settings: Answering, model: Path, data: str) -> str:
+    """Digest of everything the answers depend on: model files, data (their digest), settings, code."""
     files = sorted(path for path in model.glob("*") if path.is_file())
+    roles = fields_with(type(settings), Role.RECIPE, Role.NUMERICS, Role.EQUIVALENT)
     facts = {
         "model": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
-        "split": digest_file(split_file(settings.data_dir, settings.split)),
-        "settings": settings.model_dump(
-            include={*fields_with(EvaluateSettings, Role.RECIPE, Role.NUMERICS, Role.EQUIVALENT)}
-        ),
-        "num_crops": num_crops,
+        "data": data,
+        "settings": settings.model_dump(include=set(roles) - {"metrics", "group_by", "train_dir"}),
         "code": commit(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _pass(
-    name: str, folder: Path, questions: list[Question], pictures: Pictures, fingerprint: str, seed: int, rank: int
-) -> Pass:
-    part = Partial(folder, fingerprint, rank)
-    if name != "control":
-        return Pass(name, folder, questions, 0, part)
-    swapped, left_out = swap_pictures(questions, content_digests(pictures, questions), seed)
-    if not swapped:
-        raise DataError(
-            f"{pictures.data_dir}: no two examples whose pictures differ; expected some, for the control with swapped pictures"
-        )
-    return Pass(name, folder, swapped, len(left_out), part)
+def answer_passes(
+    passes: list[Pass], model: Path, settings: Answering, processes: Processes, yes_no: bool = False, title: str = ""
+) -> Iterator[tuple[Pass, dict[str, Draft], Timing]]:
+    """Answer what is open of each pass; yields it with all its answers by id and its timing, in process 0 alone.
+
+    The model is loaded once, and only if something is open; the timing is empty where nothing was.
+    """
+    predictor = None
+    for each in passes:
+        part = Partial(each.folder, each.fingerprint, processes.rank)
+        part.trim()
+        done = part.read()
+        processes.wait()
+        if processes.rank == 0:
+            part.drop_others()
+        timing: Timing = {}
+        if not done.keys() >= {question.id for question in each.questions}:
+            started = time.perf_counter()
+            if predictor is None:
+                limit = settings.max_new_tokens or DEFAULT_NEW_TOKENS
+                predictor = Predictor.load(model, settings, processes.device, limit, settings.num_crops)
+                if yes_no:
+                    predictor = replace(predictor, choice=choice_of(predictor.processor.tokenizer))
+            load_seconds = round(time.perf_counter() - started, 3)
+            timing = _answer(each, part, done, predictor, settings, processes, f"{title} {each.name}".strip())
+            timing["load_seconds"] = load_seconds
+            processes.wait()
+        if processes.rank == 0:
+            drafts = part.read()
+            if missing := [question.id for question in each.questions if question.id not in drafts]:
+                raise DataError(f"{part.folder}: no answer to {len(missing)} questions, the first {missing[0]!r}")
+            yield each, drafts, timing
+        processes.wait()
 
 
-def _run_pass(
-    each: Pass, pictures: Pictures, predictor: Predictor, settings: EvaluateSettings, processes: Processes
-) -> dict[str, object]:
-    """Answer this process' share of the batches; returns timing.json without what needs all answers."""
-    lengths = prompt_lengths(pictures, each.questions, predictor.processor.image_processor, predictor.num_crops)
+def _answer(
+    each: Pass,
+    part: Partial,
+    done: dict[str, Draft],
+    predictor: Predictor,
+    settings: Answering,
+    processes: Processes,
+    title: str,
+) -> Timing:
+    """Answer this process' share of the open batches."""
+    lengths = prompt_lengths(each.pictures, each.questions, predictor.processor.image_processor, predictor.num_crops)
     batches = [[each.questions[i] for i in batch] for batch in plan_batches(lengths, settings.batch_size_per_gpu)]
-    each.part.trim()
-    done = each.part.read()
-    processes.wait()
-    if processes.rank == 0:
-        each.part.drop_others()
     open_batches = [batch for batch in batches if any(question.id not in done for question in batch)]
     mine = open_batches[processes.rank :: processes.world]
     started = time.perf_counter()
@@ -223,19 +256,17 @@ def _run_pass(
         lambda _module, _inputs, output: dtypes.add(_dtype(output[0] if isinstance(output, tuple) else output))
     )
     workers = loader_workers(settings.num_workers, processes.device.type == "cuda")
-    title = f"{settings.row or settings.dataset or 'evaluate'} {each.name}"
     with _progress(title, sum(map(len, mine)), settings.tqdm, silent=processes.rank != 0) as progress:
-        for batch, inputs in _prefetched(mine, pictures, predictor, workers):
-            answers = _answer_within_memory(batch, inputs, pictures, predictor)
-            each.part.append(_draft(question, answer) for question, answer in zip(batch, answers, strict=True))
+        for batch, inputs in _prefetched(mine, each.pictures, predictor, workers):
+            answers = _answer_within_memory(batch, inputs, each.pictures, predictor)
+            part.append(_draft(question, answer) for question, answer in zip(batch, answers, strict=True))
             progress.update(len(batch))
     hook.remove()
     seconds = time.perf_counter() - started
-    resumed = len(each.questions) - sum(map(len, open_batches))
+    answered = sum(map(len, open_batches))
     return {
-        "fingerprint": each.part.fingerprint,
         "seconds": round(seconds, 3),
-        "examples_per_second": round((len(each.questions) - resumed) / seconds, 3),
+        "examples_per_second": round(answered / seconds, 3),
         "processes": processes.world,
         "batch_size_per_gpu": settings.batch_size_per_gpu,
         "device": processes.title,
@@ -244,7 +275,7 @@ def _run_pass(
             "activation_dtype": ", ".join(sorted(dtypes)),
             "parameter_dtype": _dtype(predictor.model),
             "attention": getattr(predictor.model.config, "_attn_implementation", None),
-            "resumed_examples": resumed,
+            "resumed_examples": len(each.questions) - answered,
         },
     }
 
@@ -315,27 +346,53 @@ def _answer_within_memory(
 
 def _draft(question: Question, answer: Answer) -> Draft:
     choice = None if answer.choice is None else round(answer.choice, 6)
-    return {"id": question.id, "prediction": answer.text, "tokens": answer.tokens, "choice": choice}
+    draft: Draft = {
+        "id": question.id,
+        "prediction": answer.text,
+        "tokens": answer.tokens,
+        "choice": choice,
+        "probability": round(answer.probability, 6),
+    }
+    return {**draft, "cut": True} if answer.cut else draft
 
 
-def _finish_pass(
-    each: Pass,
-    pictures: Pictures,
-    metric: str,
-    settings: EvaluateSettings,
-    timing: dict[str, object],
-) -> None:
-    """Merge, score and write a pass that all processes have finished."""
-    drafts = each.part.read()
-    records = merge(each.questions, drafts, metric)
-    summary = summarise(records, metric, settings.seed)
+def _score(each: Pass, drafts: dict[str, Draft], timing: Timing, settings: EvaluateSettings) -> Summary:
+    """Write predictions.jsonl in the dataset's order, metrics.json, and timing.json if something was answered."""
+    records = [_record(question, drafts[question.id], settings.metrics) for question in each.questions]
+    summary = summarise(records, settings.metrics, settings.seed, settings.group_by)
     summary["left_out"] = each.left_out
     if each.name != "control" and settings.split != "train":
-        summary["leaked"] = leaked(pictures, each.questions, settings.train_dir or settings.data_dir)
-    tokens = sum(drafts[question.id]["tokens"] for question in each.questions)
-    write_pass(each.folder, records, summary, {**timing, "generated_tokens": tokens})
-    each.part.remove()
+        summary["leaked"] = leaked(each.pictures, each.questions, settings.train_dir or settings.data_dir)
+    write_atomically(each.folder / "predictions.jsonl", json_lines(records))
+    write_json(each.folder / "metrics.json", summary)
+    if timing:
+        timing["generated_tokens"] = sum(drafts[question.id]["tokens"] for question in each.questions)
+        write_json(each.folder / "timing.json", timing)
     low, high = summary["interval"]
     print(
-        f"{settings.row or settings.dataset} {each.name}: {metric} {summary['score']:.2f} [{low:.1f}, {high:.1f}], n = {summary['n']}"
+        f"{settings.row or settings.dataset} {each.name}: {summary['metric']} {summary['score']:.2f} "
+        f"[{low:.1f}, {high:.1f}], n = {summary['n']}"
     )
+    return summary
+
+
+def _record(question: Question, draft: Draft, metrics: list[str]) -> Record:
+    prediction = draft["prediction"]
+    main, *others = (round(score(name, prediction, question.answers), 6) for name in metrics)
+    record: Record = {
+        "id": question.id,
+        "prompt": question.user,
+        "images": list(question.images),
+        "answers": list(question.answers),
+        "prediction": prediction,
+        "score": main,
+    }
+    if draft["choice"] is not None:
+        record["p_yes"] = draft["choice"]
+    if draft.get("cut"):
+        record["cut"] = True
+    if others:
+        record["scores"] = dict(zip(metrics[1:], others, strict=True))
+    if question.meta:
+        record["meta"] = question.meta
+    return record

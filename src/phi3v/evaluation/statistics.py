@@ -73,13 +73,6 @@ def bootstrap_paired(
     return float(low), float(high)
 
 
-def interval_of(metric: str, scores: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
-    """The interval shown beside a score: Wilson where scores are right or wrong, bootstrap for graded ones."""
-    if metric == "accuracy":
-        return wilson(round(float(np.sum(scores))), len(scores))
-    return bootstrap(scores, seed)
-
-
 @dataclass(frozen=True)
 class Comparison:
     """`left` minus `right` on the same examples, in points."""

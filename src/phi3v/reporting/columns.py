@@ -140,6 +140,7 @@ ACCURACY_COLUMNS: list[Column[AccuracyLine]] = [
     ("after", lambda r: r.score("after")),
     ("control", lambda r: r.score("control")),
     ("n", _pass("after", lambda after: after.n)),
+    ("cut", _pass("after", lambda after: after.cut)),
     ("published", lambda r: r.row.published),
     ("after_low", _pass("after", lambda after: after.interval[0])),
     ("after_high", _pass("after", lambda after: after.interval[1])),

@@ -82,6 +82,8 @@ class AccuracyLine(Line):
     """before, after, control; official is after training, on the authors' own split."""
     after_minus: dict[str, statistics.Comparison] = field(default_factory=dict)
     """After training minus the pass of this name; minus control is what the pictures are worth."""
+    no_control: str = ""
+    """Why the control with swapped pictures is not applicable."""
     official: State = State("")
     """How far the second protocol came."""
     members: list[AccuracyLine] = field(default_factory=list)
@@ -261,7 +263,11 @@ class _Reader:
             add("before", before)
         if line.evaluate.manifest is not None:
             add("after", attempt(problems, read, line.evaluate, "after", row.dataset))
-            if (line.evaluate.folder / "control").is_dir():
+            control = line.evaluate.folder / "control" / "metrics.json"
+            values = attempt(problems, read_json, control) or {} if control.is_file() else {}
+            if "not_applicable" in values:
+                line.no_control = str(values["not_applicable"])
+            elif control.parent.is_dir():
                 add("control", attempt(problems, read, line.evaluate, "control", row.dataset))
         if official and line.evaluate_official.manifest is not None:
             add("official", attempt(official_problems, read, line.evaluate_official, "after", official))

@@ -43,6 +43,14 @@ class ResultFile(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
+class Group(ResultFile):
+    """The metric over a group of examples."""
+
+    score: float = Field(ge=0, le=100)
+    n: int = Field(ge=1)
+    interval: tuple[float, float]
+
+
 class Metrics(ResultFile):
     """metrics.json of an evaluation pass."""
 
@@ -51,6 +59,8 @@ class Metrics(ResultFile):
     n: int = Field(ge=1)
     interval: tuple[float, float]
     more: Further = {}
+    groups: dict[str, Group] = {}
+    cut: int = 0
     leaked: int | None = None
 
 
@@ -112,6 +122,10 @@ class Pass:
     n: int
     interval: tuple[float, float]
     more: Further
+    groups: dict[str, Group]
+    """By the value of the dataset's `group_by`."""
+    cut: int
+    """Answers that reached max_new_tokens."""
     leaked: int | None
     """Examples with a picture that was trained on."""
     ids: np.ndarray
@@ -275,7 +289,8 @@ def mean_over_seeds(passes: list[Pass]) -> Pass:
             more[name] = {"score": sum(further) / len(passes), "interval": None}
     interval = statistics.interval_over_seeds(scores, [one.score for one in passes])
     score = 100 * float(scores.mean())
-    return replace(first, score=score, interval=interval, ids=first.ids[orders[0]], scores=scores, more=more)
+    ids, cut = first.ids[orders[0]], max(one.cut for one in passes)
+    return replace(first, score=score, interval=interval, ids=ids, scores=scores, more=more, cut=cut, groups={})
 
 
 @dataclass

@@ -30,6 +30,7 @@ def _number_word(value: Any) -> Any:
 RECIPE_NAMES = {
     "epochs": "num_train_epochs",
     "flash_attention": "use_flash_attention",
+    "metrics": "metric",
     "micro_batch_size": "batch_size_per_gpu",
     "weight_decay": "wd",
 }
@@ -300,11 +301,26 @@ class SpeedSettings(FinetuneSettings):
     """Then profile three more steps: a torch profiler trace and the 20 longest operators, in OUTPUT_DIR/profile."""
 
 
-class EvaluateSettings(Compute):
-    """scripts/evaluate.py"""
+class Answering(Compute):
+    """How a model answers questions in batches."""
 
     model_name_or_path: Annotated[str, Role.IDENTITY]
     """Checkpoint folder, adapter folder (which names its base), or hub id OWNER/NAME, also OWNER/NAME@REVISION."""
+    num_crops: int | None = Field(None, ge=1, le=64)
+    """Largest number of tiles of an image; left out: the data folder's, else 16."""
+    batch_size_per_gpu: Annotated[int, Role.EQUIVALENT] = Field(8, ge=1)
+    """Prompts generated together by one process."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest answer; left out: the data folder's, else 64."""
+    num_workers: Annotated[WorkersOrAuto, Role.RUNTIME] = "auto"
+    """Threads of each process that decode the next pictures; auto: as in training."""
+    tqdm: Annotated[bool, Role.RUNTIME] = True
+    """Progress bar; --no-tqdm for sparse lines."""
+
+
+class EvaluateSettings(Answering):
+    """scripts/evaluate.py"""
+
     data_dir: Annotated[str, Role.IDENTITY]
     """Folder with images/ and the conversations jsonl of each split."""
     output_dir: Annotated[str, Role.IDENTITY]
@@ -317,37 +333,23 @@ class EvaluateSettings(Compute):
     """Name of the data, for messages and the manifest."""
     row: Annotated[str, Role.IDENTITY] = ""
     """Name of the table row, for the manifest."""
-    metric: Metric | None = None
-    """Left out: the data folder's."""
+    metrics: list[Metric] = []
+    """Scores of an answer, the main one first (docs/evaluation.md lists them); left out: the data folder's."""
+    group_by: str = ""
+    """Field of the examples' `meta`: the main metric is also given for each of its values; left out: the data folder's."""
     passes: Annotated[list[Literal["before", "after", "control"]], Role.RUNTIME] = ["after"]
     """control: with the pictures swapped among the examples."""
-    num_crops: int | None = Field(None, ge=1, le=64)
-    """Largest number of tiles of an image; left out: the data folder's, else 16."""
-    batch_size_per_gpu: Annotated[int, Role.EQUIVALENT] = Field(8, ge=1)
-    """Prompts generated together by one process."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Longest answer."""
     seed: Annotated[Seed, Role.EQUIVALENT] = 42
     """Order of the control's swap."""
-    num_workers: Annotated[WorkersOrAuto, Role.RUNTIME] = "auto"
-    """Threads of each evaluating process that decode the next pictures; auto: as in training."""
-    tqdm: Annotated[bool, Role.RUNTIME] = True
-    """Progress bar; --no-tqdm for sparse lines."""
 
 
-class PredictSettings(Compute):
+class PredictSettings(Answering):
     """scripts/predict.py"""
 
-    model_name_or_path: Annotated[str, Role.IDENTITY]
-    """Checkpoint folder, adapter folder (which names its base), or hub id OWNER/NAME, also OWNER/NAME@REVISION."""
-    question: str
-    """What is asked; the pictures are put in front of it."""
+    question: str = ""
+    """What is asked about --image or each picture of --folder; the pictures are put in front of it."""
     image: list[str] = []
-    """Picture files, in order."""
-    num_crops: int | None = Field(None, ge=1, le=64)
-    """Largest number of tiles of a picture; left out: the checkpoint's."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Longest answer."""
+    """Picture files of one question, in order; the answer goes to standard output."""
 
 
 class ReportSettings(Command):

@@ -14,7 +14,20 @@ from pydantic import AfterValidator, Field, model_validator
 from phi3v.settings.base import Strict
 
 Turns = Literal["all", "draw", "first"]
-Metric = Literal["accuracy", "anls"]
+METRICS = (
+    "accuracy", "anls", "contained", "numeric", "relaxed_accuracy", "cer", "wer", "edit_similarity", "json_fields",
+    "multiple_choice",
+)  # fmt: skip
+"""Names of phi3v.evaluation.metrics; `numeric` may have a tolerance."""
+
+
+def _metric(name: str) -> str:
+    if name in METRICS or re.fullmatch(r"numeric@\d+(\.\d+)?%?|[\w./-]+\.py:[A-Za-z_]\w*", name):
+        return name
+    raise ValueError(f"expected one of {', '.join(METRICS)}, numeric@0.5, numeric@2%, or FILE.py:FUNCTION")
+
+
+Metric = Annotated[str, AfterValidator(_metric)]
 
 # Raised whenever a converter's output changes for the same source, so that old and new data never share a folder.
 CONVERTER_VERSION = 2
@@ -161,8 +174,14 @@ class Dataset(Strict):
     """`train` and `val` are what a row uses; one that is only evaluated needs no `train`."""
     turns: Turns = "all"
     """all: every turn trains; draw: one turn an epoch, drawn by seed; first: only the first turn is kept."""
-    metric: Metric
-    """Score of an answer."""
+    metric: Metric = ""
+    """Score of an answer; left out: the first of `metrics`."""
+    metrics: list[Metric] = []
+    """Several scores of an answer, the main one first; docs/evaluation.md lists them."""
+    group_by: str = ""
+    """Field of the examples' `meta`: the main metric is also given for each of its values."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest answer in tokens; empty: the run's."""
     num_crops: int = Field(16, ge=1, le=64)
     """Largest number of tiles of an image (recipe: 16, UCF-101: 4)."""
     licence: str = ""
@@ -174,8 +193,19 @@ class Dataset(Strict):
     official: str = ""
     """Entry with the authors' own validation split, which is evaluated too where its files are there (second protocol)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _main_metric_first(cls, values: Any) -> Any:
+        several = values.get("metrics") or [] if isinstance(values, dict) else []
+        main = values.get("metric") or next(iter(several), "") if isinstance(values, dict) else ""
+        if not main or not isinstance(several, list):
+            return values
+        return {**values, "metric": main, "metrics": [main, *(name for name in several if name != main)]}
+
     @model_validator(mode="after")
-    def _has_val(self) -> Dataset:
+    def _has_metric_and_val(self) -> Dataset:
+        if not self.metric:
+            raise ValueError(f"metric: missing; expected one of {', '.join(METRICS)}")
         if "val" not in self.splits:
             raise ValueError(
                 f"splits: expected at least val (and train, where rows train on it), got {sorted(self.splits)}"

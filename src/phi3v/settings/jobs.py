@@ -74,11 +74,14 @@ def evaluate(run: ResolvedRun, job: Job, what: Literal["base", "trained", "offic
     """Evaluation of the model before training, of the trained row, or of it on the authors' own split."""
     own, how = job.row.dataset, run.settings.evaluation
     dataset = run.datasets[own].official if what == "official" else own
+    entry = run.datasets[dataset]
     values = _common(run, job, dataset, run.settings.seed) | {
         "model_name_or_path": f"{run.results}/train/{job.row.row}/final",
-        "metric": run.datasets[dataset].metric,
+        # A function of the user's scores the predictions afterwards (rule score), outside the job that holds the GPUs.
+        "metrics": [name for name in entry.metrics if ":" not in name] or ["accuracy"],
+        "group_by": entry.group_by,
         "batch_size_per_gpu": how.batch_size_per_gpu,
-        "max_new_tokens": how.max_new_tokens,
+        "max_new_tokens": entry.max_new_tokens or how.max_new_tokens,
         job.row.dtype: True,
         "flash_attention": job.row.flash_attention,
     }
