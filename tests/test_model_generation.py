@@ -4,16 +4,7 @@ import numpy as np
 import pytest
 import torch
 from golden.golden_common import make_image, text_ids
-from golden.helpers import (
-    golden_model,
-    load_arrays,
-    load_json,
-    own_ids,
-    pictures,
-    tiny_folder,
-    tiny_model,
-    tiny_processor,
-)
+from golden.helpers import golden_model, load_arrays, load_json, own_ids, pictures, tiny_folder, tiny_pair
 from golden.helpers import official_files as official
 from transformers.cache_utils import DynamicLayer
 
@@ -68,7 +59,7 @@ PROMPTS = [
 
 
 def test_a_left_padded_batch_over_the_boundary_equals_its_rows_without_a_cache():
-    model, processor = tiny_model(**LONG).eval(), tiny_processor(**LONG)
+    model, processor = tiny_pair(**LONG)
     texts, images = [p for p, _ in PROMPTS], [i for _, i in PROMPTS]
     lengths = [processor(t, i)["input_ids"].shape[1] for t, i in PROMPTS]
     assert min(lengths) + 30 <= 80
@@ -84,7 +75,7 @@ def test_a_left_padded_batch_over_the_boundary_equals_its_rows_without_a_cache()
 
 
 def test_each_end_token_stops():
-    model, processor = tiny_model().eval(), tiny_processor()
+    model, processor = tiny_pair()
     inputs = dict(processor("<|user|>\nred<|end|>\n<|assistant|>\n"))
     ends = [2, *processor.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])]
     assert model.generation_config.eos_token_id == sorted(ends)
@@ -108,7 +99,7 @@ def test_end_tokens_of_a_published_folder():
 
 
 def test_sampling_is_a_function_of_the_seed():
-    model, processor = tiny_model().eval(), tiny_processor()
+    model, processor = tiny_pair()
     inputs = dict(processor(["<|image_1|> red", "green"], [[make_image(30, 30)], None], padding_side="left"))
     runs = []
     for seed in (0, 0, 1):
@@ -120,7 +111,7 @@ def test_sampling_is_a_function_of_the_seed():
 
 
 def test_right_padded_prompts_are_refused():
-    model, processor = tiny_model().eval(), tiny_processor()
+    model, processor = tiny_pair()
     batch = processor(["red", "red green blue"], padding_side="right")
     with pytest.raises(ValueError, match="row 0: its last column is padding; expected left-padded prompts"):
         model.generate(**batch, max_new_tokens=2)
@@ -165,8 +156,8 @@ def test_a_token_is_written_in_place():
 
 @pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {}])
 def test_generation_with_and_without_room_in_the_cache(arguments, monkeypatch):
-    model = tiny_model(**LONG).eval()
-    inputs = tiny_processor(**LONG)([p for p, _ in PROMPTS], [i for _, i in PROMPTS], padding_side="left")
+    model, processor = tiny_pair(**LONG)
+    inputs = processor([p for p, _ in PROMPTS], [i for _, i in PROMPTS], padding_side="left")
     ours = model.generate(**inputs, max_new_tokens=12, do_sample=False, **arguments)
     monkeypatch.setattr("phi3v.model.modeling.make_room", lambda cache: None)
     assert torch.equal(ours, model.generate(**inputs, max_new_tokens=12, do_sample=False, **arguments))

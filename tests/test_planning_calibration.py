@@ -54,17 +54,10 @@ def test_constants_in_use_are_the_fitted_ones(published):
         assert getattr(MemoryConstants(), name) == pytest.approx(getattr(peaks, name), rel=0.01), name
 
 
-def test_twelve_throughput_rows_within_15_percent_left_out_too(published, compared):
-    rows = [item for item in compared if item.what == "img/s" and item.left_out is not None]
-    assert len(rows) == len(speed_rows(published)) == 12
-    for item in rows:
-        assert abs(item.error) <= 0.15, item
-        assert abs(item.left_out) <= 0.15, item
-
-
-def test_ten_memory_rows_within_15_percent_left_out_too(published, compared):
-    rows = [item for item in compared if item.what == "GB" and item.left_out is not None]
-    assert len(rows) == len(memory_rows(published)) == 10
+@pytest.mark.parametrize(("what", "rows_of", "count"), [("img/s", speed_rows, 12), ("GB", memory_rows, 10)])
+def test_every_row_within_15_percent_left_out_too(published, compared, what, rows_of, count):
+    rows = [item for item in compared if item.what == what and item.left_out is not None]
+    assert len(rows) == len(rows_of(published)) == count
     for item in rows:
         assert abs(item.error) <= 0.15, item
         assert abs(item.left_out) <= 0.15, item

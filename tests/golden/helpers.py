@@ -92,6 +92,11 @@ def tiny_processor(**geometry) -> Phi3VProcessor:
     return Phi3VProcessor.from_pretrained(tiny_folder(**geometry))
 
 
+def tiny_pair(**geometry) -> tuple[Phi3VForCausalLM, Phi3VProcessor]:
+    """A fresh model of the tiny folder, in eval mode, and its processor."""
+    return tiny_model(**geometry).eval(), tiny_processor(**geometry)
+
+
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Clones of all gradients by name; parameters without one are left out."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -30,22 +30,14 @@ COLOURS: dict[str, Colour] = {
     "purple": (150, 50, 165),
 }
 
-# Seven rows of five dots for each character, the leftmost dot is the highest of five bits.
-_GLYPHS = {
-    "A": (14, 17, 17, 31, 17, 17, 17), "B": (30, 17, 17, 30, 17, 17, 30), "C": (14, 17, 16, 16, 16, 17, 14),
-    "D": (28, 18, 17, 17, 17, 18, 28), "E": (31, 16, 16, 30, 16, 16, 31), "F": (31, 16, 16, 30, 16, 16, 16),
-    "G": (14, 17, 16, 23, 17, 17, 15), "H": (17, 17, 17, 31, 17, 17, 17), "I": (14, 4, 4, 4, 4, 4, 14),
-    "J": (7, 2, 2, 2, 2, 18, 12), "K": (17, 18, 20, 24, 20, 18, 17), "L": (16, 16, 16, 16, 16, 16, 31),
-    "M": (17, 27, 21, 21, 17, 17, 17), "N": (17, 25, 25, 21, 19, 19, 17), "O": (14, 17, 17, 17, 17, 17, 14),
-    "P": (30, 17, 17, 30, 16, 16, 16), "Q": (14, 17, 17, 17, 21, 18, 13), "R": (30, 17, 17, 30, 20, 18, 17),
-    "S": (15, 16, 16, 14, 1, 1, 30), "T": (31, 4, 4, 4, 4, 4, 4), "U": (17, 17, 17, 17, 17, 17, 14),
-    "V": (17, 17, 17, 17, 17, 10, 4), "W": (17, 17, 17, 21, 21, 27, 17), "X": (17, 17, 10, 4, 10, 17, 17),
-    "Y": (17, 17, 10, 4, 4, 4, 4), "Z": (31, 1, 2, 4, 8, 16, 31), "0": (14, 17, 19, 21, 25, 17, 14),
-    "1": (4, 12, 4, 4, 4, 4, 14), "2": (14, 17, 1, 6, 8, 16, 31), "3": (30, 1, 1, 14, 1, 1, 30),
-    "4": (2, 6, 10, 18, 31, 2, 2), "5": (31, 16, 30, 1, 1, 17, 14), "6": (6, 8, 16, 30, 17, 17, 14),
-    "7": (31, 1, 2, 4, 8, 8, 8), "8": (14, 17, 17, 14, 17, 17, 14), "9": (14, 17, 17, 15, 1, 2, 12),
-    " ": (0, 0, 0, 0, 0, 0, 0),
-}  # fmt: skip
+# Seven rows of five dots for each character. A row is a digit of base 32, whose highest bit is the leftmost dot.
+_FONT = (
+    "A:EHHVHHH B:UHHUHHU C:EHGGGHE D:SIHHHIS E:VGGUGGV F:VGGUGGG G:EHGNHHF H:HHHVHHH I:E44444E "
+    "J:72222IC K:HIKOKIH L:GGGGGGV M:HRLLHHH N:HPPLJJH O:EHHHHHE P:UHHUGGG Q:EHHHLID R:UHHUKIH "
+    "S:FGGE11U T:V444444 U:HHHHHHE V:HHHHHA4 W:HHHLLRH X:HHA4AHH Y:HHA4444 Z:V1248GV 0:EHJLPHE "
+    "1:4C4444E 2:EH168GV 3:U11E11U 4:26AIV22 5:VGU11HE 6:68GUHHE 7:V124888 8:EHHEHHE 9:EHHF12C"
+)
+_GLYPHS = {entry[0]: [int(row, 32) for row in entry[2:]] for entry in _FONT.split()} | {" ": [0] * 7}
 
 
 def png_bytes(picture: Image.Image) -> bytes:
