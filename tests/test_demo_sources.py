@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from phi3v.demo import pictures, tasks
+from phi3v.demo import tasks
 from phi3v.demo.sources import SIZES, avi_bytes, make_sources, resolve_sizes, write_digits
 
 SMALL = {
@@ -119,13 +119,13 @@ def test_answers_are_balanced(name: str) -> None:
 def test_a_meme_needs_word_and_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hateful exactly when a mean word stands beside a face."""
     seen: list[tuple[str, str]] = []
-    draw = pictures.meme
+    draw = tasks.meme
 
     def spy(rng, figure, first, second):
         seen.append((figure, second))
         return draw(rng, figure, first, second)
 
-    monkeypatch.setattr(pictures, "meme", spy)
+    monkeypatch.setattr(tasks, "meme", spy)
     combinations = Counter()
     for index in range(400):
         row = tasks.hateful_memes_row(tasks.rng_of(2, "meme", index))
@@ -139,13 +139,13 @@ def test_a_meme_needs_word_and_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_statements_say_what_the_pictures_show(monkeypatch: pytest.MonkeyPatch) -> None:
     cards: list[tuple[str, str]] = []
-    draw = pictures.figure_card
+    draw = tasks.figure_card
 
     def spy(rng, kind, colour):
         cards.append((colour, kind))
         return draw(rng, kind, colour)
 
-    monkeypatch.setattr(pictures, "figure_card", spy)
+    monkeypatch.setattr(tasks, "figure_card", spy)
     for index in range(300):
         cards.clear()
         row = tasks.nlvr2_row(tasks.rng_of(2, "pair", index))
@@ -184,7 +184,7 @@ def test_a_clip_shows_its_class(name: str) -> None:
         decoded = [frame.to_image() for frame in clip.decode(video=0)]
 
     def centre(picture: Image.Image) -> tuple[float, float]:
-        target = pictures.COLOURS[colour]
+        target = tasks.COLOURS[colour]
         ball = [
             (x, y)
             for x in range(0, picture.width, 2)
@@ -207,8 +207,8 @@ def test_letters_fit_their_cells() -> None:
     looks = set()
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
     for letter in letters:
-        picture = Image.new("L", (3 * pictures.CELL, 3 * pictures.CELL), 255)
-        pictures.write(ImageDraw.Draw(picture), pictures.CELL, pictures.CELL, letter, 0)
+        picture = Image.new("L", (3 * tasks.CELL, 3 * tasks.CELL), 255)
+        tasks.write(ImageDraw.Draw(picture), tasks.CELL, tasks.CELL, letter, 0)
         left, top, right, bottom = Image.eval(picture, lambda value: 255 - value).getbbox()
         assert left >= 14
         assert top >= 14

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from phi3v.demo import tasks
-from phi3v.demo.pictures import jpeg_bytes, png_bytes
+from phi3v.demo.tasks import jpeg_bytes, png_bytes
 
 if TYPE_CHECKING:
     import pyarrow
