@@ -8,7 +8,9 @@ An entry of a datasets file, from what scripts/download.py fetched:
 
 One's own files, a split at a time (docs/data.md describes the formats):
     python scripts/convert.py --format table --input my.tsv --images_dir pictures --split train --output_dir my_data
-    python scripts/convert.py --format image_folder --input pictures/val --split val --output_dir my_data
+    python scripts/convert.py --format imagefolder --input pictures/val --split val --output_dir my_data
+    python scripts/convert.py --format table --input vqa.json --output_dir my_data \\
+        --columns image=img_id question="What is shown?" answer="{title}: {price}"
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from phi3v.data.convert import convert_dataset, convert_files
 from phi3v.data.formats import FORMATS
-from phi3v.settings import Dataset, check_known, read_entries, run_script
+from phi3v.settings import Dataset, OptionValue, check_known, read_entries, run_script
 
 
 def arguments() -> argparse.Namespace:
@@ -55,6 +57,14 @@ def arguments() -> argparse.Namespace:
     own.add_argument("--num_crops", type=int, metavar="N", help="largest number of tiles of an image (default: 16)")
     own.add_argument("--rows", default=":", metavar="A:B", help="rows taken, as a Python slice")
     own.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="WHAT=SOURCE",
+        help="what the columns are: image=img_id, question='What is shown?', answer='{title}: {price}'; "
+        "a WHAT given twice has several",
+    )
+    own.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="further argument of the converter"
     )
     given = parser.parse_args()
@@ -64,10 +74,20 @@ def arguments() -> argparse.Namespace:
         parser.error("--source_dir: missing; expected the output folder of scripts/download.py")
     if given.format and not given.input:
         parser.error("--input: missing; expected a file or folder")
-    wrong = [option for option in given.option if "=" not in option]
-    if wrong:
-        parser.error(f"--option: got {wrong[0]!r}; expected NAME=VALUE")
+    for flag in ("option", "columns"):
+        if wrong := [value for value in getattr(given, flag) if "=" not in value]:
+            parser.error(f"--{flag}: got {wrong[0]!r}; expected NAME=VALUE")
     return given
+
+
+def options(given: argparse.Namespace) -> dict[str, OptionValue]:
+    """The options of one's own files, `columns` among them."""
+    columns: dict[str, list[str]] = {}
+    for pair in given.columns:
+        name, _, source = pair.partition("=")
+        columns.setdefault(name, []).append(source)
+    named: dict[str, OptionValue] = dict(option.split("=", 1) for option in given.option)
+    return named | ({"columns": dict(columns)} if columns else {})
 
 
 def convert(given: argparse.Namespace) -> None:
@@ -89,7 +109,7 @@ def convert(given: argparse.Namespace) -> None:
         given.metric,
         given.num_crops,
         given.rows,
-        dict(option.split("=", 1) for option in given.option),
+        options(given),
         given.on_error or "stop",
         given.workers,
     )

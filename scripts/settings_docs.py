@@ -31,7 +31,8 @@ SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
         "Models and datasets: models.yaml, datasets.yaml",
         "Each entry is `name: {fields}`. Your own entries go into your own file, named in `files` of your run.",
         [
-            entries.Model, entries.Geometry, entries.VisionGeometry, entries.Dataset, entries.Split, entries.Workload,
+            entries.Model, entries.Geometry, entries.VisionGeometry, entries.Dataset, entries.Split, entries.Options, entries.Division,
+            entries.Workload,
         ],
     ),
     ("Hardware: hardware.yaml", "Facts of one device, each with its source.", [entries.Hardware, entries.Peak]),

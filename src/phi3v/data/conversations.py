@@ -208,6 +208,11 @@ def parse_line(line: bytes, where: str) -> Conversation:
         raise DataError(f"{where}: {error}") from None
     if problem := record_problem(record):
         raise DataError(f"{where}: {problem}")
+    return parse_record(record)
+
+
+def parse_record(record: dict[str, Any]) -> Conversation:
+    """A decoded line that has no problem."""
     return Conversation(
         record["id"],
         record["source"],

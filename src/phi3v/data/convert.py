@@ -12,21 +12,31 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TextIO
 
 from tqdm import tqdm
 
+from phi3v.data import recipe
 from phi3v.data.check import leakage
-from phi3v.data.conversations import Conversation, DataError, Turn, format_line, image_path_problem, shown
+from phi3v.data.conversations import (
+    Conversation,
+    DataError,
+    Turn,
+    format_line,
+    image_path_problem,
+    read_conversations,
+    shown,
+)
 from phi3v.data.fetch import link_or_copy, locked_files
 from phi3v.data.folder import LENGTHS, Description, SplitEntry, describe
-from phi3v.data.formats import FORMATS
+from phi3v.data.formats import FORMATS, ROWS, as_text, column
 from phi3v.data.pictures import read_pictures
 from phi3v.data.rows import Inputs, Picture, Rejection, Sample
 from phi3v.provenance.manifest import digest_file, write_json
-from phi3v.settings import CONVERTER_VERSION, Dataset
+from phi3v.settings import CONVERTER_VERSION, Dataset, Division, OptionValue, Split, validate
 
 OnError = Literal["stop", "skip"]
 
@@ -47,10 +57,24 @@ class SplitSource:
     revision: str | None
     sha256: str
     """Of the source file, or of the listing of several."""
-    options: dict[str, str]
+    options: dict[str, OptionValue]
     rows: str = ":"
     first_turn: bool = False
     """Only the first turn is kept."""
+    urls: Callable[[str], Path | None] = lambda url: None
+    """The file that a URL in a row was fetched to; None: it was not."""
+    chosen: tuple[Division, str] | None = None
+    """How the rows are divided, and the part that is taken."""
+
+    @property
+    def samples(self) -> Iterator[tuple[int, Sample | Rejection]]:
+        """(place in the source, sample) of the rows that are taken."""
+        rows = row_slice(self.rows)
+        found = itertools.islice(enumerate(FORMATS[self.format](self.inputs)), rows.start, rows.stop)
+        if self.chosen is None:
+            return found
+        parts = divide(self.format, self.inputs, self.chosen[0], rows)
+        return (item for item, part in zip(found, parts, strict=True) if part == self.chosen[1])
 
     def origin(self) -> dict[str, object]:
         """What dataset.json states of it."""
@@ -71,6 +95,52 @@ def row_slice(rows: str) -> slice:
     return slice(int(start or 0), int(stop) if stop else None)
 
 
+def divide(format_name: str, inputs: Inputs, how: Division, taken: slice = slice(None)) -> list[str]:
+    """The split of each row: whole groups, in an order that the seed decides, until a split has its share.
+
+    Each label (of a group's first row) is shared out by itself, and what rounding leaves goes to the next one; a share
+    that is smaller than every group still gets one. Raises DataError for a format without columns or an unknown column.
+    """
+    if format_name not in ROWS:
+        raise DataError(f"split: format {format_name} has splits of its own; expected one of {', '.join(ROWS)}")
+    group_of, of_row = dict[str, int](), list[int]()
+    sizes, labels = list[int](), list[str]()
+    for place, (where, _, row) in enumerate(itertools.islice(ROWS[format_name](inputs), taken.start, taken.stop)):
+        values = []
+        known = row if isinstance(row, dict) else {}
+        for option, name in (("group", how.group), ("stratify", how.stratify)):
+            try:
+                values.append(as_text(column(known, name)) if name and known else "")
+            except KeyError:
+                raise DataError(
+                    f"{where}: split.{option}: no column `{name}`; expected one of {', '.join(known)}"
+                ) from None
+        group = group_of.setdefault(values[0] or f"\0{place}", len(group_of))
+        if group == len(sizes):
+            sizes.append(0)
+            labels.append(values[1])
+        sizes[group] += 1
+        of_row.append(group)
+    ranks = [hashlib.sha256(f"{how.seed}/{name}".encode()).digest() for name in group_of]
+    order = sorted(range(len(sizes)), key=lambda group: (labels[group], ranks[group]))
+    parts, quotas = ["train"] * len(sizes), {"val": 0.0, "test": 0.0}
+    for _, stratum in itertools.groupby(order, key=lambda group: labels[group]):
+        groups = list(stratum)
+        rows = sum(sizes[group] for group in groups)
+        quotas = {"val": quotas["val"] + how.val * rows, "test": quotas["test"] + how.test * rows}
+        for group in groups:
+            part = next((part for part, left in quotas.items() if sizes[group] <= left + 0.5 and left > 0), "train")
+            if part != "train":
+                parts[group], quotas[part] = part, quotas[part] - sizes[group]
+    for part in ("val", *(["test"] if how.test else [])):
+        spare = [group for group in order if parts[group] == "train"]
+        if part not in parts and len(spare) > 1:
+            parts[min(spare, key=lambda group: sizes[group])] = part
+    if how.group and len(set(parts)) < 2:
+        raise DataError(f"{inputs.root}: split.group: column `{how.group}` has {len(sizes)} values; expected more")
+    return [parts[group] for group in of_row]
+
+
 def jsonl_name(format_name: str, split: str) -> str:
     """File name of a split; UCF-101's is the recipe's."""
     return f"ucf101_{split}.jsonl" if format_name == "ucf101" else f"{split}.jsonl"
@@ -82,6 +152,7 @@ class PictureWriter:
 
     images: Path
     split: str
+    urls: Callable[[str], Path | None]
     written: int = 0
     of_row: list[Path] = field(default_factory=list)
     """Files of the row under way."""
@@ -97,7 +168,12 @@ class PictureWriter:
 
         number, place: source row and position in it, for the picture's name.
         """
-        stored = read_pictures(picture.data, where)[0]
+        data: bytes | Path | None = self.urls(picture.data) if isinstance(picture.data, str) else picture.data
+        if data is None:
+            raise DataError(
+                f"{where}: picture {picture.data!s}: not fetched (scripts/download.py fetches and says why)"
+            )
+        stored = read_pictures(data, where)[0]
         path = self._path(picture.name, stored.suffix, number, place, where)
         target = self.images / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +183,8 @@ class PictureWriter:
                     f"{where}: picture {shown(path)}: another one of that name is there; expected names to differ"
                 )
             return path
-        if stored.original and isinstance(picture.data, Path):
-            link_or_copy(picture.data, target)
+        if stored.original and isinstance(data, Path):
+            link_or_copy(data, target)
         else:
             target.write_bytes(stored.data)
         self.written += 1
@@ -128,7 +204,27 @@ class PictureWriter:
         return path
 
 
-def _line(sample: Sample | Rejection, number: int, source: SplitSource, writer: PictureWriter) -> bytes:
+@dataclass
+class OwnIds:
+    """Ids that the source gives its rows, made unique over all splits of the folder."""
+
+    others: list[Path]
+    """Splits that stay."""
+    counts: dict[str, int] | None = None
+
+    def unique(self, name: str, split: str) -> str:
+        """The id itself; if it is there already, with the split in front, and then numbered."""
+        if self.counts is None:
+            self.counts = {example.id: 1 for path in self.others for example in read_conversations(path)}
+        uses = self.counts[name] = self.counts.get(name, 0) + 1
+        if uses == 1:
+            return name
+        return self.unique(f"{split}-{name}" if uses == 2 else f"{split}-{name}-{uses - 1}", split)
+
+
+def _line(
+    sample: Sample | Rejection, number: int, split: str, source: SplitSource, writer: PictureWriter, ids: OwnIds
+) -> bytes:
     """The line of a sample, its pictures written. Raises DataError."""
     if isinstance(sample, Rejection):
         raise DataError(f"{sample.where}: {sample.reason}")
@@ -136,22 +232,27 @@ def _line(sample: Sample | Rejection, number: int, source: SplitSource, writer: 
     for turn in sample.turns[:1] if source.first_turn else sample.turns:
         images = [writer.write(picture, number, place + k, sample.where) for k, picture in enumerate(turn.pictures)]
         place += len(images)
-        turns.append(Turn(tuple(images), turn.user, turn.answers[0], turn.answers if len(turn.answers) > 1 else ()))
-    return format_line(Conversation(sample.id, source.inputs.source, tuple(turns)))
+        answers = turn.answers if len(turn.answers) > 1 else ()
+        turns.append(Turn(tuple(images), turn.user, turn.answers[0] if turn.answers else "", answers, turn.system))
+    own = sample.id != source.inputs.row_id(number) and source.format not in recipe.FORMATS
+    name = ids.unique(sample.id, split) if own else sample.id
+    return format_line(Conversation(name, source.inputs.source, tuple(turns)))
 
 
-def _convert_split(split: str, source: SplitSource, work: Path, on_error: OnError, log: TextIO) -> SplitEntry:
+def _convert_split(
+    split: str, source: SplitSource, work: Path, on_error: OnError, log: TextIO, ids: OwnIds
+) -> SplitEntry:
     name = jsonl_name(source.format, split)
     examples, rejected, digest = 0, 0, hashlib.sha256()
-    writer = PictureWriter(work / "images", split)
-    rows = row_slice(source.rows)
-    samples = itertools.islice(enumerate(FORMATS[source.format](source.inputs)), rows.start, rows.stop)
+    writer = PictureWriter(work / "images", split, source.urls)
     # A bar on a terminal, a line every half minute in a log.
     delay, pause = (0.0, 0.1) if sys.stderr.isatty() else (30.0, 30.0)
     with open(work / name, "wb") as file:
-        for number, sample in tqdm(samples, desc=f"converting {split}", unit="row", delay=delay, mininterval=pause):
+        for number, sample in tqdm(
+            source.samples, desc=f"converting {split}", unit="row", delay=delay, mininterval=pause
+        ):
             try:
-                line = _line(sample, number, source, writer)
+                line = _line(sample, number, split, source, writer, ids)
             except DataError as error:
                 reason = str(error).removeprefix(f"{sample.where}: ")
                 if on_error == "stop":
@@ -161,7 +262,7 @@ def _convert_split(split: str, source: SplitSource, work: Path, on_error: OnErro
                     ) from None
                 writer.forget_row()
                 rejected += 1
-                log.write(json.dumps({"split": split, "where": sample.where, "reason": reason}) + "\n")
+                _log(log, split, sample.where, reason)
             else:
                 file.write(line)
                 digest.update(line)
@@ -169,11 +270,24 @@ def _convert_split(split: str, source: SplitSource, work: Path, on_error: OnErro
             writer.of_row.clear()
         file.flush()
         os.fsync(file.fileno())
+    untaken = sorted(source.inputs.untaken.items())
+    for file_name, reason in untaken:
+        _log(log, split, file_name, reason)
     if not examples:
         raise DataError(f"{split}: no example ({rejected} rows rejected, rows {source.rows!r}); expected at least one")
     print(f"{split}: {examples} examples, {writer.written} pictures, {rejected} rejected", file=sys.stderr)
+    if untaken:
+        few = "; ".join(f"{file}: {reason}" for file, reason in untaken[:5])
+        print(f"{split}: {len(untaken)} files not taken ({few}{'; …' if len(untaken) > 5 else ''})", file=sys.stderr)
     counts: SplitEntry = {"file": name, "examples": examples, "images": writer.written, "rejected": rejected}
+    if untaken:
+        counts["untaken"] = len(untaken)
     return {**counts, "sha256": digest.hexdigest()}
+
+
+def _log(log: TextIO, split: str, where: str, reason: str) -> None:
+    """A line of rejected.jsonl."""
+    log.write(json.dumps({"split": split, "where": where, "reason": reason}, ensure_ascii=False) + "\n")
 
 
 def convert(
@@ -202,13 +316,16 @@ def convert(
     shutil.rmtree(work, ignore_errors=True)
     (work / "images").mkdir(parents=True)
     results: dict[str, SplitEntry] = {}
+    ids = OwnIds(
+        [output_dir / entry["file"] for split, entry in previous.get("splits", {}).items() if split not in splits]
+    )
     try:
         with open(work / "rejected.jsonl", "w", encoding="utf-8") as log:
             for split, source in splits.items():
                 scratch = work / "scratch" / split
                 scratch.mkdir(parents=True)
                 source = replace(source, inputs=replace(source.inputs, scratch=scratch))
-                results[split] = _convert_split(split, source, work, on_error, log)
+                results[split] = _convert_split(split, source, work, on_error, log, ids)
                 shutil.rmtree(scratch, ignore_errors=True)
         entries = {**previous.get("splits", {}), **results}
         origins = {**previous.get("source", {}), **{split: source.origin() for split, source in splits.items()}}
@@ -270,6 +387,32 @@ def _digest(listing: list[list[str | int]]) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
+def dataset_sources(name: str, dataset: Dataset, source_dir: str | Path, workers: int = 2) -> dict[str, SplitSource]:
+    """Each split of an entry, from what scripts/download.py fetched into source_dir. Raises DataError."""
+    sources: dict[str, SplitSource] = {}
+    for split, entry in dataset.splits.items():
+        folder, files, lock = locked_files(source_dir, entry.url, entry.revision)
+        digest = _digest([[file.path, file.size, file.sha256] for file in lock.files])
+        options = entry.parsed_options()
+        inputs = Inputs(files, folder, options.split or split, name, options, workers=workers)
+        source = SplitSource(
+            entry.format,
+            inputs,
+            entry.url,
+            lock.resolved or entry.revision,
+            digest,
+            entry.options,
+            entry.rows,
+            (options.turns or dataset.turns) == "first",
+        )
+        if dataset.split is None:
+            sources[split] = source
+        else:
+            parts = ("train", "val", "test") if dataset.split.test else ("train", "val")
+            sources = {part: replace(source, chosen=(dataset.split, part)) for part in parts}
+    return sources
+
+
 def convert_dataset(
     name: str,
     dataset: Dataset,
@@ -282,16 +425,7 @@ def convert_dataset(
 
     on_error: None: as the entry states.
     """
-    splits: dict[str, SplitSource] = {}
-    for split, entry in dataset.splits.items():
-        folder, files, source = locked_files(source_dir, entry.url, entry.revision)
-        digest = _digest([[file.path, file.size, file.sha256] for file in source.files])
-        revision = source.resolved or entry.revision
-        inputs = Inputs(files, folder, entry.options.get("split", split), name, entry.options, workers=workers)
-        turns = entry.options.get("turns", dataset.turns)
-        splits[split] = SplitSource(
-            entry.format, inputs, entry.url, revision, digest, entry.options, entry.rows, turns == "first"
-        )
+    splits = dataset_sources(name, dataset, source_dir, workers)
     on_error = on_error or dataset.on_error
     scoring: Description = {}
     if len(dataset.metrics) > 1:
@@ -316,23 +450,25 @@ def convert_files(
     metric: str = "accuracy",
     num_crops: int | None = None,
     rows: str = ":",
-    options: dict[str, str] | None = None,
+    options: Mapping[str, OptionValue] | None = None,
     on_error: OnError = "stop",
     workers: int = 2,
 ) -> Description:
     """Convert a file or folder by hand into one split; other splits of output_dir stay. Raises DataError."""
     name = name or Path(output_dir).resolve().name
-    if format_name not in FORMATS:
-        raise DataError(f"--format: got {format_name!r}; expected one of {', '.join(FORMATS)}")
+    given = dict(options or {})
+    asked = {"url": str(source), "format": format_name, "rows": rows, "options": given}
+    entry = validate(Split, asked, "command line")
     if not source.exists():
         raise DataError(f"--input: {source}: no such file or folder")
-    given = options or {}
     if source.is_dir():
         root, files = source, sorted(path for path in source.rglob("*") if path.is_file())
         digest = _digest([[path.relative_to(root).as_posix(), path.stat().st_size] for path in files])
     else:
         root, files, digest = source.parent, [source], digest_file(source)
-    inner = {**given, **({"images_dir": str(images_dir.resolve())} if images_dir else {})}
-    inputs = Inputs(files, root, split, name, inner, workers=workers)
+    parsed = entry.parsed_options()
+    if images_dir:
+        parsed = parsed.model_copy(update={"images_dir": str(images_dir.resolve())})
+    inputs = Inputs(files, root, parsed.split or split, name, parsed, workers=workers)
     part = SplitSource(format_name, inputs, str(source), None, digest, given, rows, turns == "first")
     return convert(name, {split: part}, output_dir, turns, metric, num_crops, on_error, True)

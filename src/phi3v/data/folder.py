@@ -24,6 +24,8 @@ class SplitEntry(TypedDict, total=False):
     examples: int
     images: int
     rejected: int
+    untaken: int
+    """Files that are not what the format takes; left out if there is none."""
     sha256: str
 
 

@@ -1,378 +1,555 @@
-"""Formats: what a source's rows mean, as samples. FORMATS lists the names for `format` of a datasets file and --format.
+"""Formats of people's own files: what a source's rows mean, as samples. FORMATS lists the names for `format`.
 
-A new format is a function from Inputs to samples (phi3v.data.rows has the readers) and a name in FORMATS.
+Tables and image folders map columns to the roles of a question; `messages` reads the chats of other trainers;
+`conversations` is this package's own jsonl. The recipe's formats are in phi3v.data.recipe.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import contextlib
+import itertools
 import json
-import shutil
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path, PurePosixPath
+import math
+import mimetypes
+import re
+import string
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from phi3v.data.conversations import DataError, shown
+from phi3v.data import recipe
+from phi3v.data.conversations import DataError, parse_record, record_problem, shown
 from phi3v.data.pictures import sample_frames
-from phi3v.data.processes import process_pool
+from phi3v.data.recipe import classes_prompt
 from phi3v.data.rows import (
+    SPLIT_NAMES,
+    TABLES,
     Inputs,
     Picture,
     Rejection,
+    Row,
+    Rows,
     Sample,
     SampleTurn,
-    accepted_answers,
-    each_object,
     each_row,
-    json_items,
-    parquet_rows,
+    is_junk,
+    near,
     picture_under,
+    read_rows,
     some_text,
-    table_rows,
-    unpack,
 )
+from phi3v.settings import Options
 
 Samples = Iterator[Sample | Rejection]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".webm")
-ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
-
-SPLIT_ORDER = ("train", "val", "test")
-"""Ids of clips count over the splits in this order."""
-
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "system": "system",
+    "developer": "system",
+}  # fmt: skip
 """Who speaks, by the `from` or `role` of a message."""
 
+ROLES = {
+    "image": ("image", "images"), "video": ("video", "videos"), "question": ("question",), "answer": ("answer",),
+    "answers": ("answers",), "options": (), "system": ("system",), "id": ("id",), "messages": (
+        "messages", "conversations", "conversation"),
+}  # fmt: skip
+"""What a column can be, and the columns that are it without being named."""
 
-def classes_prompt(kind: str, classes: list[str]) -> str:
-    """The recipe's prompt for clips, also used for pictures."""
-    return f"Classify the {kind} into one of the following classes: {', '.join(classes)}."
+QUESTION_ROLES = tuple(role for role in ROLES if role != "messages")
 
+PEEK = 20
+"""Rows whose columns decide what `columns` may name."""
 
-def without_markers(text: str) -> str:
-    """The text without `<image>` marks at its ends: pictures stand before the text by the jsonl's own rule."""
-    text = text.strip()
-    while text.startswith("<image>"):
-        text = text.removeprefix("<image>").lstrip()
-    while text.endswith("<image>"):
-        text = text.removesuffix("<image>").rstrip()
-    return text
-
-
-def _bytes_picture(value: object, where: str, field: str) -> Picture:
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if not isinstance(data, bytes) or not data:
-        raise DataError(f"{where}: field `{field}.bytes`: got {shown(data)}; expected the picture's encoded bytes")
-    return Picture(data)
+MAX_PATH = 4096
+"""A longer text in an image column is a picture in base64."""
 
 
-def cauldron(inputs: Inputs) -> Samples:
-    """the_cauldron: `images` (list of {bytes, path}) and `texts` (list of {user, assistant, source}).
+def column(row: Row, name: str) -> object:
+    """The value of a column, in any case; dots lead into objects. Raises KeyError."""
+    if name in row:
+        return row[name]
+    folded = name.strip().casefold()
+    for key, value in row.items():
+        if key.strip().casefold() == folded:
+            return value
+    first, _, rest = name.partition(".")
+    inner = column(row, first) if rest else None
+    if isinstance(inner, dict):
+        return column(inner, rest)
+    raise KeyError(name)
 
-    All questions of a row become turns; the pictures go with the first.
+
+def as_text(value: object) -> str:
+    """A cell as text: numbers and objects as JSON with sorted keys, nothing as "".
+
+    Dates and decimals of parquet files are written as ISO 8601 and with all their digits.
     """
-
-    def build(where: str, number: int, row: dict[str, object]) -> Sample:
-        images, texts = row["images"], row["texts"]
-        if not isinstance(images, list) or not images:
-            raise DataError(f"{where}: field `images`: got {shown(images)}; expected a list of pictures")
-        if not isinstance(texts, list) or not texts:
-            raise DataError(f"{where}: field `texts`: got {shown(texts)}; expected a list of questions and answers")
-        pictures = tuple(_bytes_picture(image, where, f"images[{index}]") for index, image in enumerate(images))
-        turns = []
-        for index, text in enumerate(texts):
-            if not isinstance(text, dict):
-                raise DataError(f"{where}: field `texts[{index}]`: got {shown(text)}; expected user and assistant")
-            user = without_markers(some_text(text.get("user"), where, f"texts[{index}].user"))
-            answer = some_text(text.get("assistant"), where, f"texts[{index}].assistant")
-            turns.append(SampleTurn(() if index else pictures, user, (answer,)))
-        return Sample(where, inputs.row_id(number), tuple(turns))
-
-    return each_row(parquet_rows(inputs, ["images", "texts"]), build)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, bool | int | float | list | dict):
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, default=as_text)
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
-def docvqa_mini(inputs: Inputs) -> Samples:
-    """The mini DocVQA set: `image` {bytes, path}, `query` {en, …}, `answers`: all are accepted, the first trains."""
+@dataclass(frozen=True)
+class Value:
+    """What a role holds: a column's value, or text with columns in it."""
 
-    def build(where: str, number: int, row: dict[str, object]) -> Sample:
-        query = row["query"]
-        question = some_text(query.get("en") if isinstance(query, dict) else query, where, "query.en")
-        answers = accepted_answers(row["answers"], where)
-        picture = _bytes_picture(row["image"], where, "image")
-        turn = SampleTurn((picture,), f"{question}\nAnswer briefly.", answers)
-        return Sample(where, inputs.row_id(number), (turn,))
+    column: str
+    pieces: tuple[tuple[str, str | None], ...] = ()
+    """(text, column behind it) of a template; empty: the column itself."""
+    other: str = ""
+    """The column of a row that has nothing in the first."""
 
-    return each_row(parquet_rows(inputs, ["image", "query", "answers"]), build)
+    def of(self, row: Row, where: str) -> object:
+        """The value of a row; None without the column. Raises DataError for a template with nothing to fill in."""
+        if not self.pieces:
+            found: object = None
+            for source in filter(None, (self.column, self.other)):
+                with contextlib.suppress(KeyError):
+                    found = column(row, source)
+                if found not in (None, "", []):
+                    break
+            return found
+        text = ""
+        for before, name in self.pieces:
+            filled = as_text(Value(name).of(row, where)) if name else ""
+            if name and not filled:
+                raise DataError(f"{where}: column `{name}`: empty or missing; expected text for {self.column!r}")
+            text += before + filled
+        return text
 
 
-def image_folder(inputs: Inputs) -> Samples:
-    """CLASS/picture or SPLIT/CLASS/picture: the folder is the answer. In option prompt, {classes} lists the classes."""
-    pictures = []
-    for path in inputs.files:
-        parts = path.relative_to(inputs.root).parts
-        if path.suffix.lower() in IMAGE_SUFFIXES and len(parts) >= 2:
-            pictures.append((parts[-3] if len(parts) > 2 else "", parts[-2], path))
-    folder = inputs.split if any(split == inputs.split for split, _, _ in pictures) else ""
-    chosen = sorted(item for item in pictures if item[0] == folder)
-    if not chosen:
-        raise DataError(
-            f"{inputs.root}: no pictures as CLASS/NAME or {inputs.split}/CLASS/NAME; expected suffixes "
-            f"{', '.join(IMAGE_SUFFIXES)}"
+def _value(source: str, role: str, known: list[str], where: str) -> Value:
+    """The column, template or constant that `columns` names. Raises DataError."""
+
+    def is_column(name: str) -> bool:
+        heads = {other.casefold() for other in known}
+        return name.strip().casefold() in heads or name.partition(".")[0].strip().casefold() in heads
+
+    def refuse(name: str) -> DataError:
+        return DataError(
+            f"{where}: columns.{role}: got {source!r}, and there is no column `{name}`; expected one of "
+            f"{', '.join(known)}, a text with columns in braces, or a constant text with a space in it{near(name, known)}"
         )
-    classes = sorted({label for _, label, _ in pictures})
-    prompt = inputs.options.get("prompt", classes_prompt("image", ["{classes}"])).replace(
-        "{classes}", ", ".join(classes)
-    )
 
-    def build(where: str, number: int, item: tuple[str, str, Path]) -> Sample:
-        _, label, path = item
-        picture = Picture(path, f"{label}/{path.name}")
-        return Sample(where, inputs.row_id(number), (SampleTurn((picture,), prompt, (label,)),))
+    if is_column(source):
+        return Value(source)
+    if role not in ("question", "answer", "system", "id"):
+        raise refuse(source)
+    try:
+        pieces = tuple((text, name) for text, name, *_ in string.Formatter().parse(source))
+    except ValueError as error:
+        raise DataError(f"{where}: columns.{role}: got {source!r}: {error}; write {{{{ and }}}} for braces") from None
+    for _, name in pieces:
+        if name is not None and not is_column(name):
+            raise refuse(name)
+    if all(name is None for _, name in pieces) and (not re.search(r"\s|\W$", source) or near(source, known)):
+        raise refuse(source)
+    return Value(source, pieces)
 
-    rows = ((str(item[2].relative_to(inputs.root)), number, item) for number, item in enumerate(chosen))
-    return each_row(rows, build)
 
+def _values(inputs: Inputs, rows: Rows, roles: Iterable[str], needed: Iterable[str], **given: Value) -> tuple[
+    dict[str, list[Value]], Rows
+]:  # fmt: skip
+    """(what each role holds, all rows): by the option `columns`, or by the columns' own names. Raises DataError.
 
-def table(inputs: Inputs) -> Samples:
-    """CSV or TSV (by suffix) with a header: image, question, answer.
-
-    `image` may be empty (text only) or name several pictures, separated by ";". Optional column `answers`: all accepted
-    answers, separated by "|". Option prompt_suffix is added to every question.
+    given: what a needed role holds if there is no such column.
     """
-
-    def build(where: str, number: int, row: dict[str, str]) -> Sample:
-        if row[""] != "0":
-            raise DataError(f"{where}: {row['']} fields more than the header (negative: fewer); expected as many")
-        names = [name.strip() for name in row["image"].split(";") if name.strip()]
-        pictures = tuple(picture_under(inputs.images_dir, name, where, "image") for name in names)
-        others = [text.strip() for text in row.get("answers", "").split("|") if text.strip()]
-        answers = tuple(dict.fromkeys([some_text(row["answer"], where, "answer"), *others]))
-        user = some_text(row["question"], where, "question") + inputs.options.get("prompt_suffix", "")
-        return Sample(where, inputs.row_id(number), (SampleTurn(pictures, user, answers),))
-
-    return each_row(table_rows(inputs.only(".csv", ".tsv", ".txt"), ["image", "question", "answer"]), build)
-
-
-def llava(inputs: Inputs) -> Samples:
-    """LLaVA/ShareGPT: a list (or jsonl) of {image(s) or video, conversations: [{from, value}, …]}, human and gpt in
-    turn.
-
-    A message takes as many pictures as it has `<image>` marks; pictures without a mark come first. Marks at the ends of
-    a text go; a mark inside it becomes "image N", because the pictures of a turn stand before its text.
-    """
-    frames = int(inputs.options.get("frames", "8"))
-
-    def files(item: dict[str, object], field: str, where: str) -> list[Picture]:
-        names = item.get(field, item.get(f"{field}s"))
-        listed = names if isinstance(names, list) else [] if names is None else [names]
-        return [picture_under(inputs.images_dir, name, where, field) for name in listed]
-
-    def build(where: str, number: int, item: dict[str, object]) -> Sample:
-        pictures = files(item, "image", where)
-        for clip in files(item, "video", where):
-            assert isinstance(clip.data, Path)
-            jpegs = sample_frames(clip.data, frames)
-            pictures += [Picture(data, f"{clip.name}.{index}.jpg") for index, data in enumerate(jpegs)]
-        system, pairs = _pairs(item.get("conversations", item.get("messages")), where)
-        marks = [user.count("<image>") + user.count("<video>") * frames for user, _ in pairs]
-        if sum(marks) > len(pictures):
-            raise DataError(f"{where}: {sum(marks)} <image> marks; expected as many as pictures ({len(pictures)})")
-        marks[0] += len(pictures) - sum(marks)
-        turns: list[SampleTurn] = []
-        first = 0
-        for (user, answer), count in zip(pairs, marks, strict=True):
-            text = _numbered(without_markers(user.replace("<video>", "")), first)
-            text = f"{system}\n{text}" if system and not turns else text
-            turns.append(SampleTurn(tuple(pictures[first : first + count]), text, (answer,)))
-            first += count
-        return Sample(where, inputs.row_id(number), tuple(turns))
-
-    return each_object(json_items(inputs.only(".json", ".jsonl")), build)
+    rows = iter(rows)
+    first = list(itertools.islice(rows, PEEK))
+    known = list(dict.fromkeys(name for _, _, row in first if isinstance(row, dict) for name in row))
+    where = first[0][0] if first else str(inputs.root)
+    found: dict[str, list[Value]] = {role: [] for role in roles}
+    for role, sources in inputs.options.columns.items():
+        if role not in found:
+            raise DataError(f"columns: got {role!r}; expected roles {', '.join(roles)}{near(role, list(found))}")
+        sources = [sources] if isinstance(sources, str) else sources
+        found[role] = [_value(source, role, known, where) for source in sources if source]
+    for role in [role for role in roles if role not in inputs.options.columns]:
+        own = [name for name in ROLES[role] if name in {other.strip().casefold() for other in known}]
+        found[role] = [Value(own[0], other=own[-1])] if own else [given[role]] if role in given else []
+        if not own and role in needed and role not in given and known:
+            raise DataError(
+                f"{where}: column `{role}`: missing; expected {', '.join(needed)}; got {', '.join(known)} (option "
+                f"`columns` says what they are: `{role}: NAME`){near(role, known)}"
+            )
+    return found, itertools.chain(first, rows)
 
 
-def _pairs(messages: object, where: str) -> tuple[str, list[tuple[str, str]]]:
-    """(system text, (question, answer) pairs) of LLaVA messages."""
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: field `conversations`: got {shown(messages)}; expected a list of messages")
-    system, texts = "", list[str]()
-    for index, message in enumerate(messages):
-        field = f"conversations[{index}]"
-        kind = ROLES.get(str(message.get("from", message.get("role")))) if isinstance(message, dict) else None
-        if kind is None:
-            raise DataError(f"{where}: field `{field}.from`: got {shown(message)}; expected human, gpt or system")
-        text = some_text(message.get("value", message.get("content")), where, f"{field}.value")
-        if kind == "system" and not index:
-            system = text
-            continue
-        if kind != ("user", "assistant")[len(texts) % 2]:
-            raise DataError(f"{where}: field `{field}.from`: got {kind}; expected human and gpt in turn")
-        texts.append(text)
-    if not texts or len(texts) % 2:
-        raise DataError(f"{where}: field `conversations`: {len(texts)} messages; expected an answer to every question")
-    return system, list(zip(texts[::2], texts[1::2], strict=True))
-
-
-def _numbered(text: str, first: int) -> str:
-    """Marks inside a text as words, numbered over the conversation; a text that was only marks gets a question."""
-    number = first
-    while "<image>" in text:
-        number += 1
-        text = text.replace("<image>", f"image {number}", 1)
-    return text or "Describe what you see."
-
-
-def nlvr2_official(inputs: Inputs) -> Samples:
-    """NLVR2's dev.json, test1.json: one object a line (identifier, sentence, label), and pairs dev-0-0-img{0,1}.png."""
-    prompt = inputs.options.get("prompt", 'For the images shown, is this caption "{sentence}" true?\nAnswer yes or no.')
-
-    def build(where: str, number: int, item: dict[str, object]) -> Sample:
-        name = some_text(item.get("identifier"), where, "identifier")
-        label = str(item.get("label"))
-        if label not in ("True", "False"):
-            raise DataError(f"{where}: field `label`: got {shown(label)}; expected True or False")
-        files = [f"{name.rpartition('-')[0]}-img{k}.png" for k in (0, 1)]
-        pictures = tuple(picture_under(inputs.images_dir, file, where, "identifier") for file in files)
-        user = prompt.replace("{sentence}", some_text(item.get("sentence"), where, "sentence"))
-        return Sample(where, name, (SampleTurn(pictures, user, ("Yes" if label == "True" else "No",)),))
-
-    return each_object(json_items(inputs.only(".json", ".jsonl")), build)
-
-
-def hateful_memes_official(inputs: Inputs) -> Samples:
-    """Hateful Memes' dev_seen.jsonl, test_seen.jsonl: id, img, label, text, with the img/ folder."""
-    prompt = inputs.options.get("prompt", "Is this an offensive meme?\nAnswer yes or no.")
-
-    def build(where: str, number: int, item: dict[str, object]) -> Sample:
-        label = item.get("label")
-        if label not in (0, 1):
-            raise DataError(f"{where}: field `label`: got {shown(label)}; expected 0 or 1")
-        picture = picture_under(inputs.images_dir, item.get("img"), where, "img")
-        return Sample(where, f"meme-{item.get('id')}", (SampleTurn((picture,), prompt, ("Yes" if label else "No",)),))
-
-    return each_object(json_items(inputs.only(".jsonl", ".json")), build)
-
-
-def docvqa_official(inputs: Inputs) -> Samples:
-    """DocVQA's val_v1.0.json: {"data": [{questionId, question, image, answers}, …]} with the documents/ folder."""
-    path = inputs.only(".json")
-
-    def rows() -> Iterator[tuple[str, int, object]]:
+def pictures_of(inputs: Inputs, value: object, where: str, field: str = "image") -> list[Picture]:
+    """The pictures of a cell or a message's part: a path or several with `;` between, a URL, encoded bytes, base64,
+    an object that holds one of them, or a list. Raises DataError."""
+    if value is None or value == "" or value != value:
+        return []
+    if isinstance(value, Picture):
+        return [value]
+    if isinstance(value, bytes):
+        return [Picture(value)]
+    if isinstance(value, list):
+        return [picture for item in value for picture in pictures_of(inputs, item, where, field)]
+    if isinstance(value, dict):
+        for key in ("bytes", "image_url", "url", "image", "source", "data", "path", "file_name"):
+            if value.get(key):
+                return pictures_of(inputs, f"data:;base64,{value[key]}" if key == "data" else value[key], where, field)
+        raise DataError(f"{where}: field `{field}`: got {shown(value)}; expected bytes, a path, a URL or base64")
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field `{field}`: got {shown(value)}; expected a string")
+    text = value.strip()
+    if text.startswith(("http://", "https://", "s3://", "gs://", "az://", "hf://")):
+        return [Picture(text)]
+    if text.startswith("data:") or len(text) > MAX_PATH:
         try:
-            content = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: not JSON: {error}") from None
-        data = content.get("data") if isinstance(content, dict) else None
-        if not isinstance(data, list):
-            raise DataError(f"{path}: expected a JSON object with a list `data`")
-        yield from ((f"{path.name}: data[{number}]", number, item) for number, item in enumerate(data))
-
-    def build(where: str, number: int, item: dict[str, object]) -> Sample:
-        answers = accepted_answers(item.get("answers"), where)
-        picture = picture_under(inputs.images_dir, item.get("image"), where, "image")
-        user = f"{some_text(item.get('question'), where, 'question')}\nAnswer briefly."
-        return Sample(where, f"docvqa-{item.get('questionId', number)}", (SampleTurn((picture,), user, answers),))
-
-    return each_object(rows(), build)
+            return [Picture(base64.b64decode(text.rpartition(",")[2], validate=True))]
+        except binascii.Error as error:
+            raise DataError(f"{where}: field `{field}`: got {shown(text)}: {error}; expected base64") from None
+    if text.startswith('["'):
+        try:
+            return pictures_of(inputs, json.loads(text), where, field)
+        except json.JSONDecodeError:
+            pass  # a file may be called so
+    if ";" not in text or (len(text) < 256 and (inputs.images_dir / text).is_file()):
+        return [picture_under(inputs.images_dir, text, where, field)] if text else []
+    return [picture_under(inputs.images_dir, part.strip(), where, field) for part in text.split(";") if part.strip()]
 
 
-def ucf101(inputs: Inputs) -> Samples:
-    """UCF-101-like clips SPLIT/CLASS/*.avi of an archive or folder: clips of one split in order of class and name.
-
-    Frames at arange(0, n, n/8), named CLASS/CLIP.0.jpg …; the class is the answer. The prompt lists the sorted classes
-    of all splits, and ids count over train, val, test.
-    """
-    clips = _clips(inputs)
-    order = {split: position for position, split in enumerate(SPLIT_ORDER)}
-    keys = sorted(clips, key=lambda key: (order.get(key[0], len(order)), *key))
-    chosen = [(number, key) for number, key in enumerate(keys) if key[0] == inputs.split]
-    if not chosen:
-        raise DataError(
-            f"{', '.join(map(str, inputs.files))}: no clips of split {inputs.split!r}; expected SPLIT/CLASS/CLIP.avi, "
-            f"got splits {sorted({split for split, _, _ in keys})}"
-        )
-    prompt = classes_prompt("video", sorted({label for _, label, _ in keys}))
-    frames = int(inputs.options.get("frames", "8"))
-    decoded = _decoded([clips[key] for _, key in chosen], frames, inputs.workers)
-    for (number, key), jpegs in zip(chosen, decoded, strict=True):
-        split, label, clip = key
-        if clips[key].is_relative_to(inputs.scratch):
-            clips[key].unlink(missing_ok=True)
-        if isinstance(jpegs, str):
-            yield Rejection("/".join(key), jpegs.removeprefix(f"{clips[key]}: "))
-            continue
-        stem = PurePosixPath(clip).stem
-        pictures = tuple(Picture(data, f"{label}/{stem}.{index}.jpg") for index, data in enumerate(jpegs))
-        yield Sample("/".join(key), f"{split}-{number:010d}", (SampleTurn(pictures, prompt, (label,)),))
-    shutil.rmtree(inputs.scratch, ignore_errors=True)
-
-
-def _clips(inputs: Inputs) -> dict[tuple[str, str, str], Path]:
-    """(split, class, clip name) to file, of archives and folders: a path's last three parts."""
-    clips: dict[tuple[str, str, str], Path] = {}
-
-    def add(name: str, path: Path) -> None:
-        parts = PurePosixPath(name).parts
-        if len(parts) < 3:
-            raise DataError(f"{name}: expected SPLIT/CLASS/CLIP, as the path's last folders")
-        key = (parts[-3], parts[-2], parts[-1])
-        if key in clips:
-            raise DataError(f"{name}: split, class and clip are those of {clips[key]}; expected each once")
-        clips[key] = path
-
-    for file in inputs.files:
-        if file.name.endswith(ARCHIVE_SUFFIXES):
-            for name in unpack(file, inputs.scratch, lambda name: name.lower().endswith(VIDEO_SUFFIXES)):
-                add(name, inputs.scratch / name)
-                if f"/{inputs.split}/" not in f"/{name}":
-                    # Clips of other splits only count: ids continue over all of them.
-                    (inputs.scratch / name).unlink()
-        elif file.suffix.lower() in VIDEO_SUFFIXES:
-            add(file.relative_to(inputs.root).as_posix(), file)
+def clip_frames(inputs: Inputs, value: object, where: str) -> list[list[Picture]]:
+    """The frames of each clip that a cell names. Raises DataError."""
+    clips = []
+    for clip in pictures_of(inputs, value, where, "video"):
+        if not isinstance(clip.data, Path):
+            raise DataError(f"{where}: field `video`: got {shown(clip.data)}; expected a path")
+        frames = sample_frames(clip.data, inputs.options.frames)
+        clips.append([Picture(data, f"{clip.name}.{index}.jpg") for index, data in enumerate(frames)])
     return clips
 
 
-def _decoded(paths: list[Path], frames: int, workers: int) -> Iterator[list[bytes] | str]:
-    """The frames of each clip, in order, or why there are none.
+def _choices(options: object, answer: object, where: str) -> tuple[str, str]:
+    """(the options as lettered lines, the letter of the answer). Raises DataError."""
+    if isinstance(options, str) and options.startswith("["):
+        options = json.loads(options)
+    if isinstance(options, dict):
+        options = list(options.values())
+    if not isinstance(options, list) or not 2 <= len(options) <= 26:
+        raise DataError(f"{where}: field `options`: got {shown(options)}; expected a list of 2 to 26")
+    texts = [as_text(option) for option in options]
+    letters = string.ascii_uppercase[: len(texts)]
+    lines = "".join(f"\n{letter}. {text}" for letter, text in zip(letters, texts, strict=True))
+    given = as_text(answer)
+    if texts.count(given) == 1:
+        return lines, letters[texts.index(given)]
+    if type(answer) is int and 0 <= answer < len(texts):
+        return lines, letters[answer]
+    if given and given.strip("().").upper() not in letters:
+        expected = f"one of the options, its letter or its number from 0 ({shown(texts)})"
+        raise DataError(f"{where}: field `answer`: got {shown(answer)}; expected {expected}")
+    return lines, given.strip("().").upper()
 
-    Processes, not threads: writing JPEG holds the interpreter. A short queue keeps memory flat.
+
+def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[[str, int, Row], Sample]:
+    """How a row of roles becomes a sample of one turn."""
+
+    def build(where: str, number: int, row: Row) -> Sample:
+        def first(role: str) -> object:
+            return next((found for value in values[role] if as_text(found := value.of(row, where))), None)
+
+        pictures = [p for value in values["image"] for p in pictures_of(inputs, value.of(row, where), where)]
+        for value in values["video"]:
+            pictures += itertools.chain(*clip_frames(inputs, value.of(row, where), where))
+        question = some_text(as_text(first("question")), where, "question") + inputs.options.prompt_suffix
+        answer = as_text(first("answer"))
+        if values["options"]:
+            lines, answer = _choices(first("options"), first("answer"), where)
+            question += lines
+        others = first("answers")
+        listed = others if isinstance(others, list) else as_text(others).split("|")
+        answers = tuple(dict.fromkeys(filter(None, [answer, *map(as_text, listed)])))
+        if not answers and not inputs.options.unlabelled:
+            some_text(answer, where, "answer")
+        turn = SampleTurn(tuple(pictures), question, answers, as_text(first("system")))
+        return Sample(where, as_text(first("id")) or inputs.row_id(number), (turn,))
+
+    return build
+
+
+def table(inputs: Inputs) -> Samples:
+    """Rows of CSV, TSV, JSON, jsonl, parquet, a hub or saved data set: columns image, question, answer, or `columns`."""
+    needed = ("image", "question") if inputs.options.unlabelled else ("image", "question", "answer")
+    if "answers" in inputs.options.columns:
+        needed = needed[:2]
+    values, rows = _values(inputs, read_rows(inputs), QUESTION_ROLES, needed)
+    return each_row(rows, _build_question(inputs, values))
+
+
+SPLIT_FOLDERS = ("train", "val", "validation", "valid", "dev", "test")
+
+
+@dataclass
+class _Folder:
+    """Files of an image folder by what they are."""
+
+    pictures: list[tuple[str, ...]]
+    """Parts of each path."""
+    beside: dict[tuple[str, str], list[Path]]
+    """(name without suffix, suffix) to the .json and .txt files that may belong to a picture."""
+    rows: dict[str, Row]
+    """Path of a picture to its row in metadata.csv or .jsonl."""
+
+
+def _folder(inputs: Inputs) -> _Folder:
+    types, found = mimetypes.MimeTypes(), _Folder([], {}, {})
+    for path in inputs.files:
+        name = path.relative_to(inputs.root)
+        kind = types.guess_type(path.name.lower())[0] or "image/"
+        if is_junk(name):
+            continue
+        if path.stem == "metadata" and path.suffix in (*TABLES, ".jsonl", ".parquet"):
+            for where, _, row in read_rows(replace(inputs, files=[path], options=Options())):
+                if isinstance(row, DataError):
+                    raise DataError(f"{where}: {row}")
+                file = (name.parent / as_text(row.get("file_name"))).as_posix()
+                found.rows[file] = row
+                inputs.untaken[file] = f"{where} names it; no such picture"
+        elif path.suffix in (".json", ".txt"):
+            found.beside.setdefault((path.stem, path.suffix), []).append(path)
+            inputs.untaken[name.as_posix()] = "no picture of that name"
+        elif kind.startswith("image/") or kind == "application/pdf":
+            found.pictures.append(name.parts)
+        else:
+            inputs.untaken[name.as_posix()] = f"{kind} by its suffix; expected a picture"
+    return found
+
+
+def folder_rows(inputs: Inputs) -> tuple[Rows, list[str]]:
+    """(a row for each picture of [SPLIT/][CLASS/]NAME, the classes). Raises DataError if there is no picture.
+
+    Columns: image, file_name, label (the class), those of metadata.csv or metadata.jsonl (whose file_name names the
+    picture), and what NAME.json and NAME.txt hold: `json`, its fields, and `text`. Other files go into inputs.untaken.
     """
-    if workers == 1:
-        yield from (_decode_clip(path, frames) for path in paths)
-        return
-    with process_pool(workers) as pool:
-        pending: deque[tuple[Path, Future[list[bytes] | str]]] = deque()
-        try:
-            for path in paths:
-                pending.append((path, pool.submit(_decode_clip, path, frames)))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft()[1].result()
-            while pending:
-                yield pending.popleft()[1].result()
-        except BrokenProcessPool:
-            near = ", ".join(path.name for path, _ in pending)
-            raise DataError(f"a process ended while it decoded a clip; --workers 1 tells which (near {near})") from None
-        finally:
-            for _, future in pending:
-                future.cancel()
+    found = _folder(inputs)
+    only_splits = all(len(parts) == 2 and parts[0] in SPLIT_FOLDERS for parts in found.pictures)
+    placed = []
+    for parts in found.pictures:
+        split = parts[0] if only_splits else parts[-3] if len(parts) > 2 else ""
+        placed.append((split, "" if only_splits or len(parts) < 2 else parts[-2], inputs.root.joinpath(*parts)))
+    splits = {split for split, _, _ in placed}
+    wanted = next((name for name in (inputs.split, SPLIT_NAMES.get(inputs.split)) if name in splits), "")
+    chosen = sorted(item for item in placed if item[0] == wanted)
+    if not chosen:
+        raise DataError(
+            f"{inputs.root}: no pictures as NAME, CLASS/NAME or {inputs.split}/CLASS/NAME; {len(inputs.files)} files, "
+            f"splits {', '.join(sorted(splits))}"
+        )
+    for split, _, path in placed:
+        if split not in (wanted, *SPLIT_FOLDERS):
+            inputs.untaken[path.relative_to(inputs.root).as_posix()] = f"expected CLASS/NAME or {wanted}/CLASS/NAME"
+    own = {path: {suffix: _beside(found, path, suffix) for suffix in (".json", ".txt")} for _, _, path in placed}
+    for path, files in own.items():
+        for name in (path, *files.values()):
+            if name and (name not in own or path.relative_to(inputs.root).as_posix() in found.rows):
+                inputs.untaken.pop(name.relative_to(inputs.root).as_posix(), None)
+
+    def rows() -> Rows:
+        for number, (_, label, path) in enumerate(chosen):
+            where = path.relative_to(inputs.root).as_posix()
+            row: Row = {"label": label}
+            for suffix, file in own[path].items():
+                try:
+                    content = file and (json.loads(file.read_bytes()) if suffix == ".json" else file.read_text("utf-8"))
+                except (ValueError, RecursionError) as error:
+                    yield where, number, DataError(f"{file}: {error}; expected {suffix[1:]} in UTF-8")
+                    break
+                row |= (content if isinstance(content, dict) else {}) | {
+                    "json" if suffix == ".json" else "text": content
+                }
+            else:
+                picture = Picture(path, f"{label}/{path.name}" if label else path.name)
+                yield where, number, row | found.rows.get(where, {}) | {"image": picture, "file_name": where}
+
+    return rows(), sorted({label for _, label, _ in placed if label})
 
 
-def _decode_clip(path: Path, frames: int) -> list[bytes] | str:
-    try:
-        return sample_frames(path, frames)
-    except DataError as error:
-        return str(error)
+def _beside(found: _Folder, picture: Path, suffix: str) -> Path | None:
+    """The file of a picture's name and another suffix: in its folder, or else the only one."""
+    files = found.beside.get((picture.stem, suffix), [])
+    return next((file for file in files if file.parent == picture.parent), files[0] if len(files) == 1 else None)
+
+
+def imagefolder(inputs: Inputs) -> Samples:
+    """Pictures in folders: the class is the answer, unless `columns` or the metadata name another."""
+    rows, classes = folder_rows(inputs)
+    prompt = inputs.options.prompt or classes_prompt("image", ["{classes}"])
+    prompt = prompt.replace("{classes}", ", ".join(classes))
+    defaults = {"question": Value(prompt, ((prompt, None),)), "answer": Value("label")}
+    values, rows = _values(inputs, rows, QUESTION_ROLES, ("image", "question", "answer"), **defaults)
+    return each_row(rows, _build_question(inputs, values))
+
+
+MARK = re.compile(r"(<image>|<video>)")
+
+
+def _message(inputs: Inputs, message: object, where: str, field: str) -> tuple[str, str, list[list[Picture] | None]]:
+    """(speaker, text with a mark for each picture, what each mark stands for; None: the row's next). Raises DataError."""
+    kind = SPEAKERS.get(str(message.get("from") or message.get("role"))) if isinstance(message, dict) else None
+    if kind is None or not isinstance(message, dict):
+        raise DataError(f"{where}: field `{field}.from`: got {shown(message)}; expected human, gpt or system")
+    content = message.get("value") if message.get("value") is not None else message.get("content")
+    if not isinstance(content, list):
+        text = content if content == "" and kind == "system" else some_text(content, where, f"{field}.value")
+        return kind, text.strip(), [None] * len(MARK.findall(text))
+    pieces, marks = list[str](), list[list[Picture] | None]()
+    for place, part in enumerate(content):
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        name = str(part.get("type")).removeprefix("input_").removeprefix("output_") if isinstance(part, dict) else ""
+        if name == "text":
+            pieces.append(as_text(part.get("text")))
+            marks += [None] * len(MARK.findall(pieces[-1]))
+        elif name in ("image", "image_url"):
+            own = {key: value for key, value in part.items() if key != "type" and value and not isinstance(value, int)}
+            pieces.append("<image>")
+            marks.append(pictures_of(inputs, own, where, f"{field}.content[{place}]") if own else None)
+        elif name == "video":
+            pieces.append("<video>")
+            marks.append(next(iter(clip_frames(inputs, part.get("video") or part.get("path"), where)), None))
+        else:
+            raise DataError(
+                f"{where}: field `{field}.content[{place}]`: got {shown(part)}; expected type text, image, image_url or video"
+            )
+    return kind, "\n".join(pieces), marks
+
+
+@dataclass
+class _Talk:
+    """The pictures of a chat that have no place yet, and how many have one."""
+
+    images: deque[Picture]
+    clips: deque[list[Picture]]
+    placed: int = 0
+
+    def turn(self, text: str, marks: list[list[Picture] | None], first: list[Picture]) -> tuple[list[Picture], str]:
+        """(pictures, text) of a question. Marks around the text go; one inside it becomes "image N", because the
+        pictures of a turn stand before its text."""
+        pictures, pieces = first, list[tuple[bool, str]]()
+        self.placed += len(first)
+        own = iter(marks)
+        for piece in MARK.split(text):
+            if not MARK.fullmatch(piece):
+                pieces.append((not piece.strip(), piece))
+                continue
+            found = next(own)
+            if found is None:
+                found = [self.images.popleft()] if piece == "<image>" else self.clips.popleft()
+            pictures += found
+            self.placed += len(found)
+            pieces.append((True, f"image {self.placed}" if piece == "<image>" else ""))
+        while pieces and pieces[0][0]:
+            del pieces[0]
+        while pieces and pieces[-1][0]:
+            del pieces[-1]
+        return pictures, "".join(piece for _, piece in pieces).strip() or "Describe what you see."
+
+
+def messages(inputs: Inputs) -> Samples:
+    """Chats: a list of {from, value} or {role, content}, with the pictures in columns image(s), video(s), or in parts.
+
+    A message takes as many of the row's pictures as it has `<image>` marks or parts without a picture of their own;
+    pictures without a mark come first. A system message stays one, before the question that follows it.
+    """
+    values, rows = _values(inputs, read_rows(inputs), ("messages", "image", "video", "system", "id"), ("messages",))
+
+    def build(where: str, number: int, row: Row) -> Sample:
+        talk = _Talk(deque(), deque())
+        for value in values["image"]:
+            talk.images += pictures_of(inputs, value.of(row, where), where)
+        for value in values["video"]:
+            talk.clips += clip_frames(inputs, value.of(row, where), where)
+        spoken = list[tuple[str, str, str, list[list[Picture] | None]]]()
+        for value in values["messages"]:
+            listed = value.of(row, where)
+            if isinstance(listed, str) and listed.startswith("["):
+                listed = json.loads(listed)
+            if not isinstance(listed, list) or not listed:
+                raise DataError(f"{where}: field `{value.column}`: got {shown(listed)}; expected a list of messages")
+            for index, message in enumerate(listed):
+                field = f"{value.column}[{index}]"
+                spoken.append((field, *_message(inputs, message, where, field)))
+        wanted = Counter(
+            mark
+            for _, _, text, own in spoken
+            for mark, found in zip(MARK.findall(text), own, strict=True)
+            if found is None
+        )
+        for mark, there in (("<image>", talk.images), ("<video>", talk.clips)):
+            if wanted[mark] > len(there):
+                raise DataError(f"{where}: {wanted[mark]} {mark} marks; expected as many as pictures ({len(there)})")
+        first = [talk.images.popleft() for _ in range(len(talk.images) - wanted["<image>"])]
+        first += itertools.chain(*(talk.clips.popleft() for _ in range(len(talk.clips) - wanted["<video>"])))
+        system, turns = as_text(next((value.of(row, where) for value in values["system"]), None)), list[SampleTurn]()
+        question: tuple[list[Picture], str] | None = None
+        for field, speaker, text, marks in spoken:
+            if speaker == "system" and question is None:
+                system = text
+            elif speaker == "user" and question is None:
+                question = talk.turn(text, marks, [] if turns else first)
+            elif speaker == "assistant" and question is not None and not marks:
+                turns.append(SampleTurn(tuple(question[0]), question[1], (text,), system))
+                question, system = None, ""
+            else:
+                expected = "no picture in an answer" if marks else "human and gpt in turn"
+                raise DataError(f"{where}: field `{field}.from`: got {speaker}; expected {expected}")
+        if question is not None and inputs.options.unlabelled:
+            turns.append(SampleTurn(tuple(question[0]), question[1], (), system))
+        elif question is not None or not turns:
+            raise DataError(f"{where}: field `messages`: {len(spoken)} of them; expected an answer to every question")
+        own_id = as_text(next((value.of(row, where) for value in values["id"]), None))
+        return Sample(where, own_id or inputs.row_id(number), tuple(turns))
+
+    return each_row(rows, build)
+
+
+def conversation_rows(inputs: Inputs) -> Rows:
+    """Lines of this package's own jsonl: of SPLIT.jsonl or NAME_SPLIT.jsonl, unless `file` names another."""
+    own = [path for path in inputs.files if path.suffix == ".jsonl" and re.search(rf"(^|_){inputs.split}$", path.stem)]
+    return read_rows(replace(inputs, files=own) if len(own) == 1 and not inputs.options.file else inputs)
+
+
+def conversations(inputs: Inputs) -> Samples:
+    """The conversations jsonl, made by hand: picture paths start at images/ beside it, or at images_dir."""
+    root = inputs.images_dir
+    if inputs.options.images_dir == "." and (root / "images").is_dir():
+        root = root / "images"
+
+    def build(where: str, number: int, row: Row) -> Sample:
+        if problem := record_problem(row):
+            raise DataError(f"{where}: {problem}")
+        turns = []
+        for turn in parse_record(row).turns:
+            pictures = tuple(picture_under(root, path, where, "images") for path in turn.images)
+            turns.append(SampleTurn(pictures, turn.user, turn.accepted, turn.system))
+        return Sample(where, as_text(row["id"]), tuple(turns))
+
+    return each_row(conversation_rows(inputs), build)
 
 
 FORMATS: dict[str, Callable[[Inputs], Samples]] = {
-    "cauldron": cauldron,
-    "docvqa_mini": docvqa_mini,
-    "ucf101": ucf101,
-    "image_folder": image_folder,
     "table": table,
-    "llava": llava,
-    "nlvr2_official": nlvr2_official,
-    "hateful_memes_official": hateful_memes_official,
-    "docvqa_official": docvqa_official,
+    "messages": messages,
+    "sharegpt": messages,
+    "llava": messages,
+    "imagefolder": imagefolder,
+    "image_folder": imagefolder,
+    "conversations": conversations,
+    **recipe.FORMATS,
 }
+
+ROWS: dict[str, Callable[[Inputs], Rows]] = {
+    **dict.fromkeys(("table", "messages", "sharegpt", "llava"), read_rows),
+    **dict.fromkeys(("imagefolder", "image_folder"), lambda inputs: folder_rows(inputs)[0]),
+    "conversations": conversation_rows,
+}
+"""Formats whose rows can be shared out to splits by their columns."""

@@ -1,43 +1,70 @@
-"""Source rows: what a format reads (files, tables, JSON, parquet, archives) and the samples that it yields.
+"""Source rows: finding and reading the files of a split (tables, JSON, parquet, Hugging Face data sets, archives).
 
-A format turns each (where, row number, row) into a Sample; a row that it cannot take becomes a Rejection.
+Every reader gives (where, row number, row); a row that cannot be read is a DataError in the row's place. Tables, JSON
+and parquet have readers of their own: `datasets` turns texts into dates and numbers, fills objects with nulls, names no
+row, and holds a row group of pictures in memory. It finds the files of a split, and reads saved data sets and tar
+files of samples.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
+import difflib
+import fnmatch
+import functools
 import json
+import posixpath
 import re
 import shutil
+import sys
 import tarfile
+import unicodedata
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import TextIO
 
-from phi3v.data.conversations import DataError, decode_line, image_path_problem, raw_lines, shown, text_problem
+from phi3v.data.conversations import DataError, decode_line, image_path_problem, raw_lines, shown
+from phi3v.settings import Options
 
-R = TypeVar("R")
+Row = dict[str, object]
+Rows = Iterator[tuple[str, int, Row | DataError]]
+"""(file and row for messages, number from 0, the row or what is wrong with it)"""
 
 BATCH_ROWS = 32
 """Parquet rows held in memory at a time."""
 
 BLOCK = 2**20
-"""Characters of a JSON list read at a time."""
+"""Characters of a JSON list, or bytes of a table, read at a time."""
 
 MAX_ITEM = 2**26
 """A JSON list's item that does not end within so many characters is broken."""
 
+MAX_RECORD_LINES = 1000
+"""A quoted field of a table over more lines is a quotation mark that stands for itself."""
+
 MAX_UNPACKED_BYTES = 200 * 10**9
 """An archive that unpacks to more is refused: it is a bomb, or not the recipe's data."""
+
+TABLES = (".csv", ".tsv", ".txt")
+SUFFIXES = (*TABLES, ".json", ".jsonl", ".parquet", ".tar")
+"""Files that read_rows reads."""
+
+JUNK = ("._*", ".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX")
+"""Names of files and folders that operating systems leave behind; they are ignored."""
+
+SPLIT_NAMES = {"val": "validation"}
+"""Our names of splits to those of the hub."""
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture of a sample: encoded bytes, or a file that holds them."""
+    """A picture of a sample: encoded bytes, a file that holds them, or a URL that was fetched before."""
 
-    data: bytes | Path
+    data: bytes | Path | str
     name: str = ""
     """Its path under images/SPLIT; empty: the writer numbers it."""
 
@@ -49,6 +76,8 @@ class SampleTurn:
     pictures: tuple[Picture, ...]
     user: str
     answers: tuple[str, ...]
+    """Empty only if the option `unlabelled` allows it."""
+    system: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +87,7 @@ class Sample:
     where: str
     """File and row it comes from, for messages."""
     id: str
-    """Unique in the dataset."""
+    """The source's own, or made of the row's number."""
     turns: tuple[SampleTurn, ...]
 
 
@@ -79,61 +108,71 @@ class Inputs:
     root: Path
     """Folder they lie in; image paths of a table or json start here (or at its option images_dir)."""
     split: str
-    """Name of the split being made."""
+    """Name of the split inside the source."""
     source: str
     """Name of the dataset."""
-    options: dict[str, str] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
     scratch: Path = Path("scratch")
     """Empty folder for unpacked files, removed afterwards."""
     workers: int = 1
     """Clips decoded side by side."""
+    untaken: dict[str, str] = field(default_factory=dict)
+    """Files that a format leaves out, and why: it adds them as it reads."""
 
     @property
     def images_dir(self) -> Path:
         """Where relative image paths start."""
-        return self.root / self.options.get("images_dir", ".")
+        return self.root / self.options.images_dir
 
     def row_id(self, row: int) -> str:
         """Id of a source row that has none of its own."""
         return f"{self.source}-{self.split}-{row:08d}"
 
+    def own_files(self, suffixes: tuple[str, ...]) -> list[Path]:
+        """The files of the option `file`, or else all with one of the suffixes. Raises DataError if there is none."""
+        named, files = self.options.file, [path for path in self.files if not is_junk(path.relative_to(self.root))]
+        if named:
+            found = [path for path in files if fnmatch.fnmatchcase(path.relative_to(self.root).as_posix(), named)]
+        else:
+            found = [path for path in files if path.suffix.lower() in suffixes]
+        if not found:
+            raise DataError(f"{self.root}: no file {named or ', '.join(suffixes)}{near(named, map(str, files))}")
+        return found
+
     def only(self, *suffixes: str) -> Path:
         """The one file with one of the suffixes; the option `file` names it if there are several. Raises DataError."""
-        named = self.options.get("file")
-        found = [
-            path
-            for path in self.files
-            if (path.relative_to(self.root).as_posix() == named if named else path.suffix.lower() in suffixes)
-        ]
+        found = self.own_files(suffixes)
         if len(found) != 1:
             raise DataError(
-                f"{self.root}: {len(found)} files {named or ', '.join(suffixes)}; expected one (option `file` names it)"
+                f"{self.root}: {len(found)} files {self.options.file or ', '.join(suffixes)}; expected one (option "
+                "`file` names it)"
             )
         return found[0]
 
 
-def each_row(
-    rows: Iterator[tuple[str, int, R]], build: Callable[[str, int, R], Sample]
-) -> Iterator[Sample | Rejection]:
+def is_junk(path: Path) -> bool:
+    """Whether an operating system left the file behind. path: relative to the source."""
+    return any(fnmatch.fnmatchcase(part, pattern) for part in path.parts for pattern in JUNK)
+
+
+def near(name: str, known: Iterator[str] | list[str]) -> str:
+    """The end of a message: the known name that is most like a wrong one, if one is."""
+    folded = {other.casefold(): other for other in known}
+    found = difflib.get_close_matches(name.casefold(), folded, 1, 0.7) if name else []
+    return f"; did you mean `{folded[found[0]]}`?" if found else ""
+
+
+def each_row(rows: Rows, build: Callable[[str, int, Row], Sample]) -> Iterator[Sample | Rejection]:
     """Build a sample of each (where, row number, row); a row that raises DataError becomes a Rejection."""
     for where, number, row in rows:
         try:
+            if isinstance(row, DataError):
+                raise row
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: got {shown(row)}; expected an object")
             yield build(where, number, row)
         except DataError as error:
             yield Rejection(where, str(error).removeprefix(f"{where}: "))
-
-
-def each_object(
-    rows: Iterator[tuple[str, int, object]], build: Callable[[str, int, dict[str, object]], Sample]
-) -> Iterator[Sample | Rejection]:
-    """each_row for items of JSON, each of which must be an object."""
-
-    def checked(where: str, number: int, item: object) -> Sample:
-        if not isinstance(item, dict):
-            raise DataError(f"{where}: got {shown(item)}; expected an object")
-        return build(where, number, item)
-
-    return each_row(rows, checked)
 
 
 def some_text(value: object, where: str, field_name: str) -> str:
@@ -150,85 +189,305 @@ def accepted_answers(value: object, where: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(some_text(answer, where, f"answers[{k}]") for k, answer in enumerate(value)))
 
 
+@functools.lru_cache(maxsize=64)
+def _resolved(root: Path) -> Path:
+    return root.resolve()
+
+
+@functools.lru_cache(maxsize=64)
+def _names(folder: Path) -> dict[str, str]:
+    """Names in a folder by their folded form, and by that without suffix."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    folded = {unicodedata.normalize("NFC", name).casefold(): name for name in sorted(names)}
+    return {PurePosixPath(key).stem: name for key, name in folded.items()} | folded
+
+
 def picture_under(root: Path, path: object, where: str, field_name: str) -> Picture:
-    """The picture (or clip) of an image path in a table or json. Raises DataError unless it is a file inside root."""
-    expected = image_path_problem(path) or text_problem(path)
+    """The picture (or clip) of an image path in a table or json. Raises DataError unless it is a file inside root.
+
+    Absolute paths, `./` and `\\` are taken if the file is inside root; a name that a Mac wrote in decomposed letters
+    matches the composed ones.
+    """
     seen = f"{where}: field `{field_name}`: got {shown(path)}"
-    if expected or not isinstance(path, str):
+    if not isinstance(path, str):
+        raise DataError(f"{seen}; expected a string")
+    name = path.removeprefix("file://")
+    for base in (root.absolute(), _resolved(root)):
+        if name.startswith(f"{base}/"):
+            name = name[len(str(base)) + 1 :]
+    if name.startswith("/"):
+        raise DataError(
+            f"{seen}; expected a relative path, or one inside {root} (option images_dir names another root)"
+        )
+    name = posixpath.normpath(name.replace("\\", "/")) if name else name
+    if expected := image_path_problem(name):
         raise DataError(f"{seen}; expected {expected}")
-    file = root / path
     try:
-        inside, there = file.resolve().is_relative_to(root.resolve()), file.is_file()
+        for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
+            if (file := root / form).is_file():
+                break
+        else:
+            wrong = PurePosixPath(unicodedata.normalize("NFC", name).casefold())
+            known = _names((root / name).parent)
+            like = known.get(wrong.name) or known.get(wrong.stem)
+            raise DataError(f"{seen}: no such file in {root}{f'; did you mean `{like}`?' if like else ''}")
+        inside = file.resolve().is_relative_to(_resolved(root))
     except OSError as error:  # a name that the file system cannot have
         raise DataError(f"{seen}: {error.strerror}; expected a file in {root}") from None
     if not inside:
         raise DataError(f"{seen}: a link out of {root}; expected a file inside it")
-    if not there:
-        raise DataError(f"{seen}: no such file in {root}")
-    return Picture(file, path)
+    return Picture(file, name)
 
 
-def parquet_rows(inputs: Inputs, columns: list[str]) -> Iterator[tuple[str, int, dict[str, object]]]:
-    """(where, number over all files, row) of parquet files. Raises DataError for a file without the columns."""
+def read_rows(inputs: Inputs) -> Rows:
+    """The rows of a split, whatever its files are. Raises DataError."""
+    if any(path.name in ("state.json", "dataset_dict.json") for path in inputs.files):
+        yield from _saved_rows(inputs)
+        return
+    number = 0
+    for path in _split_files(inputs):
+        kind = path.suffix.lower()
+        if kind == ".parquet":
+            rows = parquet_rows(path, None, number)
+        elif kind == ".tar":
+            rows = _sample_rows(inputs, path, number)
+        elif kind in (".json", ".jsonl"):
+            rows = json_rows(path, inputs.options.field, number)
+        else:
+            rows = table_rows(path, inputs.options.encoding, inputs.options.delimiter, number)
+        last = number - 1
+        for where, last, row in rows:
+            yield where, last, row
+        number = last + 1
+
+
+def _split_files(inputs: Inputs) -> list[Path]:
+    """The files of the split: those of the option `file`, the only one, or those that `datasets` finds."""
+    options = inputs.options
+    found = [] if options.config else inputs.own_files(SUFFIXES)
+    if options.file or len(found) == 1:
+        return found
+    name, datasets = SPLIT_NAMES.get(inputs.split, inputs.split), _datasets()
+    try:
+        builder = datasets.load_dataset_builder(
+            str(inputs.root), options.config or None, cache_dir=str(inputs.scratch / "datasets")
+        )
+        splits = {str(split): list(map(Path, paths)) for split, paths in (builder.config.data_files or {}).items()}
+    except Exception as error:  # of many kinds
+        reason, splits = str(error).splitlines()[0], {}
+    else:
+        reason = f"splits {', '.join(sorted(splits))}"
+    files = splits.get(inputs.split) or splits.get(name) or []
+    if wrong := [path for path in files if path.suffix.lower() not in SUFFIXES]:
+        raise DataError(f"{wrong[0]}: expected one of {', '.join(SUFFIXES)}")
+    if not files:
+        raise DataError(
+            f"{inputs.root}: {len(found)} files of rows, none for split {inputs.split!r} ({reason}); expected one file "
+            "(option `file` names one or a pattern, `config` a configuration, `split` another split)"
+        )
+    return files
+
+
+def _datasets():  # type: ignore[no-untyped-def]
+    """Hugging Face `datasets`, without network and bars."""
+    import datasets
+
+    datasets.config.HF_HUB_OFFLINE, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = True, False
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _saved_rows(inputs: Inputs) -> Rows:
+    """Rows of a folder that save_to_disk wrote; its pictures stay encoded."""
+    try:
+        data = _datasets().load_from_disk(str(inputs.root))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{inputs.root}: cannot be read as a saved data set: {error}") from None
+    if isinstance(data, dict):
+        name = inputs.split if inputs.split in data else SPLIT_NAMES.get(inputs.split, inputs.split)
+        if name not in data:
+            raise DataError(f"{inputs.root}: no split {name!r}; expected one of {', '.join(data)} (option `split`)")
+        data = data[name]
+    number = 0
+    for table in data.with_format("arrow").iter(BATCH_ROWS):
+        for row in table.to_pylist():
+            yield f"{inputs.root.name}: row {number}", number, row
+            number += 1
+
+
+def _sample_rows(inputs: Inputs, path: Path, first: int) -> Rows:
+    """Samples of a tar file in the webdataset layout: a column for each suffix, and `__key__`."""
+    datasets = _datasets()
+    try:
+        data = datasets.load_dataset(
+            "webdataset",
+            data_files=str(path),
+            split="train",
+            streaming=True,
+            cache_dir=str(inputs.scratch / "datasets"),
+        )
+        for column, feature in data.features.items():
+            if hasattr(feature, "decode"):
+                data = data.cast_column(column, type(feature)(decode=False))
+        for number, row in enumerate(data, first):
+            yield f"{path.name}: {row['__key__']}", number, row
+    except (OSError, ValueError, TypeError, tarfile.TarError, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(f"{path}: cannot be read as a tar file of samples: {error}") from None
+
+
+def parquet_rows(path: Path, columns: list[str] | None = None, first: int = 0) -> Rows:
+    """Rows of a parquet file, numbered from `first`. Raises DataError for a file without the columns."""
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
-    for path in inputs.files:
-        if path.suffix != ".parquet":
-            raise DataError(f"{path}: not a .parquet file; expected the parquet files of the source only")
-        try:
-            with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-                names = file.schema_arrow.names
-                if missing := sorted(set(columns) - set(names)):
-                    raise DataError(
-                        f"{path}: column `{missing[0]}`: missing; expected {', '.join(columns)}; got {', '.join(names)}"
-                    )
-                for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
-                    for row in batch.to_pylist():
-                        yield f"{path.name}: row {number}", number, row
-                        number += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: cannot be read as parquet: {error}") from None
-
-
-def table_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, int, dict[str, str]]]:
-    """(file:line, number, row) of a CSV (suffix .csv) or TSV with a header. Raises DataError without the columns.
-
-    Under the key "" a row has the number of its fields beyond the header's.
-    """
-    csv.field_size_limit(2**24)
+    if path.suffix != ".parquet":
+        raise DataError(f"{path}: not a .parquet file; expected the parquet files of the source only")
+    number = first
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="," if path.suffix.lower() == ".csv" else "\t", strict=True)
-            header = next(reader, [])
-            if missing := [column for column in columns if column not in header]:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if missing := sorted(set(columns or []) - set(names)):
                 raise DataError(
-                    f"{path}:1: column `{missing[0]}`: missing; expected {', '.join(columns)}; got {shown(header)}"
+                    f"{path}: column `{missing[0]}`: missing; expected {', '.join(columns or [])}; got "
+                    f"{', '.join(names)}"
                 )
-            for number, cells in enumerate(reader):
-                if cells:  # a spreadsheet may name columns "" or twice, and leave lines empty
-                    row = dict(zip(header, cells, strict=False)) | {"": str(len(cells) - len(header))}
-                    yield f"{path.name}:{reader.line_num}", number, row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a table in UTF-8: {error}") from None
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+                for row in batch.to_pylist():
+                    yield f"{path.name}: row {number}", number, row
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as parquet: {error}") from None
 
 
-def json_items(path: Path) -> Iterator[tuple[str, int, object]]:
-    """(where, number, item) of a JSON list or of a jsonl, one item at a time: memory does not grow with the file."""
+def _encoding(path: Path) -> str:
+    """UTF-8 or UTF-16 by mark or content, else Western European as spreadsheets write it, with a notice."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return "utf-16"
+        if b"\0" in start:
+            return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            decoder.decode(start)
+            while block := file.read(BLOCK):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            print(f"{path}: not UTF-8; read as cp1252 (option `encoding` names another)", file=sys.stderr)
+            return "cp1252"
+    return "utf-8-sig"
+
+
+class _Lines:
+    """Lines of a table; those of the record under way can be read again."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.number = 0
+        self.record: list[str] = []
+        self._file, self._again = file, deque[str]()
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        if len(self.record) > MAX_RECORD_LINES:
+            raise csv.Error("a quoted field that does not end")
+        self.record.append(self._again.popleft() if self._again else next(self._file))
+        self.number += 1
+        return self.record[-1]
+
+    def as_it_is(self, delimiter: str) -> list[str]:
+        """The first line of the record with quotation marks as text; its other lines are read again."""
+        first, *rest = self.record
+        self._again.extendleft(reversed(rest))
+        self.number -= len(rest)
+        return first.rstrip("\r\n").split(delimiter)
+
+
+def _records(lines: _Lines, delimiter: str) -> Iterator[list[str]]:
+    """Cells of each record. A quotation mark that opens no field as spreadsheets write it stands for itself."""
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        lines.record.clear()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield lines.as_it_is(delimiter)
+            continue
+        # A field with a tab and a line end is two rows of which each begins a field with a quotation mark.
+        torn = delimiter == "\t" and len(lines.record) > 1 and any("\t" in cell and "\n" in cell for cell in cells)
+        yield lines.as_it_is(delimiter) if torn else cells
+
+
+def table_rows(path: Path, encoding: str = "", delimiter: str = "", first: int = 0) -> Rows:
+    """Rows of a CSV or TSV with a header. The delimiter is the one that makes most of the header, if none is given."""
+    csv.field_size_limit(2**24)
+    encoding = encoding or _encoding(path)
+    try:
+        with open(path, encoding=encoding, newline="") as file:
+            if not delimiter:
+                line = file.readline()
+                marks = (",", "\t", ";") if path.suffix.lower() == ".csv" else ("\t", ",", ";")
+                delimiter = max(marks, key=lambda mark: len(next(csv.reader([line], delimiter=mark), [])))
+                file.seek(0)
+            lines = _Lines(file)
+            records = _records(lines, delimiter)
+            header = [name.strip() for name in next(records, [])]
+            if not any(header):
+                raise DataError(f"{path}: empty; expected a header and rows")
+            for number, cells in enumerate(records, first):
+                where = f"{path.name}:{lines.number}"
+                if len(cells) != len(header) and cells:
+                    yield (
+                        where,
+                        number,
+                        DataError(
+                            f"{len(cells)} fields, delimiter {delimiter!r}; expected {len(header)} as the header"
+                        ),
+                    )
+                elif any(cells):  # a spreadsheet may leave lines empty, and name columns "" or twice
+                    yield where, number, dict(zip(header, cells, strict=True))
+    except (csv.Error, UnicodeError, LookupError) as error:
+        raise DataError(f"{path}: not a table in {encoding}: {error} (option `encoding`)") from None
+
+
+def json_rows(path: Path, field_name: str = "", first: int = 0) -> Rows:
+    """Items of a JSON list or of a jsonl, one at a time: memory does not grow with the file.
+
+    field_name: the list is this field of the file's one object, which is read at once.
+    """
+    if field_name:
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: not JSON: {error}") from None
+        data = content.get(field_name) if isinstance(content, dict) else None
+        if not isinstance(data, list):
+            raise DataError(f"{path}: expected a JSON object with a list `{field_name}`")
+        yield from ((f"{path.name}: {field_name}[{k}]", k, item) for k, item in enumerate(data, first))
+        return
     with open(path, "rb") as file:
         if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-            yield from _list_items(path)
+            yield from _list_items(path, first)
             return
         file.seek(0)
-        for number, line in raw_lines(file):
-            try:
-                yield f"{path.name}:{number}", number - 1, decode_line(line.rstrip(b"\r\n"))
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: {error}") from None
+        number = first
+        for line_number, line in raw_lines(file):
+            line = line.removeprefix(b"\xef\xbb\xbf") if line_number == 1 else line
+            if not line.isspace():
+                row: Row | DataError
+                try:
+                    row = decode_line(line.rstrip(b"\r\n"))
+                except ValueError as error:
+                    row = DataError(f"{error}; expected a list, or one JSON object a line")
+                yield f"{path.name}:{line_number}", number, row
+            number += 1
 
 
-def _list_items(path: Path) -> Iterator[tuple[str, int, object]]:
+def _list_items(path: Path, first: int) -> Rows:
     decoder, separator, number = json.JSONDecoder(), re.compile(r"\s*([,\]])\s*"), 0
     with open(path, encoding="utf-8-sig") as file:
         try:
@@ -246,7 +505,7 @@ def _list_items(path: Path) -> Iterator[tuple[str, int, object]]:
                         raise DataError(f"{path}: item {number}: not JSON: {error}") from None
                     text, position = (text[position:] + block).lstrip(), 0
                     continue
-                yield f"{path.name}: item {number}", number, item
+                yield f"{path.name}: item {number}", first + number, item
                 number, position = number + 1, found.end()
                 if found[1] == "]":
                     return

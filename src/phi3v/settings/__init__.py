@@ -23,9 +23,12 @@ from phi3v.settings.commands import (
 from phi3v.settings.entries import (
     CONVERTER_VERSION,
     Dataset,
+    Division,
     Geometry,
     Hardware,
     Model,
+    Options,
+    OptionValue,
     Peak,
     Split,
     VisionGeometry,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import hashlib
 import json
@@ -9,9 +10,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from phi3v.settings.base import Strict
+from phi3v.settings.base import Strict, explain
 
 Turns = Literal["all", "draw", "first"]
 METRICS = (
@@ -118,6 +119,57 @@ class Model(Strict):
     """Layer sizes for the planner; empty: read from config.json where the url is a folder that exists."""
 
 
+class Options(Strict):
+    """What `options` of a split may hold; each format takes the ones that name it."""
+
+    columns: dict[str, str | list[str]] = {}
+    """What each column is (table, messages, imagefolder): `{image: img_id, question: "What is it?", answer: "{a} {b}"}`.
+    A value is a column, a text with columns in braces, or a constant text; several image columns are a list."""
+    prompt_suffix: str = ""
+    """Text added to every question (table, imagefolder)."""
+    prompt: str = ""
+    """The question of every picture (imagefolder: `{classes}`; nlvr2_official: `{sentence}`; hateful_memes_official)."""
+    frames: int = Field(8, ge=1, le=512)
+    """Frames of a clip (table, messages, ucf101)."""
+    unlabelled: bool = False
+    """Rows may be without an answer: they can be answered, and cannot train (table, messages)."""
+    file: str = ""
+    """Which of several files, or a pattern of them (all but cauldron, docvqa_mini, ucf101, imagefolder)."""
+    images_dir: str = "."
+    """Folder inside the source where picture paths start (as `file`)."""
+    field: str = ""
+    """JSON field that holds the list of rows (table, messages)."""
+    encoding: str = ""
+    """Of a table; empty: UTF-8 or UTF-16, else cp1252 (table)."""
+    delimiter: str = ""
+    """Of a table; empty: the one of comma, tab and semicolon that makes most of the header (table)."""
+    config: str = ""
+    """Configuration of a hub dataset (table, messages)."""
+    split: str = ""
+    """Name of the split inside the source; empty: as the split is called here (every format)."""
+    turns: Literal["", "all", "draw", "first"] = ""
+    """`first` keeps the first question of a row only; empty: as the dataset says (every format)."""
+
+
+_FILES = ("file", "images_dir", "split", "turns")
+_ROWS = (*_FILES, "columns", "field", "config", "frames", "unlabelled")
+_FOLDER = ("columns", "prompt", "prompt_suffix", "frames", "split", "turns")
+FORMAT_OPTIONS: dict[str, tuple[str, ...]] = {
+    "table": (*_ROWS, "prompt_suffix", "encoding", "delimiter"),
+    **dict.fromkeys(("messages", "sharegpt", "llava"), _ROWS),
+    **dict.fromkeys(("imagefolder", "image_folder"), _FOLDER),
+    "conversations": _FILES,
+    **dict.fromkeys(("cauldron", "docvqa_mini"), ("split", "turns")),
+    "ucf101": ("frames", "split", "turns"),
+    "docvqa_official": _FILES,
+    **dict.fromkeys(("nlvr2_official", "hateful_memes_official"), (*_FILES, "prompt")),
+}
+"""The options that each format takes."""
+
+
+OptionValue = str | int | bool | dict[str, str | list[str]]
+
+
 class Split(Strict):
     """Where one split of a dataset comes from."""
 
@@ -126,14 +178,49 @@ class Split(Strict):
     revision: str | None = None
     """Hub commit; empty until first used for real, then pinned by the lock file beside the download."""
     format: Literal[
-        "cauldron", "docvqa_mini", "ucf101", "image_folder", "table", "llava", "nlvr2_official", "hateful_memes_official",
-        "docvqa_official",
+        "table", "messages", "sharegpt", "llava", "imagefolder", "image_folder", "conversations", "cauldron",
+        "docvqa_mini", "ucf101", "nlvr2_official", "hateful_memes_official", "docvqa_official",
     ]  # fmt: skip
-    """Converter of phi3v.data.formats."""
+    """What the files are (docs/data.md describes each)."""
     rows: Annotated[str, Field(pattern=r"^\d*:\d*$")] = ":"
     """Rows taken, as a Python slice: `500:` is all but the first 500."""
-    options: dict[str, str] = {}
-    """Further arguments of the converter."""
+    options: dict[str, OptionValue] = {}
+    """Further facts about the files: see Options."""
+
+    @model_validator(mode="after")
+    def _options_are_the_formats(self) -> Split:
+        known = FORMAT_OPTIONS[self.format]
+        for name in self.options:
+            if name not in known:
+                like = difflib.get_close_matches(name, known, 1)
+                raise ValueError(
+                    f"options: got {name!r}; expected, for format {self.format}, one of {', '.join(sorted(known))}"
+                    + (f"; did you mean `{like[0]}`?" if like else "")
+                )
+        try:
+            self.parsed_options()
+        except ValidationError as error:
+            raise ValueError(str(explain(error, "options"))) from None
+        return self
+
+    def parsed_options(self) -> Options:
+        """The options with their defaults."""
+        return Options.model_validate(self.options)
+
+
+class Division(Strict):
+    """How a source without splits is divided: by seed, alike on every machine."""
+
+    val: float = Field(gt=0, lt=1)
+    """Share of the rows that evaluate."""
+    test: float = Field(0, ge=0, lt=1)
+    """Share of the rows of split test."""
+    seed: int = 0
+    """Another seed draws other rows."""
+    group: str = ""
+    """Column whose equal values stay together (a patient, a document)."""
+    stratify: str = ""
+    """Column whose values each split has in the same shares (a class)."""
 
 
 class Workload(Strict):
@@ -186,6 +273,8 @@ class Dataset(Strict):
     """Largest number of tiles of an image (recipe: 16, UCF-101: 4)."""
     licence: str = ""
     """Shown where the data are downloaded."""
+    split: Division | None = None
+    """Makes val (and test) of rows of `train`, for a source without splits; empty: the splits are as given."""
     on_error: Literal["stop", "skip"] = "stop"
     """Source rows that cannot be taken: stop at the first, or skip them (rejected.jsonl names them, the report counts)."""
     workload: Workload | None = None
@@ -206,9 +295,13 @@ class Dataset(Strict):
     def _has_metric_and_val(self) -> Dataset:
         if not self.metric:
             raise ValueError(f"metric: missing; expected one of {', '.join(METRICS)}")
-        if "val" not in self.splits:
+        if self.split:
+            if list(self.splits) != ["train"]:
+                raise ValueError(f"split: divides split train alone, got splits {sorted(self.splits)}")
+        elif "val" not in self.splits:
             raise ValueError(
-                f"splits: expected at least val (and train, where rows train on it), got {sorted(self.splits)}"
+                f"splits: expected at least val (and train, where rows train on it), got {sorted(self.splits)}; a source "
+                "without splits takes `split: {val: 0.1}`"
             )
         return self
 
@@ -288,7 +381,13 @@ def _digest(value: Any) -> str:
 def dataset_key(name: str, dataset: Dataset) -> str:
     """Folder name under results/data: source, revision, conversion options and converter version decide it."""
     splits = {split: source.model_dump() for split, source in dataset.splits.items()}
-    made = [dataset.turns, dataset.on_error, 0, CONVERTER_VERSION]  # 0 keeps the names of folders that exist
+    made: list[object] = [
+        dataset.turns,
+        dataset.on_error,
+        0,
+        CONVERTER_VERSION,
+    ]  # 0 keeps the names of folders that exist
+    made += [dataset.split.model_dump()] if dataset.split else []
     return f"{name}-{_digest([splits, *made])}"
 
 

@@ -1,0 +1,252 @@
+"""Formats of the recipe's own sources: the_cauldron, the mini DocVQA, UCF-101, and the official validation splits.
+
+Their jsonl, ids and picture names are the recipe's; the digests of published results depend on every byte.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path, PurePosixPath
+
+from phi3v.data.conversations import DataError, shown
+from phi3v.data.pictures import sample_frames
+from phi3v.data.processes import process_pool
+from phi3v.data.rows import (
+    Inputs,
+    Picture,
+    Rejection,
+    Row,
+    Rows,
+    Sample,
+    SampleTurn,
+    accepted_answers,
+    each_row,
+    json_rows,
+    parquet_rows,
+    picture_under,
+    some_text,
+    unpack,
+)
+
+Samples = Iterator[Sample | Rejection]
+
+VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".webm")
+ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+
+SPLIT_ORDER = ("train", "val", "test")
+"""Ids of clips count over the splits in this order."""
+
+
+def classes_prompt(kind: str, classes: list[str]) -> str:
+    """The recipe's prompt for clips, also used for pictures."""
+    return f"Classify the {kind} into one of the following classes: {', '.join(classes)}."
+
+
+def without_markers(text: str) -> str:
+    """The text without `<image>` marks at its ends: pictures stand before the text by the jsonl's own rule."""
+    text = text.strip()
+    while text.startswith("<image>"):
+        text = text.removeprefix("<image>").lstrip()
+    while text.endswith("<image>"):
+        text = text.removesuffix("<image>").rstrip()
+    return text
+
+
+def _bytes_picture(value: object, where: str, field: str) -> Picture:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes) or not data:
+        raise DataError(f"{where}: field `{field}.bytes`: got {shown(data)}; expected the picture's encoded bytes")
+    return Picture(data)
+
+
+def _parquet(inputs: Inputs, columns: list[str]) -> Rows:
+    """Rows of all files, numbered over all of them."""
+    number = 0
+    for path in inputs.files:
+        last = number - 1
+        for where, last, row in parquet_rows(path, columns, number):
+            yield where, last, row
+        number = last + 1
+
+
+def cauldron(inputs: Inputs) -> Samples:
+    """the_cauldron: `images` (list of {bytes, path}) and `texts` (list of {user, assistant, source}).
+
+    All questions of a row become turns; the pictures go with the first.
+    """
+
+    def build(where: str, number: int, row: Row) -> Sample:
+        images, texts = row["images"], row["texts"]
+        if not isinstance(images, list) or not images:
+            raise DataError(f"{where}: field `images`: got {shown(images)}; expected a list of pictures")
+        if not isinstance(texts, list) or not texts:
+            raise DataError(f"{where}: field `texts`: got {shown(texts)}; expected a list of questions and answers")
+        pictures = tuple(_bytes_picture(image, where, f"images[{index}]") for index, image in enumerate(images))
+        turns = []
+        for index, text in enumerate(texts):
+            if not isinstance(text, dict):
+                raise DataError(f"{where}: field `texts[{index}]`: got {shown(text)}; expected user and assistant")
+            user = without_markers(some_text(text.get("user"), where, f"texts[{index}].user"))
+            answer = some_text(text.get("assistant"), where, f"texts[{index}].assistant")
+            turns.append(SampleTurn(() if index else pictures, user, (answer,)))
+        return Sample(where, inputs.row_id(number), tuple(turns))
+
+    return each_row(_parquet(inputs, ["images", "texts"]), build)
+
+
+def docvqa_mini(inputs: Inputs) -> Samples:
+    """The mini DocVQA set: `image` {bytes, path}, `query` {en, …}, `answers`: all are accepted, the first trains."""
+
+    def build(where: str, number: int, row: Row) -> Sample:
+        query = row["query"]
+        question = some_text(query.get("en") if isinstance(query, dict) else query, where, "query.en")
+        answers = accepted_answers(row["answers"], where)
+        picture = _bytes_picture(row["image"], where, "image")
+        turn = SampleTurn((picture,), f"{question}\nAnswer briefly.", answers)
+        return Sample(where, inputs.row_id(number), (turn,))
+
+    return each_row(_parquet(inputs, ["image", "query", "answers"]), build)
+
+
+def nlvr2_official(inputs: Inputs) -> Samples:
+    """NLVR2's dev.json, test1.json: one object a line (identifier, sentence, label), and pairs dev-0-0-img{0,1}.png."""
+    prompt = inputs.options.prompt or 'For the images shown, is this caption "{sentence}" true?\nAnswer yes or no.'
+
+    def build(where: str, number: int, item: Row) -> Sample:
+        name = some_text(item.get("identifier"), where, "identifier")
+        label = str(item.get("label"))
+        if label not in ("True", "False"):
+            raise DataError(f"{where}: field `label`: got {shown(label)}; expected True or False")
+        files = [f"{name.rpartition('-')[0]}-img{k}.png" for k in (0, 1)]
+        pictures = tuple(picture_under(inputs.images_dir, file, where, "identifier") for file in files)
+        user = prompt.replace("{sentence}", some_text(item.get("sentence"), where, "sentence"))
+        return Sample(where, name, (SampleTurn(pictures, user, ("Yes" if label == "True" else "No",)),))
+
+    return each_row(json_rows(inputs.only(".json", ".jsonl")), build)
+
+
+def hateful_memes_official(inputs: Inputs) -> Samples:
+    """Hateful Memes' dev_seen.jsonl, test_seen.jsonl: id, img, label, text, with the img/ folder."""
+    prompt = inputs.options.prompt or "Is this an offensive meme?\nAnswer yes or no."
+
+    def build(where: str, number: int, item: Row) -> Sample:
+        label = item.get("label")
+        if label not in (0, 1):
+            raise DataError(f"{where}: field `label`: got {shown(label)}; expected 0 or 1")
+        picture = picture_under(inputs.images_dir, item.get("img"), where, "img")
+        return Sample(where, f"meme-{item.get('id')}", (SampleTurn((picture,), prompt, ("Yes" if label else "No",)),))
+
+    return each_row(json_rows(inputs.only(".jsonl", ".json")), build)
+
+
+def docvqa_official(inputs: Inputs) -> Samples:
+    """DocVQA's val_v1.0.json: {"data": [{questionId, question, image, answers}, …]} with the documents/ folder."""
+
+    def build(where: str, number: int, item: Row) -> Sample:
+        answers = accepted_answers(item.get("answers"), where)
+        picture = picture_under(inputs.images_dir, item.get("image"), where, "image")
+        user = f"{some_text(item.get('question'), where, 'question')}\nAnswer briefly."
+        return Sample(where, f"docvqa-{item.get('questionId', number)}", (SampleTurn((picture,), user, answers),))
+
+    return each_row(json_rows(inputs.only(".json"), "data"), build)
+
+
+def ucf101(inputs: Inputs) -> Samples:
+    """UCF-101-like clips SPLIT/CLASS/*.avi of an archive or folder: clips of one split in order of class and name.
+
+    Frames at arange(0, n, n/8), named CLASS/CLIP.0.jpg …; the class is the answer. The prompt lists the sorted classes
+    of all splits, and ids count over train, val, test.
+    """
+    clips = _clips(inputs)
+    order = {split: position for position, split in enumerate(SPLIT_ORDER)}
+    keys = sorted(clips, key=lambda key: (order.get(key[0], len(order)), *key))
+    chosen = [(number, key) for number, key in enumerate(keys) if key[0] == inputs.split]
+    if not chosen:
+        raise DataError(
+            f"{', '.join(map(str, inputs.files))}: no clips of split {inputs.split!r}; expected SPLIT/CLASS/CLIP.avi, "
+            f"got splits {sorted({split for split, _, _ in keys})}"
+        )
+    prompt = classes_prompt("video", sorted({label for _, label, _ in keys}))
+    decoded = _decoded([clips[key] for _, key in chosen], inputs.options.frames, inputs.workers)
+    for (number, key), jpegs in zip(chosen, decoded, strict=True):
+        split, label, clip = key
+        if clips[key].is_relative_to(inputs.scratch):
+            clips[key].unlink(missing_ok=True)
+        if isinstance(jpegs, str):
+            yield Rejection("/".join(key), jpegs.removeprefix(f"{clips[key]}: "))
+            continue
+        stem = PurePosixPath(clip).stem
+        pictures = tuple(Picture(data, f"{label}/{stem}.{index}.jpg") for index, data in enumerate(jpegs))
+        yield Sample("/".join(key), f"{split}-{number:010d}", (SampleTurn(pictures, prompt, (label,)),))
+    shutil.rmtree(inputs.scratch, ignore_errors=True)
+
+
+def _clips(inputs: Inputs) -> dict[tuple[str, str, str], Path]:
+    """(split, class, clip name) to file, of archives and folders: a path's last three parts."""
+    clips: dict[tuple[str, str, str], Path] = {}
+
+    def add(name: str, path: Path) -> None:
+        parts = PurePosixPath(name).parts
+        if len(parts) < 3:
+            raise DataError(f"{name}: expected SPLIT/CLASS/CLIP, as the path's last folders")
+        key = (parts[-3], parts[-2], parts[-1])
+        if key in clips:
+            raise DataError(f"{name}: split, class and clip are those of {clips[key]}; expected each once")
+        clips[key] = path
+
+    for file in inputs.files:
+        if file.name.endswith(ARCHIVE_SUFFIXES):
+            for name in unpack(file, inputs.scratch, lambda name: name.lower().endswith(VIDEO_SUFFIXES)):
+                add(name, inputs.scratch / name)
+                if f"/{inputs.split}/" not in f"/{name}":
+                    # Clips of other splits only count: ids continue over all of them.
+                    (inputs.scratch / name).unlink()
+        elif file.suffix.lower() in VIDEO_SUFFIXES:
+            add(file.relative_to(inputs.root).as_posix(), file)
+    return clips
+
+
+def _decoded(paths: list[Path], frames: int, workers: int) -> Iterator[list[bytes] | str]:
+    """The frames of each clip, in order, or why there are none.
+
+    Processes, not threads: writing JPEG holds the interpreter. A short queue keeps memory flat.
+    """
+    if workers == 1:
+        yield from (_decode_clip(path, frames) for path in paths)
+        return
+    with process_pool(workers) as pool:
+        pending: deque[tuple[Path, Future[list[bytes] | str]]] = deque()
+        try:
+            for path in paths:
+                pending.append((path, pool.submit(_decode_clip, path, frames)))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft()[1].result()
+            while pending:
+                yield pending.popleft()[1].result()
+        except BrokenProcessPool:
+            near = ", ".join(path.name for path, _ in pending)
+            raise DataError(f"a process ended while it decoded a clip; --workers 1 tells which (near {near})") from None
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _decode_clip(path: Path, frames: int) -> list[bytes] | str:
+    try:
+        return sample_frames(path, frames)
+    except DataError as error:
+        return str(error)
+
+
+FORMATS: dict[str, Callable[[Inputs], Samples]] = {
+    "cauldron": cauldron,
+    "docvqa_mini": docvqa_mini,
+    "ucf101": ucf101,
+    "nlvr2_official": nlvr2_official,
+    "hateful_memes_official": hateful_memes_official,
+    "docvqa_official": docvqa_official,
+}
