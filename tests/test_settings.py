@@ -524,3 +524,19 @@ def test_an_automatic_micro_batch_is_a_rows_setting(tree):
     assert flags[flags.index("--micro_batch_size") + 1] == "auto"
     with pytest.raises(SettingsError, match="expected an integer >= 1, or auto"):
         tree(overrides={"phi35-nlvr2-full-bf16": {"micro_batch_size": 0}})
+
+
+def test_a_users_run_takes_the_demos_model_with_their_dataset_alone(tree):
+    entry = {
+        "title": "mine", "metric": "accuracy", "split": {"val": 0.1},
+        "splits": {"train": {"url": "file:mine", "format": "imagefolder"}},
+    }  # fmt: skip
+    (tree.root / "mine.yaml").write_text(yaml.safe_dump({"mine": entry}))
+    table = (tree.root / "config/digits/accuracy.tsv").read_text()
+    (tree.root / "mine.tsv").write_text(table.replace("\tdigits\t", "\tmine\t"))
+    values = yaml.safe_load((tree.root / "config/digits.yaml").read_text())
+    values["files"] |= {"datasets": ["mine.yaml"], "accuracy": ["mine.tsv"]}
+    run = load_run(values, tree.root)
+    assert {job.row.dataset for job in run.accuracy} == {"mine"}
+    assert {"digits", "mixture"} <= set(run.datasets)
+    assert run.settings.files.datasets[0] == "mine.yaml"

@@ -109,6 +109,8 @@ class Demo(Strict):
     seed: int = 0
     sizes: dict[str, int]
     """Rows of each source file."""
+    datasets: list[str] = []
+    """Datasets files with `texts` and `mixture`; a run need not name them again."""
     texts: list[str] = Field(min_length=1)
     """Datasets whose training texts the tokenizer learns."""
     geometry: dict[str, int]
@@ -258,6 +260,10 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
     where = "configuration" if isinstance(config, dict) else str(config)
     settings = validate(Run, config if isinstance(config, dict) else read_yaml(config), where)
     demo = validate(Demo, read_yaml(root / settings.demo), settings.demo) if settings.demo else None
+    if demo:
+        datasets = list(dict.fromkeys([*settings.files.datasets, *demo.datasets]))
+        files = settings.files.model_copy(update={"datasets": datasets})
+        settings = settings.model_copy(update={"files": files})
     run = ResolvedRun(
         settings=settings,
         models=read_entries(settings.files.models, Model, root),
@@ -273,7 +279,7 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
         "speed": [*read_tables(settings.files.speed, SpeedRow, root)],
     }
     _check_names(where, run)
-    files = _check_tables(run, [*tables["accuracy"], *tables["speed"]])
+    row_files = _check_tables(run, [*tables["accuracy"], *tables["speed"]])
     unused = set(settings.overrides)
     for kind, table in tables.items():
         selected = getattr(settings.rows, kind)
@@ -286,7 +292,7 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
         for path, table_row in table:
             row, departures = _overridden(where, table_row, settings.overrides, unused)
             if any(fnmatch.fnmatchcase(row.row, pattern) for pattern in selected):
-                getattr(run, kind).extend(_jobs(where, run, path, row, departures, files))
+                getattr(run, kind).extend(_jobs(where, run, path, row, departures, row_files))
     if unused:
         raise SettingsError(f"{where}: field `overrides`: pattern {sorted(unused)[0]!r} matches no row of the tables")
     return run
