@@ -85,11 +85,12 @@ class HubServer:
     """A web server with a hub's repositories, and faults to order: `faults[path suffix]` is a list of what the next
     GETs meet.
 
-    Faults: "cut" (half of the bytes, then the connection ends), "wrong" (other bytes), "no HEAD" (405 to a HEAD), or a status number.
+    Faults: "cut" (half of the bytes, then the connection ends), "wrong" (other bytes), "no HEAD" (405 to a HEAD), "no ranges" (the whole file
+    whatever is asked for), or a status number.
     """
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    faults: dict[str, list[str | int]] = field(default_factory=dict)
+    faults: dict[str, list[str | int | None]] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """(method, path, Range header)."""
     address: str = ""
@@ -128,7 +129,7 @@ class HubServer:
         self.requests.append((handler.command, path, handler.headers.get("Range")))
         fault: str | int | None = None
         for suffix, faults in self.faults.items():
-            if path.endswith(suffix) and faults and (body or faults[0] == "no HEAD"):
+            if path.endswith(suffix) and faults and body != (faults[0] == "no HEAD"):
                 fault = faults.pop(0)
                 break
         if fault == "no HEAD":
@@ -186,13 +187,13 @@ class HubServer:
         headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if fault == "wrong":
             data = bytes(len(data))
-        start = 0
         asked = handler.headers.get("Range")
-        if asked and handler.headers.get("If-Range") in (None, f'"{tag}"'):
-            start = int(asked.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        part = data[start:]
-        return self._reply(handler, 206 if start else 200, part, headers, body, cut=fault == "cut")
+        if not asked or fault == "no ranges" or handler.headers.get("If-Range") not in (None, f'"{tag}"'):
+            return self._reply(handler, 200, data, headers, body, cut=fault == "cut")
+        start, _, last = asked.removeprefix("bytes=").partition("-")
+        part = data[int(start) : int(last) + 1 if last else None]
+        headers["Content-Range"] = f"bytes {start}-{int(start) + len(part) - 1}/{len(data)}"
+        return self._reply(handler, 206, part, headers, body, cut=fault == "cut")
 
     @staticmethod
     def _reply(

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 from data_examples import COMMIT, HubServer
 
 from phi3v.data import fetch as room
-from phi3v.data.fetch import LOCK, PINS, SourceError, fetch, folder_name, locked_files
+from phi3v.data.fetch import LOCK, PINS, SourceError, fetch, fetch_urls, folder_name, locked_files
 
 ROOT = Path(__file__).parents[1]
 SHARD = bytes(range(256)) * 4096  # 1 MiB
@@ -25,6 +26,7 @@ NOTE = b"small text file"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setenv("PHI3V_DOWNLOAD_PAUSE", "0.01")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     repositories = {
         "datasets/owner/set": {
             "docvqa/train-0.parquet": SHARD,
@@ -143,7 +145,7 @@ def test_bytes_that_stay_wrong_are_an_error_and_leave_no_lock(tmp_path: Path, hu
         ("hf://datasets/owner/none/x.parquet", "no such repository"),
         ("hf://datasets/owner/set/none/*.parquet", "no file of the repository matches"),
         ("hf://datasets/owner", "expected hf://datasets/OWNER/REPO/PATH"),
-        ("ftp://host/file", "unknown kind"),
+        ("gopher://host/file", "unknown kind"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path: Path, hub: HubServer, entry: str, expected: str) -> None:
@@ -185,25 +187,95 @@ def test_of_a_model_only_weights_configuration_and_tokenizer_are_taken(tmp_path:
     assert "MIT" in done.stderr
 
 
-def test_a_web_file_goes_on_after_a_cut(tmp_path: Path, hub: HubServer) -> None:
-    hub.faults = {"UCF.tar.gz": ["cut", 503, "cut"]}
+def test_a_web_file_goes_on_after_a_cut(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "BLOCK", len(SHARD) // 4)
+    hub.faults = {"UCF.tar.gz": [None, "cut", 503, None, "cut"]}
     url = f"{hub.address}/files/UCF.tar.gz"
     fetch([(url, None)], tmp_path)
     _, files, _ = locked_files(tmp_path, url, None)
     assert files[0].read_bytes() == SHARD
-    ranges = [asked for method, path, asked in hub.requests if method == "GET"]
-    assert ranges[0] is None
-    assert ranges[-1] == f"bytes={len(SHARD) * 3 // 4}-"
+    quarters = [
+        int(asked.removeprefix("bytes=").split("-")[0]) * 4 // len(SHARD) for _, _, asked in hub.requests if asked
+    ]
+    assert quarters == [0, 1, 1, 1, 2, 2, 3]  # no quarter that arrived is asked for again
     assert [path.name for path in files[0].parent.iterdir()] == ["UCF.tar.gz"]
 
 
-def test_a_download_resumes_from_a_server_that_refuses_head(tmp_path: Path, hub: HubServer) -> None:
-    # The first GET asks for the headers.
-    hub.faults = {"UCF.tar.gz": ["no HEAD", "cut", "cut"]}
+@pytest.mark.parametrize("fault", ["no HEAD", "no ranges"])
+def test_servers_that_refuse_head_or_ranges_serve_all_the_same(
+    tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(room, "BLOCK", len(SHARD) // 4)
+    hub.faults = {"UCF.tar.gz": [fault] * 5}
     url = f"{hub.address}/files/UCF.tar.gz"
     fetch([(url, None)], tmp_path)
     assert locked_files(tmp_path, url, None)[1][0].read_bytes() == SHARD
-    assert [asked for _, _, asked in hub.requests] == [None, None, None, f"bytes={len(SHARD) // 2}-"]
+
+
+def test_files_folders_and_patterns_of_an_object_store(tmp_path: Path, hub: HubServer) -> None:
+    store = fsspec.filesystem("memory")
+    for name in ("b/train/1.parquet", "b/train/0.parquet", "b/train/deep/2.txt", "b/other"):
+        store.pipe(f"/store/{name}", name.encode())
+    for url, expected in (
+        ("memory://store/b/train", ["0.parquet", "1.parquet", "deep/2.txt"]),
+        ("memory://store/b/train/*.parquet", ["0.parquet", "1.parquet"]),
+        ("memory://store/b/other", ["other"]),
+    ):
+        fetch([(url, None)], tmp_path)
+        root, files, _ = locked_files(tmp_path, url, None)
+        assert [path.relative_to(root).as_posix() for path in files] == expected
+        assert all(path.read_bytes().decode().endswith(path.name) for path in files)
+    with pytest.raises(SourceError, match=r"'memory://store/none': no such file"):
+        fetch([("memory://store/none", None)], tmp_path)
+
+
+def test_a_missing_package_of_an_object_store_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(SourceError, match=r"s3fs.*pip install 'phi3v\[cloud\]'"):
+        fetch([("s3://bucket/x", None)], tmp_path)
+
+
+def test_urls_of_rows_are_fetched_once_and_failures_have_reasons(tmp_path: Path, hub: HubServer) -> None:
+    hub.repositories[""] |= {"p/1.JPG": b"one", "p/2": b"two"}
+    hub.faults = {"1.JPG": [503, "cut"], "busy": [500] * 3}
+    good = [f"{hub.address}/p/1.JPG?size=1", f"{hub.address}/p/2"]
+    bad = [f"{hub.address}/none.png", f"{hub.address}/busy", "pictures/a.png"]
+    files, failures = fetch_urls([good[0], *bad, *good], tmp_path)
+    assert [files[url].read_bytes() for url in good] == [b"one", b"two"]
+    assert files[good[0]].suffix == ".jpg"
+    assert list(failures) == bad
+    assert (
+        "404" in failures[bad[0]] and "HTTP 500; tried 3 times" in failures[bad[1]] and "https://" in failures[bad[2]]
+    )
+    assert json.loads((tmp_path / "failures.json").read_text()) == failures
+    assert not list(tmp_path.rglob("*.part"))
+    # Once more: only what is missing is asked for.
+    hub.repositories[""]["none.png"] = b"late"
+    asked = len(hub.requests)
+    files, failures = fetch_urls([*good, bad[0]], tmp_path)
+    assert files[bad[0]].read_bytes() == b"late" and not failures
+    assert {path for _, path, _ in hub.requests[asked:]} == {"/none.png"}
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+def test_the_limit_of_urls_does_not_depend_on_timing(tmp_path: Path, hub: HubServer, workers: int) -> None:
+    hub.repositories[""] |= {f"{n}.png": bytes(100) for n in range(40)}
+    urls = [f"{hub.address}/{n}.png" for n in range(40)]
+    files, failures = fetch_urls(urls, tmp_path, limit_bytes=350, workers=workers)
+    assert list(files) == urls[:3]
+    assert list(failures) == urls[3:]
+    assert "over the limit" in failures[urls[3]]
+    assert len(hub.requests) < 40
+
+
+def test_offline_urls_come_from_the_cache(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repositories[""] |= {"1.png": b"one", "2.png": b"two"}
+    urls = [f"{hub.address}/{n}.png" for n in (1, 2)]
+    fetch_urls(urls[:1], tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    files, failures = fetch_urls(urls, tmp_path)
+    assert list(files) == urls[:1] and "HF_HUB_OFFLINE" in failures[urls[1]]
 
 
 def test_a_web_file_that_changed_between_two_tries_starts_anew(tmp_path: Path, hub: HubServer) -> None:
@@ -226,13 +298,6 @@ def test_a_final_refusal_is_not_tried_again(tmp_path: Path, hub: HubServer, stat
     assert not (tmp_path / LOCK).exists()
 
 
-def test_retry_after_is_seconds_or_a_date() -> None:
-    assert room.retry_after("7") == 7
-    assert room.retry_after("Fri, 01 Jan 1990 00:00:00 GMT") == 0
-    assert room.retry_after("soon") is None
-    assert room.retry_after(None) is None
-
-
 def test_room_is_checked_before_the_first_byte(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: room.shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(SourceError, match="GB free; expected room"):
@@ -240,7 +305,7 @@ def test_room_is_checked_before_the_first_byte(tmp_path: Path, hub: HubServer, m
     assert hub.gets("UCF.tar.gz") == 0
 
 
-def test_local_files_are_linked_and_never_changed(tmp_path: Path) -> None:
+def test_local_files_are_read_where_they_are_and_never_changed(tmp_path: Path) -> None:
     original = tmp_path / "mine" / "pictures" / "a.png"
     original.parent.mkdir(parents=True)
     original.write_bytes(NOTE)
@@ -252,14 +317,15 @@ def test_local_files_are_linked_and_never_changed(tmp_path: Path) -> None:
     assert [path.relative_to(root).as_posix() for path in files] == ["table.csv", "pictures/a.png"]
     assert original.read_bytes() == NOTE
     assert os.stat(original).st_mtime_ns == before.st_mtime_ns
-    # What its owner changes is taken anew; what he removes goes.
+    assert files[1] == original
+    # What their owner changes, adds or removes is taken anew.
     (tmp_path / "mine" / "table.csv").unlink()
-    original.unlink()
+    with pytest.raises(SourceError, match=r"table\.csv: added or removed; run scripts/download\.py again"):
+        locked_files(tmp_path / "out", url, None)
     original.write_bytes(SHARD)
     fetch([(url, None)], tmp_path / "out")
     root, files, _ = locked_files(tmp_path / "out", url, None)
     assert [path.read_bytes() for path in files] == [SHARD]
-    assert not (root / "table.csv").exists()
 
 
 def test_relative_urls_globs_and_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +336,7 @@ def test_relative_urls_globs_and_missing_files(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in locked_files("out", "file:*.parquet", None)[1]] == ["a.parquet", "b.parquet"]
     with pytest.raises(SourceError, match=r"'file:none': no such file"):
         fetch([("file:none", None)], "out")
-    with pytest.raises(SourceError, match="host 'server' in a file URL"):
+    with pytest.raises(SourceError, match="a host in a file URL"):
         fetch([("file://server/x", None)], "out")
 
 
@@ -287,8 +353,8 @@ def test_a_fetched_file_that_was_touched_is_noticed(tmp_path: Path) -> None:
     url = str(tmp_path / "t.csv")
     fetch([(url, None)], tmp_path / "out")
     _, files, _ = locked_files(tmp_path / "out", url, None)
-    files[0].unlink()
-    with pytest.raises(SourceError, match=r"t\.csv: missing; run scripts/download\.py again"):
+    files[0].write_text("abd")
+    with pytest.raises(SourceError, match=r"t\.csv: sha256 .*; run scripts/download\.py again"):
         locked_files(tmp_path / "out", url, None)
     (tmp_path / "out" / LOCK).write_text("{}")
     with pytest.raises(SourceError, match="not a lock"):

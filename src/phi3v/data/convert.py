@@ -30,7 +30,7 @@ from phi3v.data.conversations import (
     read_conversations,
     shown,
 )
-from phi3v.data.fetch import link_or_copy, locked_files
+from phi3v.data.fetch import locked_files
 from phi3v.data.folder import LENGTHS, Description, SplitEntry, describe
 from phi3v.data.formats import FORMATS, ROWS, as_text, column
 from phi3v.data.pictures import read_pictures
@@ -183,10 +183,7 @@ class PictureWriter:
                     f"{where}: picture {shown(path)}: another one of that name is there; expected names to differ"
                 )
             return path
-        if stored.original and isinstance(data, Path):
-            link_or_copy(data, target)
-        else:
-            target.write_bytes(stored.data)
+        target.write_bytes(stored.data)  # a copy: saving over the original must not change converted data
         self.written += 1
         self.of_row.append(target)
         return path

@@ -1,20 +1,20 @@
-"""Fetching sources: hub repositories, web files and local files, into one folder with a lock.
+"""Fetching sources: hub repositories, web and cloud files and local files, with a lock that pins their contents.
 
-    hf://datasets/OWNER/REPO/PATH   hub dataset files (globs allowed)
-    hf://OWNER/REPO                 a model's weights, configuration and tokenizer
-    https://HOST/FILE               a web file
-    file:FOLDER-OR-FILE, or a path  local files (globs allowed): hard links if the disk allows, else copies; never changed
+    hf://datasets/OWNER/REPO/PATH    files of a hub dataset (globs allowed), through huggingface_hub
+    hf://OWNER/REPO                  a model's weights, configuration and tokenizer
+    https://HOST/FILE                a web file, through fsspec
+    s3://, gs://, az://BUCKET/PATH   files, folders or globs of an object store, through fsspec (extra `cloud`)
+    file:FOLDER-OR-FILE, or a path   local files (globs allowed), read where they are and never changed
 
-Each URL gets a folder of its own under the output folder. `sources.lock.json`, written last, names every file with its
-size and sha256. `sources.pins.json` keeps the same facts from the first use on (a workflow that repeats the step deletes
-the lock, not the pins), and later downloads must equal them. This module alone opens network connections: through
-huggingface_hub (its cache, resume, token, HF_ENDPOINT mirrors and HF_HUB_OFFLINE) and its HTTP library.
+`sources.lock.json`, written last, names every file with its size and sha256. `sources.pins.json` keeps the same facts
+from the first use on (a workflow that repeats the step deletes the lock, not the pins), and later downloads must equal
+them. This module alone opens network connections. Tokens, proxies, mirrors, caches and offline mode are the libraries'
+own: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, https_proxy, ~/.aws and so on.
 """
 
 from __future__ import annotations
 
 import errno
-import fnmatch
 import glob
 import hashlib
 import json
@@ -23,23 +23,28 @@ import re
 import shutil
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
 from phi3v.data.conversations import DataError
 from phi3v.provenance.manifest import digest_file, write_json
+from phi3v.settings import local_source
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 LOCK = "sources.lock.json"
 PINS = "sources.pins.json"
+FAILURES = "failures.json"
+
+OFFLINE = "HF_HUB_OFFLINE forbids the network: download it once online"
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "LICENSE*", "README.md")
 """Of a model repository: weights, configuration, tokenizer, terms. No remote code, no second copy in another format."""
@@ -50,9 +55,15 @@ TIMEOUT = 30
 MAX_PAUSE = 300
 """Seconds between two tries at most, whatever the server asks for."""
 
-HEADERS = {"User-Agent": "phi3v", "Accept-Encoding": "identity"}
+BLOCK = 16 * 2**20
+"""Bytes of a request for a part of a file; a lost connection repeats one."""
+
+MAX_PICTURE_BYTES = 256 * 2**20
+"""A file behind a URL of a row is refused once it is longer."""
 
 Kind = Literal["dataset", "model"]
+Plan = tuple[list[tuple[Path, int]], Callable[[], tuple[str | None, list["File"]]]]
+"""Of a remote source: (folder, bytes that will be written there), and what fetches it: (hub commit, its files)."""
 Key = tuple[str, str | None]
 """(url, revision asked for)"""
 T = TypeVar("T")
@@ -89,38 +100,8 @@ class Source:
     resolved: str | None
     """The hub commit that was fetched."""
     folder: str
-    """Its folder, relative to the lock."""
+    """Its folder, relative to the lock; "": local files, which stay where they are."""
     files: list[File]
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A file to be fetched. `size`, `sha256` and `tag` are what the server promises; None or "" if it does not."""
-
-    path: str
-    size: int | None
-    sha256: str | None = None
-    tag: str = ""
-    """ETag of a web file."""
-
-
-def _is_local(url: str) -> bool:
-    return not url.startswith(("hf://", "https://", "http://"))
-
-
-def _local_path(url: str) -> Path:
-    """The path of a local URL: file:///absolute, file:relative or a plain path. Raises SourceError."""
-    if re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:", url):
-        raise SourceError(f"source {url!r}: unknown kind; expected hf://…, https://…, file:… or a path")
-    path = url.removeprefix("file:")
-    if path.startswith("//"):
-        host, slash, rest = path[2:].partition("/")
-        if host not in ("", "localhost"):
-            raise SourceError(
-                f"source {url!r}: host {host!r} in a file URL; expected file:relative/path or file:///absolute/path"
-            )
-        path = slash + rest
-    return Path(path).expanduser()
 
 
 def folder_name(url: str, revision: str | None) -> str:
@@ -145,7 +126,10 @@ def _write_lock(path: Path, sources: Iterable[Source]) -> None:
 
 
 def locked_files(source_dir: str | Path, url: str, revision: str | None) -> tuple[Path, list[Path], Source]:
-    """(folder, its files in order, lock entry) of a fetched source. Raises SourceError if it is missing or incomplete."""
+    """(folder, its files in order, lock entry) of a fetched source. Raises SourceError if it is missing or incomplete.
+
+    The contents of local files are compared with the lock, because their owner may change them at any time.
+    """
     source_dir = Path(source_dir)
     lock = source_dir / LOCK
     if not lock.is_file():
@@ -155,8 +139,13 @@ def locked_files(source_dir: str | Path, url: str, revision: str | None) -> tupl
         raise SourceError(
             f"{lock}: source {url!r}, revision {revision}: not there; run scripts/download.py for this dataset again"
         )
-    folder = source_dir / source.folder
-    if problem := _difference(folder, source.files, contents=False):
+    folder, problem = source_dir / source.folder, None
+    if not source.folder:
+        folder, names = local_files(url)
+        changed = {file.path for file in source.files} ^ set(names)
+        problem = f"{folder / min(changed)}: added or removed" if changed else None
+    problem = problem or _difference(folder, source.files, contents=not source.folder)
+    if problem:
         raise SourceError(f"{problem}; run scripts/download.py again")
     return folder, [folder / file.path for file in source.files], source
 
@@ -174,7 +163,15 @@ def _difference(folder: Path, files: list[File], contents: bool) -> str | None:
     return None
 
 
-def link_or_copy(original: Path, target: Path) -> None:
+def _records(folder: Path, names: Iterable[str], workers: int) -> list[File]:
+    """The records of files."""
+    with ThreadPoolExecutor(workers) as pool:
+        return list(
+            pool.map(lambda name: File(name, (folder / name).stat().st_size, digest_file(folder / name)), names)
+        )
+
+
+def _link_or_copy(original: Path, target: Path) -> None:
     """`target` becomes a hard link of a file, or a copy if the disk, the owner or the file system forbids one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
@@ -194,106 +191,82 @@ def link_or_copy(original: Path, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _local_files(url: str) -> list[tuple[Path, str]]:
-    """(file, path under the source's folder) of a local URL, in order."""
-    start = _local_path(url)
+def local_files(url: str) -> tuple[Path, list[str]]:
+    """(folder, paths of the files below it in order) of a local URL. Raises SourceError if there is none."""
+    if re.match(r"file://(?!localhost/)[^/]", url):
+        raise SourceError(f"source {url!r}: a host in a file URL; expected file:relative/path or file:///absolute/path")
+    start = Path(local_source(url) or "").expanduser()
     if start.is_dir():
-        found = []
-        for folder, subfolders, names in os.walk(start, followlinks=False):
+        root, names = start, []
+        for folder, subfolders, found in os.walk(start):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for path in (Path(folder) / name for name in sorted(names) if not name.startswith(".")):
-                if path.is_file():
-                    found.append((path, path.relative_to(start).as_posix()))
+            files = [Path(folder) / name for name in sorted(found) if not name.startswith(".")]
+            names += [path.relative_to(start).as_posix() for path in files if path.is_file()]
     else:
-        paths = [start] if start.is_file() else [Path(name) for name in sorted(glob.glob(str(start), recursive=True))]
-        found = [(path, path.name) for path in paths if path.is_file()]
-        if len({name for _, name in found}) != len(found):
-            raise SourceError(f"source {url!r}: two matching files have the same name; expected files of one folder")
-    if not found:
+        found = [str(start)] if start.is_file() else sorted(glob.glob(str(start), recursive=True))
+        files = [Path(path) for path in found if Path(path).is_file()]
+        root = Path(os.path.commonpath([path.parent for path in files])) if files else start
+        names = [path.relative_to(root).as_posix() for path in files]
+    if not names:
         raise SourceError(
             f"source {url!r}: no such file or folder{' with files' if start.is_dir() else ''} (seen from {Path.cwd()})"
         )
-    return found
-
-
-def _fetch_local(url: str, folder: Path, flat: bool) -> list[File]:
-    """Link local files into a folder; other files there go, unless it is the `flat` output folder itself."""
-    folder.mkdir(exist_ok=True)
-    files = []
-    for original, name in tqdm(_local_files(url), desc=f"linking {url}"[:60], unit="file", disable=None):
-        if name not in (LOCK, PINS):
-            target = folder / name
-            link_or_copy(original, target)
-            files.append(File(name, target.stat().st_size, digest_file(target)))
-    if not flat:
-        kept = {folder / file.path for file in files}
-        for path in [path for path in folder.rglob("*") if path.is_file() and path not in kept]:
-            path.unlink()
-    return files
-
-
-def retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header: a number or a date."""
-    if value and re.fullmatch(r"\d+", value.strip()):
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time()) if value else None
-    except ValueError:
-        return None
-
-
-def _status_error(status: int, what: str, wait: str | None) -> Exception:
-    """The exception of an HTTP status: transient for 408, 429 and 5xx, final else."""
-    if status in (408, 429) or status >= 500:
-        return Transient(f"HTTP {status}", retry_after(wait))
-    hint = {
-        401: "not allowed without a token: set HF_TOKEN",
-        403: "not allowed: accept the terms on the page of the source and set HF_TOKEN",
-        404: "not found: check the address and the revision",
-    }.get(status, "refused")
-    return SourceError(f"{what}: HTTP {status}: {hint}")
+    return root, names
 
 
 def _sorted_error(error: Exception, what: str) -> Exception:
     """A passing failure as Transient, a final one as SourceError that names what to do, any other unchanged."""
-    import httpx2
+    import aiohttp
     from huggingface_hub import errors as hub
 
-    cause = error.__cause__
-    if isinstance(error, hub.LocalEntryNotFoundError) and cause and not isinstance(cause, hub.OfflineModeIsEnabled):
-        return Transient(f"{cause}")  # the connection failed before the file's facts were known
-    final: tuple[tuple[type[Exception], str], ...] = (
-        (hub.OfflineModeIsEnabled, "not in the cache; HF_HUB_OFFLINE forbids the network: download it once online"),
-        (hub.GatedRepoError, "gated: accept its terms on its page and set HF_TOKEN"),
-        (hub.RevisionNotFoundError, "no such revision; expected a commit, branch or tag of the repository"),
-        (hub.RepositoryNotFoundError, "no such repository, or not visible without a token (HF_TOKEN)"),
-        (hub.LocalEntryNotFoundError, "not in the cache, and the network is not reachable or forbidden"),
-        (hub.EntryNotFoundError, "no such file in the repository"),
+    wrapped = isinstance(error, FileNotFoundError | hub.DryRunError) and error.__cause__
+    if isinstance(wrapped, Exception):  # both libraries wrap what the server answered
+        return _sorted_error(wrapped, what)
+    status, wait = None, None
+    if isinstance(error, hub.HfHubHTTPError):
+        status, wait = error.response.status_code, error.response.headers.get("Retry-After")
+    elif isinstance(error, aiohttp.ClientResponseError):
+        status, wait = error.status, error.headers.get("Retry-After") if error.headers else None
+    if status is not None and (status in (408, 429) or status >= 500):
+        return Transient(f"HTTP {status}", float(wait) if wait and wait.isdigit() else None)
+    final: tuple[tuple[bool, str], ...] = (
+        (isinstance(error, hub.OfflineModeIsEnabled), f"not in the cache; {OFFLINE}"),
+        (isinstance(error, hub.GatedRepoError), "gated: accept its terms on its page and set HF_TOKEN"),
+        (isinstance(error, hub.RevisionNotFoundError), "no such revision; expected a commit, branch or tag"),
+        (
+            isinstance(error, hub.RepositoryNotFoundError),
+            "no such repository, or not visible without a token (HF_TOKEN)",
+        ),
+        (isinstance(error, hub.EntryNotFoundError), "no such file in the repository or its cache"),
+        (status == 401, "HTTP 401: not allowed without a token: set HF_TOKEN"),
+        (status == 403, "HTTP 403: not allowed: accept the terms on the page of the source and set HF_TOKEN"),
+        (status == 404, "HTTP 404: not found: check the address and the revision"),
+        (status is not None, f"HTTP {status}: refused"),
+        (isinstance(error, FileNotFoundError) and not error.errno, "HTTP 404: not found: check the address"),
+        (isinstance(error, PermissionError) and not error.errno, "not allowed: check the credentials of this storage"),
     )
     for known, message in final:
-        if isinstance(error, known):
+        if known:
             return SourceError(f"{what}: {message}")
-    if isinstance(error, hub.HfHubHTTPError | httpx2.HTTPStatusError):
-        return _status_error(error.response.status_code, what, error.response.headers.get("Retry-After"))
-    if isinstance(error, hub.FileMetadataError | httpx2.HTTPError | ConnectionError | TimeoutError):
+    network = (hub.FileMetadataError, aiohttp.ClientError, ConnectionError, TimeoutError)
+    if isinstance(error, network) or type(error).__module__.startswith("httpx2"):
         return Transient(f"{type(error).__name__}: {error}")
-    if isinstance(error, OSError) and "Consistency check failed" in str(error):
-        return Transient("fewer or more bytes than promised")
-    return error
+    short = isinstance(error, OSError) and "Consistency check failed" in str(error)  # huggingface_hub's words
+    return Transient("fewer or more bytes than promised") if short else error
 
 
-def _with_retries(action: Callable[[], T], what: str) -> T:
+def _with_retries(action: Callable[[], T], what: str, most: int = 6) -> T:
     """Run an action until it succeeds; after each passing failure wait 1, 2, 4 … seconds, or what the server asks for.
 
-    PHI3V_DOWNLOAD_ATTEMPTS (6) and PHI3V_DOWNLOAD_PAUSE (1) change the number of tries and the first pause.
+    PHI3V_DOWNLOAD_ATTEMPTS and PHI3V_DOWNLOAD_PAUSE (1) change the number of tries and the first pause.
     """
-    attempts = max(1, int(os.environ.get("PHI3V_DOWNLOAD_ATTEMPTS", "6")))
+    attempts = max(1, int(os.environ.get("PHI3V_DOWNLOAD_ATTEMPTS", most)))
     pause = float(os.environ.get("PHI3V_DOWNLOAD_PAUSE", "1"))
     for attempt in range(1, attempts + 1):
         try:
             return action()
         except Exception as error:
-            known = _sorted_error(error, what)
+            known = error if isinstance(error, Transient | SourceError) else _sorted_error(error, what)
             if not isinstance(known, Transient):
                 raise known from (None if known is not error else error.__cause__)
             if attempt == attempts:
@@ -304,211 +277,172 @@ def _with_retries(action: Callable[[], T], what: str) -> T:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-class _Server(ABC):
-    """A remote source: what it lists, and the folder that its files go into."""
+def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    """(fsspec's file system, path there) of a URL. Raises SourceError: unknown kind, or its package is missing."""
+    import aiohttp
+    from fsspec.core import url_to_fs
+    from huggingface_hub.constants import is_offline_mode
 
-    url: str
-    resolved: str | None = None
-    remotes: list[Remote]
-
-    def written(self, remote: Remote, folder: Path) -> list[Path]:
-        """The folders that a file's bytes are written to on the way into `folder`."""
-        return [folder]
-
-    @abstractmethod
-    def get(self, remote: Remote, target: Path, sha256: str | None) -> None:
-        """Fetch one file. Raises SourceError."""
-
-    def missing(self, folder: Path) -> Iterator[tuple[Path, int]]:
-        """(folder, bytes that will be written there) of the files that are not in `folder` yet."""
-        for remote in self.remotes:
-            if not (folder / remote.path).is_file():
-                yield from ((place, remote.size or 0) for place in self.written(remote, folder))
-
-    def fetch(self, remote: Remote, folder: Path, pinned: Source | None) -> File:
-        """Fetch a file unless it is there, and check it. Raises SourceError."""
-        target = folder / remote.path
-        pins = {file.path: file.sha256 for file in pinned.files} if pinned else {}
-        promised = pins.get(remote.path, remote.sha256)
-        if not target.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.get(remote, target, promised)
-        file = File(remote.path, target.stat().st_size, digest_file(target))
-        if (remote.size not in (None, file.size)) or (promised not in (None, file.sha256)):
-            target.unlink()
-            raise SourceError(
-                f"source {self.url!r}: {remote.path}: {file.size} bytes, sha256 {file.sha256}; expected "
-                f"{remote.size} bytes, sha256 {promised}. The file was removed; run the download again"
-            )
-        return file
+    protocol = url.partition("://")[0]
+    if is_offline_mode():
+        raise SourceError(f"source {url!r}: {OFFLINE}")
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
+    headers = {"User-Agent": "phi3v", "Accept-Encoding": "identity"}
+    web = {"client_kwargs": {"trust_env": True, "timeout": timeout, "headers": headers}}
+    try:
+        if local_source(url) is not None:
+            raise ValueError
+        return url_to_fs(url, **(web if protocol in ("http", "https") else {}))
+    except ImportError as error:
+        raise SourceError(
+            f"source {url!r}: {error}; the extra `cloud` has what s3://, gs:// and az:// need: pip install 'phi3v[cloud]'"
+        ) from None
+    except ValueError:
+        raise SourceError(
+            f"source {url!r}: unknown kind; expected hf://…, https://…, s3://…, gs://…, az://…, file:… or a path"
+        ) from None
 
 
-class _Web(_Server):
-    """A file over https, with resume. A web address has no revision: the lock's sha256 pins it."""
+def _listing(system: AbstractFileSystem, path: str, url: str) -> dict[str, dict[str, Any]]:
+    """fsspec's facts of each file of a URL, by its path under the source's folder. Raises SourceError if there is none."""
+    if url.startswith("http"):
+        files = {unquote(urlsplit(path).path).rpartition("/")[2]: system.info(path)}
+    else:
+        fixed = re.split(r"[*?\[]", path)[0]
+        found = system.find(path, detail=True) if fixed == path else system.glob(path, detail=True)
+        base = f"{path.rstrip('/')}/" if fixed == path and path not in found else fixed[: fixed.rfind("/") + 1]
+        files = {key.removeprefix(base): found[key] for key in sorted(found) if found[key]["type"] == "file"}
+    if not files:
+        raise SourceError(f"source {url!r}: no such file, and no folder or pattern with files")
+    for name in files:
+        if {"", ".", ".."} & set(name.split("/")):
+            raise SourceError(f"source {url!r}: {name!r} as a file's name; expected the address of a file at the end")
+    return files
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        name = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
-        if not name or name in (".", ".."):
-            raise SourceError(f"source {url!r}: no file name at the end; expected the address of a file")
-        self.remotes = [_with_retries(lambda: self._head(name), url)]
 
-    def _head(self, name: str) -> Remote:
-        import httpx2
+def _plan_files(url: str, folder: Path, workers: int) -> Plan:
+    """A web file, or the files of an object store. The lock's sha256 pins them."""
+    system, path = _filesystem(url)
+    remotes = _with_retries(lambda: _listing(system, path, url), url)
 
-        answer = httpx2.head(self.url, headers=HEADERS, timeout=TIMEOUT, follow_redirects=True)
-        if answer.status_code in (403, 405, 501):  # the server answers GET only: take the headers, not the body
-            with httpx2.stream("GET", self.url, headers=HEADERS, timeout=TIMEOUT, follow_redirects=True) as answer:
-                pass
-        answer.raise_for_status()
-        length = answer.headers.get("Content-Length")
-        return Remote(name, int(length) if length else None, tag=answer.headers.get("ETag", ""))
-
-    def get(self, remote: Remote, target: Path, sha256: str | None) -> None:
-        """Fetch a file; a part left by an earlier try continues if the server still has the same file."""
-        part = target.with_name(f".{target.name}.{hashlib.sha256(remote.tag.encode()).hexdigest()[:8]}.part")
-        _with_retries(lambda: self._get(remote, part, sha256), self.url)
+    def fetch_file(name: str) -> None:
+        target = folder / name
+        if target.exists():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A part of an earlier try continues if the server still has the same file.
+        part = target.with_name(
+            f".{name.rpartition('/')[2]}.{hashlib.sha256(_tag(remotes[name]).encode()).hexdigest()[:8]}.part"
+        )
+        _with_retries(lambda: _append(system, remotes[name], part), f"{url}: {name}")
         os.replace(part, target)
         for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
             left.unlink()
 
-    def _get(self, remote: Remote, part: Path, sha256: str | None) -> None:
-        import httpx2
+    def run() -> tuple[None, list[File]]:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(fetch_file, remotes))
+        return None, _records(folder, remotes, workers)
 
-        # Without a tag nobody knows whether the rest belongs to the same file.
-        have = part.stat().st_size if remote.tag and part.exists() else 0
-        have = 0 if have >= (remote.size or have + 1) else have
-        wanted = {"Range": f"bytes={have}-", "If-Range": remote.tag} if have else {}
-        with httpx2.stream("GET", self.url, headers=HEADERS | wanted, timeout=TIMEOUT, follow_redirects=True) as answer:
-            answer.raise_for_status()
-            have = have if answer.status_code == 206 else 0
-            length = answer.headers.get("Content-Length")
-            expected = have + int(length) if length else remote.size
-            with (
-                open(part, "ab" if have else "wb") as file,
-                tqdm(
-                    total=expected, initial=have, unit="B", unit_scale=True, desc=remote.path[:40], disable=None
-                ) as bar,
-            ):
-                for block in answer.iter_raw():
-                    file.write(block)
+    return [(folder, info["size"] or 0) for name, info in remotes.items() if not (folder / name).exists()], run
+
+
+def _tag(info: dict[str, Any]) -> str:
+    """What changes with a file's content; "" if the server has no such thing."""
+    return str(info.get("ETag") or info.get("etag") or info.get("Last-Modified") or "")
+
+
+def _append(system: AbstractFileSystem, info: dict[str, Any], part: Path) -> None:
+    """Fetch what `part` lacks of a file. Raises Transient if it is short or changes meanwhile."""
+    path, size = info["name"], info["size"]
+    # Without size and tag nobody knows whether a part belongs to the same file.
+    in_blocks = bool(size and _tag(info) and info.get("partial", True))
+    have = part.stat().st_size if in_blocks and part.exists() else 0
+    if not in_blocks:
+        system.get_file(path, str(part))
+    elif have < size:
+        with (
+            open(part, "ab") as out,
+            tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=path[-40:], disable=None) as bar,
+            system.open(path, "rb", block_size=BLOCK, cache_type="none") as file,
+        ):
+            file.seek(have)
+            try:
+                while block := file.read(BLOCK):
+                    out.write(block)
                     bar.update(len(block))
-        if expected is not None and (size := part.stat().st_size) != expected:
-            raise Transient(f"connection lost: {size} of {expected} bytes")
-        if sha256 and (seen := digest_file(part)) != sha256:
-            part.unlink()
-            raise Transient(f"wrong bytes: sha256 {seen}; expected {sha256}")
+            except ValueError as error:
+                info["partial"] = False
+                raise Transient(f"the server sends whole files only ({error})") from None
+    if size is not None and part.stat().st_size != size:
+        raise Transient(f"connection lost: {part.stat().st_size} of {size} bytes")
+    if in_blocks and _tag(system.info(path)) != _tag(info):
+        part.unlink()
+        raise Transient("changed while it was fetched")
 
 
-class _Hub(_Server):
-    """Files of a hub repository at one commit. Offline: what the cache has."""
+def _plan_hub(url: str, revision: str | None, kind: Kind, folder: Path, workers: int) -> Plan:
+    """Files of a hub repository at one commit, through the hub's cache. Offline: what the cache has."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
+    from huggingface_hub.utils import filter_repo_objects
 
-    def __init__(self, url: str, revision: str | None, kind: Kind) -> None:
-        from huggingface_hub import HfApi
-        from huggingface_hub.constants import is_offline_mode
-        from huggingface_hub.hf_api import RepoFile
-
-        match = re.fullmatch(r"hf://(datasets/)?(?!datasets/)([\w.-]+/[\w.-]+)(?:/(.+))?", url)
-        if not match:
-            raise SourceError(f"source {url!r}: expected hf://datasets/OWNER/REPO/PATH or hf://OWNER/REPO")
-        self.url, self.repo, self.pattern, self.kind = url, match[2], match[3] or "", kind
-        self.repo_type = "dataset" if match[1] else "model"
-        found: list[Remote]
-        if is_offline_mode():
-            snapshot = self._cached_snapshot(revision)
-            self.resolved = snapshot.name
-            paths = sorted(path for path in snapshot.rglob("*") if path.is_file())
-            found = [Remote(path.relative_to(snapshot).as_posix(), path.stat().st_size) for path in paths]
-        else:
-            api = HfApi()
-            info = _with_retries(lambda: api.repo_info(self.repo, repo_type=self.repo_type, revision=revision), url)
-            self.resolved = str(info.sha)
-            fixed = re.split(r"[*?\[]", self.pattern)[0].rpartition("/")[0] or None
-            tree = _with_retries(
-                lambda: list(
-                    api.list_repo_tree(
-                        self.repo, fixed, recursive=True, revision=self.resolved, repo_type=self.repo_type
-                    )
-                ),
-                url,
-            )
-            files = [item for item in tree if isinstance(item, RepoFile)]
-            found = [Remote(item.path, item.size, item.lfs.sha256 if item.lfs else None) for item in files]
-        self.remotes = sorted((file for file in found if self._selected(file.path)), key=lambda file: file.path)
-        if not self.remotes:
-            wanted = self.pattern or MODEL_FILES
-            raise SourceError(f"{url}: no file of the repository matches {wanted!r} at {self.resolved}")
-        for remote in self.remotes:
-            if remote.path.startswith("/") or ".." in remote.path.split("/"):
-                raise SourceError(f"{url}: the listing names {remote.path!r}; expected paths inside the repository")
-
-    def _selected(self, path: str) -> bool:
-        if self.pattern:
-            return fnmatch.fnmatchcase(path, self.pattern)
-        return self.kind != "model" or (
-            "/" not in path and any(fnmatch.fnmatchcase(path, name) for name in MODEL_FILES)
+    match = re.fullmatch(r"hf://(datasets/)?(?!datasets/)([\w.-]+/[\w.-]+)(?:/(.+))?", url)
+    if not match:
+        raise SourceError(f"source {url!r}: expected hf://datasets/OWNER/REPO/PATH or hf://OWNER/REPO")
+    repository: dict[str, Any] = {"repo_id": match[2], "repo_type": "dataset" if match[1] else "model"}
+    patterns: dict[str, Any] = {"allow_patterns": match[3]}
+    if kind == "model" and not match[3]:
+        patterns = {"allow_patterns": list(MODEL_FILES), "ignore_patterns": ["*/*"]}
+    needed: list[tuple[Path, int]] = []
+    commit = revision
+    if not is_offline_mode():
+        planned = _with_retries(
+            lambda: snapshot_download(**repository, **patterns, revision=revision, dry_run=True), url
         )
-
-    def _cached_snapshot(self, revision: str | None) -> Path:
-        """Folder of the cached commit: the one asked for, or the only one there. Raises SourceError."""
-        from huggingface_hub.constants import HF_HUB_CACHE
-        from huggingface_hub.file_download import repo_folder_name
-
-        home = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=self.repo, repo_type=self.repo_type)
-        reference = home / "refs" / (revision or "main")
-        commit = reference.read_text().strip() if reference.is_file() else revision
-        snapshots = sorted((home / "snapshots").glob(commit or "*"))
-        if len(snapshots) != 1:
-            seen = ", ".join(path.name for path in snapshots) or "none"
-            raise SourceError(
-                f"{self.url}: HF_HUB_OFFLINE forbids the network, and the cache {home} has {seen} of revision "
-                f"{revision}; expected one: fetch it online, or name the revision"
-            )
-        return snapshots[0]
-
-    def written(self, remote: Remote, folder: Path) -> list[Path]:
-        """The folders that a file's bytes are written to on the way into `folder`: the cache, from where it is linked."""
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        cache = Path(HF_HUB_CACHE)
+        if not planned:
+            raise SourceError(f"{url}: no file of the repository matches {patterns['allow_patterns']!r}")
+        commit, cache = planned[0].commit_hash, Path(HF_HUB_CACHE)
         cache.mkdir(parents=True, exist_ok=True)
-        found = try_to_load_from_cache(self.repo, remote.path, revision=self.resolved, repo_type=self.repo_type)
-        linked = os.stat(cache).st_dev == os.stat(folder).st_dev
-        return ([] if isinstance(found, str) else [cache]) + ([] if linked else [folder])
+        needed = [(cache, file.file_size or 0) for file in planned if file.will_download]
+        if os.stat(cache).st_dev != os.stat(folder).st_dev:
+            needed += [(folder, file.file_size or 0) for file in planned]
 
-    def get(self, remote: Remote, target: Path, sha256: str | None) -> None:
-        """One file into the hub's cache, and from there into place; wrong bytes are fetched again."""
-        from huggingface_hub import hf_hub_download
+    def put_in_place(cached: Path, name: str) -> File:
+        promised = cached.resolve().name  # of a large file its sha256; wrong bytes are fetched again
 
-        wrong = False
+        def check() -> str:
+            if len(promised) == 64 and (seen := digest_file(cached)) != promised:
+                hf_hub_download(**repository, filename=name, revision=commit, force_download=True)
+                raise Transient(f"wrong bytes: sha256 {seen}; expected {promised}")
+            return promised if len(promised) == 64 else digest_file(cached)
 
-        def download() -> None:
-            nonlocal wrong
-            path = Path(
-                hf_hub_download(
-                    self.repo, remote.path, repo_type=self.repo_type, revision=self.resolved, force_download=wrong
-                )
-            )
-            size = path.stat().st_size
-            if wrong := remote.size not in (None, size):
-                raise Transient(f"{size} bytes; expected {remote.size}")
-            if wrong := bool(sha256) and (seen := digest_file(path)) != sha256:
-                raise Transient(f"wrong bytes: sha256 {seen}; expected {sha256}")
-            link_or_copy(path, target)
+        sha256 = _with_retries(check, f"{url}: {name}")
+        _link_or_copy(cached, folder / name)
+        return File(name, cached.stat().st_size, sha256)
 
-        _with_retries(download, f"{self.url}: {remote.path}")
+    def run() -> tuple[str, list[File]]:
+        get = partial(snapshot_download, **repository, **patterns, revision=commit, max_workers=workers)
+        snapshot = Path(_with_retries(get, url))
+        paths = (path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
+        names = sorted(filter_repo_objects(paths, **patterns))
+        if not names:
+            raise SourceError(f"{url}: the cache has no such file at {snapshot.name}; {OFFLINE}")
+        with ThreadPoolExecutor(workers) as pool:
+            return snapshot.name, list(pool.map(lambda name: put_in_place(snapshot / name, name), names))
+
+    return needed, run
 
 
-def _check_free_space(missing: Iterator[tuple[Path, int]]) -> None:
+def _check_free_space(needed: Iterable[tuple[Path, int]]) -> None:
     """Room for every file of every source, before the first byte: (folder, bytes). Raises SourceError."""
-    needed: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     folders: dict[int, Path] = {}
-    for folder, size in missing:
+    for folder, size in needed:
         device = os.stat(folder).st_dev
         folders.setdefault(device, folder)
-        needed[device] = needed.get(device, 0) + size
-    for device, size in needed.items():
+        sizes[device] = sizes.get(device, 0) + size
+    for device, size in sizes.items():
         free = shutil.disk_usage(folders[device]).free
         if size > free:
             raise SourceError(
@@ -517,16 +451,28 @@ def _check_free_space(missing: Iterator[tuple[Path, int]]) -> None:
             )
 
 
-def _check_pins(pinned: Source, files: list[File]) -> None:
+def _check_pins(pinned: Source, folder: Path, files: list[File]) -> None:
+    """Raise SourceError if the files differ from those of the first use; the wrong ones are removed."""
     seen = {file.path: file for file in files}
     for file in pinned.files:
         now = seen.get(file.path)
         if now != file:
+            (folder / file.path).unlink(missing_ok=True)
             what = "is no longer there" if now is None else f"has {now.size} bytes, sha256 {now.sha256}"
             raise SourceError(
                 f"source {pinned.url!r}, revision {pinned.resolved or pinned.revision}: {file.path} {what}; on first "
                 f"use it had {file.size} bytes, sha256 {file.sha256}. Remove {PINS} beside it to accept the new content"
             )
+
+
+def _take_local(url: str, output_dir: Path, flat: bool, workers: int) -> Source:
+    """Record local files where they are; of a model, put them into its checkpoint folder."""
+    folder, names = local_files(url)
+    names = [name for name in names if name not in (LOCK, PINS)]
+    if flat:
+        for name in names:
+            _link_or_copy(folder / name, output_dir / name)
+    return Source(url, None, None, "." if flat else "", _records(folder, names, workers))
 
 
 def fetch(
@@ -544,35 +490,93 @@ def fetch(
         raise ValueError(f"flat: {len(wanted)} sources; expected one")
     record = next((output_dir / name for name in (PINS, LOCK) if (output_dir / name).exists()), None)
     pins = read_lock(record) if record else {}
-    names = {key: "." if flat else folder_name(*key) for key in dict.fromkeys(wanted)}
-    complete = {
-        key: pins[key]
-        for key, name in names.items()
-        if key in pins and not _is_local(key[0]) and not _difference(output_dir / name, pins[key].files, contents=True)
-    }
-    servers: dict[Key, _Server] = {}
-    for (url, revision), name in names.items():
-        if (url, revision) not in complete and not _is_local(url):
-            pinned = pins.get((url, revision))
-            commit = pinned.resolved if pinned and pinned.resolved else revision
-            servers[url, revision] = _Hub(url, commit, kind) if url.startswith("hf://") else _Web(url)
-            (output_dir / name).mkdir(parents=True, exist_ok=True)
-    _check_free_space(pair for key, server in servers.items() for pair in server.missing(output_dir / names[key]))
     fetched: dict[Key, Source] = {}
-    for key, name in names.items():
-        pinned = pins.get(key)
-        if server := servers.get(key):
-            with ThreadPoolExecutor(workers) as pool:
-                files = list(pool.map(partial(server.fetch, folder=output_dir / name, pinned=pinned), server.remotes))
-            fetched[key] = Source(*key, server.resolved, name, files)
-            if pinned:
-                _check_pins(pinned, files)
-        elif key in complete:
-            fetched[key] = complete[key]
+    plans: dict[Key, tuple[Path, Plan]] = {}
+    for url, revision in dict.fromkeys(wanted):
+        pinned = pins.get((url, revision))
+        folder = output_dir / ("." if flat else folder_name(url, revision))
+        if local_source(url) is not None:
+            source = fetched[url, revision] = _take_local(url, output_dir, flat, workers)
+            if pinned and pinned.files != source.files:
+                print(f"{url}: changed since it was last used; the new content is taken", file=sys.stderr)
+        elif pinned and not _difference(folder, pinned.files, contents=True):
+            fetched[url, revision] = pinned
         else:
-            fetched[key] = Source(*key, None, name, _fetch_local(key[0], output_dir / name, flat))
-            if pinned and pinned.files != fetched[key].files:
-                print(f"{key[0]}: changed since it was last used; the new content is taken", file=sys.stderr)
+            folder.mkdir(parents=True, exist_ok=True)
+            commit = pinned.resolved if pinned and pinned.resolved else revision
+            hub = url.startswith("hf://")
+            plan = _plan_hub(url, commit, kind, folder, workers) if hub else _plan_files(url, folder, workers)
+            plans[url, revision] = folder, plan
+    _check_free_space(pair for _, (needed, _) in plans.values() for pair in needed)
+    for key, (folder, (_, run)) in plans.items():
+        commit, files = run()
+        if key in pins:
+            _check_pins(pins[key], folder, files)
+        fetched[key] = Source(*key, commit, folder.relative_to(output_dir).as_posix(), files)
         _write_lock(output_dir / PINS, {**pins, **fetched}.values())
-    _write_lock(output_dir / LOCK, fetched.values())
+    _write_lock(output_dir / PINS, {**pins, **fetched}.values())
+    _write_lock(output_dir / LOCK, [fetched[key] for key in dict.fromkeys(wanted)])
     return fetched
+
+
+def url_file(cache: Path, url: str) -> Path:
+    """Where `fetch_urls` stores a URL's file, whether it is there or not."""
+    name = hashlib.sha256(url.encode()).hexdigest()
+    suffix = re.search(r"\.[A-Za-z0-9]{1,5}$", urlsplit(url).path)
+    return cache / name[:2] / f"{name[2:34]}{suffix[0].lower() if suffix else ''}"
+
+
+def fetch_urls(
+    urls: Iterable[str], cache: Path, limit_bytes: int = 10**12, workers: int = 8
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Fetch the files behind URLs that stand in rows; returns (file of each URL, reason of each that failed).
+
+    What the cache has is not fetched again; with HF_HUB_OFFLINE nothing else is used. A URL is refused once the files
+    of those before it have used up limit_bytes, so the result does not depend on timing. The cache's failures.json
+    lists the reasons. Raises OSError if the disk is full.
+    """
+    from fsspec.callbacks import Callback
+
+    class Limit(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            super().relative_update(inc)
+            if self.value > MAX_PICTURE_BYTES:
+                raise SourceError(f"more than {MAX_PICTURE_BYTES} bytes")
+
+    def problem(url: str) -> str:
+        """Fetch one; "" or the reason why it failed."""
+        target = url_file(cache, url)
+        if target.exists():
+            return ""
+        part = target.with_suffix(".part")
+        try:
+            system, path = _filesystem(url)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _with_retries(lambda: system.get_file(path, str(part), callback=Limit()), url, most=3)
+            os.replace(part, target)
+        except SourceError as error:
+            part.unlink(missing_ok=True)
+            return str(error).removeprefix(f"{url}: ").removeprefix(f"source {url!r}: ")
+        return ""
+
+    cache.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Path] = {}
+    failures: dict[str, str] = {}
+    unique = list(dict.fromkeys(urls))
+    total, batch = 0, 4 * workers
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(unique), desc="fetching", unit="file", disable=None) as bar,
+    ):
+        for start in range(0, len(unique), batch):
+            some = unique[start : start + batch] if total <= limit_bytes else []
+            for url, reason in zip(some, pool.map(problem, some), strict=True):
+                bar.update()
+                if reason:
+                    failures[url] = reason
+                elif (total := total + url_file(cache, url).stat().st_size) <= limit_bytes:
+                    files[url] = url_file(cache, url)
+    over = f"over the limit of {limit_bytes} bytes for all files"
+    failures |= {url: over for url in unique if url not in files and url not in failures}
+    write_json(cache / FAILURES, failures, indent=2)
+    return files, failures

@@ -369,9 +369,9 @@ class Hardware(Strict):
 
 def local_source(url: str) -> str | None:
     """The path of a local URL (file:relative, file:///absolute, or a path); None for what comes from the network."""
-    if url.startswith(("hf:", "http:", "https:")):
+    if re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:", url):
         return None
-    return url.removeprefix("file:").removeprefix("//")
+    return re.sub(r"^file:(//(localhost(?=/))?)?", "", url)
 
 
 def _digest(value: Any) -> str:
