@@ -22,16 +22,19 @@ def definition(root, name):
 
 
 def stage(root, name):
-    """A stage of the Dockerfile, with the common one that it starts from, as definition sections."""
+    """A stage of the Dockerfile, with those that it starts from, as definition sections."""
     text = (root / "containers/Dockerfile").read_text().replace(" \\\n", " ")
-    blocks = dict(re.findall(r"^(FROM \S+ AS \w+)\n(.*?)(?=^FROM |\Z)", text, re.M | re.S))
-    body = blocks["FROM ${base} AS common"] + blocks[f"FROM common AS {name}"]
+    stages = re.findall(r"^FROM (\S+) AS (\w+)\n(.*?)(?=^FROM |\Z)", text, re.M | re.S)
+    blocks, body = {own: (parent, lines) for parent, own, lines in stages}, ""
+    while name in blocks:
+        name, lines = blocks[name]
+        body = lines + body
+    assert name == "${base}"
     runs = re.findall(r"^RUN set -e;(.*)", body, re.M)
-    assert len(runs) == 1
     return {
         "arguments": dict(re.findall(r"^ARG (\w+)=(\S+)", text.split("FROM")[0] + body, re.M)),
         "files": re.findall(r"^COPY (\S+ \S+)$", body, re.M),
-        "post": [command.strip() for command in runs[0].split(";")],
+        "post": [command.strip() for command in ";".join(runs).split(";")],
         "environment": dict(re.findall(r"^ENV (\w+)=(\S+)", body, re.M)),
         "labels": dict(re.findall(r"([\w.]+)=(\S+)", " ".join(re.findall(r"^LABEL (.*)", body, re.M)))),
     }
