@@ -95,10 +95,7 @@ def add_lora(
 
 
 def load_quantized(
-    folder: str | Path,
-    dtype: torch.dtype = torch.bfloat16,
-    attn: str = "sdpa",
-    device: torch.device | str | None = None,
+    folder: str | Path, dtype: torch.dtype = torch.bfloat16, attn: str = "sdpa", device: torch.device | str = "cpu"
 ) -> Phi3VForCausalLM:
     """The base model in 4 bits: nf4 for every linear layer but lm_head, computing in `dtype`. CPU and CUDA.
 
@@ -117,7 +114,7 @@ def load_quantized(
         dtype=dtype,
         attn_implementation=attn,
         quantization_config=quantization,
-        device_map={"": device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"},
+        device_map={"": device},
     )
     keep_nf4_unpacked(model)
     return model.requires_grad_(False)
@@ -188,10 +185,7 @@ def _check_base(adapter: Path, base: Path) -> None:
 
 
 def load_for_inference(
-    folder: str | Path,
-    dtype: torch.dtype = torch.bfloat16,
-    attn: str = "sdpa",
-    device: torch.device | str | None = None,
+    folder: str | Path, dtype: torch.dtype = torch.bfloat16, attn: str = "sdpa", device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """A checkpoint folder, or an adapter folder on its unquantised base with the factors folded in; in eval mode.
 
@@ -201,7 +195,7 @@ def load_for_inference(
         model = _with_adapter(folder, dtype, attn).merge_and_unload()
     else:
         model = Phi3VForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn)
-    return model.to(device).eval() if device is not None else model.eval()
+    return model.to(device).eval()
 
 
 def _with_adapter(
@@ -226,7 +220,7 @@ def _round_to_nf4(model: Phi3VForCausalLM, folder: Path, dtype: torch.dtype) -> 
     """Give `model` the weights that 4-bit training in `dtype` on `folder` computes with: quantised and expanded."""
     from bitsandbytes.functional import dequantize_4bit
 
-    for name, module in load_quantized(folder, dtype, device="cpu").named_modules():
+    for name, module in load_quantized(folder, dtype).named_modules():
         if type(module).__name__ == "Linear4bit":
             weight = module.get_parameter("weight")
             expanded = dequantize_4bit(weight.data, getattr(weight, "quant_state"))  # noqa: B009 - unknown to torch

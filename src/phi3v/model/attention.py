@@ -254,5 +254,4 @@ def _in_one_row(x: torch.Tensor) -> torch.Tensor:
 
 def _has_varlen_kernel(query: torch.Tensor) -> bool:
     """Whether torch's own flash kernel for packed batches runs here: Ampere or newer, half precision."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return query.dtype in (torch.float16, torch.bfloat16) and fused.is_ampere(query.device)

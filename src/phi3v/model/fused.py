@@ -28,8 +28,9 @@ R = TypeVar("R")
 
 RECOMPILE_LIMIT = 64
 """Compilations of a kernel; sizes of 1 and equal sizes each need one of their own. Beyond it the plain function runs."""
-TRITON_CAPABILITY = (8, 0)
-"""Oldest NVIDIA GPU that Triton supports (its README, "Supported Hardware"); older ones run the plain operators."""
+AMPERE = (8, 0)
+"""Compute capability from which NVIDIA GPUs have bfloat16 tensor cores (CUDA C++ Programming Guide, table of arithmetic
+instructions), flash attention kernels (PyTorch's sdp_utils, flash-attn), and Triton (its README, "Supported Hardware")."""
 
 
 @functools.cache
@@ -44,11 +45,16 @@ def missing_compiler() -> str | None:
     return None
 
 
-def available(x: torch.Tensor) -> bool:
-    """Whether the fused kernels run on `x`: a CUDA tensor, a GPU that Triton supports, Triton and a C compiler."""
-    if not x.is_cuda or missing_compiler() is not None:
+def is_ampere(device: torch.device) -> bool:
+    """Whether a device is an Ampere GPU or a newer one, or any of ROCm's, whose capability numbers are not NVIDIA's."""
+    if device.type != "cuda":
         return False
-    return bool(torch.version.hip) or torch.cuda.get_device_capability(x.device) >= TRITON_CAPABILITY
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= AMPERE
+
+
+def available(x: torch.Tensor) -> bool:
+    """Whether the fused kernels run on `x`: a GPU that Triton supports, Triton and a C compiler."""
+    return x.is_cuda and missing_compiler() is None and is_ampere(x.device)
 
 
 class Context(Protocol):

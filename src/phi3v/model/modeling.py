@@ -31,6 +31,20 @@ EMBEDDING = "model.embed_tokens.weight"
 EMBEDDING_ALIAS = "model.vision_embed_tokens.wte.weight"
 GROUPS = ("clip", "projector", "separators", "embedding", "decoder", "head", "adapters")
 """Groups of parameters, see `parameter_group`."""
+# Part of a parameter's name to its group; the first that fits counts.
+_GROUP_OF = {
+    ".lora_": "adapters",
+    ".modules_to_save.": "adapters",
+    ".img_processor.": "clip",
+    ".img_projection.": "projector",
+    ".glb_GN": "separators",
+    ".sub_GN": "separators",
+    ".vision_embed_tokens.wte.": "embedding",
+    ".embed_tokens.": "embedding",
+    ".layers.": "decoder",
+    ".model.norm.": "decoder",
+    ".lm_head.": "head",
+}
 
 
 class Phi3VPreTrainedModel(PreTrainedModel):
@@ -336,24 +350,9 @@ def parameter_group(name: str) -> str:
     clip, projector and separators are the vision part; embedding is the text embedding; decoder includes the final
     norm; adapters are LoRA and DoRA weights wherever they sit. Raises ValueError for a name that fits none.
     """
-    if ".lora_" in name or ".modules_to_save." in name:
-        return "adapters"
-    marks = {
-        "clip": ".img_processor.",
-        "projector": ".img_projection.",
-        "embedding": "embed_tokens.",
-        "decoder": ".layers.",
-        "head": "lm_head.",
-    }
-    if name.endswith((".glb_GN", ".sub_GN")):
-        return "separators"
-    if name.endswith("vision_embed_tokens.wte.weight"):
-        return "embedding"
-    for group, mark in marks.items():
-        if mark in name and (group != "embedding" or "vision_embed_tokens." not in name):
+    for part, group in _GROUP_OF.items():
+        if part in f".{name}":
             return group
-    if name.endswith("model.norm.weight"):
-        return "decoder"
     raise ValueError(f"parameter {name!r}: it belongs to none of {', '.join(GROUPS)}.")
 
 

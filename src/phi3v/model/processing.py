@@ -135,14 +135,6 @@ class Phi3VProcessor(ProcessorMixin):
             conversation, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, **kwargs
         )
 
-    def batch_decode(self, *args: object, **kwargs: object) -> list[str]:
-        """The tokenizer's batch_decode."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
-
-    def decode(self, *args: object, **kwargs: object) -> str:
-        """The tokenizer's decode."""
-        return self.tokenizer.decode(*args, **kwargs)
-
     @property
     def model_input_names(self) -> list[str]:
         """Keys of a processed batch."""

@@ -24,9 +24,6 @@ from phi3v.model import fused
 from phi3v.settings import Compute, FinetuneSettings, SettingsError
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# bfloat16 tensor cores and flash kernels came with Ampere (NVIDIA, CUDA C++ Programming Guide, table of arithmetic
-# instructions; PyTorch's sdp_utils and the flash-attn package ask the same of the device).
-AMPERE = (8, 0)
 # Oldest driver branch for a CUDA major version (NVIDIA, CUDA Compatibility, "Minor Version Compatibility", table 1:
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -62,8 +59,7 @@ def compute_device(settings: Compute) -> torch.device:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     check_architecture(device)
-    # ROCm's numbers are not NVIDIA's, and all of its supported GPUs compute in bfloat16.
-    if settings.bf16 and not torch.version.hip and torch.cuda.get_device_capability(device) < AMPERE:
+    if settings.bf16 and not fused.is_ampere(device):
         raise SettingsError(
             f"command line: field `bf16`: got true on {device_title(device)}: it has no bfloat16; expected --fp16 there"
         )
@@ -225,9 +221,7 @@ def attention_implementation(settings: Compute, device: torch.device) -> str:
 
 def has_flash_kernels(settings: Compute, device: torch.device) -> bool:
     """Whether a GPU has flash kernels for the data type: bf16 or fp16, Ampere or newer."""
-    if device.type != "cuda" or settings.dtype == "fp32":
-        return False
-    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= AMPERE
+    return settings.dtype != "fp32" and fused.is_ampere(device)
 
 
 def has_flash_attn() -> bool:
