@@ -65,13 +65,13 @@ try:
 except settings.SettingsError as error:
     raise WorkflowError(f"wrong settings, nothing was started\n{error}")
 
-for target, jobs in TARGETS.items():
+for target, members in TARGETS.items():
 
     rule:
         name:
             target
         input:
-            [row_results(job) for job in jobs],
+            [row_results(job) for job in members],
 
 
 include: "workflow/rules/slurm.smk"

@@ -16,7 +16,14 @@ from pydantic import BaseModel
 from phi3v.cluster.site import Partition, Site
 from phi3v.settings import entries, rows, run
 from phi3v.settings.command_line import type_text
-from phi3v.settings.commands import EvaluateSettings, FinetuneSettings, PredictSettings, ReportSettings, SpeedSettings
+from phi3v.settings.commands import (
+    EvaluateSettings,
+    FinetuneSettings,
+    PredictSettings,
+    ReportSettings,
+    ScoreSettings,
+    SpeedSettings,
+)
 
 SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
     (
@@ -48,9 +55,9 @@ SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
         [Site, Partition],
     ),
     (
-        "Command lines: scripts/finetune.py, speed.py, evaluate.py, predict.py, report.py",
+        "Command lines: scripts/finetune.py, speed.py, evaluate.py, score.py, predict.py, report.py",
         "What the workflow types is what a person types; `speed.py` takes all flags of `finetune.py` besides its own.",
-        [FinetuneSettings, SpeedSettings, EvaluateSettings, PredictSettings, ReportSettings],
+        [FinetuneSettings, SpeedSettings, EvaluateSettings, ScoreSettings, PredictSettings, ReportSettings],
     ),
 ]  # fmt: skip
 SCHEMAS: dict[str, type[BaseModel]] = {

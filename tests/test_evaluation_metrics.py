@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3v.evaluation import metrics
+from phi3v.data.conversations import DataError
+from phi3v.evaluation import metrics, statistics
+from phi3v.settings import ScoreSettings
 from phi3v.settings.entries import METRICS
 
 
@@ -282,3 +284,61 @@ def test_several_metrics_and_groups_have_their_intervals():
     assert list(summary["groups"]) == ["colour", "number"]
     assert summary["groups"]["colour"]["n"] == 2 and summary["groups"]["colour"]["score"] == 50.0
     assert re.fullmatch(r"\d+\.\d+", str(summary["groups"]["number"]["interval"][0]))
+
+
+def write_result(folder, predictions: list[str]):
+    """A result of scripts/evaluate.py whose answers are all `yes`."""
+    (folder / "after").mkdir(parents=True)
+    lines = [
+        record(said, "yes", id=f"e{at}", score=metrics.score("accuracy", said, ["yes"]))
+        for at, said in enumerate(predictions)
+    ]
+    (folder / "after/predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = metrics.summarise(lines, ["accuracy"], 42) | {"left_out": 0, "leaked": 1}
+    (folder / "after/metrics.json").write_text(json.dumps(summary))
+    (folder / "control").mkdir()
+    (folder / "control/metrics.json").write_text(json.dumps({"not_applicable": "one picture"}))
+    return folder
+
+
+def test_a_function_of_the_users_scores_the_predictions(tmp_path, capsys):
+    source = write_result(tmp_path / "result", ["yes", "no", "Yes.", "maybe"])
+    function = tmp_path / "my_metrics.py"
+    function.write_text("def half(predictions):\n    return [len(p['prediction']) / 10 for p in predictions]\n")
+    own = f"{function}:half"
+    settings = {"input_dir": str(source), "output_dir": str(tmp_path / "scored"), "compare": str(source / "after")}
+    (found,) = metrics.rescore(ScoreSettings(metrics=[own, "accuracy"], **settings)).values()
+    assert (found["metric"], found["n"], found["leaked"]) == (own, 4, 1)
+    assert found["score"] == pytest.approx(100 * (3 + 2 + 4 + 5) / 40)
+    assert found["interval"] == [round(bound, 4) for bound in statistics.bootstrap([0.3, 0.2, 0.4, 0.5], 42)]
+    assert found["more"]["accuracy"]["score"] == 50.0
+    lines = [json.loads(line) for line in (tmp_path / "scored/after/predictions.jsonl").read_text().splitlines()]
+    assert [(line["score"], line["scores"]["accuracy"]) for line in lines] == [(0.3, 1), (0.2, 0), (0.4, 1), (0.5, 0)]
+    assert json.loads((tmp_path / "scored/control/metrics.json").read_text()) == {"not_applicable": "one picture"}
+    assert json.loads((tmp_path / "scored/manifest.json").read_text())["kind"] == "score"
+    assert json.loads((source / "after/metrics.json").read_text())["metric"] == "accuracy"
+    assert "accuracy +0.00 [0.00, 0.00], n = 4, p = 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1]", "returned 1 scores of 2 predictions"),
+        ("return [0.5, 1.5]", "id 'e1': got 1.5; expected a number in 0-1"),
+        ("return [0.5, 'x']", "id 'e1': got 'x'"),
+        ("return [0.5, float('nan')]", "id 'e1': got nan"),
+    ],
+)
+def test_wrong_scores_of_a_users_function_are_named(tmp_path, body, message):
+    source = write_result(tmp_path / "result", ["yes", "no"])
+    (tmp_path / "own.py").write_text(f"def score(predictions):\n    {body}\n")
+    for name, expected in ((f"{tmp_path}/own.py:score", message), (f"{tmp_path}/own.py:other", "has no function other"),
+                           (f"{tmp_path}/none.py:score", "no such file")):  # fmt: skip
+        with pytest.raises(DataError, match=expected):
+            metrics.rescore(ScoreSettings(input_dir=str(source), metrics=[name]))
+
+
+def test_wrong_names_of_metrics_are_refused_with_the_names_that_exist():
+    for name in ("bleu", "numeric@", "numeric@x", "my_metrics:score"):
+        with pytest.raises(ValueError, match=r"expected one of accuracy, anls, .*FILE\.py:FUNCTION"):
+            ScoreSettings(input_dir="x", metrics=[name])

@@ -94,9 +94,31 @@ def test_official_splits_are_evaluated_where_their_files_are(snakemake, root, tm
     (command,) = [line for line in output.splitlines() if "evaluate/official" in line and "scripts/evaluate.py" in line]
     assert re.search(
         rf"--model_name_or_path results/published/train/{row}/final --data_dir results/data/docvqa_official-\w+ .*"
-        rf"--dataset docvqa_official --row {row} .*--train_dir results/data/docvqa-\w+ .*--metric anls",
+        rf"--dataset docvqa_official --row {row} .*--train_dir results/data/docvqa-\w+ .*--metrics anls",
         command,
     )
+
+
+def test_functions_of_the_users_score_after_the_evaluation(snakemake, root, tmp_path):
+    row = "phi3-docvqa-lora-bf16"
+    (tmp_path / "own.py").write_text("")
+    known = yaml.safe_load((root / "config/datasets.yaml").read_text())
+    del known["docvqa"]["metric"]
+    known["docvqa"] |= {"metrics": [f"{tmp_path}/own.py:score", "cer"], "group_by": "kind", "max_new_tokens": 99}
+    (tmp_path / "datasets.yaml").write_text(yaml.safe_dump(known))
+    values = yaml.safe_load((root / "config/config.yaml").read_text())
+    values["files"]["datasets"] = [str(tmp_path / "datasets.yaml")]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    code, output = snakemake(row, "-n", "-p", "--configfile", str(tmp_path / "run.yaml"))
+    assert code == 0, output
+    found = planned(output)
+    assert (found["evaluate"], found["evaluate_base"], found["score"]) == (1, 1, 2)
+    commands = [line for line in output.splitlines() if "scripts/evaluate.py" in line]
+    assert len(commands) == 2
+    assert all("--max_new_tokens 99" in line and "--metrics cer --group_by kind" in line for line in commands)
+    scored = [line for line in output.splitlines() if "scripts/score.py" in line]
+    assert any(f"--input_dir results/published/evaluate/{row} " in line for line in scored)
+    assert all(f"--metrics {tmp_path}/own.py:score cer --group_by kind" in line for line in scored)
 
 
 def test_several_nodes_start_through_the_launcher(snakemake):

@@ -88,6 +88,7 @@ wildcard_constraints:
     row="[A-Za-z0-9_.-]+",
     key="[A-Za-z0-9_.-]+",
     baseline="[A-Za-z0-9_.-]+",
+    evaluated="((base|official)/)?[A-Za-z0-9_.-]+",
 
 
 def dataset_file(dataset):
@@ -107,15 +108,17 @@ def local_source(url):
 
 
 def row_results(job):
-    """What a row ends with: its evaluation, that on the authors' own split where its files are there, or its timing."""
+    """What a row ends with: its evaluations before and after, that on the authors' own split where its files are there, or its timing."""
+    row = job.row.row
     if not isinstance(job.row, settings.AccuracyRow):
-        return [f"{RESULTS}/speed/{job.row.row}/manifest.json"]
-    official = (
-        [f"{RESULTS}/evaluate/official/{job.row.row}/manifest.json"]
-        if RUN.official(job)
-        else []
-    )
-    return [f"{RESULTS}/evaluate/{job.row.row}/manifest.json", *official]
+        return [f"{RESULTS}/speed/{row}/manifest.json"]
+    done = {row: job.row.dataset, f"base/{job.baseline}": job.row.dataset}
+    if RUN.official(job):
+        done[f"official/{row}"] = RUN.official(job)
+    return [
+        f"{RESULTS}/{'score' if RUN.datasets[dataset].own_metrics else 'evaluate'}/{name}/manifest.json"
+        for name, dataset in done.items()
+    ]
 
 
 def model_on(dataset):

@@ -5,6 +5,8 @@ rule evaluate_base:
         data=on_job(lambda job: dataset_file(job.row.dataset)),
     output:
         f"{RESULTS}/evaluate/base/{{baseline}}/manifest.json",
+        f"{RESULTS}/evaluate/base/{{baseline}}/before/predictions.jsonl",
+        f"{RESULTS}/evaluate/base/{{baseline}}/before/metrics.json",
     log:
         f"{RESULTS}/logs/evaluate/base/{{baseline}}.log",
     benchmark:
@@ -25,52 +27,38 @@ rule evaluate_base:
         "OMP_NUM_THREADS={params.omp} {params.command} 2>&1 | tee {log}"
 
 
-rule evaluate:
-    """Evaluate a trained row, and with the pictures swapped among the examples as a control."""
+use rule evaluate_base as evaluate with:
     input:
         trained=f"{RESULTS}/train/{{row}}/manifest.json",
-        before=on_job(
-            lambda job: f"{RESULTS}/evaluate/base/{job.baseline}/manifest.json"
-        ),
         data=on_job(lambda job: dataset_file(job.row.dataset)),
     output:
         f"{RESULTS}/evaluate/{{row}}/manifest.json",
+        f"{RESULTS}/evaluate/{{row}}/after/predictions.jsonl",
+        f"{RESULTS}/evaluate/{{row}}/after/metrics.json",
     log:
         f"{RESULTS}/logs/evaluate/{{row}}.log",
     benchmark:
         f"{RESULTS}/logs/evaluate/{{row}}.tsv"
-    conda:
-        TRAIN_ENV
-    container:
-        TRAIN_IMAGE
-    threads: cpus("evaluate")
-    resources:
-        **machines("evaluate"),
     params:
         omp=on_job(threads_each),
         command=command("evaluate", jobs.evaluate, what="trained"),
     message:
         "evaluate {wildcards.row}"
-    shell:
-        "OMP_NUM_THREADS={params.omp} {params.command} 2>&1 | tee {log}"
 
 
-rule evaluate_official:
-    """Evaluate a trained row on the authors' own split: the second protocol, where its files are there."""
+use rule evaluate_base as evaluate_official with:
     input:
         trained=f"{RESULTS}/train/{{row}}/manifest.json",
         data=on_job(lambda job: dataset_file(RUN.official(job))),
         train=on_job(lambda job: dataset_file(job.row.dataset)),
     output:
         f"{RESULTS}/evaluate/official/{{row}}/manifest.json",
+        f"{RESULTS}/evaluate/official/{{row}}/after/predictions.jsonl",
+        f"{RESULTS}/evaluate/official/{{row}}/after/metrics.json",
     log:
         f"{RESULTS}/logs/evaluate/official/{{row}}.log",
     benchmark:
         f"{RESULTS}/logs/evaluate/official/{{row}}.tsv"
-    conda:
-        TRAIN_ENV
-    container:
-        TRAIN_IMAGE
     threads: cpus("official")
     resources:
         **machines("official"),
@@ -79,5 +67,46 @@ rule evaluate_official:
         command=command("evaluate", jobs.evaluate, what="official"),
     message:
         "evaluate {wildcards.row} on the official split"
+
+
+def scored_dataset(evaluated):
+    """The dataset of an evaluation: ROW, base/KEY or official/ROW."""
+    kind, _, name = evaluated.rpartition("/")
+    job = BASELINES[name] if kind == "base" else RUN.job(name)
+    return RUN.official(job) if kind == "official" else job.row.dataset
+
+
+rule score:
+    """Score predictions by functions of the user's, outside the job that holds the GPUs."""
+    input:
+        f"{RESULTS}/evaluate/{{evaluated}}/manifest.json",
+        functions=lambda wildcards: RUN.datasets[
+            scored_dataset(wildcards.evaluated)
+        ].own_metrics,
+    output:
+        f"{RESULTS}/score/{{evaluated}}/manifest.json",
+    log:
+        f"{RESULTS}/logs/score/{{evaluated}}.log",
+    benchmark:
+        f"{RESULTS}/logs/score/{{evaluated}}.tsv"
+    conda:
+        DATA_ENV
+    container:
+        TRAIN_IMAGE
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        scripts=SCRIPTS,
+        flags=lambda wildcards: shlex.join(
+            settings.flags(
+                jobs.score(
+                    RUN, scored_dataset(wildcards.evaluated), wildcards.evaluated
+                )
+            )
+        ),
+    message:
+        "score {wildcards.evaluated}"
     shell:
-        "OMP_NUM_THREADS={params.omp} {params.command} 2>&1 | tee {log}"
+        "python {params.scripts}/score.py {params.flags} 2>&1 | tee {log}"

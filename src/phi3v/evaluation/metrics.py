@@ -6,19 +6,25 @@ The score of one answer is 0-1 and higher is better; a metric over a dataset is 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+from phi3v.data.conversations import DataError
 from phi3v.evaluation import statistics
-from phi3v.evaluation.predictions import Record
+from phi3v.evaluation.predictions import Record, json_lines
+from phi3v.provenance.manifest import read_json, write_atomically, write_json, write_manifest
+from phi3v.settings import ScoreSettings
 
 Score = Callable[[str, str], float]
 """Score of a prediction by one accepted answer."""
@@ -408,3 +414,98 @@ def _of_classes(records: Sequence[Record], seed: int) -> dict[str, Figure | Conf
     if 2 < len(set(truths)) <= 50:
         more["confusion"] = confusion([r["answers"][0] for r in records], [r["prediction"] for r in records])
     return more
+
+
+def own_scores(metric: str, records: Sequence[Record]) -> list[float]:
+    """Scores by a function of the user's, FILE.py:FUNCTION: `score(predictions: list[dict]) -> list[float]`, one in 0-1 for each.
+
+    Raises DataError: no such file or function, another number of scores, a score that is not in 0-1.
+    """
+    path, _, name = metric.rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if not Path(path).is_file() or spec is None or spec.loader is None:
+        raise DataError(f"metric {metric}: {path}: no such file; expected FILE.py:FUNCTION, from the working directory")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(function := getattr(module, name, None)):
+        raise DataError(
+            f"metric {metric}: {path} has no function {name}; expected {name}(predictions) -> list of scores"
+        )
+    scores = list(function([dict(record) for record in records]))
+    if len(scores) != len(records):
+        raise DataError(
+            f"metric {metric}: returned {len(scores)} scores of {len(records)} predictions; expected one for each"
+        )
+    for record, value in zip(records, scores, strict=True):
+        if not isinstance(value, float | int | np.number) or not 0 <= value <= 1:
+            raise DataError(f"metric {metric}: id {record['id']!r}: got {value!r}; expected a number in 0-1")
+    return [float(value) for value in scores]
+
+
+def _scores(metric: str, records: Sequence[Record]) -> list[float]:
+    if ":" in metric:
+        return own_scores(metric, records)
+    return [score(metric, record["prediction"], record["answers"]) for record in records]
+
+
+def _read(path: Path) -> list[Record]:
+    with path.open("rb") as file:
+        return [json.loads(line) for line in file]
+
+
+def rescore(settings: ScoreSettings) -> dict[str, Summary]:
+    """Score the predictions of an evaluation, without a model: its passes' predictions.jsonl, metrics.json and, elsewhere, a manifest.
+
+    Raises DataError: no passes, or what own_scores raises.
+    """
+    started, source = time.perf_counter(), Path(settings.input_dir)
+    output = Path(settings.output_dir or source)
+    found: dict[str, Summary] = {}
+    for path in sorted(source.glob("*/metrics.json")):
+        before = read_json(path)
+        folder = output / path.parent.name
+        if "not_applicable" in before:
+            write_json(folder / "metrics.json", before)
+            continue
+        records = _read(path.with_name("predictions.jsonl"))
+        scores = {name: [round(s, 6) for s in _scores(name, records)] for name in settings.metrics}
+        for at, record in enumerate(records):
+            main, *others = settings.metrics
+            record["score"] = scores[main][at]
+            if others:
+                record["scores"] = {name: scores[name][at] for name in others}
+        summary = summarise(records, settings.metrics, settings.seed, settings.group_by)
+        if "left_out" in before:
+            summary["left_out"] = before["left_out"]
+        if "leaked" in before:
+            summary["leaked"] = before["leaked"]
+        write_atomically(folder / "predictions.jsonl", json_lines(records))
+        write_json(folder / "metrics.json", summary)
+        found[path.parent.name] = summary
+        if settings.compare:
+            _compare(records, settings, folder)
+    if not found:
+        raise DataError(f"{source}: no PASS/metrics.json; expected a result of scripts/evaluate.py")
+    if output != source:
+        manifest = {"evaluation": str(source)}
+        seconds = time.perf_counter() - started
+        write_manifest(
+            output, kind="score", settings=settings, inputs=manifest, seed=settings.seed, seconds=seconds, device="CPU"
+        )
+    return found
+
+
+def _compare(records: Sequence[Record], settings: ScoreSettings, folder: Path) -> None:
+    """Print the paired difference of each metric from another pass."""
+    others = {record["id"]: record for record in _read(Path(settings.compare) / "predictions.jsonl")}
+    ours = [record for record in records if record["id"] in others]
+    if not ours:
+        raise DataError(f"--compare {settings.compare}: no example of {folder}; expected the same ids")
+    theirs = [others[record["id"]] for record in ours]
+    for name in settings.metrics:
+        found = statistics.paired(_scores(name, ours), _scores(name, theirs), settings.seed)
+        p = "" if found.p is None else f", p = {found.p:.4g}"
+        low, high = found.interval
+        print(
+            f"{folder} minus {settings.compare}: {name} {found.difference:+.2f} [{low:.2f}, {high:.2f}], n = {found.n}{p}"
+        )

@@ -248,7 +248,10 @@ class _Reader:
 
         def read(work: Work, name: str, dataset: str) -> Pass:
             check_owner(work, row.row, dataset)
-            return read_pass(work.folder / name)
+            folder = work.folder
+            if self.run.datasets[dataset].own_metrics:  # scored after the evaluation, by functions of the user's
+                folder = self.root / "score" / folder.relative_to(self.root / "evaluate")
+            return read_pass(folder / name)
 
         def add(name: str, found: Pass | None) -> None:
             if found is not None:

@@ -18,6 +18,7 @@ from phi3v.settings.commands import (
     FinetuneSettings,
     PredictSettings,
     ReportSettings,
+    ScoreSettings,
     SpeedSettings,
 )
 from phi3v.settings.entries import (

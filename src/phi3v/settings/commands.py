@@ -343,6 +343,23 @@ class EvaluateSettings(Answering):
     """Order of the control's swap."""
 
 
+class ScoreSettings(Command):
+    """scripts/score.py"""
+
+    input_dir: Annotated[str, Role.IDENTITY]
+    """Result of scripts/evaluate.py."""
+    output_dir: Annotated[str, Role.IDENTITY] = ""
+    """Where the scored predictions go; left out: input_dir."""
+    metrics: list[Metric] = Field(min_length=1)
+    """Scores of an answer, the main one first; FILE.py:FUNCTION is a function of yours (docs/evaluation.md)."""
+    group_by: str = ""
+    """Field of the examples' `meta`: the main metric is also given for each of its values."""
+    compare: Annotated[str, Role.RUNTIME] = ""
+    """Folder of another pass on the same examples: the difference of each metric is printed with its interval."""
+    seed: Annotated[Seed, Role.EQUIVALENT] = 42
+    """Of the intervals."""
+
+
 class PredictSettings(Answering):
     """scripts/predict.py"""
 

@@ -306,6 +306,11 @@ class Dataset(Strict):
         return self
 
     @property
+    def own_metrics(self) -> list[str]:
+        """Files of the metrics that are functions of the user's."""
+        return [name.rpartition(":")[0] for name in self.metrics if ":" in name]
+
+    @property
     def conversion_threads(self) -> int:
         """Processes that make its conversion faster: clips are decoded, anything else is copied."""
         return 4 if any(split.format == "ucf101" for split in self.splits.values()) else 1

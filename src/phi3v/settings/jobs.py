@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from phi3v.settings.commands import EvaluateSettings, FinetuneSettings, SpeedSettings, own_settings, row_values
+from phi3v.settings.commands import (
+    EvaluateSettings,
+    FinetuneSettings,
+    ScoreSettings,
+    SpeedSettings,
+    own_settings,
+    row_values,
+)
 from phi3v.settings.entries import Hardware
 from phi3v.settings.rows import SpeedRow
 from phi3v.settings.run import Job, ResolvedRun
@@ -94,6 +101,17 @@ def evaluate(run: ResolvedRun, job: Job, what: Literal["base", "trained", "offic
     else:
         values |= {"output_dir": f"{run.results}/evaluate/official/{job.row.row}", "train_dir": run.data_folder(own)}
     return EvaluateSettings.model_validate(values)
+
+
+def score(run: ResolvedRun, dataset: str, evaluated: str) -> ScoreSettings:
+    """Scoring of an evaluation by the dataset's metrics, functions of the user's among them. evaluated: ROW, base/KEY or official/ROW."""
+    return ScoreSettings(
+        input_dir=f"{run.results}/evaluate/{evaluated}",
+        output_dir=f"{run.results}/score/{evaluated}",
+        metrics=run.datasets[dataset].metrics,
+        group_by=run.datasets[dataset].group_by,
+        seed=run.settings.seed,
+    )
 
 
 def demo_base(run: ResolvedRun) -> FinetuneSettings:
