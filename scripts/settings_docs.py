@@ -45,7 +45,9 @@ SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
     ("Hardware: hardware.yaml", "Facts of one device, each with its source.", [entries.Hardware, entries.Peak]),
     (
         "Rows: accuracy.tsv, speed.tsv",
-        "A line is a job; a column left out, or an empty cell, is the default, which is the recipe's constant.",
+        "A line is a job; a column left out, or an empty cell, is the default, which is the recipe's constant. A cell with"
+        " `|` is a grid: `1e-5|4e-5` under learning_rate makes the rows `ROW@learning_rate=1e-5` and"
+        " `ROW@learning_rate=4e-5`, and several such cells make every combination (docs/how-to/grid.md).",
         [rows.AccuracyRow, rows.SpeedRow],
     ),
     (

@@ -540,3 +540,56 @@ def test_a_users_run_takes_the_demos_model_with_their_dataset_alone(tree):
     assert {job.row.dataset for job in run.accuracy} == {"mine"}
     assert {"digits", "mixture"} <= set(run.datasets)
     assert run.settings.files.datasets[0] == "mine.yaml"
+
+
+def test_a_grid_in_a_table_makes_a_row_of_every_combination(tree):
+    line = ROW.replace("\t1e-5\t3\t", "\t1e-5|4e-5\t1|3\t")
+    spoil(tree, "accuracy.tsv", ROW, line)
+    run = tree(rows={"accuracy": ["phi35-nlvr2-full-bf16"], "speed": []})
+    found = {job.row.row: (job.row.learning_rate, job.row.epochs) for job in run.accuracy}
+    name = "phi35-nlvr2-full-bf16"
+    assert found == {
+        f"{name}@learning_rate=1e-5@epochs=1": (1e-5, 1), f"{name}@learning_rate=1e-5@epochs=3": (1e-5, 3),
+        f"{name}@learning_rate=4e-5@epochs=1": (4e-5, 1), f"{name}@learning_rate=4e-5@epochs=3": (4e-5, 3),
+    }  # fmt: skip
+    # Each is a line of the report and a target of its own, and the line's id is all of them.
+    assert {job.table_row for job in run.accuracy} == set(found)
+    targets = run.targets(["all"])
+    assert {job.row.row for job in targets[name]} == set(found)
+    one = f"{name}@learning_rate=4e-5@epochs=3"
+    assert [job.row.row for job in targets[one]] == [one]
+    assert f"--output_dir results/published/train/{one}" in " ".join(settings.flags(jobs.finetune(run, run.job(one))))
+    selected = tree(rows={"accuracy": ["*@learning_rate=4e-5@*"], "speed": []})
+    assert len(selected.accuracy) == 2
+    changed = tree(overrides={name: {"warmup_steps": 7}, one: {"warmup_steps": 9}})
+    assert {job.row.row: job.row.warmup_steps for job in changed.accuracy if job.row.row in found} == (
+        dict.fromkeys(found, 7) | {one: 9}
+    )
+
+
+def test_a_grid_in_overrides_and_in_further_settings(tree):
+    name = "phi35-nlvr2-lora-bf16"
+    values = {"learning_rate": "1e-5|4e-5", "finetune": {"eval_steps": "5|10", "keep_best": True}, "seeds": [42, 43]}
+    run = tree(overrides={name: values}, rows={"accuracy": [name], "speed": []})
+    assert len(run.accuracy) == 8
+    job = run.job(f"{name}@learning_rate=4e-5@eval_steps=10-seed43")
+    assert (job.seed, job.table_row) == (43, f"{name}@learning_rate=4e-5@eval_steps=10")
+    written = jobs.finetune(run, job)
+    assert (written.learning_rate, written.eval_steps, written.keep_best) == (4e-5, 10, True)
+    assert job.departures["learning_rate"] == (2e-4, 4e-5)
+    assert job.departures["finetune"] == ({}, {"eval_steps": 10, "keep_best": True})
+    assert settings.parse(settings.FinetuneSettings, "", settings.flags(written)) == written
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"learning_rate": "1e-5|"}, "field `learning_rate`: got '1e-5|': expected different values"),
+        ({"learning_rate": "1e-5|1e-5"}, "expected different values between the |"),
+        ({"learning_rate": "1e-5|high"}, "field `learning_rate`: got 'high'"),
+        ({"finetune": {"eval_steps": "5|a/b"}}, "field `eval_steps`: got '5|a/b'"),
+    ],
+)
+def test_a_wrong_grid_is_refused(tree, values, said):
+    with pytest.raises(SettingsError, match=re.escape(said)):
+        tree(overrides={"phi35-nlvr2-full-bf16": values})

@@ -85,7 +85,7 @@ if not JOBS:
 
 
 wildcard_constraints:
-    row="[A-Za-z0-9_.-]+",
+    row="[A-Za-z0-9_.@=+-]+",
     key="[A-Za-z0-9_.-]+",
     baseline="[A-Za-z0-9_.-]+",
     evaluated="((base|official)/)?[A-Za-z0-9_.-]+",

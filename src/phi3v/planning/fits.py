@@ -356,7 +356,7 @@ def misfit(fit: Fit, load: Workload, job: Job) -> str:
 
 def named(run: ResolvedRun, job: Job) -> bool:
     """Whether the run asks for the job's row by its exact name: such a row is tried even if it does not fit."""
-    return job.table_row in (*run.settings.rows.accuracy, *run.settings.rows.speed)
+    return run.settings.rows.names(job.table_row)
 
 
 def _reason(run: ResolvedRun, job: Job) -> str | None:

@@ -5,12 +5,16 @@ Defaults are the constants of Microsoft's recipe (PhiCookBook, FineTuning_Vision
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
-from phi3v.settings.base import Bare, Role, SettingsError, Strict, validate
+from phi3v.settings.base import Bare, Role, SettingsError, Strict, fields_with, validate
 
 Method = Literal["full", "frozen", "lora", "qlora"]
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -42,6 +46,8 @@ WorkersOrAuto = Annotated[int | Literal["auto"], _count_or_auto(0)]
 # numpy, which accelerate's set_seed seeds as well, takes 32 bits.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+# A name, and for a row of a grid what it has of each of the grid's fields: NAME@learning_rate=1e-5@epochs=3.
+RowId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*(@[a-z0-9_]+=[A-Za-z0-9_.+-]+)*$")]
 
 
 class Recipe(Strict):
@@ -87,7 +93,7 @@ class Recipe(Strict):
 
 
 class _Named(Strict):
-    row: Annotated[Name, Role.IDENTITY]
+    row: Annotated[RowId, Role.IDENTITY]
     """Unique id; it carries the model."""
     model: str
     """Entry of the models file."""
@@ -109,7 +115,8 @@ class Training(Recipe, _Named):
     lora_alpha: float | None = Field(None, gt=0)
     """Scale of the adapters; goes with the rank."""
     finetune: dict[str, Any] = {}
-    """In overrides: further settings of scripts/finetune.py by their names, as {eval_steps: 100, keep_best: true}."""
+    """In overrides: further settings of scripts/finetune.py by their names, as {eval_steps: 100, keep_best: true}; a
+    value may be a grid."""
     published_doubted: Annotated[YesNo, Role.PUBLISHED] = False
     """The published figure is very likely not what its row says; the note tells why, and no verdict is given."""
     legacy_freezing: YesNo = False
@@ -198,6 +205,39 @@ class SpeedRow(Training):
 RowT = TypeVar("RowT", bound=Training)
 
 
+def table_line(row: str) -> str:
+    """The id of the table's line from the id of a row of its grid."""
+    return row.partition("@")[0]
+
+
+def grid(model: type[Training], values: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(suffix of the id, values) of each row that the values stand for: all combinations of alternatives as `1e-5|4e-5`.
+
+    One with the suffix "" without alternatives. Names, published figures and notes have none. Raises SettingsError for
+    alternatives that cannot stand in an id, or are given twice.
+    """
+    texts = fields_with(model, Role.IDENTITY, Role.PUBLISHED)
+    own = {name: value for name, value in values.items() if name not in texts}
+    axes: dict[str, list[str]] = {}
+    for name, value in {**own, **(values.get("finetune") or {})}.items():
+        if isinstance(value, str) and "|" in value:
+            axes[name] = [part.strip() for part in value.split("|")]
+            if len({*axes[name]}) < len(axes[name]) or not all(re.fullmatch(r"[\w.+-]+", part) for part in axes[name]):
+                raise SettingsError(
+                    f"{where}: field `{name}`: got {value!r}: expected different values between the |, of letters, "
+                    "digits and . _ + - alone: they stand in the ids of the rows"
+                )
+    for parts in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, parts, strict=True))
+        row = {name: chosen.get(name, value) for name, value in values.items()}
+        if values.get("finetune"):
+            further = {name: chosen.get(name, value) for name, value in values["finetune"].items()}
+            row["finetune"] = {
+                name: yaml.safe_load(value) if name in chosen else value for name, value in further.items()
+            }
+        yield "".join(f"@{name}={part}" for name, part in chosen.items()), row
+
+
 def read_table(path: str, model: type[RowT], root: Path) -> list[RowT]:
     """Rows of a tab-separated table with a header; lines that start with # are comments, empty cells are defaults."""
     try:
@@ -221,7 +261,9 @@ def read_table(path: str, model: type[RowT], root: Path) -> list[RowT]:
                 f"{path}: line {number}: {len(cells)} fields; expected {len(header)}, separated by tabs"
             )
         values = {column: cell for column, cell in zip(header, cells, strict=True) if cell}
-        rows.append(validate(model, values, f"{path}: line {number}: row `{values.get('row', '')}`"))
+        where = f"{path}: line {number}: row `{values.get('row', '')}`"
+        for suffix, own in grid(model, values, where):
+            rows.append(validate(model, own | {"row": own.get("row", "") + suffix} if suffix else own, where))
     if not rows:
         raise SettingsError(f"{path}: a header but no rows; expected at least one")
     return rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,17 @@ from phi3v.settings.base import (
 )
 from phi3v.settings.commands import own_settings
 from phi3v.settings.entries import Dataset, Hardware, Model, dataset_key, model_key
-from phi3v.settings.rows import AccuracyRow, Name, Seed, SpeedRow, Training, WorkersOrAuto, read_tables
+from phi3v.settings.rows import (
+    AccuracyRow,
+    Name,
+    Seed,
+    SpeedRow,
+    Training,
+    WorkersOrAuto,
+    grid,
+    read_tables,
+    table_line,
+)
 
 AnyRow = AccuracyRow | SpeedRow
 Departures = dict[str, tuple[Any, Any]]
@@ -66,6 +76,10 @@ class Selection(Strict):
 
     accuracy: list[str] = ["*"]
     speed: list[str] = ["*"]
+
+    def names(self, row: str) -> bool:
+        """Whether a row is asked for by its exact id, or by that of the table's line whose grid it is of."""
+        return not {row, table_line(row)}.isdisjoint((*self.accuracy, *self.speed))
 
 
 class Evaluation(Strict):
@@ -232,11 +246,14 @@ class ResolvedRun(BaseModel):
         return grouped
 
     def targets(self, rules: Iterable[str]) -> dict[str, list[Job]]:
-        """Name of each target to its jobs: a row's id to those of all its seeds, a seed's id to its own.
+        """Name of each target to its jobs: a row's id to those of all its seeds and of its grid, a seed's id to its own.
 
         rules: names that the workflow's rules have already. Raises SettingsError for a row of such a name.
         """
-        found = {**{name: [job] for name, job in self._by_id.items()}, **self.by_table_row()}
+        found: dict[str, list[Job]] = {}
+        for job in (*self.accuracy, *self.speed):
+            for name in dict.fromkeys((job.row.row, job.table_row, table_line(job.table_row))):
+                found.setdefault(name, []).append(job)
         taken = sorted(found.keys() & set(rules))
         if taken:
             job = found[taken[0]][0]
@@ -283,15 +300,19 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
     unused = set(settings.overrides)
     for kind, table in tables.items():
         selected = getattr(settings.rows, kind)
+        rows = [
+            (path, row, departures)
+            for path, table_row in table
+            for row, departures in _overridden(where, table_row, settings.overrides, unused, row_files)
+        ]
         for pattern in selected:
-            if not fnmatch.filter([row.row for _, row in table], pattern):
+            if not any(_matches(row.row, pattern) for _, row, _ in rows):
                 raise SettingsError(
                     f"{where}: field `rows.{kind}`: got {pattern!r}: matches no row; expected a row id or a pattern of "
                     f"{', '.join(getattr(settings.files, kind)) or 'a table (none is named in files)'}"
                 )
-        for path, table_row in table:
-            row, departures = _overridden(where, table_row, settings.overrides, unused)
-            if any(fnmatch.fnmatchcase(row.row, pattern) for pattern in selected):
+        for path, row, departures in rows:
+            if any(_matches(row.row, pattern) for pattern in selected):
                 getattr(run, kind).extend(_jobs(where, run, path, row, departures, row_files))
     if unused:
         raise SettingsError(f"{where}: field `overrides`: pattern {sorted(unused)[0]!r} matches no row of the tables")
@@ -334,22 +355,34 @@ def _check_tables(run: ResolvedRun, tables: list[tuple[str, AnyRow]]) -> dict[st
     return files
 
 
+def _matches(row: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(row, pattern) or fnmatch.fnmatchcase(table_line(row), pattern)
+
+
 def _overridden(
-    where: str, row: AnyRow, overrides: dict[str, dict[str, Any]], unused: set[str]
-) -> tuple[AnyRow, Departures]:
-    """The row with the run's overrides, and what they changed; their patterns are taken out of `unused`."""
+    where: str, row: AnyRow, overrides: dict[str, dict[str, Any]], unused: set[str], files: dict[str, str]
+) -> Iterator[tuple[AnyRow, Departures]]:
+    """The row with the run's overrides, and what they changed; several rows if an override is a grid.
+
+    The patterns that match are taken out of `unused`.
+    """
     values: dict[str, Any] = {}
     for pattern, fields in overrides.items():
-        if fnmatch.fnmatchcase(row.row, pattern):
+        if _matches(row.row, pattern):
             unused.discard(pattern)
             values.update(fields)
+    where = f"{where}: overrides of row `{row.row}`"
     fixed = [name for name in values if name in fields_with(type(row), Role.IDENTITY, Role.PUBLISHED)]
     if fixed:
-        raise SettingsError(f"{where}: overrides of row `{row.row}`: field `{fixed[0]}` cannot be overridden")
-    changed = validate(type(row), {**row.model_dump(), **values}, f"{where}: overrides of row `{row.row}`")
-    own_settings(changed, f"{where}: overrides of row `{row.row}`")
-    before, after = row.model_dump(), changed.model_dump()
-    return changed, {field: (before[field], after[field]) for field in values if before[field] != after[field]}
+        raise SettingsError(f"{where}: field `{fixed[0]}` cannot be overridden")
+    before = row.model_dump()
+    for suffix, own in grid(type(row), values, where):
+        changed = validate(type(row), {**before, **own, "row": row.row + suffix}, where)
+        if suffix and changed.row in files:
+            raise SettingsError(f"{where}: the grid makes the id {changed.row}, which is a row of {files[changed.row]}")
+        own_settings(changed, where)
+        after = changed.model_dump()
+        yield changed, {field: (before[field], after[field]) for field in own if before[field] != after[field]}
 
 
 def _cannot(row: Training, device: Hardware) -> str | None:
@@ -413,7 +446,7 @@ def _jobs(
     """The jobs of a selected row, one for each of its seeds; none if no pool can do it, which `run.not_run` tells."""
     placed = _place(path, row, run.settings.hardware, run.hardware)
     if isinstance(placed, str):
-        if row.row in (*run.settings.rows.accuracy, *run.settings.rows.speed):
+        if run.settings.rows.names(row.row):
             raise SettingsError(f"{path}: row `{row.row}`: named in `rows`, but field {placed}")
         if {"dtype", "method"} & set(departures):
             raise SettingsError(f"{where}: overrides of row `{row.row}`: field {placed}")
