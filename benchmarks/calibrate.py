@@ -59,7 +59,7 @@ def throughput_residual(item: Published, constants: Constants) -> float:
 
 def memory_residual(item: Published, constants: MemoryConstants) -> float:
     """Logarithm of predicted over published peak memory."""
-    return math.log(published_memory(item.setup, constants).total_gb / float(item.row.published_memory_gb or 0))
+    return math.log(sum(published_memory(item.setup, constants).values()) / float(item.row.published_memory_gb or 0))
 
 
 Fitted = TypeVar("Fitted", Constants, MemoryConstants)
@@ -158,23 +158,38 @@ def _peaks(rows: Sequence[Published], constants: MemoryConstants) -> list[Compar
     return listed
 
 
+# ZeRO's shard while it rests: float32 weight, two moments, float32 gradient; adapters the same, whole on each device.
+SHARD_BYTES = 16
+
+
+def total_and_floor(setup: Setup, constants: MemoryConstants) -> tuple[float, float]:
+    """GB of the published code's peak with room for everything, and of the least it runs in if all is freed that can be."""
+    need = published_memory(setup, constants)
+    resting = SHARD_BYTES * setup.trained / (1 if setup.adapters else setup.devices) / 1e9
+    # One layer's gradients stay: they are reduced together.
+    backward = need["gradients"] / (setup.geometry.num_hidden_layers + 1) + resting
+    backward += sum(size for name, size in need.items() if name not in ("gradients", "optimizer", "cached scores"))
+    stepping = sum(need[name] for name in ("weights", "optimizer", "buckets", "runtime"))
+    return sum(need.values()), max(backward, stepping)
+
+
 def device_state(setup: Setup, constants: MemoryConstants) -> Literal["fits", "the card is full", "does not fit"]:
     """How the published code fits its device: with room, with the device full, or not at all."""
-    need, capacity = published_memory(setup, constants), setup.hardware.memory_gb
-    if capacity is None or need.total_gb <= capacity:
+    (total, floor), capacity = total_and_floor(setup, constants), setup.hardware.memory_gb
+    if capacity is None or total <= capacity:
         return "fits"
-    return "the card is full" if need.floor_gb <= capacity else "does not fit"
+    return "the card is full" if floor <= capacity else "does not fit"
 
 
 def device_reading_gb(setup: Setup, constants: MemoryConstants) -> float:
     """What a reading of the device shows at the published code's peak: the total, or the capacity if the job fills it."""
-    return min(published_memory(setup, constants).total_gb, setup.hardware.memory_gb or math.inf)
+    return min(total_and_floor(setup, constants)[0], setup.hardware.memory_gb or math.inf)
 
 
 def v100_note(setup: Setup, constants: MemoryConstants) -> str:
     """Why a card's published peak is what it is."""
-    need = published_memory(setup, constants)
-    why = f"takes {need.total_gb:.0f} GB if there is room, cannot do with less than {need.floor_gb:.0f} GB"
+    total, floor = total_and_floor(setup, constants)
+    why = f"takes {total:.0f} GB if there is room, cannot do with less than {floor:.0f} GB"
     return f"{why}: {device_state(setup, constants)}"
 
 

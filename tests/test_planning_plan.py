@@ -530,7 +530,7 @@ def test_more_devices_than_a_machine_has_are_refused(advice):
 def test_a_number_of_devices_that_would_do_does(advice):
     lacking = advice("RTX5090", 2)
     devices = int(re.search(r"(\d+) devices in all would do", lacking.options[0].remark).group(1))
-    entry = lacking.hardware.model_copy(update={"network_gb_s": 12.5})
+    entry = lacking.asked.hardware.model_copy(update={"network_gb_s": 12.5})
     assert advice("mine", 2, nodes=devices // 2, hardware={"mine": entry}).options[0].verdict != "no"
     assert advice("mine", 2, nodes=devices // 4, hardware={"mine": entry}).options[0].verdict == "no"
 

@@ -6,11 +6,10 @@ without flash attention, much slower. No data-centre GPU: LoRA on two GPUs. Turi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from phi3v.planning.fits import (
-    LORA_RANK,
     Fit,
     can_run,
     fewer_crops,
@@ -18,11 +17,12 @@ from phi3v.planning.fits import (
     more_devices,
     other_optimizers,
     what_fits,
+    with_method,
     workload,
 )
 from phi3v.planning.flops import Method, Setup
 from phi3v.planning.hardware import find_hardware
-from phi3v.planning.step_time import step_time
+from phi3v.planning.step_time import images_per_second
 from phi3v.settings import Dataset, Geometry, Hardware, SettingsError, Workload
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
@@ -42,8 +42,6 @@ class Option:
     """A method on the devices asked about."""
 
     fit: Fit
-    possible: bool
-    """False: the hardware cannot do the method."""
     images_per_second: float
     hours: float
     """One epoch over the dataset."""
@@ -57,12 +55,12 @@ class Option:
     @property
     def verdict(self) -> str:
         """yes, tight or no by its memory; never: the hardware cannot do the method."""
-        return self.fit.verdict if self.possible else "never"
+        return self.fit.verdict if can_run(self.fit.setup) else "never"
 
     @property
     def micro_batch(self) -> int | None:
         """The largest that fits."""
-        return self.fit.largest_micro_batch if self.possible else None
+        return self.fit.largest_micro_batch if can_run(self.fit.setup) else None
 
     def values(self) -> dict[str, object]:
         """JSON values."""
@@ -93,7 +91,6 @@ class Advice:
     """The options in the recipe's order; `chosen` is the recommended one, None if none fits."""
 
     device: str
-    hardware: Hardware
     dataset: str
     options: list[Option]
     chosen: Option | None
@@ -108,21 +105,21 @@ class Advice:
         """The answer to a person."""
         asked, chosen = self.asked, self.chosen
         machines = f" ({asked.nodes} machines of {asked.per_node})" if asked.nodes > 1 else ""
-        lines = [f"{asked.devices} x {self.hardware.title}{machines}, {self.dataset}:"]
+        lines = [f"{asked.devices} x {asked.hardware.title}{machines}, {self.dataset}:"]
         if chosen is None:
             lines.append("recommended: none")
         else:
+            flash, micro_batch = "yes" if asked.flash else "no", chosen.micro_batch or 1
             lines.append(
-                f"recommended: {chosen.method}, {asked.dtype}, flash attention {'yes' if asked.flash else 'no'}, "
-                f"micro-batch {chosen.micro_batch or 1} (batch {asked.batch_size})"
+                f"recommended: {chosen.method}, {asked.dtype}, flash attention {flash}, micro-batch {micro_batch} "
+                f"(batch {asked.batch_size})\n  {self.command()}"
             )
-            lines.append(f"  {self.command()}")
-            if asked.nodes > 1:
-                lines.append(
-                    f"  on each of the {asked.nodes} machines, HOST being the name of one of them; or once in a SLURM job "
-                    f"that has them: scripts/torchrun_nodes.sh {asked.nodes} {asked.per_node} scripts/finetune.py "
-                    "and the same flags"
-                )
+        if chosen and asked.nodes > 1:
+            lines.append(
+                f"  on each of the {asked.nodes} machines, HOST being the name of one of them; or once in a SLURM job "
+                f"that has them: scripts/torchrun_nodes.sh {asked.nodes} {asked.per_node} scripts/finetune.py "
+                "and the same flags"
+            )
         lines += [f"- {reason}" for reason in self.reasons]
         lines.append(
             f"{'method':8} {'fits':5} {'alloc GB':>8} {'+ cached':>8} {'+ context':>9} {'micro':>5} {'img/s':>7}"
@@ -188,49 +185,46 @@ def advise(
             f"most; for several machines --nodes, as --count 8 --nodes {-(-count // 8)}"
         )
     load = workload(dataset, data, root)
-    mean, longest = mean_and_longest(load, geometry, data.num_crops)
     dtype = "bf16" if hardware.bf16 else "fp16"
     # The recipe's 64, or the next multiple of the devices.
     batch = -(-BATCH // (count * nodes)) * count * nodes
-    base = Setup(geometry, hardware, "full", dtype, hardware.flash_attention, mean, longest, batch, nodes, count)
-    options = [
-        _option(replace(base, method=method, rank=LORA_RANK if "lora" in method else 0), load) for method in METHODS
-    ]
+    works = mean_and_longest(load, geometry, data.num_crops)
+    base = Setup(geometry, hardware, "full", dtype, hardware.flash_attention, *works, batch, nodes, count)
+    options = [_option(with_method(base, method), load) for method in METHODS]
     if hardware.kind == "cpu":
         fastest = min(options, key=lambda item: item.hours)
         reason = (
             "a CPU is for the demo (`make demo`: a tiny model, the same workflow); with this model an epoch would take "
             f"{fastest.hours:.0f} hours with the fastest method, {fastest.method}"
         )
-        return Advice(key, hardware, dataset, options, None, [reason])
-    comfortable = next((item for item in options if item.verdict == "yes"), None)
-    tight = next((item for item in options if item.verdict == "tight"), None)
+        return Advice(key, dataset, options, None, [reason])
     # The published V100 rows did full fine-tuning on full devices; for adapters a comfortable method is better.
-    chosen = tight if tight and (comfortable is None or tight.method == "full") else comfortable
+    ranked = [item for item in options if (item.verdict, item.method) == ("tight", "full")]
+    ranked += [item for verdict in ("yes", "tight") for item in options if item.verdict == verdict]
+    chosen = ranked[0] if ranked else None
     reasons = [*_device_reasons(base), *_choice_reasons(options[0], chosen), *_optimizer_reasons(options[0])]
     if chosen is None:
         reasons.append(_what_would_fit(options, load, data.num_crops))
-    return Advice(key, hardware, dataset, options, chosen, reasons)
+    return Advice(key, dataset, options, chosen, reasons)
 
 
 def _option(setup: Setup, load: Workload) -> Option:
     fit, remark = what_fits(setup), ""
-    capacity = setup.hardware.memory_gb
     if not can_run(setup):
         remark = "the recipe asks for Turing or newer for 4 bits (`quantisation` of the hardware's entry)"
-    elif fit.verdict == "no" and capacity is not None:
-        remark = f"{fit.memory.least_gb - capacity:.0f} GB too much"
+    elif fit.verdict == "no":
+        remark = f"{fit.memory.least_gb - (setup.hardware.memory_gb or 0):.0f} GB too much"
         if more := more_devices(setup):
             remark += f"; {more.setup.devices} devices in all would do"
     elif fit.verdict == "tight":
         remark = "works only if PyTorch frees cached memory; slower"
-    rate = setup.batch_size / step_time(setup).seconds
-    return Option(fit, can_run(setup), rate, EPOCHS * load.train / rate / 3600, remark)
+    rate = images_per_second(setup)
+    return Option(fit, rate, EPOCHS * load.train / rate / 3600, remark)
 
 
 def _what_would_fit(options: list[Option], load: Workload, num_crops: int) -> str:
     """For a device on which nothing fits: the method that needs the least, and with how many tiles one would fit."""
-    possible = [item.fit for item in options if item.possible]
+    possible = [item.fit for item in options if can_run(item.fit.setup)]
     smallest = min(possible, key=lambda fit: fit.memory.least_gb)
     text = (
         f"nothing fits: {smallest.setup.method} needs the least, {smallest.memory.least_gb:.0f} GB per device, and "

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -45,6 +45,10 @@ MEAN_TOKENS, PADDED_TILES = 2443.23, 17
 RECOMPUTE_EVERY = (0, 8, 4, 3, 2, 1)
 # The recipe's rank, for adapters that a row of another method could use instead.
 LORA_RANK = 64
+# In the recipe's order.
+METHODS: tuple[Method, ...] = ("full", "frozen", "lora", "qlora")
+# For full fine-tuning in less memory, the fastest first.
+LEAN_OPTIMIZERS: tuple[Optimizer, ...] = ("adamw_8bit", "paged_adamw_8bit", "adamw_offload")
 
 
 # From a row to a setup -------------------------------------------------------------------------------------------------
@@ -258,34 +262,29 @@ def first_that_fits(candidates: Iterable[Setup]) -> Fit | None:
     return next((found for found in map(what_fits, candidates) if found.verdict != "no"), None)
 
 
+def can_run(setup: Setup) -> bool:
+    """Whether the hardware has the kernels of the method."""
+    return setup.method != "qlora" or setup.hardware.quantisation
+
+
+def with_method(setup: Setup, method: Method) -> Setup:
+    """The setup with another method; adapters have the recipe's rank if it has none."""
+    return replace(setup, method=method, rank=(setup.rank or LORA_RANK) if "lora" in method else 0)
+
+
 def other_methods(setup: Setup) -> list[Fit]:
     """Cheaper ways on the same devices, in the recipe's order; only those that the hardware can do and that fit."""
-    found = []
-    methods: tuple[Method, ...] = ("full", "frozen", "lora", "qlora")
-    for method in methods:
-        rank = (setup.rank or LORA_RANK) if "lora" in method else 0
-        other = replace(setup, method=method, rank=rank, micro_batch=1, flash=setup.hardware.flash_attention)
-        if (
-            (other.method, other.flash) != (setup.method, setup.flash)
-            and can_run(other)
-            and (fit := first_that_fits([other]))
-        ):
-            found.append(fit)
-    return found
+    flash = setup.hardware.flash_attention
+    others = [replace(with_method(setup, method), micro_batch=1, flash=flash) for method in METHODS]
+    possible = [other for other in others if can_run(other) and (other.method, flash) != (setup.method, setup.flash)]
+    return [fit for fit in map(what_fits, possible) if fit.verdict != "no"]
 
 
 def other_optimizers(setup: Setup) -> list[Fit]:
     """Full fine-tuning with other optimizers on the same devices, the fastest first; only those that fit."""
-    if setup.adapters:
-        return []
-    names: tuple[Optimizer, ...] = ("adamw_8bit", "paged_adamw_8bit", "adamw_offload")
-    fits = [what_fits(replace(setup, optimizer=name, micro_batch=1)) for name in names if name != setup.optimizer]
+    names = [name for name in LEAN_OPTIMIZERS if name != setup.optimizer and not setup.adapters]
+    fits = [what_fits(replace(setup, optimizer=name, micro_batch=1)) for name in names]
     return [fit for fit in fits if fit.verdict != "no"]
-
-
-def can_run(setup: Setup) -> bool:
-    """Whether the hardware has the kernels of the method."""
-    return setup.method != "qlora" or setup.hardware.quantisation
 
 
 def fewer_crops(setup: Setup, load: Workload, num_crops: int) -> tuple[int, Fit] | None:
@@ -302,9 +301,7 @@ def more_devices(setup: Setup) -> Fit | None:
 
     The batch is the next multiple of the devices.
     """
-    if setup.adapters:
-        return None
-    many = (setup.devices * times for times in (2, 4, 8, 16, 32))
+    many = () if setup.adapters else [setup.devices * times for times in (2, 4, 8, 16, 32)]
     return first_that_fits(
         replace(setup, nodes=devices // setup.per_node, batch_size=-(-setup.batch_size // devices) * devices)
         for devices in many
@@ -315,14 +312,12 @@ def more_of_the_pool(setup: Setup, job: Job) -> Fit | None:
     """An accuracy row on the fewest of its pool's devices on which it fits; None if none helps."""
     if setup.adapters or not isinstance(job.row, AccuracyRow):
         return None
-
-    def wider(pool_row: Job) -> Iterator[Setup]:
-        for gpus in range(setup.devices + 1, setup.batch_size // setup.micro_batch + 1):
-            nodes, per_node = place_accuracy(gpus, pool_row.pool)
-            if nodes * per_node == gpus and setup.batch_size % (gpus * setup.micro_batch) == 0:
-                yield replace(setup, nodes=nodes, per_node=per_node)
-
-    return first_that_fits(wider(job))
+    most = setup.batch_size // setup.micro_batch
+    counts = [gpus for gpus in range(setup.devices + 1, most + 1) if setup.batch_size % (gpus * setup.micro_batch) == 0]
+    placed = [(gpus, *place_accuracy(gpus, job.pool)) for gpus in counts]
+    return first_that_fits(
+        replace(setup, nodes=nodes, per_node=per_node) for gpus, nodes, per_node in placed if nodes * per_node == gpus
+    )
 
 
 # Rows that do not fit --------------------------------------------------------------------------------------------------
@@ -336,10 +331,8 @@ def misfit(fit: Fit, load: Workload, job: Job) -> str:
         ways.append("micro_batch_size 1")
     own = more_of_the_pool(setup, job)
     if own:
-        count = own.setup.devices
-        ways.append(
-            f"{count} devices, which this run has: `overrides: {{{job.table_row}: {{gpus: {count}}}}}` ({own.need})"
-        )
+        written = f"`overrides: {{{job.table_row}: {{gpus: {own.setup.devices}}}}}`"
+        ways.append(f"{own.setup.devices} devices, which this run has: {written} ({own.need})")
     for other in other_methods(setup):
         flash = " with flash attention" if other.setup.flash and not setup.flash else ""
         ways.append(f"{other.setup.method}{flash} ({other.need})")
@@ -359,28 +352,22 @@ def named(run: ResolvedRun, job: Job) -> bool:
     return run.settings.rows.names(job.table_row)
 
 
-def _reason(run: ResolvedRun, job: Job) -> str | None:
-    """Why a row is left out; None if it fits, or if nothing is known.
-
-    Nothing is known of a model without `geometry` or a dataset without `workload`: their sizes come with the download,
-    and which rows run must not change in the middle of a run.
-    """
-    unknown = run.models[job.row.model].geometry is None or run.datasets[job.row.dataset].workload is None
-    if unknown or named(run, job):
-        return None
-    setup, load = setup_of(run, job)
-    fit = what_fits(setup)
-    return misfit(fit, load, job) if fit.verdict == "no" else None
-
-
 def runnable(run: ResolvedRun) -> ResolvedRun:
     """The run without the rows that cannot fit their device: they join `not_run`, with what they need.
 
-    A row that the run names exactly stays: the prediction may be wrong, and training reports what would help.
+    A row that the run names exactly stays: the prediction may be wrong, and training reports what would help. So does a
+    row of a model without `geometry` or a dataset without `workload`: their sizes come with the download, and which rows
+    run must not change in the middle of a run.
     """
-    jobs = (*run.accuracy, *run.speed)
-    missing = {job.row.row: reason for job in jobs if (reason := _reason(run, job)) is not None}
-    left_out = [NotRun(row=job.row, reason=missing[job.row.row]) for job in jobs if job.row.row in missing]
+    left_out = []
+    for job in (*run.accuracy, *run.speed):
+        known = run.models[job.row.model].geometry and run.datasets[job.row.dataset].workload
+        if known and not named(run, job):
+            setup, load = setup_of(run, job)
+            fit = what_fits(setup)
+            if fit.verdict == "no":
+                left_out.append(NotRun(row=job.row, reason=misfit(fit, load, job)))
+    missing = {skipped.row.row for skipped in left_out}
     kept = {
         "accuracy": [job for job in run.accuracy if job.row.row not in missing],
         "speed": [job for job in run.speed if job.row.row not in missing],

@@ -213,10 +213,6 @@ class Flops:
         """All that runs."""
         return self.forward + self.backward + self.recompute
 
-    def forward_only(self) -> Flops:
-        """The same without gradients."""
-        return Flops(self.forward)
-
 
 @dataclass(frozen=True)
 class TrainingFlops:
@@ -226,32 +222,6 @@ class TrainingFlops:
     hardware: float
     parts: dict[str, Flops]
     """Hardware FLOP of vision, projector, decoder, attention (both towers') and head."""
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One kind of matrix product: `count` layers of inputs x outputs over `rows` rows."""
-
-    inputs: int
-    outputs: int
-    rows: float
-    count: int = 1
-    weight_gradient: bool = True
-    input_gradient: bool = True
-    rank: int = 0
-    """Rank of the adapter beside it, 0 = none."""
-
-    def flops(self, recompute: float = 0.0, stops_here: bool = False) -> Flops:
-        """recompute: share of the layers that run again in the backward pass. stops_here: the last product of its layer,
-        which non-reentrant checkpointing leaves out once everything that is saved has been recomputed. An adapter
-        beside it runs before it."""
-        base = 2.0 * self.rows * self.inputs * self.outputs
-        down, up = 2.0 * self.rows * self.inputs * self.rank, 2.0 * self.rows * self.rank * self.outputs
-        backward = base * (self.weight_gradient + self.input_gradient)
-        # dB and the gradient of the inner activation, dA, and the input's gradient.
-        backward += 2 * up + down + down * self.input_gradient if self.rank else 0
-        again = down + up if stops_here else base + down + up
-        return Flops(self.count * (base + down + up), self.count * backward, self.count * again * recompute)
 
 
 @dataclass(frozen=True)
@@ -275,17 +245,30 @@ class _Counting:
     def trains_vision(self) -> bool:
         return self.method == "full" or (self.adapters and self.vision_adapters)
 
+    def linear(
+        self, inputs: int, outputs: int, rows: float, rank: int,
+        input_gradient: bool = True, recompute: float = 0.0, stops_here: bool = False,
+    ) -> Flops:  # fmt: skip
+        """A linear layer over `rows` rows. rank: of the adapter beside it, which runs before it; 0: none.
+
+        recompute: share of the layers that run again in the backward pass. stops_here: the last product of its layer,
+        which non-reentrant checkpointing leaves out once everything that is saved has been recomputed.
+        """
+        base, down, up = (2.0 * rows * size for size in (inputs * outputs, inputs * rank, rank * outputs))
+        # dB and the gradient of the inner activation, dA, and the input's gradient.
+        backward = base * (input_gradient + (not self.adapters)) + 2 * up + down + down * input_gradient
+        return Flops(base + down + up, backward, (down + up + base * (not stops_here)) * recompute)
+
     def layers(self, stack: Stack, readers: int, rank: int, first_has_input_gradient: bool) -> Flops:
         """Linear layers of a stack; the first `readers` of each layer read the layer's own input."""
         # bitsandbytes' product is a custom function, which saves its inputs after it has run.
-        reentrant = self.reentrant or self.method == "qlora"
+        stops = not (self.reentrant or self.method == "qlora")
         total = Flops()
-        for index, (inputs, outputs) in enumerate(stack.linears.values()):
-            stops_here = not reentrant and index == len(stack.linears) - 1
-            first_differs = index < readers and not first_has_input_gradient
-            for count, needs in ((stack.layers - first_differs, True), (int(first_differs), False)):
-                product = Linear(inputs, outputs, stack.rows, count, not self.adapters, needs, rank)
-                total += product.flops(self.recompute, stops_here)
+        for index, shape in enumerate(stack.linears.values()):
+            stops_here = stops and index == len(stack.linears) - 1
+            for count, needed in ((stack.layers - 1, True), (1, first_has_input_gradient or index >= readers)):
+                product = self.linear(*shape, stack.rows, rank, needed, self.recompute, stops_here)
+                total += Flops(count * product.forward, count * product.backward, count * product.recompute)
         return total
 
     def attention(self, stack: Stack, pairs: float) -> Flops:
@@ -294,45 +277,39 @@ class _Counting:
         # A flash kernel computes the scores again in its backward pass (Dao 2023, FlashAttention-2, section 3.1.2).
         return Flops(2 * product, (5 if self.flash else 4) * product, 2 * product * self.recompute)
 
-    def vision(self, geometry: Geometry, work: Work, tower: Stack) -> tuple[Flops, Flops, Flops]:
-        """The tower, its attention, and the projector."""
-        rank = self.rank if self.adapters and self.vision_adapters else 0
-        inputs = patches_per_tile(geometry.vision) * 3 * geometry.vision.patch_size**2
-        patch = Flops(2.0 * work.tiles * inputs * tower.width)
-        if self.method == "full":
-            patch += Flops(0, patch.forward)
-        layers = self.layers(tower, 3, rank, not self.adapters)
-        attention, projector = self.attention(tower, tower.pairs), Flops()
-        for inputs, outputs in projector_linears(geometry):
-            linear = Linear(inputs, outputs, work.projected, 1, not self.adapters, self.trains_vision, rank)
-            projector += linear.flops()
-        if self.trains_vision:
-            return patch + layers, attention, projector
-        return (patch + layers).forward_only(), attention.forward_only(), projector.forward_only()
-
-    def language(self, geometry: Geometry, work: Work, decoder: Stack) -> tuple[Flops, Flops, Flops]:
-        """The decoder, its attention, and the head."""
-        rank = self.rank if self.adapters else 0
-        # Under frozen inputs a decoder whose norms train still needs every input gradient; one with adapters only does
-        # not, unless PEFT makes the embeddings require gradients, which it does for checkpointing.
-        layers = self.layers(decoder, 1, rank, not self.adapters or self.trains_vision or self.recompute > 0)
-        attention = self.attention(decoder, (decoder.pairs + work.tokens) / 2 if self.causal else decoder.pairs)
-        if self.method == "frozen_forward_only":
-            layers, attention = layers.forward_only(), attention.forward_only()
-        head = Linear(geometry.hidden_size, geometry.vocab_size, work.labels, 1, not self.adapters, True, rank)
-        return layers, attention, head.flops()
-
     def parts(self, geometry: Geometry, work: Work) -> dict[str, Flops]:
         """FLOP by part, both attentions as one."""
         tower, decoder = stacks(geometry, work)
-        vision, vision_attention, projector = self.vision(geometry, work, tower)
-        layers, attention, head = self.language(geometry, work, decoder)
+        vision = geometry.vision
+        rank = self.rank if self.adapters and self.vision_adapters else 0
+        patches = 2.0 * work.tiles * patches_per_tile(vision) * 3 * vision.patch_size**2 * tower.width
+        embedded = Flops(patches, patches if self.method == "full" else 0)
+        projector = [
+            self.linear(*shape, work.projected, rank, self.trains_vision) for shape in projector_linears(geometry)
+        ]
+        # Under frozen inputs a decoder whose norms train still needs every input gradient; one with adapters only does
+        # not, unless PEFT makes the embeddings require gradients, which it does for checkpointing.
+        first = not self.adapters or self.trains_vision or self.recompute > 0
+        tower_parts = {
+            "vision": embedded + self.layers(tower, 3, rank, not self.adapters),
+            "projector": sum(projector, Flops()),
+            "attention": self.attention(tower, tower.pairs),
+        }
+        decoder_parts = {
+            "decoder": self.layers(decoder, 1, self.rank if self.adapters else 0, first),
+            "attention": self.attention(decoder, (decoder.pairs + work.tokens) / 2 if self.causal else decoder.pairs),
+        }
+        if not self.trains_vision:
+            tower_parts = {name: Flops(part.forward) for name, part in tower_parts.items()}
+        if self.method == "frozen_forward_only":
+            decoder_parts = {name: Flops(part.forward) for name, part in decoder_parts.items()}
         return {
-            "vision": vision,
-            "projector": projector,
-            "decoder": layers,
-            "attention": vision_attention + attention,
-            "head": head,
+            **tower_parts,
+            **decoder_parts,
+            "attention": tower_parts["attention"] + decoder_parts["attention"],
+            "head": self.linear(
+                geometry.hidden_size, geometry.vocab_size, work.labels, self.rank if self.adapters else 0
+            ),
         }
 
 

@@ -297,8 +297,6 @@ def probe_bytes(setup: Setup) -> float:
 
 # Published code --------------------------------------------------------------------------------------------------------
 
-# ZeRO's shard while it rests: float32 weight, two moments, float32 gradient.
-PUBLISHED_SHARD_BYTES = 16
 # Adapters are float32 with float32 gradients and moments, whole on each device.
 PUBLISHED_ADAPTER_BYTES = 16
 # Reduction and gather buckets in 2 bytes, one of them doubled to overlap: 2e8 elements, as DeepSpeed's examples.
@@ -330,63 +328,38 @@ class MemoryConstants:
     """Eager attention without ZeRO (adapters): score blocks that the allocator keeps while the device has room."""
 
 
-@dataclass(frozen=True)
-class PublishedMemory:
-    """Memory of one device as the published code takes it, GB."""
+def published_memory(setup: Setup, constants: MemoryConstants | None = None) -> dict[str, float]:
+    """GB by part at the peak of the published code on one device, if it has room for everything at once.
 
-    total_gb: float
-    """Peak if the device has room for everything at once."""
-    floor_gb: float
-    """The least the job runs in, if everything that can be freed is freed."""
-
-
-def _published_activations(setup: Setup, work: Work) -> tuple[float, float, float]:
-    """(layer inputs kept, largest layer alive, largest layer's eager scores) of one micro-batch, bytes."""
-    tower, decoder = stacks(setup.geometry, work)
-    kept = decoder.rows * decoder.layers * 2 * decoder.width * setup.trains_decoder
-    kept += tower.rows * tower.layers * 2 * tower.width * setup.trains_vision
-    alive = max(
-        decoder.rows * (DECODER_LAYER_BYTES[0] * decoder.width + DECODER_LAYER_BYTES[1] * decoder.inner),
-        tower.rows * (CLIP_LAYER_BYTES[0] * tower.width + CLIP_LAYER_BYTES[1] * tower.inner),
-    )
-    decoder_scores = decoder.heads * decoder.pairs * DECODER_SCORE_LIVE_BYTES
-    tower_scores = tower.heads * tower.pairs * CLIP_SCORE_LIVE_BYTES
-    return kept, alive, 0.0 if setup.flash else max(decoder_scores, tower_scores)
-
-
-def published_memory(setup: Setup, constants: MemoryConstants | None = None) -> PublishedMemory:
-    """Memory of the published code on one device, for its longest example times the micro-batch.
-
-    setup: what the recipe's scripts ran (phi3v.planning.fits.published_setup).
+    setup: what the recipe's scripts ran (phi3v.planning.fits.published_setup), its longest example times the micro-batch.
     """
     constants = constants or MemoryConstants()
     geometry, work = setup.geometry, setup.longest.scaled(setup.micro_batch)
-    trained, layers = setup.trained, geometry.num_hidden_layers
-    kept, alive, scores = _published_activations(setup, work)
-    piled = 0.0
-    if setup.adapters:
-        gradients, optimizer, resting = (
-            0.0,
-            float(PUBLISHED_ADAPTER_BYTES * trained),
-            float(PUBLISHED_ADAPTER_BYTES * trained),
+    tower, decoder = stacks(geometry, work)
+    layer_inputs = decoder.rows * decoder.layers * 2 * decoder.width * setup.trains_decoder
+    layer_inputs += tower.rows * tower.layers * 2 * tower.width * setup.trains_vision
+    decoder_layer = decoder.rows * (DECODER_LAYER_BYTES[0] * decoder.width + DECODER_LAYER_BYTES[1] * decoder.inner)
+    tower_layer = tower.rows * (CLIP_LAYER_BYTES[0] * tower.width + CLIP_LAYER_BYTES[1] * tower.inner)
+    scores = cached_scores = 0.0
+    if not setup.flash:
+        scores = max(
+            decoder.heads * decoder.pairs * DECODER_SCORE_LIVE_BYTES, tower.heads * tower.pairs * CLIP_SCORE_LIVE_BYTES
         )
-        if not setup.flash:
-            piled = constants.cached_scores * geometry.num_attention_heads * work.tokens_squared * layers
-    else:
-        gradients = 2.0 * setup.with_gradient
-        optimizer = constants.optimizer_bytes * trained / setup.devices
-        resting = PUBLISHED_SHARD_BYTES * trained / setup.devices
-    buckets = 0.0 if setup.adapters or setup.devices == 1 else float(PUBLISHED_BUCKET_BYTES)
-    weights = _weights(setup)
-    logits = work.labels * geometry.vocab_size * LOGIT_LIVE_BYTES
-    # The largest 4-bit weight while it is expanded.
+        cached_scores = constants.cached_scores * decoder.heads * decoder.pairs * decoder.layers * setup.adapters
+    zero = not setup.adapters
     largest = max(inputs * outputs for inputs, outputs in decoder_layer_linears(geometry).values())
-    expanded = largest * 6.0 if setup.method == "qlora" else 0.0
-    runtime = constants.runtime_gb * GB
-    # One layer's gradients stay: they are reduced together.
-    backward = (
-        weights + gradients / (layers + 1) + resting + kept + alive + scores + logits + buckets + expanded + runtime
-    )
-    stepping = weights + optimizer + buckets + runtime
-    parts = (weights, gradients, optimizer, kept, alive, scores + piled, logits, buckets, expanded, runtime)
-    return PublishedMemory(sum(size / GB for size in parts), max(backward, stepping) / GB)
+    parts = {
+        "weights": _weights(setup),
+        "gradients": 2.0 * setup.with_gradient * zero,
+        "optimizer": setup.trained * (constants.optimizer_bytes / setup.devices if zero else PUBLISHED_ADAPTER_BYTES),
+        "layer inputs": layer_inputs,
+        "activations": max(decoder_layer, tower_layer),
+        "scores": scores,
+        "cached scores": cached_scores,
+        "logits": work.labels * geometry.vocab_size * LOGIT_LIVE_BYTES,
+        "buckets": float(PUBLISHED_BUCKET_BYTES * (zero and setup.devices > 1)),
+        # The largest 4-bit weight while it is expanded.
+        "4-bit expansion": largest * 6.0 * (setup.method == "qlora"),
+        "runtime": constants.runtime_gb * GB,
+    }
+    return {name: size / GB for name, size in parts.items()}

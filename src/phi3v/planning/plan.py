@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from html import escape
 from pathlib import Path
 
-from phi3v.planning.fits import Fit, misfit, named, published_setup, setup_of, what_fits
+from phi3v.planning.fits import misfit, named, published_setup, setup_of, what_fits
 from phi3v.planning.flops import utilisation
 from phi3v.planning.geometry import parameters, trainable_parameters
 from phi3v.planning.memory import Verdict, published_memory
@@ -26,7 +26,7 @@ from phi3v.planning.resources import (
     training_steps,
 )
 from phi3v.planning.step_time import CONSTANTS, images_per_second, peak_tflops, step_time
-from phi3v.settings import AccuracyRow, Geometry, Job, ResolvedRun, SettingsError, SpeedRow, Workload
+from phi3v.settings import AccuracyRow, Geometry, Job, ResolvedRun, SettingsError, SpeedRow
 
 JOB_KINDS = {"accuracy": ("train", "evaluate"), "speed": ("speed",)}
 LEGEND = """\
@@ -177,43 +177,21 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path()) -> Planned:
         time, peak = step_time(setup), peak_tflops(setup)
     except SettingsError as error:
         return replace(planned, status=f"not planned: {error}")
-    planned = _with_memory(planned, what_fits(setup), run, job, load)
-    devices, power, price = setup.devices, setup.hardware.power_w, job.pool.price_per_hour
-    steps = training_steps(row, load, run)
-    seconds = steps * time.seconds
-    if isinstance(row, AccuracyRow):
-        seconds += evaluation_seconds(setup, load)
-        planned = replace(planned, disk_gb=sum(row_gb(setup, row, run.settings.save_minutes)))
-    elif isinstance(row, SpeedRow):
-        planned = _with_published(planned, row, job, run, setup.geometry)
-    hours = seconds / 3600
-    return replace(
-        planned,
-        images_per_second=setup.batch_size / time.seconds,
-        step_seconds={item.name: getattr(time, item.name) for item in fields(time) if item.name != "flops"},
-        mfu=utilisation(time.flops.model, time.seconds, peak, devices),
-        hfu=utilisation(time.flops.hardware, time.seconds, peak, devices),
-        steps=steps,
-        hours=hours,
-        gpu_hours=hours * devices,
-        price=price and price * hours * devices,
-        energy_kwh=power and power * hours * devices / 1000,
-        jobs={name: resources(run, job, root, name) for name in JOB_KINDS[kind]},
-    )
-
-
-def _with_memory(planned: Planned, fit: Fit, run: ResolvedRun, job: Job, load: Workload) -> Planned:
-    """With the setup, its memory and whether it fits."""
-    setup, need, row = fit.setup, fit.memory, job.row
-    status = planned.status
+    fit = what_fits(setup)
     if fit.verdict == "no":
         refused = "running it anyway because you named this row:" if named(run, job) else "not run:"
-        status = f"{refused} {misfit(fit, load, job)}"
+        planned = replace(planned, status=f"{refused} {misfit(fit, load, job)}")
+    if isinstance(row, AccuracyRow):
+        planned = replace(planned, disk_gb=sum(row_gb(setup, row, run.settings.save_minutes)))
+    else:
+        planned = _with_published(planned, row, job, run, setup.geometry)
+    steps, need, devices = training_steps(row, load, run), fit.memory, setup.devices
+    hours = (steps * time.seconds + (evaluation_seconds(setup, load) if kind == "accuracy" else 0)) / 3600
+    power, price = setup.hardware.power_w, job.pool.price_per_hour
     return replace(
         planned,
-        status=status,
         nodes=job.nodes,
-        devices=setup.devices,
+        devices=devices,
         method=row.method,
         dtype=row.dtype,
         flash_attention=row.flash_attention,
@@ -228,6 +206,16 @@ def _with_memory(planned: Planned, fit: Fit, run: ResolvedRun, job: Job, load: W
         micro_batch=setup.micro_batch,
         recompute=setup.recompute,
         largest_micro_batch=fit.largest_micro_batch,
+        images_per_second=setup.batch_size / time.seconds,
+        step_seconds={item.name: getattr(time, item.name) for item in fields(time) if item.name != "flops"},
+        mfu=utilisation(time.flops.model, time.seconds, peak, devices),
+        hfu=utilisation(time.flops.hardware, time.seconds, peak, devices),
+        steps=steps,
+        hours=hours,
+        gpu_hours=hours * devices,
+        price=price and price * hours * devices,
+        energy_kwh=power and power * hours * devices / 1000,
+        jobs={name: resources(run, job, root, name) for name in JOB_KINDS[kind]},
     )
 
 
@@ -241,7 +229,8 @@ def _with_published(planned: Planned, row: SpeedRow, job: Job, run: ResolvedRun,
     if job.pool.stand_in or row.published_images_per_second is None:
         return planned
     theirs = published_setup(row, geometry, run.hardware[row.hardware])
-    return replace(planned, as_published=images_per_second(theirs), as_published_gb=published_memory(theirs).total_gb)
+    need = sum(published_memory(theirs).values())
+    return replace(planned, as_published=images_per_second(theirs), as_published_gb=need)
 
 
 @dataclass(frozen=True)
@@ -295,20 +284,18 @@ class Plan:
     def notes(self) -> list[str]:
         """Sums, price and disk as sentences."""
         totals = self.totals()
-        device_hours, energy, price = totals["gpu_hours"], totals["energy_kwh"], totals["price"]
+        energy, price = totals["energy_kwh"], totals["price"]
         unplanned = sum(row.status.startswith("not planned") for row in self.rows)
-        used = f"rows that run: {sum(row.runs for row in self.rows)}, in total {device_hours or 0:.1f} device-hours"
-        used += (
-            f", {energy:.0f} kWh" if energy is not None else ", energy: not known (no board power in the hardware file)"
-        )
+        used = f"rows that run: {sum(row.runs for row in self.rows)}, in total {totals['gpu_hours'] or 0:.1f} device-hours, "
+        used += "energy: not known (no board power in the hardware file)" if energy is None else f"{energy:.0f} kWh"
         if unplanned:
             used += f"; rows that could not be planned and are in no sum: {unplanned}"
-        unset = "price: not set (`price_per_hour` of each entry under `hardware` in your configuration)"
+        unset = "not set (`price_per_hour` of each entry under `hardware` in your configuration)"
         sizes = ", ".join(f"{name} {size:.2f} GB" for name, size in self.disk.items())
         total, missing = sum(self.disk.values()), sum(self.disk_missing.values())
         return [
             used,
-            f"price: {price:.2f} in the currency of price_per_hour" if price is not None else unset,
+            f"price: {unset if price is None else f'{price:.2f} in the currency of price_per_hour'}",
             f"disk: {total:.1f} GB ({sizes}); still to be written: {missing:.1f} GB",
         ]
 

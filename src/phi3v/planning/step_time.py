@@ -175,14 +175,18 @@ FUSED_MACHINES = replace(FUSED, gradient=17, reduce_over_gather=1.0)
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one mean example that a bandwidth bounds."""
+    """What one mean example costs beside its matrix products: bytes that a bandwidth bounds, passes and seconds."""
 
     elementwise: float
-    """Outside matrix products and scores."""
+    """Bytes outside matrix products and scores."""
     adapters: float
-    """Of the adapters' narrow products, which reading and writing bounds."""
+    """Bytes of the adapters' narrow products, which reading and writing bounds."""
     scores: float
-    """Of eager attention."""
+    """Bytes of eager attention."""
+    layer_passes: float
+    """Layers run through in a micro-step: forward, recomputed, and backward as two, both towers."""
+    flash_seconds: float
+    """What a flash kernel spends on starting one sequence and head after the other."""
 
 
 def implementation(setup: Setup) -> Implementation:
@@ -201,11 +205,11 @@ def runs(setup: Setup) -> tuple[Runs, Runs]:
 
 
 def traffic_of(setup: Setup) -> Traffic:
-    """Bytes of one mean example."""
-    way, saved = implementation(setup), 0.0
-    if setup.dtype == "fp16":
-        saved = way.float16_scores
-    elementwise = adapters = scores = 0.0
+    """The traffic of one mean example."""
+    way = implementation(setup)
+    saved = way.float16_scores if setup.dtype == "fp16" else 0.0
+    starts = setup.hardware.flash_head_seconds or (0.0, 0.0)
+    elementwise = adapters = scores = layer_passes = flash_seconds = 0.0
     kinds = ((way.tower, way.tower_scores), (way.decoder, way.decoder_scores))
     for stack, counted, (layer, per_score) in zip(stacks(setup.geometry, setup.work), runs(setup), kinds, strict=True):
         passes = counted.forward + counted.again
@@ -217,10 +221,17 @@ def traffic_of(setup: Setup) -> Traffic:
         adapters += stack.rows * stack.layers * sum(inputs * i + outputs * o for i, o in stack.linears.values())
         each = (per_score[0] - saved) * passes + (per_score[1] - saved) * counted.backward
         scores += stack.heads * stack.layers * stack.pairs * each
+        layer_passes += stack.layers * (passes + BACKWARD_OVER_FORWARD * counted.backward)
+        starting = starts[0] * passes + starts[1] * counted.backward
+        flash_seconds += stack.heads * stack.layers * stack.sequences * starting
     elementwise += setup.work.labels * setup.geometry.vocab_size * LOGIT_BYTES
     wider = 2 if setup.dtype == "fp32" else 1
     return Traffic(
-        wider * elementwise, wider * adapters if setup.adapters else 0.0, 0.0 if setup.flash else wider * scores
+        elementwise=wider * elementwise,
+        adapters=wider * adapters * setup.adapters,
+        scores=wider * scores * (not setup.flash),
+        layer_passes=layer_passes,
+        flash_seconds=flash_seconds * setup.flash,
     )
 
 
@@ -264,44 +275,22 @@ def _empty(setup: Setup, field: str, expected: str) -> SettingsError:
     )
 
 
-def layer_passes(setup: Setup) -> float:
-    """Layers run through in a micro-step: forward, recomputed, and backward as two, both towers."""
-    return sum(
-        stack.layers * (each.forward + each.again + BACKWARD_OVER_FORWARD * each.backward)
-        for stack, each in zip(stacks(setup.geometry, setup.work), runs(setup), strict=True)
-    )
-
-
-def _flash_seconds(setup: Setup) -> float:
-    """Seconds that a flash kernel spends on starting one sequence and head after the other, for one mean example."""
-    if not setup.flash or setup.hardware.flash_head_seconds is None:
-        return 0.0
-    forward, backward = setup.hardware.flash_head_seconds
-    return sum(
-        stack.heads
-        * stack.layers
-        * stack.sequences
-        * (forward * (each.forward + each.again) + backward * each.backward)
-        for stack, each in zip(stacks(setup.geometry, setup.work), runs(setup), strict=True)
-    )
-
-
 def _collective_seconds(setup: Setup, size: float, constants: Constants) -> float:
     """Seconds to reduce-scatter or to gather `size` bytes over all devices: the slower of the links it crosses.
 
     A ring moves (n - 1) / n of the data over each device's links in a machine, (N - 1) / N over each machine's network.
     """
-    per_node, nodes = setup.per_node, setup.nodes
-    hardware = setup.hardware
+    links = (
+        ("link_gb_s", setup.per_node, f"{setup.per_node} devices of a machine need it"),
+        ("network_gb_s", setup.nodes, f"{setup.nodes} machines need it"),
+    )
     seconds = 0.0
-    if per_node > 1:
-        if hardware.link_gb_s is None:
-            raise _empty(setup, "link_gb_s", f"{per_node} devices of a machine need it, GB/s in one direction")
-        seconds = size * (per_node - 1) / per_node / (hardware.link_gb_s * 1e9)
-    if nodes > 1:
-        if hardware.network_gb_s is None:
-            raise _empty(setup, "network_gb_s", f"{nodes} machines need it, GB/s in one direction")
-        seconds = max(seconds, size * (nodes - 1) / nodes / (hardware.network_gb_s * 1e9))
+    for link, count, needed in links:
+        if count > 1:
+            speed = getattr(setup.hardware, link)
+            if speed is None:
+                raise _empty(setup, link, f"{needed}, GB/s in one direction")
+            seconds = max(seconds, size * (count - 1) / count / (speed * 1e9))
     return seconds / constants.link_efficiency
 
 
@@ -324,9 +313,9 @@ def step_time(setup: Setup, constants: Constants = CONSTANTS) -> StepTime:
     attention = flops.parts["attention"].total
     # Products of a few rows are bound by reading the weights: one read a pass.
     matmul = max(micro * (flops.hardware - attention) / peak, width * held * (2 + again) / bandwidth)
-    attending = micro * (attention / peak + traffic.scores / bandwidth + _flash_seconds(setup))
+    attending = micro * (attention / peak + traffic.scores / bandwidth + traffic.flash_seconds)
     elementwise = micro * (traffic.elementwise + traffic.adapters) / streaming
-    elementwise += constants.layer_seconds * way.operators.get(setup.method, 1.0) * layer_passes(setup)
+    elementwise += constants.layer_seconds * way.operators.get(setup.method, 1.0) * traffic.layer_passes
     if setup.float32_weights and setup.dtype != "fp32":
         elementwise += CAST_BYTES * (held - quantised) * again / streaming
     if not setup.adapters:
