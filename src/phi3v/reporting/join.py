@@ -5,7 +5,8 @@ Both tables keep their order. A score is 0-100, a difference is in points, an in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ from phi3v.reporting.results import (
     check_owner,
     compare,
     mean_over_seeds,
+    read_if_present,
     read_pass,
     read_training,
     read_work,
@@ -228,8 +230,8 @@ class _Reader:
     root: Path
     """results/NAME."""
     code: Commit | None
-    baselines: dict[str, tuple[Pass | None, list[str]]] = field(default_factory=dict)
-    """Passes before training, which rows share, and why one cannot be read."""
+    read_pass: Callable[[Path], Pass] = field(default_factory=lambda: functools.cache(read_pass))
+    """Rows share the passes before training."""
 
     def work(self, kind: str, name: str, problems: list[str]) -> Work:
         """Folder and log of one job; kind: train, evaluate, evaluate/base, evaluate/official, speed."""
@@ -246,34 +248,25 @@ class _Reader:
         line.evaluate_official = self.work("evaluate/official", row.row, official_problems)
         official = self.run.datasets[row.dataset].official
 
-        def read(work: Work, name: str, dataset: str) -> Pass:
-            check_owner(work, row.row, dataset)
-            folder = work.folder
-            if self.run.datasets[dataset].own_metrics:  # scored after the evaluation, by functions of the user's
-                folder = self.root / "score" / folder.relative_to(self.root / "evaluate")
-            return read_pass(folder / name)
+        def add(name: str, work: Work, part: str, dataset: str, problems: list[str]) -> None:
+            def read() -> Pass:
+                check_owner(work, row.row, dataset)
+                folder = work.folder
+                if self.run.datasets[dataset].own_metrics:  # scored after the evaluation, by functions of the user's
+                    folder = self.root / "score" / folder.relative_to(self.root / "evaluate")
+                return self.read_pass(folder / part)
 
-        def add(name: str, found: Pass | None) -> None:
-            if found is not None:
+            if work.manifest is not None and (found := attempt(problems, read)) is not None:
                 line.passes[name] = found
 
-        if line.baseline.manifest is not None:
-            if job.baseline not in self.baselines:
-                own: list[str] = []
-                self.baselines[job.baseline] = attempt(own, read, line.baseline, "before", row.dataset), own
-            before, own = self.baselines[job.baseline]
-            problems += own
-            add("before", before)
-        if line.evaluate.manifest is not None:
-            add("after", attempt(problems, read, line.evaluate, "after", row.dataset))
-            control = line.evaluate.folder / "control" / "metrics.json"
-            values = attempt(problems, read_json, control) or {} if control.is_file() else {}
-            if "not_applicable" in values:
-                line.no_control = str(values["not_applicable"])
-            elif control.parent.is_dir():
-                add("control", attempt(problems, read, line.evaluate, "control", row.dataset))
-        if official and line.evaluate_official.manifest is not None:
-            add("official", attempt(official_problems, read, line.evaluate_official, "after", official))
+        add("before", line.baseline, "before", row.dataset, problems)
+        add("after", line.evaluate, "after", row.dataset, problems)
+        control = line.evaluate.folder / "control"
+        line.no_control = str((read_if_present(control / "metrics.json", []) or {}).get("not_applicable", ""))
+        if control.is_dir() and not line.no_control:
+            add("control", line.evaluate, "control", row.dataset, problems)
+        if official:
+            add("official", line.evaluate_official, "after", official, official_problems)
         _compare_passes(line, self.run.settings.seed)
         line.training = read_training(line.train.folder, problems)
         where = str(line.train.folder / "observed.json")
