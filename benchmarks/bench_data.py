@@ -33,6 +33,8 @@ from PIL import Image
 
 from phi3v.data.conversations import Conversation, Turn, format_line
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
 
 def memory() -> float:
     """Peak resident memory of this process in MiB."""
@@ -49,16 +51,6 @@ def measured(what: str, count: int) -> Iterator[None]:
         f"{processor:.2f} s of a core in all, peak {memory():.0f} MiB",
         flush=True,
     )
-
-
-def picture_bytes(seed: int = 0, kind: str = "JPEG", size: tuple[int, int] = (40, 30)) -> bytes:
-    """A small noisy picture."""
-    import numpy as np
-
-    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
 
 
 def write_conversations(path: Path, conversations: Iterable[Conversation]) -> None:
@@ -118,6 +110,7 @@ def noisy_page() -> bytes:
 def convert(folder: Path, rows: int, kilobytes: int, kind: str = "JPEG") -> None:
     import pyarrow
     import pyarrow.parquet
+    from data_examples import picture_bytes
 
     from phi3v.data.convert import convert_files
 
@@ -193,6 +186,8 @@ def class_folder(folder: Path, rows: int) -> None:
 
 def make_pictures(folder: Path) -> None:
     """A thousand small pictures."""
+    from data_examples import picture_bytes
+
     (folder / "p").mkdir()
     for number in range(1000):
         (folder / f"p/{number}.jpg").write_bytes(picture_bytes(number % 20))
