@@ -57,8 +57,8 @@ def test_a_finished_demo(root, finished, monkeypatch):
     folder = report(root, results)
     accuracy = rows_of(folder / "accuracy.tsv")
     assert list(accuracy) and set(accuracy) == {job.row.row for job in run.accuracy}
-    assert list(next(iter(accuracy.values())))[:11] == [
-        "row", "model", "dataset", "method", "dtype", "metric", "before", "after", "control", "n", "published",
+    assert list(next(iter(accuracy.values())))[:12] == [
+        "row", "model", "dataset", "method", "dtype", "metric", "before", "after", "control", "n", "cut", "published",
     ]  # fmt: skip
     row = accuracy[ROW]
     predictions = [
