@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv lock containers offline-bundle reproduce verify-conda verify-containers verify-pristine demo demo-all digits test verify-training verify-evaluation verify-gpu verify-report verify-slurm slurm-status check audit format docs clean
+.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits test verify-training verify-evaluation verify-gpu verify-report verify-slurm slurm-status check audit format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ reproduce: $(VENV)/installed  ## the demo from scratch in another folder, to the
 test: $(VENV)/installed  ## unit tests and one small workflow run for real
 	pytest -n 2 --dist loadfile --ignore tests/slurm
 	pytest tests/slurm
+
+verify-data: $(VENV)/installed  ## every test image of Pillow's source distribution is taken or refused with a reason (needs the network; 1 minute)
+	pytest -m verify -s tests/test_data_pillow.py
 
 verify-training: $(VENV)/installed  ## runs killed at random moments end with the same weights (about 7 minutes)
 	pytest -m verify tests/test_training_kills.py

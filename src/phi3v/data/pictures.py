@@ -9,6 +9,7 @@ pictures on white and drops the transparency of all others.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
@@ -62,18 +63,15 @@ JPEG_QUALITY = 95
 MAX_FRAMES = 1_000_000
 """A longer clip is refused: nine hours at 30 frames a second."""
 
-_VIDEO_OPTIONS = {"format_whitelist": "avi,mov,matroska,webm,asf,mpeg,mpegts,mpegvideo,m4v,flv,ogg,gif,ivf,mxf"}
-"""FFmpeg's demuxers that may open a clip: no playlists, which name other files, and no pictures or texts."""
-
-# Pillow refuses above twice its limit, and warns before; here MAX_PIXELS refuses. Scaling down may decode four times it.
+# Pillow refuses above twice its limit and warns before; MAX_PIXELS refuses here. Scaling down may decode four times it.
 Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# A text of megabytes (a workflow, a colour table) is no reason to refuse a PNG; all texts together stay limited.
+# One text of megabytes (a workflow, a colour table) is no reason to refuse a PNG; all texts together stay limited.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 _BROKEN = (
     OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError,
-    EOFError, RuntimeError, struct.error, zlib.error,
+    EOFError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 """Pillow's readers answer damaged or hostile files with many kinds of exception; all of them mean the same here."""
 
@@ -83,27 +81,25 @@ _ORIENTATION = 0x0112
 _REDUCED = 0x00FE
 """TIFF's tag; its first bit marks a smaller copy of another page."""
 
-_PNG_START = b"\x89PNG\r\n\x1a\n"
-
 _HEIF = "a HEIF (HEIC) whose header is damaged"
+
 _SEEN = {
     rb"\Z": "the file is empty",
     rb"....ftyp(hei[cfmsx]|hev[cmsx]|mif1|msf1)": _HEIF,
-    rb"%PDF-": "PDF",
     rb"\x89PNG": "a PNG whose header is damaged",
     rb"\xff\xd8\xff": "a JPEG whose header is damaged",
-    rb"GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftypavi[fs]|P[1-7]\s": "the header is damaged, or a variant is not read",
+    rb"GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftypavi[fs]|P[1-6]\s": "the header is damaged, or a variant is not read",
     rb"version https://git-lfs": "a Git LFS pointer; run `git lfs pull`",
     rb"\s*(<!doctype html|<html)": "an HTML page, as a failed download leaves",
     rb"\s*(<\?xml|<svg)": "XML or an SVG drawing",
-    rb"%!PS|\xc5\xd0\xd3\xc6": "PostScript",
-    rb"8BPS": "a Photoshop document",
     rb".{128}DICM": "DICOM; export its pixels as 16-bit PNG",
-    rb"\0\0\x01\0": "an icon",
     rb"....ftyp|RIFF....AVI |\x1aE\xdf\xa3|\x30\x26\xb2\x75": "a video",
     rb"PK\x03\x04|\x1f\x8b|.{257}ustar": "an archive",
 }
-"""What a file that is no picture starts with, and what to say of it."""
+"""What a file that no reader takes starts with, and what to say of it."""
+
+_VIDEO_OPTIONS = {"format_whitelist": "avi,mov,matroska,webm,asf,mpeg,mpegts,mpegvideo,m4v,flv,ogg,gif,ivf,mxf"}
+"""FFmpeg's demuxers that may open a clip: no playlists, which name other files, and no pictures or texts."""
 
 _TURNS = {
     (0, -1, 1, 0): Image.Transpose.ROTATE_90,
@@ -130,8 +126,12 @@ class PictureOptions:
     """A larger picture is scaled down to so many pixels; None: refused above MAX_PIXELS."""
     dpi: int = 150
     """Resolution of PDF pages, dots per inch."""
-    max_ratio: int = 336
-    """Longest side over shortest at most: the model's tile in pixels, below which a thinner picture vanishes."""
+    max_ratio: float = 336
+    """Longest side over shortest at most: a tile's pixels, because a thinner picture can vanish in one tile."""
+
+
+_STORED = PictureOptions(max_ratio=math.inf)
+"""For pictures of a data folder, which were checked before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,50 +159,106 @@ def read_pictures(
         source = source.read_bytes()
     if re.match(rb"\s*%PDF-", source):
         return [_stored(image, ".png", options) for image in _pdf_pages(source, where, options, page)]
-    with _open(source, where, options) as image:
+    with _open(source, where, options) as image, _damage(f"{where}: damaged or truncated {image.format}"):
         kind = image.format or ""
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            return [_stored(one, ".png", options) for one in _tiff_pages(image, where, options, page)]
+        if page not in (None, 1):
+            raise DataError(f"{where}: page {page} of a {kind}; expected a TIFF or PDF")
+        if kind == "PNG":
+            with _open(source, where, options) as chunks:
+                chunks.verify()  # checksums, which loading passes over
+        small, deep = _scaled_size(image.size, options), image.mode[0] in "IF"
+        kept = kind in KEPT and small == image.size and not (deep and options.pixel_range == "real")
+        if kept and not deep:
+            # An eighth of the size reads every byte of a JPEG, in half the time.
+            image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+            image.load()
+            return [StoredPicture(source, KEPT[kind], True)]
+        image.draft(None, small)
+        stored = _stored(_rgb(image, where, options), KEPT.get(kind, ".png"), options)
+        return [StoredPicture(source, KEPT[kind], True, stored.warning) if kept else stored]
+
+
+@contextlib.contextmanager
+def _damage(what: str) -> Iterator[None]:
+    """Report whatever a reader raises as a DataError that starts with `what`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except _BROKEN as error:
+        raise DataError(f"{what}: {error}") from None
+
+
+def _open(source: bytes | Path, where: str, options: PictureOptions = _STORED) -> Image.Image:
+    """The picture before it is decoded, of a size that the options allow."""
+    image: Image.Image
+    with _damage(f"{where}: cannot be opened as a picture"):
         try:
-            if kind == "TIFF":
-                return [_stored(one, ".png", options, note) for one, note in _tiff_pages(image, where, options, page)]
-            if page not in (None, 1):
-                raise DataError(f"{where}: page {page} of a {kind}; expected a TIFF or PDF")
-            _check_ratio(*image.size, where, options)
-            if kind == "PNG":
-                with _open(source, where) as chunks:
-                    chunks.verify()  # checksums, which loading passes over
-            scaled = options.max_pixels is not None and image.width * image.height > options.max_pixels
-            deep = image.mode.startswith(("I", "F"))
-            if kind in KEPT and not scaled and not (deep and options.pixel_range == "real"):
-                # An eighth of the size reads every byte of a JPEG, in half the time.
-                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-                image.load()
-                return [StoredPicture(source, KEPT[kind], True, _range_warning(image))]
-            note = _range_warning(image) if options.pixel_range == "full" else ""
-            if scaled:
-                image.draft(None, _scaled_size(image.size, options))
-            return [_stored(_rgb(image, where, options), KEPT.get(kind, ".png"), options, note)]
-        except DataError:
-            raise
-        except _BROKEN as error:
-            raise DataError(f"{where}: damaged or truncated {kind}: {error}") from None
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=READ)
+        except UnidentifiedImageError:
+            image = _open_other(source, where)
+    _check_size(*image.size, where, options)
+    return image
 
 
-def _stored(image: Image.Image, suffix: str, options: PictureOptions, note: str = "") -> StoredPicture:
-    """An upright RGB picture, scaled down and encoded."""
-    if options.max_pixels is not None and image.width * image.height > options.max_pixels:
-        image = image.resize(_scaled_size(image.size, options), Image.Resampling.LANCZOS, reducing_gap=3)
-    buffer = io.BytesIO()
-    if suffix == ".jpg":
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    else:
-        # Of a photograph, level 6 takes six times the time and saves a seventh of the bytes.
-        image.save(buffer, "PNG", compress_level=1)
-    return StoredPicture(buffer.getvalue(), suffix, False, note)
+def _open_other(source: bytes | Path, where: str) -> Image.Image:
+    """A picture of pillow-heif's. Raises DataError with what anything else looks like."""
+
+    def file() -> BinaryIO:
+        return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+
+    with file() as opened:
+        start = opened.read(512)
+    known = (text for pattern, text in _SEEN.items() if re.match(pattern, start, re.DOTALL | re.IGNORECASE))
+    seen = next(known, "")
+    if seen == _HEIF:
+        try:
+            import pillow_heif
+        except ImportError:
+            raise DataError(f"{where}: HEIF (HEIC); expected pillow-heif: pip install 'phi3v[heif]'") from None
+        pillow_heif.register_heif_opener()
+        with contextlib.suppress(UnidentifiedImageError):
+            return Image.open(file(), formats=("HEIF",))
+    elif not seen:
+        with contextlib.suppress(*_BROKEN), file() as opened, Image.open(opened) as image:
+            seen = f"{image.format} ({image.format_description})"
+    raise DataError(
+        f"{where}: not a picture that can be read{seen and f': {seen}'}; expected one of {', '.join(READ)}, HEIF, PDF"
+    )
+
+
+def thin_problem(width: float, height: float, max_ratio: float = 336) -> str | None:
+    """What is wrong with a size of which the model would see nothing, or None. max_ratio: tile in pixels."""
+    if max(width, height) <= max_ratio * min(width, height):
+        return None
+    return f"{width:g} x {height:g} pixels; expected sides within 1 : {max_ratio:g} (a tile is {max_ratio:g} pixels)"
+
+
+def _check_size(width: float, height: float, where: str, options: PictureOptions) -> None:
+    limit = MAX_PIXELS if options.max_pixels is None else 4 * MAX_PIXELS
+    if width * height > limit:
+        hint = "; option max_pixels scales larger ones down" if options.max_pixels is None else ""
+        raise DataError(f"{where}: {width} x {height} pixels; expected at most {limit} in all{hint}")
+    if problem := thin_problem(width, height, options.max_ratio):
+        raise DataError(f"{where}: {problem}")
 
 
 def _scaled_size(size: tuple[int, int], options: PictureOptions) -> tuple[int, int]:
-    factor = math.sqrt((options.max_pixels or MAX_PIXELS) / (size[0] * size[1]))
-    return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
+    """The size within option max_pixels."""
+    factor = math.sqrt((options.max_pixels or math.inf) / (size[0] * size[1]))
+    return size if factor >= 1 else (max(1, int(size[0] * factor)), max(1, int(size[1] * factor)))
+
+
+def _stored(image: Image.Image, suffix: str, options: PictureOptions) -> StoredPicture:
+    """An upright RGB picture, scaled down and encoded."""
+    if image.size != (small := _scaled_size(image.size, options)):
+        image = image.resize(small, Image.Resampling.LANCZOS, reducing_gap=3)
+    buffer = io.BytesIO()
+    # Of a photograph, PNG's level 6 takes six times the time and saves a seventh of the bytes.
+    image.save(buffer, "JPEG" if suffix == ".jpg" else "PNG", quality=JPEG_QUALITY, compress_level=1)
+    return StoredPicture(buffer.getvalue(), suffix, False, image.info.get("warning", ""))
 
 
 def _page_numbers(pages: int, page: int | None, where: str) -> range:
@@ -214,10 +270,8 @@ def _page_numbers(pages: int, page: int | None, where: str) -> range:
 
 
 def _tiff_pages(
-    image: Image.Image, where: str, options: PictureOptions, page: int | None
-) -> Iterator[tuple[Image.Image, str]]:
-    """(picture, warning) of each page; smaller copies of a page are no pages."""
-    assert isinstance(image, TiffImagePlugin.TiffImageFile)
+    image: TiffImagePlugin.TiffImageFile, where: str, options: PictureOptions, page: int | None
+) -> Iterator[Image.Image]:
     places = []
     for place in range(image.n_frames):
         image.seek(place)
@@ -225,110 +279,28 @@ def _tiff_pages(
             places.append(place)
     for number in _page_numbers(len(places), page, where):
         image.seek(places[number])
-        _check_pixels(image, where, options)
-        _check_ratio(*image.size, where, options)
-        note = _range_warning(image) if options.pixel_range == "full" else ""
-        yield _rgb(image, where, options), note
+        _check_size(*image.size, where, options)
+        yield _rgb(image, where, options)
 
 
-def _pdf_pages(data: bytes, where: str, options: PictureOptions, page: int | None) -> list[Image.Image]:
+def _pdf_pages(data: bytes, where: str, options: PictureOptions, page: int | None) -> Iterator[Image.Image]:
     try:
         import pypdfium2
     except ImportError:
         raise DataError(f"{where}: a PDF; expected pypdfium2 to draw its pages: pip install 'phi3v[pdf]'") from None
-    images = []
-    try:
-        with _PDFIUM, pypdfium2.PdfDocument(data) as document:
-            for number in _page_numbers(len(document), page, where):
-                sheet = document[number]
-                width, height = sheet.get_size()  # in 1/72 inch
-                _check_ratio(width, height, f"{where}: page {number + 1}", options)
-                scale = min(options.dpi / 72, math.sqrt((options.max_pixels or MAX_PIXELS) / (width * height)))
-                images.append(sheet.render(scale=scale).to_pil().convert("RGB"))
-    except pypdfium2.PdfiumError as error:
-        raise DataError(f"{where}: a PDF that cannot be drawn: {error}") from None
-    return images
+    with _damage(f"{where}: a PDF that cannot be drawn"), _PDFIUM, pypdfium2.PdfDocument(data) as document:
+        for number in _page_numbers(len(document), page, where):
+            width, height = document[number].get_size()  # in 1/72 inch
+            _check_size(width, height, f"{where}: page {number + 1}", PictureOptions(max_ratio=options.max_ratio))
+            scale = min(options.dpi / 72, math.sqrt(MAX_PIXELS / (width * height)))
+            yield document[number].render(scale=scale).to_pil().convert("RGB")
 
 
-def _open(
-    source: bytes | Path | BinaryIO, where: str, options: PictureOptions = PictureOptions(), heif: bool = False
-) -> Image.Image:
-    """The picture before it is decoded, within the limit of pixels."""
-    try:
-        image = Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, formats=("HEIF",) if heif else READ
-        )
-    except UnidentifiedImageError:
-        seen = _seen(source)
-        if seen == _HEIF and not heif:
-            _register_heif(where)
-            return _open(source, where, options, heif=True)
-        known = f": {seen}" if seen else ""
-        raise DataError(f"{where}: not a picture{known}; expected one of {', '.join(READ)}, HEIF, PDF") from None
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{where}: {error}") from None
-    except _BROKEN as error:
-        raise DataError(f"{where}: cannot be opened as a picture: {error}") from None
-    _check_pixels(image, where, options)
-    return image
-
-
-def _seen(source: bytes | Path | BinaryIO) -> str:
-    """What the first bytes say; empty: nothing known."""
-    if isinstance(source, bytes):
-        start = source[:512]
-    elif isinstance(source, Path):
-        with open(source, "rb") as file:
-            start = file.read(512)
-    else:
-        source.seek(0)
-        start = source.read(512)
-    matches = (text for pattern, text in _SEEN.items() if re.match(pattern, start, re.DOTALL | re.IGNORECASE))
-    return next(matches, "")
-
-
-def _register_heif(where: str) -> None:
-    try:
-        import pillow_heif
-    except ImportError:
-        raise DataError(f"{where}: HEIF (HEIC); expected pillow-heif to read it: pip install 'phi3v[heif]'") from None
-    pillow_heif.register_heif_opener()
-
-
-def _check_pixels(image: Image.Image, where: str, options: PictureOptions) -> None:
-    limit = MAX_PIXELS if options.max_pixels is None else 4 * MAX_PIXELS
-    if image.width * image.height > limit:
-        hint = "; option max_pixels scales larger ones down" if options.max_pixels is None else ""
-        raise DataError(f"{where}: {image.width} x {image.height} pixels; expected at most {limit} in all{hint}")
-
-
-def thin_problem(width: float, height: float, max_ratio: int = 336) -> str | None:
-    """What is wrong with a size of which the model would see nothing, or None. max_ratio: tile in pixels."""
-    if max(width, height) <= max_ratio * min(width, height):
-        return None
-    return f"{width:g} x {height:g} pixels; expected sides within 1 : {max_ratio} (a tile is {max_ratio} pixels)"
-
-
-def _check_ratio(width: float, height: float, where: str, options: PictureOptions) -> None:
-    if problem := thin_problem(width, height, options.max_ratio):
-        raise DataError(f"{where}: {problem}")
-
-
-def _range_warning(image: Image.Image) -> str:
-    """What scaling by the range of 16 bits loses of a deep grey picture; empty: nothing to speak of."""
-    if not image.mode.startswith("I"):
-        return ""
-    low, high = image.getextrema()
-    if not isinstance(low, int) or not isinstance(high, int) or high - low >= 2**15:
-        return ""
-    return f"16-bit pixels from {low} to {high}: scaled from 0 to 65535; option pixel_range: real scales by their own range"
-
-
-def _rgb(image: Image.Image, where: str, options: PictureOptions = PictureOptions()) -> Image.Image:
+def _rgb(image: Image.Image, where: str, options: PictureOptions = _STORED) -> Image.Image:
     """The picture as a viewer shows it, in RGB."""
     image.load()
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
+    if image.mode[0] in "IF":
         image = _grey(image, where, options)
     elif image.has_transparency_data:
         clear = image.convert("RGBA")
@@ -339,47 +311,44 @@ def _rgb(image: Image.Image, where: str, options: PictureOptions = PictureOption
 
 def _grey(image: Image.Image, where: str, options: PictureOptions) -> Image.Image:
     """Pixels of 16 or 32 bits as 8; Pillow's own conversion clips at 255, which turns nearly every scan white."""
-    pixels = np.asarray(image)
-    low, high = np.nanmin(pixels), np.nanmax(pixels)
-    if options.pixel_range == "real" and np.isfinite(high - low):
-        scaled = np.nan_to_num((pixels - np.float32(low)) * np.float32(255 / max(high - low, 1e-30))).round()
+    pixels, warning = np.asarray(image), ""
+    low, high = float(np.nanmin(pixels)), float(np.nanmax(pixels))
+    if options.pixel_range == "real" and math.isfinite(high - low):
+        scaled = np.nan_to_num((pixels - np.float32(low)) * np.float32(255 / ((high - low) or 1))).round()
     elif image.mode == "F" or low < 0 or high > 65535:
         raise DataError(
-            f"{where}: pixels from {low:g} to {high:g}; expected 8 or 16 bits a channel, or the option pixel_range: real"
+            f"{where}: pixels from {low:g} to {high:g}; expected 8 or 16 bits a channel, or option pixel_range: real"
         )
     else:
         scaled = pixels // 256
+        if high - low < 2**15:
+            warning = (
+                f"pixels from {low:g} to {high:g} of 0 to 65535; option pixel_range: real scales by their own range"
+            )
     scaled = scaled.astype(np.uint8)
     if isinstance(clear := image.info.get("transparency"), int):
         scaled[pixels == clear] = 255
-    return Image.fromarray(scaled)
+    image = Image.fromarray(scaled)
+    image.info["warning"] = warning
+    return image
 
 
 def open_rgb(data: bytes | Path, where: str) -> Image.Image:
     """Decode to an upright 8-bit RGB picture. Raises DataError if the picture cannot be decoded whole."""
-    try:
-        with _open(data, where) as image:
-            return _rgb(image, where)
-    except DataError:
-        raise
-    except _BROKEN as error:
-        raise DataError(f"{where}: cannot be decoded: {error}") from None
+    with _damage(f"{where}: cannot be decoded"), _open(data, where) as image:
+        return _rgb(image, where)
 
 
-def displayed_size(data: bytes | Path | BinaryIO, where: str) -> tuple[int, int]:
-    """(width, height) as open_rgb would give it, from the header alone; a file is closed. Raises DataError."""
-    try:
-        source = io.BytesIO(data) if isinstance(data, bytes) else data
-        with open(source, "rb") if isinstance(source, Path) else source as file:
+def displayed_size(data: bytes | Path, where: str) -> tuple[int, int]:
+    """(width, height) as open_rgb would give it, from the header alone. Raises DataError."""
+    with _damage(f"{where}: cannot be opened as a picture"):
+        with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
             if plain := _plain_png_size(file):
                 return plain
-            file.seek(0)
-            with _open(file, where) as image:
-                # Of a TIFF Pillow gives the size as displayed, and turns the pixels itself.
-                turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-                return (image.height, image.width) if turned else image.size
-    except OSError as error:
-        raise DataError(f"{where}: cannot be opened as a picture: {error}") from None
+        with _open(data, where) as image:
+            # Of a TIFF Pillow gives the size as displayed, and turns the pixels itself.
+            turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if turned else image.size
 
 
 def _plain_png_size(file: BinaryIO) -> tuple[int, int] | None:
@@ -388,22 +357,21 @@ def _plain_png_size(file: BinaryIO) -> tuple[int, int] | None:
     Pillow decodes all of a PNG to learn its orientation, because it may stand behind the pixels: 60 ms for a page.
     """
     header = file.read(33)
-    if len(header) < 33 or not header.startswith(_PNG_START) or header[12:16] != b"IHDR":
+    if len(header) < 33 or header[:8] != b"\x89PNG\r\n\x1a\n" or header[12:16] != b"IHDR":
         return None
     width, height = struct.unpack_from(">II", header, 16)
-    if not width or not height or width * height > MAX_PIXELS:
+    if not 0 < width * height <= MAX_PIXELS:
         return None
     while len(start := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", start)
         if kind == b"IEND":
             return width, height
-        if kind == b"eXIf":
-            return None
         if kind in (b"tEXt", b"zTXt", b"iTXt"):
             keyword = file.read(min(length, 8))
-            if keyword.lower().startswith((b"exif", b"raw prof", b"xml", b"xmp")):
-                return None
+            kind = b"eXIf" if keyword.lower().startswith((b"exif", b"raw prof", b"xml", b"xmp")) else kind
             length -= len(keyword)
+        if kind == b"eXIf":
+            return None
         file.seek(length + 4, io.SEEK_CUR)
     return None
 
