@@ -604,12 +604,12 @@ def test_a_full_disk_midway_leaves_the_old_folder(tmp_path: Path, monkeypatch: p
     before = tree(tmp_path / "out")
     written = 0
 
-    def full(*arguments: object) -> str:
+    def full(*arguments: object) -> list[str]:
         nonlocal written
         written += 1
         if written > 5:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return "train/x.jpg"
+        return ["train/x.jpg"]
 
     monkeypatch.setattr(convert.PictureWriter, "write", full)
     with pytest.raises(OSError, match="No space left"):

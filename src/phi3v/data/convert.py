@@ -33,10 +33,10 @@ from phi3v.data.conversations import (
 from phi3v.data.fetch import locked_files
 from phi3v.data.folder import LENGTHS, Description, SplitEntry, describe
 from phi3v.data.formats import FORMATS, ROWS, as_text, column
-from phi3v.data.pictures import read_pictures
+from phi3v.data.pictures import PictureOptions, read_pictures
 from phi3v.data.rows import Inputs, Picture, Rejection, Sample
 from phi3v.provenance.manifest import digest_file, write_json
-from phi3v.settings import CONVERTER_VERSION, Dataset, Division, OptionValue, Split, validate
+from phi3v.settings import CONVERTER_VERSION, FORMAT_OPTIONS, Dataset, Division, OptionValue, Split, validate
 
 OnError = Literal["stop", "skip"]
 
@@ -153,7 +153,9 @@ class PictureWriter:
     images: Path
     split: str
     urls: Callable[[str], Path | None]
+    options: PictureOptions
     written: int = 0
+    warnings: list[str] = field(default_factory=list)
     of_row: list[Path] = field(default_factory=list)
     """Files of the row under way."""
 
@@ -163,30 +165,36 @@ class PictureWriter:
             path.unlink()
         self.written -= len(self.of_row)
 
-    def write(self, picture: Picture, number: int, place: int, where: str) -> str:
-        """Store a picture and return its path relative to images/. Raises DataError.
+    def write(self, picture: Picture, number: int, place: int, where: str) -> list[str]:
+        """Store a picture, or the pages of one, and return the paths relative to images/. Raises DataError.
 
         number, place: source row and position in it, for the picture's name.
         """
         data: bytes | Path | None = self.urls(picture.data) if isinstance(picture.data, str) else picture.data
         if data is None:
             raise DataError(
-                f"{where}: picture {picture.data!s}: not fetched (scripts/download.py fetches and says why)"
+                f"{where}: picture {picture.data!s}: not fetched; scripts/download.py fetches it or says why"
             )
-        stored = read_pictures(data, where)[0]
-        path = self._path(picture.name, stored.suffix, number, place, where)
-        target = self.images / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            if target.read_bytes() != stored.data:
-                raise DataError(
-                    f"{where}: picture {shown(path)}: another one of that name is there; expected names to differ"
-                )
-            return path
-        target.write_bytes(stored.data)  # a copy: saving over the original must not change converted data
-        self.written += 1
-        self.of_row.append(target)
-        return path
+        pages = read_pictures(data, where, self.options, picture.page)
+        paths: list[str] = []
+        for page, stored in enumerate(pages, picture.page or 1):
+            marked = f"{picture.name}.{page}" if picture.name and (picture.page or len(pages) > 1) else picture.name
+            path = self._path(marked, stored.suffix, number, place + len(paths), where)
+            paths.append(path)
+            target = self.images / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if stored.warning:
+                self.warnings.append(f"{where}: {stored.warning}")
+            if target.exists():
+                if target.read_bytes() != stored.data:
+                    raise DataError(
+                        f"{where}: picture {shown(path)}: another one of that name is there; expected names to differ"
+                    )
+                continue
+            target.write_bytes(stored.data)  # a copy: saving over the original must not change converted data
+            self.written += 1
+            self.of_row.append(target)
+        return paths
 
     def _path(self, name: str, suffix: str, number: int, place: int, where: str) -> str:
         name = name or f"{number // 1000:05d}/{number:08d}-{place}{suffix}"
@@ -227,13 +235,15 @@ def _line(
         raise DataError(f"{sample.where}: {sample.reason}")
     place, turns = 0, []
     for turn in sample.turns[:1] if source.first_turn else sample.turns:
-        images = [writer.write(picture, number, place + k, sample.where) for k, picture in enumerate(turn.pictures)]
+        images: list[str] = []
+        for picture in turn.pictures:
+            images += writer.write(picture, number, place + len(images), sample.where)
         place += len(images)
         answers = turn.answers if len(turn.answers) > 1 else ()
         turns.append(Turn(tuple(images), turn.user, turn.answers[0] if turn.answers else "", answers, turn.system))
     own = sample.id != source.inputs.row_id(number) and source.format not in recipe.FORMATS
     name = ids.unique(sample.id, split) if own else sample.id
-    return format_line(Conversation(name, source.inputs.source, tuple(turns)))
+    return format_line(Conversation(name, source.inputs.source, tuple(turns), sample.meta))
 
 
 def _convert_split(
@@ -241,7 +251,9 @@ def _convert_split(
 ) -> SplitEntry:
     name = jsonl_name(source.format, split)
     examples, rejected, digest = 0, 0, hashlib.sha256()
-    writer = PictureWriter(work / "images", split, source.urls)
+    asked = source.inputs.options
+    pictures = PictureOptions(asked.pixel_range, asked.max_pixels, asked.dpi)
+    writer = PictureWriter(work / "images", split, source.urls, pictures)
     # A bar on a terminal, a line every half minute in a log.
     delay, pause = (0.0, 0.1) if sys.stderr.isatty() else (30.0, 30.0)
     with open(work / name, "wb") as file:
@@ -273,9 +285,13 @@ def _convert_split(
     if not examples:
         raise DataError(f"{split}: no example ({rejected} rows rejected, rows {source.rows!r}); expected at least one")
     print(f"{split}: {examples} examples, {writer.written} pictures, {rejected} rejected", file=sys.stderr)
-    if untaken:
-        few = "; ".join(f"{file}: {reason}" for file, reason in untaken[:5])
-        print(f"{split}: {len(untaken)} files not taken ({few}{'; …' if len(untaken) > 5 else ''})", file=sys.stderr)
+    for what, notes in (
+        ("files not taken", [f"{file}: {reason}" for file, reason in untaken]),
+        ("pictures with a warning", writer.warnings),
+    ):
+        if notes:
+            few = "; ".join(notes[:5])
+            print(f"{split}: {len(notes)} {what} ({few}{'; …' if len(notes) > 5 else ''})", file=sys.stderr)
     counts: SplitEntry = {"file": name, "examples": examples, "images": writer.written, "rejected": rejected}
     if untaken:
         counts["untaken"] = len(untaken)
@@ -391,6 +407,10 @@ def dataset_sources(name: str, dataset: Dataset, source_dir: str | Path, workers
         folder, files, lock = locked_files(source_dir, entry.url, entry.revision)
         digest = _digest([[file.path, file.size, file.sha256] for file in lock.files])
         options = entry.parsed_options()
+        if dataset.group_by and "columns" in FORMAT_OPTIONS[entry.format]:
+            meta = options.columns.get("meta", [])
+            meta = [*([meta] if isinstance(meta, str) else meta), dataset.group_by]
+            options = options.model_copy(update={"columns": {**options.columns, "meta": list(dict.fromkeys(meta))}})
         inputs = Inputs(files, folder, options.split or split, name, options, workers=workers)
         source = SplitSource(
             entry.format,

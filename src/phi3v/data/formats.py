@@ -53,8 +53,8 @@ SPEAKERS = {
 
 ROLES = {
     "image": ("image", "images"), "video": ("video", "videos"), "question": ("question",), "answer": ("answer",),
-    "answers": ("answers",), "options": (), "system": ("system",), "id": ("id",), "messages": (
-        "messages", "conversations", "conversation"),
+    "answers": ("answers",), "options": (), "system": ("system",), "id": ("id",), "page": ("page",),
+    "meta": (), "messages": ("messages", "conversations", "conversation"),
 }  # fmt: skip
 """What a column can be, and the columns that are it without being named."""
 
@@ -251,6 +251,10 @@ def _choices(options: object, answer: object, where: str) -> tuple[str, str]:
     return lines, given.strip("().").upper()
 
 
+def _meta(values: dict[str, list[Value]], row: Row, where: str) -> dict[str, str]:
+    return {value.column: as_text(value.of(row, where)) for value in values["meta"]}
+
+
 def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[[str, int, Row], Sample]:
     """How a row of roles becomes a sample of one turn."""
 
@@ -258,7 +262,11 @@ def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[
         def first(role: str) -> object:
             return next((found for value in values[role] if as_text(found := value.of(row, where))), None)
 
+        page = as_text(first("page"))
+        if page and not page.isdecimal():
+            raise DataError(f"{where}: field `page`: got {shown(page)}; expected a number from 1")
         pictures = [p for value in values["image"] for p in pictures_of(inputs, value.of(row, where), where)]
+        pictures = [replace(picture, page=int(page)) for picture in pictures] if page else pictures
         for value in values["video"]:
             pictures += itertools.chain(*clip_frames(inputs, value.of(row, where), where))
         question = some_text(as_text(first("question")), where, "question") + inputs.options.prompt_suffix
@@ -272,7 +280,7 @@ def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[
         if not answers and not inputs.options.unlabelled:
             some_text(answer, where, "answer")
         turn = SampleTurn(tuple(pictures), question, answers, as_text(first("system")))
-        return Sample(where, as_text(first("id")) or inputs.row_id(number), (turn,))
+        return Sample(where, as_text(first("id")) or inputs.row_id(number), (turn,), _meta(values, row, where))
 
     return build
 
@@ -460,7 +468,8 @@ def messages(inputs: Inputs) -> Samples:
     A message takes as many of the row's pictures as it has `<image>` marks or parts without a picture of their own;
     pictures without a mark come first. A system message stays one, before the question that follows it.
     """
-    values, rows = _values(inputs, read_rows(inputs), ("messages", "image", "video", "system", "id"), ("messages",))
+    roles = ("messages", "image", "video", "system", "id", "meta")
+    values, rows = _values(inputs, read_rows(inputs), roles, ("messages",))
 
     def build(where: str, number: int, row: Row) -> Sample:
         talk = _Talk(deque(), deque())
@@ -507,7 +516,7 @@ def messages(inputs: Inputs) -> Samples:
         elif question is not None or not turns:
             raise DataError(f"{where}: field `messages`: {len(spoken)} of them; expected an answer to every question")
         own_id = as_text(next((value.of(row, where) for value in values["id"]), None))
-        return Sample(where, own_id or inputs.row_id(number), tuple(turns))
+        return Sample(where, own_id or inputs.row_id(number), tuple(turns), _meta(values, row, where))
 
     return each_row(rows, build)
 
@@ -527,11 +536,11 @@ def conversations(inputs: Inputs) -> Samples:
     def build(where: str, number: int, row: Row) -> Sample:
         if problem := record_problem(row):
             raise DataError(f"{where}: {problem}")
-        turns = []
-        for turn in parse_record(row).turns:
+        record, turns = parse_record(row), []
+        for turn in record.turns:
             pictures = tuple(picture_under(root, path, where, "images") for path in turn.images)
             turns.append(SampleTurn(pictures, turn.user, turn.accepted, turn.system))
-        return Sample(where, as_text(row["id"]), tuple(turns))
+        return Sample(where, record.id, tuple(turns), record.meta)
 
     return each_row(conversation_rows(inputs), build)
 

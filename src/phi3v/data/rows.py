@@ -67,6 +67,8 @@ class Picture:
     data: bytes | Path | str
     name: str = ""
     """Its path under images/SPLIT; empty: the writer numbers it."""
+    page: int | None = None
+    """Page of a TIFF or PDF, from 1; None: all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,8 @@ class Sample:
     id: str
     """The source's own, or made of the row's number."""
     turns: tuple[SampleTurn, ...]
+    meta: dict[str, str] = field(default_factory=dict)
+    """What else the source says of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from phi3v.settings.commands import (
 )
 from phi3v.settings.entries import (
     CONVERTER_VERSION,
+    FORMAT_OPTIONS,
     Dataset,
     Division,
     Geometry,

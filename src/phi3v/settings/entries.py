@@ -124,15 +124,21 @@ class Options(Strict):
 
     columns: dict[str, str | list[str]] = {}
     """What each column is (table, messages, imagefolder): `{image: img_id, question: "What is it?", answer: "{a} {b}"}`.
-    A value is a column, a text with columns in braces, or a constant text; several image columns are a list."""
+    A value is a column, a text with columns in braces, a constant text, or a list of columns (image, meta)."""
     prompt_suffix: str = ""
     """Text added to every question (table, imagefolder)."""
     prompt: str = ""
     """The question of every picture (imagefolder: `{classes}`; nlvr2_official: `{sentence}`; hateful_memes_official)."""
     frames: int = Field(8, ge=1, le=512)
     """Frames of a clip (table, messages, ucf101)."""
+    pixel_range: Literal["full", "real"] = "full"
+    """What becomes white of deep grey pixels: 16 bits, or each picture's largest value (table, messages, imagefolder)."""
+    max_pixels: int | None = Field(None, ge=1)
+    """Larger pictures are scaled down to so many pixels; empty: refused above 89 million (as `pixel_range`)."""
+    dpi: int = Field(150, ge=10, le=1200)
+    """Resolution of PDF pages (as `pixel_range`)."""
     unlabelled: bool = False
-    """Rows may be without an answer: they can be answered, and cannot train (table, messages)."""
+    """Rows may be without an answer: they can be answered, and cannot train (as `columns`)."""
     file: str = ""
     """Which of several files, or a pattern of them (all but cauldron, docvqa_mini, ucf101, imagefolder)."""
     images_dir: str = "."
@@ -152,8 +158,9 @@ class Options(Strict):
 
 
 _FILES = ("file", "images_dir", "split", "turns")
-_ROWS = (*_FILES, "columns", "field", "config", "frames", "unlabelled")
-_FOLDER = ("columns", "prompt", "prompt_suffix", "frames", "split", "turns")
+_PICTURES = ("pixel_range", "max_pixels", "dpi", "frames")
+_ROWS = (*_FILES, *_PICTURES, "columns", "field", "config", "unlabelled")
+_FOLDER = (*_PICTURES, "columns", "prompt", "prompt_suffix", "split", "turns", "unlabelled")
 FORMAT_OPTIONS: dict[str, tuple[str, ...]] = {
     "table": (*_ROWS, "prompt_suffix", "encoding", "delimiter"),
     **dict.fromkeys(("messages", "sharegpt", "llava"), _ROWS),
