@@ -4,6 +4,7 @@
     python scripts/download.py --datasets config/datasets.yaml --dataset docvqa --output_dir results/data/docvqa/source
     python scripts/download.py --models config/models.yaml --model phi35-vision --output_dir results/models/phi35-vision
 
+Pictures whose URLs stand in the rows of a dataset are fetched as well, into urls/ of the output folder.
 Hub files go through huggingface_hub (HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are honoured). What is there
 already is checked against its recorded size and sha256 and not fetched again.
 """
@@ -14,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from phi3v.data.convert import dataset_sources, fetch_pictures
 from phi3v.data.fetch import fetch
 from phi3v.settings import Dataset, Model, check_known, read_entries, run_script
 
@@ -46,6 +48,7 @@ def main() -> int:
     if isinstance(entry, Dataset):
         sources = [(split.url, split.revision) for split in entry.splits.values()]
         fetched = fetch(sources, given.output_dir, given.workers)
+        fetch_pictures(dataset_sources(name, entry, given.output_dir), given.workers)
     else:
         fetched = fetch([(entry.url, entry.revision)], given.output_dir, given.workers, kind="model", flat=True)
     for source in fetched.values():

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TextIO
@@ -30,7 +30,7 @@ from phi3v.data.conversations import (
     read_conversations,
     shown,
 )
-from phi3v.data.fetch import locked_files
+from phi3v.data.fetch import FAILURES, fetch_urls, locked_files, url_file
 from phi3v.data.folder import LENGTHS, Description, SplitEntry, describe
 from phi3v.data.formats import FORMATS, ROWS, as_text, column
 from phi3v.data.pictures import PictureOptions, read_pictures
@@ -61,8 +61,8 @@ class SplitSource:
     rows: str = ":"
     first_turn: bool = False
     """Only the first turn is kept."""
-    urls: Callable[[str], Path | None] = lambda url: None
-    """The file that a URL in a row was fetched to; None: it was not."""
+    urls: Path = Path()
+    """Cache of the files that URLs in rows were fetched to."""
     chosen: tuple[Division, str] | None = None
     """How the rows are divided, and the part that is taken."""
 
@@ -152,7 +152,7 @@ class PictureWriter:
 
     images: Path
     split: str
-    urls: Callable[[str], Path | None]
+    urls: Path
     options: PictureOptions
     written: int = 0
     warnings: list[str] = field(default_factory=list)
@@ -170,11 +170,7 @@ class PictureWriter:
 
         number, place: source row and position in it, for the picture's name.
         """
-        data: bytes | Path | None = self.urls(picture.data) if isinstance(picture.data, str) else picture.data
-        if data is None:
-            raise DataError(
-                f"{where}: picture {picture.data!s}: not fetched; scripts/download.py fetches it or says why"
-            )
+        data = self._fetched(picture.data, where) if isinstance(picture.data, str) else picture.data
         pages = read_pictures(data, where, self.options, picture.page)
         paths: list[str] = []
         for page, stored in enumerate(pages, picture.page or 1):
@@ -195,6 +191,14 @@ class PictureWriter:
             self.written += 1
             self.of_row.append(target)
         return paths
+
+    def _fetched(self, url: str, where: str) -> Path:
+        path = url_file(self.urls, url)
+        if not path.is_file():
+            failures = self.urls / FAILURES
+            known = json.loads(failures.read_text(encoding="utf-8")) if failures.is_file() else {}
+            raise DataError(f"{where}: picture {url}: not fetched: {known.get(url, 'run scripts/download.py again')}")
+        return path
 
     def _path(self, name: str, suffix: str, number: int, place: int, where: str) -> str:
         name = name or f"{number // 1000:05d}/{number:08d}-{place}{suffix}"
@@ -421,6 +425,7 @@ def dataset_sources(name: str, dataset: Dataset, source_dir: str | Path, workers
             entry.options,
             entry.rows,
             (options.turns or dataset.turns) == "first",
+            Path(source_dir) / "urls",
         )
         if dataset.split is None:
             sources[split] = source
@@ -428,6 +433,23 @@ def dataset_sources(name: str, dataset: Dataset, source_dir: str | Path, workers
             parts = ("train", "val", "test") if dataset.split.test else ("train", "val")
             sources = {part: replace(source, chosen=(dataset.split, part)) for part in parts}
     return sources
+
+
+def fetch_pictures(sources: dict[str, SplitSource], workers: int = 8) -> None:
+    """Fetch the pictures whose URLs stand in rows into the cache of their source; what fails is printed and listed.
+
+    Raises DataError for rows without the columns, OSError if the disk is full.
+    """
+    urls: dict[str, None] = {}
+    for source in {id(source.inputs): source for source in sources.values() if source.format in ROWS}.values():
+        for sample in FORMATS[source.format](replace(source.inputs, only_urls=True)):
+            for turn in sample.turns if isinstance(sample, Sample) else ():
+                urls |= dict.fromkeys(picture.data for picture in turn.pictures if isinstance(picture.data, str))
+        cache, limit = source.urls, int(source.inputs.options.fetch_gb * 1e9)
+    if urls:
+        files, failures = fetch_urls(urls, cache, limit, workers)
+        few = "".join(f"\n  {url}: {reason}" for url, reason in list(failures.items())[:5])
+        print(f"{len(files)} pictures of rows fetched, {len(failures)} not ({cache / FAILURES}){few}", file=sys.stderr)
 
 
 def convert_dataset(
@@ -487,5 +509,7 @@ def convert_files(
     if images_dir:
         parsed = parsed.model_copy(update={"images_dir": str(images_dir.resolve())})
     inputs = Inputs(files, root, parsed.split or split, name, parsed, workers=workers)
-    part = SplitSource(format_name, inputs, str(source), None, digest, given, rows, turns == "first")
+    cache = Path(output_dir) / ".urls"
+    part = SplitSource(format_name, inputs, str(source), None, digest, given, rows, turns == "first", cache)
+    fetch_pictures({split: part})
     return convert(name, {split: part}, output_dir, turns, metric, num_crops, on_error, True)

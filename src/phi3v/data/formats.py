@@ -224,7 +224,7 @@ def clip_frames(inputs: Inputs, value: object, where: str) -> list[list[Picture]
     for clip in pictures_of(inputs, value, where, "video"):
         if not isinstance(clip.data, Path):
             raise DataError(f"{where}: field `video`: got {shown(clip.data)}; expected a path")
-        frames = sample_frames(clip.data, inputs.options.frames)
+        frames = [] if inputs.only_urls else sample_frames(clip.data, inputs.options.frames)
         clips.append([Picture(data, f"{clip.name}.{index}.jpg") for index, data in enumerate(frames)])
     return clips
 

@@ -120,6 +120,8 @@ class Inputs:
     """Empty folder for unpacked files, removed afterwards."""
     workers: int = 1
     """Clips decoded side by side."""
+    only_urls: bool = False
+    """Only the URLs of pictures are wanted: clips are not decoded."""
     untaken: dict[str, str] = field(default_factory=dict)
     """Files that a format leaves out, and why: it adds them as it reads."""
 

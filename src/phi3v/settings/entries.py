@@ -137,6 +137,8 @@ class Options(Strict):
     """Larger pictures are scaled down to so many pixels; empty: refused above 89 million (as `pixel_range`)."""
     dpi: int = Field(150, ge=10, le=1200)
     """Resolution of PDF pages (as `pixel_range`)."""
+    fetch_gb: float = Field(100, gt=0)
+    """Most GB of pictures that are fetched from URLs in rows (as `columns`)."""
     unlabelled: bool = False
     """Rows may be without an answer: they can be answered, and cannot train (as `columns`)."""
     file: str = ""
@@ -158,7 +160,7 @@ class Options(Strict):
 
 
 _FILES = ("file", "images_dir", "split", "turns")
-_PICTURES = ("pixel_range", "max_pixels", "dpi", "frames")
+_PICTURES = ("fetch_gb", "pixel_range", "max_pixels", "dpi", "frames")
 _ROWS = (*_FILES, *_PICTURES, "columns", "field", "config", "unlabelled")
 _FOLDER = (*_PICTURES, "columns", "prompt", "prompt_suffix", "split", "turns", "unlabelled")
 FORMAT_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -174,7 +176,7 @@ FORMAT_OPTIONS: dict[str, tuple[str, ...]] = {
 """The options that each format takes."""
 
 
-OptionValue = str | int | bool | dict[str, str | list[str]]
+OptionValue = str | int | float | bool | dict[str, str | list[str]]
 
 
 class Split(Strict):
