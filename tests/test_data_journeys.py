@@ -263,5 +263,5 @@ def test_groups_never_straddle_splits_and_labels_keep_their_shares(test: float) 
             assert own.count("test") / len(own) == pytest.approx(test, abs=0.07)
         assert parts.count("val") == 60
     assert drawn[0] != drawn[1]
-    with pytest.raises(DataError, match="split.group: no column `whom`; expected one of image, who, label"):
+    with pytest.raises(DataError, match=r"split\.group: no column `whom`; expected one of image, who, label"):
         divide("table", inputs, Division(val=0.1, group="whom"))
