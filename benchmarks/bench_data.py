@@ -247,7 +247,7 @@ def padding(folder: Path, data_dir: str, model_dir: str) -> None:
     from phi3v.data.dataset import ConversationDataset
     from phi3v.data.lengths import lengths
     from phi3v.model.processing import Phi3VProcessor
-    from phi3v.training.plan import BatchPlan, packs_needed
+    from phi3v.training.batches import BatchPlan, packs_needed
 
     dataset = ConversationDataset(data_dir, "train", Phi3VProcessor.from_pretrained(model_dir))
     tokens = lengths(dataset)

@@ -37,19 +37,19 @@ def loop_overhead(settings: SpeedSettings) -> dict[str, Any]:
     """
     windows, steps = settings.repeats, settings.timed_steps
     total = settings.speed_warmup_steps + windows * steps
-    job = build(settings.model_copy(update={"max_steps": total}), Path(settings.output_dir), trackers=False)
-    if job.loop.is_sharded or job.processes > 1:
+    loop = build(settings.model_copy(update={"max_steps": total}), Path(settings.output_dir), trackers=False)
+    if loop.is_sharded or loop.processes > 1:
         raise SettingsError("command line: field `zero_stage`: expected 0 and one process, to compare with a bare loop")
     times: list[float] = []
-    clock = time.perf_counter if job.device.type == "cuda" else time.process_time
-    job.loop.hooks.append(lambda record: times.append(clock()))
-    job.loop.run()
+    clock = time.perf_counter if loop.device.type == "cuda" else time.process_time
+    loop.hooks.append(lambda record: times.append(clock()))
+    loop.run()
     looped = [
         (times[start + steps] - times[start]) / steps
         for start in range(settings.speed_warmup_steps - 1, total - steps, steps)
     ]
-    saves = save_cost(job.loop)
-    bare = _bare_windows(settings, job.loop, windows, steps, clock)
+    saves = save_cost(loop)
+    bare = _bare_windows(settings, loop, windows, steps, clock)
     loop_seconds, bare_seconds = statistics.median(looped), statistics.median(bare)
     return {
         "loop_seconds": loop_seconds,

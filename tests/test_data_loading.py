@@ -30,8 +30,7 @@ from phi3v.data.lengths import count, count_turns, lengths, plot, write_statisti
 from phi3v.demo.tiny import train_tokenizer
 from phi3v.model.image_processing import Phi3VImageProcessor
 from phi3v.model.processing import Phi3VProcessor
-from phi3v.training.batches import PickedExamples
-from phi3v.training.plan import BatchPlan, Grouping, Pick, PlannedBatches
+from phi3v.training.batches import BatchPlan, Grouping, Pick, PickedExamples, PlannedBatches
 
 
 @pytest.fixture(scope="module")
@@ -323,8 +322,8 @@ def test_seed_epoch_and_position_are_all_that_resuming_needs(
             examples, batch_sampler=sampler, num_workers=workers, multiprocessing_context="fork" if workers else None,
             collate_fn=lambda picked: (picks_of(picked), collate([example for example, _ in picked], 0)),
         )  # fmt: skip
-        sampler.set_epoch(epoch, step)
-        examples.set_epoch(epoch)
+        sampler.epoch, sampler.first_step = epoch, step
+        dataset.set_epoch(epoch)
         return list(loader), examples.loaded.value, plan.accumulation
 
     def picks_of(picked: list[Any]) -> list[tuple[str, int]]:

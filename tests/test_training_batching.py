@@ -10,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3v.model import Phi3VConfig
-from phi3v.training.batches import Collator, TensorBundle
-from phi3v.training.plan import BatchPlan, Pick, epoch_order, packs_needed
+from phi3v.training.batches import BatchPlan, Collator, Pick, TensorBundle, packs_needed
 
 
 def steps_of(plan: BatchPlan, epoch: int) -> list[set[int]]:
     """The counted examples of each optimizer step, put together from what every process does."""
-    micro = [list(plan.epoch(epoch, rank)) for rank in range(plan.processes)]
-    bounds, start = [], 0
-    for step in range(plan.steps_per_epoch):
-        bounds.append((start, start + plan.micro_steps(step)))
-        start += plan.micro_steps(step)
-    return [
-        {pick.index for own in micro for batch in own[first:last] for pick in batch if pick.counted}
-        for first, last in bounds
-    ]
+    steps: list[set[int]] = []
+    for rank in range(plan.processes):
+        number = 0
+        for batch in plan.epoch(epoch, rank):
+            assert len({pick.ends_step for pick in batch}) == 1
+            steps += [set()] * (number == len(steps))
+            steps[number] = steps[number] | {pick.index for pick in batch if pick.counted}
+            number += batch[0].ends_step
+        assert number == plan.steps_per_epoch
+    return steps
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,12 +40,12 @@ def test_every_example_once_and_every_process_in_step(examples, processes, micro
     )  # fmt: skip
     if grouping == "packed":
         plan = BatchPlan(**{**plan.__dict__, "packs": packs_needed(plan, 4)})
-    order = epoch_order(examples, 1, epoch)
+    order = plan.order(epoch)
     steps = steps_of(plan, epoch)
     # The same examples make a step, whatever the processes and the grouping: those of the seed's order.
     assert steps == [set(order[s : s + plan.batch_size]) for s in range(0, examples, plan.batch_size)]
     per_rank = [list(plan.epoch(epoch, rank)) for rank in range(processes)]
-    assert {len(own) for own in per_rank} == {plan.micro_steps_per_epoch()}
+    assert {len(own) for own in per_rank} == {sum(map(plan.micro_steps, range(plan.steps_per_epoch)))}
     assert all(batch for own in per_rank for batch in own)
     counted = [pick.index for own in per_rank for batch in own for pick in batch if pick.counted]
     assert sorted(counted) == list(range(examples))
@@ -59,8 +59,9 @@ def test_every_example_once_and_every_process_in_step(examples, processes, micro
 
 
 def test_order_depends_on_seed_and_epoch_only():
-    assert epoch_order(20, 7, 0) == epoch_order(20, 7, 0)
-    assert epoch_order(20, 7, 0) != epoch_order(20, 7, 1) != epoch_order(20, 8, 1)
+    seven, eight = (BatchPlan(20, 4, 1, 1, seed) for seed in (7, 8))
+    assert seven.order(0) == BatchPlan(20, 8, 2, 2, 7).order(0)
+    assert seven.order(0) != seven.order(1) != eight.order(1)
 
 
 def test_length_grouping_pads_less_than_fixed():
@@ -79,7 +80,7 @@ def test_packs_are_few_and_keep_to_the_budget():
     plan = BatchPlan(256, 64, 1, 2, 3, "packed", lengths, token_budget=2048)
     packs = packs_needed(plan, 1)
     by_tokens = max(
-        sum(lengths[i] for i in epoch_order(256, 3, 0)[s : s + 64]) for s in range(0, 256, 64)
+        sum(lengths[i] for i in plan.order(0)[s : s + 64]) for s in range(0, 256, 64)
     ) / (2 * 2048)  # fmt: skip
     assert by_tokens <= packs <= by_tokens * 1.35 + 1
 
@@ -110,7 +111,7 @@ def test_padding_is_what_the_tokens_leave_of_the_slots(grouping, slots):
         empty = {"pixel_values": torch.empty(0, 3, 0, 0), "image_sizes": torch.empty(0, 2, dtype=torch.int64)}
         return {"id": str(tokens), "input_ids": ids, "labels": ids, **empty}
 
-    batch = Collator(0, grouping, config)([(example(10), Pick(0, True, 2)), (example(4), Pick(1, True, 2))])
+    batch = Collator(0, grouping, config)([(example(10), Pick(0, True, 2, True)), (example(4), Pick(1, True, 2, True))])
     counts = batch.counts
     assert (counts.ids, counts.tokens, counts.slots, counts.work.labels) == (("10", "4"), 14, slots, 14)
 

@@ -23,7 +23,6 @@ from phi3v.training.checkpoints import (
     check_space,
     digest_and_sync,
     find,
-    names_of,
     rotate,
     seal,
     share_of,
@@ -38,7 +37,7 @@ def write_checkpoint(folder: Path, step: int, settings: dict | None = None, proc
     (writing / "global_step").mkdir(parents=True)
     for name in ("model.bin", "rng_state_0.pth", "rng_state_1.pth", "global_step/shard_0.pt", "global_step/shard_1.pt"):
         (writing / name).write_bytes(f"{name} {step}".encode() * 50)
-    listings = [names_of(writing)] * 2
+    listings = [[path.relative_to(writing).as_posix() for path in checkpoints.files_of(writing)]] * 2
     files = digest_and_sync(writing, share_of(listings, 0, 2)) | digest_and_sync(writing, share_of(listings, 1, 2))
     seal(writing, folder / f"checkpoint-{step}", files, step, processes, settings or SETTINGS)
     return folder / f"checkpoint-{step}"
@@ -48,9 +47,7 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path):
     for step in (5, 10, 100):
         write_checkpoint(tmp_path, step)
     (tmp_path / ".writing" / "checkpoint-200").mkdir()
-    found = find(tmp_path, SETTINGS, 2, True)
-    assert found.path == tmp_path / "checkpoint-100"
-    assert not found.skipped
+    assert find(tmp_path, SETTINGS, 2, True) == (tmp_path / "checkpoint-100", {})
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
@@ -73,11 +70,11 @@ def test_damage_to_any_file_is_seen_and_named(tmp_path):
             path.unlink()
             if damaged is not None:
                 path.write_bytes(damaged)
-            found = find(tmp_path, SETTINGS, 2, True)
-            assert found.path == tmp_path / "checkpoint-5"
-            assert name in found.skipped[newest]
+            found, skipped = find(tmp_path, SETTINGS, 2, True)
+            assert found == tmp_path / "checkpoint-5"
+            assert name in skipped[newest]
             path.write_bytes(whole)
-    assert find(tmp_path, SETTINGS, 2, True).path == newest
+    assert find(tmp_path, SETTINGS, 2, True)[0] == newest
 
 
 @pytest.mark.parametrize(
@@ -91,9 +88,9 @@ def test_damage_to_any_file_is_seen_and_named(tmp_path):
 )
 def test_another_jobs_checkpoint_is_not_gone_on_from(tmp_path, settings, processes, sharded, reason):
     path = write_checkpoint(tmp_path, 5)
-    found = find(tmp_path, settings, processes, sharded)
-    assert (found.path is None) == bool(reason)
-    assert reason in found.skipped.get(path, "")
+    found, skipped = find(tmp_path, settings, processes, sharded)
+    assert (found is None) == bool(reason)
+    assert reason in skipped.get(path, "")
 
 
 def test_a_checkpoint_of_version_1_is_refused(tmp_path):

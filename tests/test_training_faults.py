@@ -63,9 +63,9 @@ def test_a_checkpoint_that_is_none_is_passed_over_with_its_reason(tmp_path, kind
         newest.mkdir()
     else:
         newest.symlink_to("checkpoint-10")
-    found = find(tmp_path, SETTINGS, 2, True)
-    assert found.path == tmp_path / "checkpoint-5"
-    assert "checkpoint.json " in found.skipped[newest]
+    found, skipped = find(tmp_path, SETTINGS, 2, True)
+    assert found == tmp_path / "checkpoint-5"
+    assert "checkpoint.json " in skipped[newest]
 
 
 def test_a_disk_that_fills_up_costs_the_steps_since_the_last_checkpoint(base, tmp_path):

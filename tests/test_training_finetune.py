@@ -78,14 +78,14 @@ def test_the_step_loss_is_the_mean_of_the_examples_means(folders, tmp_path):
     """Against the definition, computed example by example with the untrained model."""
     from phi3v.data.dataset import ConversationDataset
     from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
-    from phi3v.training.plan import epoch_order
+    from phi3v.training.batches import BatchPlan
 
     model_dir, data = folders
     out = train(folders, tmp_path / "out", fp32=True, max_steps=1, batch_size_per_gpu=8)
     model = Phi3VForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
     dataset = ConversationDataset(data, "train", Phi3VProcessor.from_pretrained(model_dir), seed=42)
     means = []
-    for index in epoch_order(len(dataset), 42, 0)[:8]:
+    for index in BatchPlan(len(dataset), 8, 8, 1, 42).order(0)[:8]:
         example = dataset[index]
         pictures = {key: example[key] for key in ("pixel_values", "image_sizes") if len(example["image_sizes"])}
         with torch.no_grad():
@@ -317,7 +317,7 @@ def test_two_deterministic_runs_are_bitwise_equal(folders, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_with_the_examples(folders, tmp_path):
-    from phi3v.training.guard import NotANumberError
+    from phi3v.training.census import NotANumberError
 
     model = write_model(tmp_path / "model")
     path = model / "model.safetensors"
@@ -336,7 +336,7 @@ def test_a_loss_that_is_no_number_stops_with_the_examples(folders, tmp_path):
 
 def test_a_collapsed_loss_scale_is_named_once(tmp_path, capfd):
     """Below 1 no scale helps: gradients overflow in float16 as they are."""
-    from phi3v.training.guard import LossGuard
+    from phi3v.training.census import LossGuard
 
     scale = iter([65536.0, 0.5, 0.25])
     guard = LossGuard(tmp_path, 0, 3, lambda: next(scale))

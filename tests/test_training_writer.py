@@ -46,7 +46,7 @@ def test_training_continues_and_the_checkpoint_holds_the_step_it_was_asked_in(tm
     gate.set()
     writer.finish()
     assert torch.equal(values(tmp_path, 1), torch.ones(3))
-    assert find(tmp_path, {}, 1, False).path == tmp_path / "checkpoint-1"
+    assert find(tmp_path, {}, 1, False)[0] == tmp_path / "checkpoint-1"
     assert not any((tmp_path / WRITING).iterdir())
 
 

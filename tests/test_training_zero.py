@@ -7,7 +7,7 @@ import torch
 
 from phi3v.settings import FinetuneSettings, SettingsError, validate
 from phi3v.training.job import check_automatic
-from phi3v.training.parallel import zero_config
+from phi3v.training.optimizers import zero_config
 
 
 def settings(**values: object) -> FinetuneSettings:

@@ -30,7 +30,7 @@ class Search:
     """Of the GPU."""
     attention: str = "flash"
     optimistic: bool = False
-    """The planner's estimate is near zero, so that the search begins with a size that runs out of memory."""
+    """The planner's estimate is a hundredth, so that the search begins with a size that runs out of memory."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def search(job: Search, folder: Path) -> Chosen:
             live.append(gpu.memory.live)
 
     machine = replace(cuda.A100, memory_gib=job.memory_gib, gpus=1)
-    estimate = (lambda trial, way: 0.0) if job.optimistic else micro_batch.Trial.estimate
+    planned = micro_batch.Trial.estimate
+    estimate = (lambda trial, way: planned(trial, way) / 100) if job.optimistic else planned
     with (
         on_machine(machine, limited=True) as gpu,
         fullsize.without_weights(),

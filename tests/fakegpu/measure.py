@@ -124,11 +124,11 @@ def measure(job: FullSizeJob, folder: Path, top: int = 40) -> Measured:
     with on_machine(machine, torchrun) as gpu, fullsize.without_weights():
         from phi3v.training.job import build
 
-        built = build(settings_of(job, folder), folder / "out", trackers=False)
-        return _second_step(job, built, gpu, top)
+        loop = build(settings_of(job, folder), folder / "out", trackers=False)
+        return _second_step(job, loop, gpu, top)
 
 
-def _second_step(job: FullSizeJob, built: Any, gpu: Any, top: int) -> Measured:
+def _second_step(job: FullSizeJob, loop: Any, gpu: Any, top: int) -> Measured:
     """Train, and account for what happens between the ends of the first and the second optimizer step."""
     results: list[Measured] = []
 
@@ -139,7 +139,6 @@ def _second_step(job: FullSizeJob, built: Any, gpu: Any, top: int) -> Measured:
         else:
             results.append(account(job, gpu, top))
 
-    loop = built.loop
     loop.hooks.append(at_step_end)
     hooks = follow_phases(loop, gpu)
     try:

@@ -32,7 +32,7 @@ def run(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     job = FullSizeJob(**values)
     settings = settings_of(job, folder).model_copy(update={"max_steps": STEPS})
     with fullsize.without_weights():
-        loop = build(settings, folder / "out", trackers=False).loop
+        loop = build(settings, folder / "out", trackers=False)
     waits: list[str] = []
     seconds: list[float] = []
     original = loop.micro_step

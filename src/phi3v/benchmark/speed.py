@@ -10,7 +10,6 @@ fingerprint of what it ran on.
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import statistics
 import time
@@ -26,11 +25,11 @@ from phi3v.planning.flops import FORMULA, Work
 from phi3v.planning.hardware import Utilisation, utilisation_of
 from phi3v.provenance.manifest import write_json, write_manifest
 from phi3v.settings import SettingsError, SpeedSettings
-from phi3v.training.finetune import headline, largest, observe, say_attention
-from phi3v.training.job import Job, build
-from phi3v.training.launch import leave
-from phi3v.training.logging import Progress, say
-from phi3v.training.loop import StepRecord
+from phi3v.training.finetune import observe, say_headline
+from phi3v.training.job import build
+from phi3v.training.launch import leave, of_all, say
+from phi3v.training.logging import Progress
+from phi3v.training.loop import Loop, StepRecord
 from phi3v.training.memory import explain_memory, peak_memory_bytes
 
 PROFILED_STEPS = 3
@@ -103,7 +102,7 @@ class Stopwatch:
         if self.windows:
             window = self.windows[-1]
             window.seconds = now - self._started
-            window.loading_seconds = largest(window.loading_seconds, self.device)
+            window.loading_seconds = of_all(window.loading_seconds, "MAX", self.device)
         if len(self.windows) < self.repeats:
             self.windows.append(Window())
         self._started = time.perf_counter()
@@ -155,31 +154,31 @@ def measure(settings: SpeedSettings) -> int:
     check_devices(settings, found_devices(settings))
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    job = build(timed_job(settings), output, trackers=False)
-    if job.is_main:
-        (output / "manifest.json").unlink(missing_ok=True)
-        windows = f"{settings.repeats} x {settings.timed_steps} timed steps"
-        say(f"{headline(job)}; {settings.speed_warmup_steps} warm-up and {windows}")
-        say_attention(job)
-    config, name = job.model.config.to_dict(), device_name(job.device)
-    counting = utilisation_of(settings, config, name, job.processes, settings.hardware)
-    cpu = job.device.type == "cpu"
+    loop = build(timed_job(settings), output, trackers=False)
+    (output / "manifest.json").unlink(missing_ok=True)
+    timed = f"{settings.speed_warmup_steps} warm-up and {settings.repeats} x {settings.timed_steps} timed steps"
+    say_headline(loop, f"; {timed}")
+    config, name = loop.training.collate.config.to_dict(), device_name(loop.device)
+    counting = utilisation_of(settings, config, name, loop.processes, settings.hardware)
+    cpu = loop.device.type == "cpu"
     before = measured_peak(settings.dtype) if cpu else None
-    stopwatch, observed = run_steps(settings, job, output)
+    windows, observed = run_steps(settings, loop, output)
     if before is not None:
         # Again after the timing: the larger rate was less disturbed by other programs.
         peak, source = max(before, measured_peak(settings.dtype))
         counting = replace(counting, peak_tflops=peak, peak_source=source)
-    result = speed_result(settings, job, stopwatch.windows, counting, observed)
-    if job.is_main:
+    result = speed_result(settings, loop, windows, counting, observed)
+    if loop.is_main:
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         write_json(output / "speed.json", result)
-        inputs, seconds = (
-            {"data": str(job.data_dir), "model": settings.model_name_or_path},
-            time.perf_counter() - started,
-        )
         write_manifest(
-            output, kind="speed", settings=settings, inputs=inputs, seed=settings.seed, seconds=seconds, device=name
+            output,
+            kind="speed",
+            settings=settings,
+            inputs={"data": str(loop.training.examples.dataset.data_dir), "model": settings.model_name_or_path},
+            seed=settings.seed,
+            seconds=time.perf_counter() - started,
+            device=name,
         )
         say(summary(result))
     return leave(0)
@@ -196,26 +195,26 @@ def _timed_steps(settings: SpeedSettings) -> int:
     return settings.speed_warmup_steps + settings.repeats * settings.timed_steps
 
 
-def run_steps(settings: SpeedSettings, job: Job, output: Path) -> tuple[Stopwatch, dict[str, Any]]:
-    """Run the job's steps: the stopwatch with its windows, and what observed.json holds; a collective call."""
-    stopwatch = Stopwatch(job.device, settings.speed_warmup_steps, settings.timed_steps, settings.repeats)
-    observer = Observer(job.model)
-    job.loop.hooks += [lambda record: observer.remove(), stopwatch]
-    if job.is_main:
-        job.loop.logs.append(Progress(settings.tqdm, lambda: peak_memory_bytes(job.device)))
-    if job.is_main and settings.profile:
-        job.loop.hooks.append(Profile(output / "profile", job.device, _timed_steps(settings)))
+def run_steps(settings: SpeedSettings, loop: Loop, output: Path) -> tuple[list[Window], dict[str, Any]]:
+    """Run the job's steps: the timed windows, and what observed.json holds; a collective call."""
+    stopwatch = Stopwatch(loop.device, settings.speed_warmup_steps, settings.timed_steps, settings.repeats)
+    observer = Observer(loop.module)
+    loop.hooks += [lambda record: observer.remove(), stopwatch]
+    if loop.is_main:
+        loop.logs.append(Progress(settings.tqdm, lambda: peak_memory_bytes(loop.device)))
+        if settings.profile:
+            loop.hooks.append(Profile(output / "profile", loop.device, _timed_steps(settings)))
     started = time.perf_counter()
-    with explain_memory(settings, job.device):
-        job.loop.run()
-    return stopwatch, observe(job, observer, time.perf_counter() - started)
+    with explain_memory(settings, loop.device):
+        loop.run()
+    return stopwatch.windows, observe(loop, observer, time.perf_counter() - started)
 
 
 def speed_result(
-    settings: SpeedSettings, job: Job, windows: list[Window], counting: Utilisation, observed: dict[str, Any]
+    settings: SpeedSettings, loop: Loop, windows: list[Window], counting: Utilisation, observed: dict[str, Any]
 ) -> dict[str, Any]:
     """speed.json: medians over the windows, each window, memory, fingerprint; a collective call."""
-    processes = job.processes
+    processes = loop.processes
     repeats = [window.rates(counting) for window in windows]
     median: dict[str, Any] = {}
     for name in repeats[0]:
@@ -234,16 +233,16 @@ def speed_result(
         "model_tflop_per_step": step.model / steps / 1e12,
         "hardware_tflop_per_step": step.hardware / steps / 1e12,
         **{name: observed[name] for name in MEMORY},
-        "resident_memory_bytes": largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, job.device),
+        "resident_memory_bytes": int(of_all(peak_memory_bytes(torch.device("cpu")), "MAX", loop.device)),
         "warmup_steps": settings.speed_warmup_steps,
         "timed_steps": settings.timed_steps,
         "repeats": repeats,
         "world_size": processes,
         "nodes": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
-        "device": device_name(job.device),
+        "device": device_name(loop.device),
         "stand_in": settings.stand_in,
         "observed": observed,
-        "fingerprint": fingerprint(job.device, job.data_dir),
+        "fingerprint": fingerprint(loop.device, loop.training.examples.dataset.data_dir),
     }
 
 

@@ -40,12 +40,12 @@ MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit":
 HOST_BYTES = {"paged_adamw_8bit": MOMENT_BYTES["adamw_8bit"], "adamw_offload": 20.0}
 # Elements of gathered weights that ZeRO 3 keeps (stage3_max_live_parameters, DeepSpeed's default).
 LIVE_WEIGHTS = 1_000_000_000
-# Gradients are summed in float32 (grad_accum_dtype of phi3v.training.parallel); those of adapters are float32 as well.
+# Gradients are summed in float32 (grad_accum_dtype of phi3v.training.optimizers); those of adapters are float32 as well.
 GRADIENT_BYTES = 4
 # Adapters: a copy of the factors in the compute type (phi3v.model.lora), and with several devices the float32 buckets
 # of DistributedDataParallel.
 FACTOR_COPY_BYTES, DDP_BYTES = 2, 4
-# DeepSpeed's reduction bucket, elements, two of which are held in the backward pass (phi3v.training.parallel). A flattened
+# DeepSpeed's reduction bucket, elements, two of which are held in the backward pass (phi3v.training.optimizers). A flattened
 # copy is reduced, but for bfloat16 within a machine. A device that owns the whole bucket also widens it to float32.
 BUCKETS, BUCKET, CPU_BUCKET = 2, 100_000_000, 5_000_000
 

@@ -169,7 +169,7 @@ FUSED = Implementation(
     operators={"full": 0.65, "frozen": 0.65, "lora": 0.89, "qlora": 1.02},
 )  # fmt: skip
 # Between machines each share of a bucket is cut out and reduced to the device that owns it: half the bytes on the links
-# (phi3v.training.parallel). Traced.
+# (phi3v.training.optimizers). Traced.
 FUSED_MACHINES = replace(FUSED, gradient=17, reduce_over_gather=1.0)
 
 

@@ -1,13 +1,21 @@
-"""From picks to micro-batches: the dataset, collator and loader that a `BatchPlan` is read with.
+"""Which examples go into which micro-batch of which process, and how they are read and collated.
 
-Shapes: B = examples of a micro-batch, T = tokens of the longest of them (packed: of all together).
+A plan follows from seed, epoch and step alone. The examples of an optimizer step are fixed by (seed, epoch): neither the
+number of processes nor the grouping changes them. Within a step they are spread over W processes x M micro-batches.
+Every process makes the same number of micro-steps. If examples run out in the last step of an epoch, a process computes
+a filler whose loss weighs nothing.
+
+    B = examples of a step, W = processes, M = micro-batches of a process in a step, m = examples of a micro-batch,
+    T = tokens of the longest example of a micro-batch (packed: of all together)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -17,13 +25,142 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.layout import DEVICE_FIELDS, BatchLayout, lay_out
 from phi3v.planning.flops import Work, example_work
 from phi3v.planning.geometry import geometry_from_config
+from phi3v.settings import Geometry
 from phi3v.training.launch import ignore_sigterm
-from phi3v.training.plan import BatchPlan, Grouping, Pick, PlannedBatches
 
 ALIGNMENT = 16
 """Bytes; a tensor may be viewed in a buffer if its offset is a multiple of its element size."""
 PREFETCH = 4
 """Batches that each loader process holds ready, at most 24 MB each for a full-size page."""
+Grouping = Literal["fixed", "length", "packed"]
+
+
+class Pick(NamedTuple):
+    """One example of a micro-batch."""
+
+    index: int  # type: ignore[assignment]  # tuple.index is never used
+    """Position in the dataset."""
+    counted: bool
+    """False for a filler, whose loss weighs nothing."""
+    in_step: int
+    """Examples of the whole optimizer step, over all processes: what the loss is divided by."""
+    ends_step: bool
+    """Whether it is in the process's last micro-batch of the optimizer step."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The micro-batches of every epoch."""
+
+    examples: int
+    """Size of the training split."""
+    batch_size: int
+    """B."""
+    micro_batch_size: int
+    """m; with `packed` the pack's examples are bounded by tokens instead."""
+    processes: int
+    """W."""
+    seed: int
+    """Decides the order."""
+    grouping: Grouping = "fixed"
+    """fixed: in order; length: like lengths share a micro-batch; packed: several to a sequence, within a budget."""
+    lengths: Sequence[int] = ()
+    """Tokens of each example; needed for length and packed."""
+    token_budget: int = 0
+    """Tokens of a pack at most; an example that is longer is a pack by itself."""
+    packs: int = 0
+    """M with `packed`, see `packs_needed`."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch; the last may be smaller."""
+        return math.ceil(self.examples / self.batch_size)
+
+    @property
+    def accumulation(self) -> int:
+        """M of a whole step."""
+        return self.micro_steps(0)
+
+    def micro_steps(self, step: int) -> int:
+        """M of step 0 … steps_per_epoch-1 of an epoch."""
+        count = min(self.batch_size, self.examples - step * self.batch_size)
+        if self.grouping == "packed":
+            return self.packs if count == self.batch_size else min(self.packs, math.ceil(count / self.processes))
+        return math.ceil(count / (self.micro_batch_size * self.processes))
+
+    def epochs_at(self, step: int) -> float:
+        """Epochs, counted in micro-steps, after `step` optimizer steps: 2.5."""
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        last = self.steps_per_epoch - 1
+        return epochs + steps * self.accumulation / (self.accumulation * last + self.micro_steps(last))
+
+    def order(self, epoch: int) -> list[int]:
+        """The examples of an epoch, in order: by seed and epoch alone."""
+        order = list(range(self.examples))
+        random.Random(f"order/{self.seed}/{epoch}").shuffle(order)
+        return order
+
+    def epoch(self, epoch: int, rank: int, first_step: int = 0) -> Iterator[list[Pick]]:
+        """The micro-batches of process `rank`, in order; `first_step` leaves out the steps before it."""
+        order = self.order(epoch)
+        for step in range(first_step, self.steps_per_epoch):
+            members = order[step * self.batch_size : (step + 1) * self.batch_size]
+            micro_batches = self.spread(members, self.micro_steps(step))[rank]
+            for number, indices in enumerate(micro_batches, 1):
+                ends = number == len(micro_batches)
+                yield [Pick(index, bool(indices), len(members), ends) for index in indices or members[:1]]
+
+    def spread(self, members: Sequence[int], micro_steps: int) -> list[list[list[int]]]:
+        """[W][M] lists of dataset indices: `members` each once, possibly with empty lists at the end."""
+        if self.grouping == "packed":
+            packs = self.packed(members, self.processes * micro_steps)
+            packs.sort(key=self.tokens, reverse=True)
+            return [packs[rank :: self.processes] for rank in range(self.processes)]
+        if self.grouping == "length":
+            # Neighbours in length run at the same micro-step, so padding is short and so is waiting for others.
+            members = sorted(members, key=lambda index: (-self.lengths[index], index))
+        slots: list[list[list[int]]] = [[[] for _ in range(micro_steps)] for _ in range(self.processes)]
+        for position, index in enumerate(members):
+            if self.grouping == "length":
+                micro, rank = divmod(position // self.micro_batch_size, self.processes)
+            else:
+                # In order, process by process within a micro-step, one example each until all have m.
+                micro, place = divmod(position, self.processes * self.micro_batch_size)
+                rank = place % self.processes
+            slots[rank][micro].append(index)
+        return slots
+
+    def packed(self, members: Sequence[int], bins: int) -> list[list[int]]:
+        """Longest first into the emptiest of `bins`: within 4/3 of the best largest bin (Graham 1969)."""
+        packs: list[list[int]] = [[] for _ in range(bins)]
+        filled = [0] * bins
+        for index in sorted(members, key=lambda index: (-self.lengths[index], index)):
+            place = min(range(bins), key=lambda number: (filled[number], number))
+            packs[place].append(index)
+            filled[place] += self.lengths[index]
+        return packs
+
+    def tokens(self, indices: Sequence[int]) -> int:
+        """Tokens of some examples together."""
+        return sum(self.lengths[index] for index in indices)
+
+
+def packs_needed(plan: BatchPlan, epochs: int) -> int:
+    """The smallest M with which every pack of `epochs` epochs keeps to the budget; longer examples stand alone."""
+    needed = 1
+    for epoch in range(epochs):
+        order = plan.order(epoch)
+        for start in range(0, len(order), plan.batch_size):
+            members = order[start : start + plan.batch_size]
+            while needed * plan.processes < len(members):
+                packs = plan.packed(members, needed * plan.processes)
+                if all(len(pack) <= 1 or plan.tokens(pack) <= plan.token_budget for pack in packs):
+                    break
+                needed += 1
+    return needed
+
+
+# From a plan to tensors ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -62,10 +199,6 @@ class TensorBundle:
             begin = places[name][2]
             buffer[begin : begin + tensor.nbytes] = tensor.view(-1).view(torch.uint8)
         return cls(buffer, places)
-
-    def pin_memory(self) -> TensorBundle:
-        """In page-locked memory, for the loader's pinning thread: the copy to a GPU then runs beside the host."""
-        return replace(self, buffer=self.buffer.pin_memory())
 
     def on(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The tensors on a device, views of one buffer."""
@@ -109,10 +242,6 @@ class ModelBatch:
         bundle = TensorBundle.of(tensors | {"cu_seqlens": layout.plan.cu_seqlens})
         return cls(bundle, BatchLayout(plan=layout.plan, image_sizes=layout.image_sizes))
 
-    def pin_memory(self) -> ModelBatch:
-        """In page-locked memory, see TensorBundle."""
-        return replace(self, tensors=self.tensors.pin_memory())
-
     def on(self, device: torch.device) -> ModelInputs:
         """The model's arguments on a device, after one copy."""
         tensors = self.tensors.on(device)
@@ -129,11 +258,15 @@ class MicroBatch:
     inputs: ModelBatch
     examples_in_step: int
     """Examples of the whole optimizer step, over all processes: what the loss is divided by."""
+    ends_step: bool
+    """Whether it is this process's last of the optimizer step."""
     counts: BatchCounts
 
     def pin_memory(self) -> MicroBatch:
-        """In page-locked memory, see TensorBundle."""
-        return replace(self, inputs=self.inputs.pin_memory())
+        """In page-locked memory, for the loader's pinning thread: the copy to a GPU then runs beside the host."""
+        tensors = self.inputs.tensors
+        pinned = replace(tensors, buffer=tensors.buffer.pin_memory())
+        return replace(self, inputs=replace(self.inputs, tensors=pinned))
 
 
 def tiles_of(example: Encoded) -> int:
@@ -142,11 +275,21 @@ def tiles_of(example: Encoded) -> int:
     return len(pixels) + (len(example["image_sizes"]) if pixels.dtype == torch.uint8 else 0)
 
 
-class PickedExamples(Dataset[tuple[Example, Pick]]):
-    """The data room's dataset, indexed by `Pick`; `kept` maps picks to its examples where some are left out."""
+def work_of(geometry: Geometry, example: Encoded) -> Work:
+    """What the planner counts an example's FLOP and memory from."""
+    return example_work(geometry, len(example["input_ids"]), tiles_of(example), int((example["labels"] != -100).sum()))
 
-    def __init__(self, dataset: ConversationDataset, kept: Sequence[int] | None = None) -> None:
-        self.dataset, self.kept = dataset, kept
+
+class PickedExamples(Dataset[tuple[Example, Pick]]):
+    """The data room's dataset, indexed by `Pick`.
+
+    kept: its examples that are used, in order; None: all. lengths: their tokens; empty: not counted.
+    """
+
+    def __init__(
+        self, dataset: ConversationDataset, kept: Sequence[int] | None = None, lengths: Sequence[int] = ()
+    ) -> None:
+        self.dataset, self.kept, self.lengths = dataset, kept, lengths
 
     def __len__(self) -> int:
         return len(self.dataset) if self.kept is None else len(self.kept)
@@ -157,10 +300,6 @@ class PickedExamples(Dataset[tuple[Example, Pick]]):
     def example(self, index: int) -> Example:
         """An example by its number among those that are kept."""
         return self.dataset[index if self.kept is None else self.kept[index]]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on: one turn of a record may be drawn by it."""
-        self.dataset.set_epoch(epoch)
 
 
 class Collator:
@@ -181,14 +320,9 @@ class Collator:
             images=sum(len(example["image_sizes"]) for example in counted),
             tokens=sum(len(example["input_ids"]) for example in counted),
             slots=batch["input_ids"].numel(),
-            work=sum((self._work(example) for example in counted), Work()),
+            work=sum((work_of(self.geometry, example) for example in counted), Work()),
         )
-        return MicroBatch(ModelBatch.of(self.config, batch), picks[0].in_step, counts)
-
-    def _work(self, example: Example) -> Work:
-        """What the planner counts a step's FLOP from."""
-        labels = int((example["labels"] != -100).sum())
-        return example_work(self.geometry, len(example["input_ids"]), tiles_of(example), labels)
+        return MicroBatch(ModelBatch.of(self.config, batch), picks[0].in_step, picks[0].ends_step, counts)
 
 
 def pack(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
@@ -211,6 +345,16 @@ def pack(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         if values:
             batch[key] = torch.cat(values)
     return batch
+
+
+class PlannedBatches:
+    """Batch sampler of one process: yields lists of `Pick`, of `epoch` from `first_step` on."""
+
+    def __init__(self, plan: BatchPlan, rank: int) -> None:
+        self.plan, self.rank, self.epoch, self.first_step = plan, rank, 0, 0
+
+    def __iter__(self) -> Iterator[list[Pick]]:
+        return self.plan.epoch(self.epoch, self.rank, self.first_step)
 
 
 @dataclass(frozen=True)
@@ -247,5 +391,5 @@ class PlannedSplit:
     def set_epoch(self, loader: DataLoader[tuple[Example, Pick]], epoch: int, first_step: int = 0) -> None:
         """Choose the epoch of the next pass over `loader`, and the optimizer step that it starts with."""
         assert isinstance(loader.batch_sampler, PlannedBatches)
-        loader.batch_sampler.set_epoch(epoch, first_step)
-        self.examples.set_epoch(epoch)
+        loader.batch_sampler.epoch, loader.batch_sampler.first_step = epoch, first_step
+        self.examples.dataset.set_epoch(epoch)  # one turn of a record may be drawn by it

@@ -1,20 +1,24 @@
-"""Gradient census: which parameters should train, and which of them got a gradient in the first step.
+"""Two checks of a running job: which parameters got a gradient in the first step, and losses that are no numbers.
 
-Settings can claim to train what they do not (RECIPE: the published "vision frozen" rows); the census proves it.
+Settings can claim to train what they do not (RECIPE: the published "vision frozen" rows); the gradient census proves it.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from phi3v.model.modeling import size_of
+from phi3v.model.modeling import parameter_group, size_of
+from phi3v.provenance.manifest import write_json
+from phi3v.training.launch import say
 
 # Groups that only pictures reach.
 PICTURE_GROUPS = ("clip", "projector", "separators")
@@ -24,7 +28,11 @@ class CensusError(RuntimeError):
     """A group that should train got no gradient."""
 
 
-def census_group(name: str, parameter_group: Callable[[str], str]) -> str:
+class NotANumberError(RuntimeError):
+    """The loss was NaN or infinite for several steps in a row."""
+
+
+def census_group(name: str) -> str:
     """A parameter's group; adapters are told apart by what they sit on, e.g. `adapters (clip)`."""
     group = parameter_group(name)
     if group != "adapters":
@@ -45,78 +53,69 @@ class Group:
     """Whether any of it should train."""
 
 
-class Census:
-    """Counts parameters by group, and after `watch` notes which get a gradient that is not all zero."""
+@dataclass
+class _Watched:
+    """A parameter that should train."""
 
-    def __init__(self, model: nn.Module, parameter_group: Callable[[str], str], label: str) -> None:
+    name: str
+    group: str
+    size: int
+    seen: torch.Tensor | None = None
+    """Whether a gradient had a value other than 0; on the gradient's device. None: no gradient yet."""
+
+    def note(self, gradient: torch.Tensor) -> None:
+        seen = (gradient != 0).any()
+        self.seen = seen if self.seen is None else self.seen | seen
+
+
+class Census:
+    """Counts parameters by group, and notes which get a gradient that is not all zero until `finish`."""
+
+    def __init__(self, model: nn.Module, label: str) -> None:
         self.label = label
         self.groups: dict[str, Group] = {}
-        self._names: list[str] = []
-        self._sizes: list[int] = []
-        self._group_of: list[str] = []
-        self._seen: list[torch.Tensor | None] = []
+        self._watched: list[_Watched] = []
         self._handles: list[RemovableHandle] = []
         for name, parameter in model.named_parameters():
             # A 4-bit weight stores two values a byte.
             size = size_of(parameter)
             size *= 2 if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8 else 1
-            group = census_group(name, parameter_group)
+            group = census_group(name)
             entry = self.groups.setdefault(group, Group())
             entry.parameters += size
-            if not parameter.requires_grad:
-                continue
-            entry.trainable += size
-            entry.expected = True
-            self._watch(len(self._names), parameter)
-            self._names.append(name)
-            self._sizes.append(size)
-            self._group_of.append(group)
-
-    def _watch(self, number: int, parameter: nn.Parameter) -> None:
-        self._seen.append(None)
-
-        def note(gradient: torch.Tensor) -> None:
-            seen = (gradient != 0).any()
-            before = self._seen[number]
-            self._seen[number] = seen if before is None else before | seen
-
-        self._handles.append(parameter.register_hook(note))
+            if parameter.requires_grad:
+                entry.trainable += size
+                entry.expected = True
+                self._watched.append(_Watched(name, group, size))
+                self._handles.append(parameter.register_hook(self._watched[-1].note))
 
     def finish(self, device: torch.device, pictures_seen: bool) -> None:
         """Fill in `with_gradient` over all processes and take the hooks off; a collective call.
 
-        pictures_seen: whether any process had a picture in the step. Raises CensusError for a group, or a layer of it,
-        that should train and got nothing.
+        pictures_seen: whether any process had a picture in the step. Raises CensusError for a layer, or a group outside
+        of layers, that should train and got nothing. A group as a whole may still get a gradient through a last norm.
         """
         for handle in self._handles:
             handle.remove()
-        flags = torch.stack(
-            [
-                torch.zeros((), dtype=torch.bool, device=device) if seen is None else seen.to(device)
-                for seen in self._seen
-            ]
-        ).to(torch.int32)
+        none = torch.zeros((), dtype=torch.bool, device=device)
+        seen = [none if watched.seen is None else watched.seen.to(device) for watched in self._watched]
+        flags = torch.stack(seen).to(torch.int32)
         if dist.is_initialized():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        for flag, size, group in zip(flags.tolist(), self._sizes, self._group_of, strict=True):
-            self.groups[group].with_gradient += size * flag
-        self._refuse_silence(flags.tolist(), pictures_seen)
-
-    def _refuse_silence(self, flags: list[int], pictures_seen: bool) -> None:
-        """Raises CensusError for a layer without any gradient: its group may still get one through a last norm."""
-        blocks: dict[str, list[int]] = {}
-        for number, name in enumerate(self._names):
-            layer = re.search(r".*\.layers\.\d+(?=\.)", name)
-            blocks.setdefault(layer.group() if layer else self._group_of[number], []).append(number)
+        blocks: dict[str, list[tuple[_Watched, int]]] = {}
+        for watched, flag in zip(self._watched, flags.tolist(), strict=True):
+            self.groups[watched.group].with_gradient += watched.size * flag
+            layer = re.search(r".*\.layers\.\d+(?=\.)", watched.name)
+            blocks.setdefault(layer.group() if layer else watched.group, []).append((watched, flag))
         silent = [
-            numbers
-            for numbers in blocks.values()
-            if not any(flags[number] for number in numbers)
-            and (pictures_seen or not any(part in self._group_of[numbers[0]] for part in PICTURE_GROUPS))
+            [watched for watched, _ in block]
+            for block in blocks.values()
+            if not any(flag for _, flag in block)
+            and (pictures_seen or not any(part in block[0][0].group for part in PICTURE_GROUPS))
         ]
         if silent:
-            groups = sorted({self._group_of[numbers[0]] for numbers in silent})
-            names = [self._names[number] for numbers in silent for number in numbers]
+            groups = sorted({block[0].group for block in silent})
+            names = [watched.name for block in silent for watched in block]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise CensusError(
                 f"group {', '.join(groups)}: should train, but the first step gave no gradient to any weight of "
@@ -135,3 +134,36 @@ def census_label(method: str, freezing: str, use_dora: bool = False) -> str:
     if freezing == "legacy":
         return "vision frozen, legacy (text embedding frozen too)"
     return f"{words}, vision frozen" if method in ("lora", "qlora") and freezing != "no" else words
+
+
+class LossGuard:
+    """Watches the loss of one process. scale: the float16 loss scale now; None without one."""
+
+    def __init__(self, folder: Path, process: int, nan_patience: int, scale: Callable[[], float | None]) -> None:
+        self.folder, self.process, self.nan_patience, self.scale = folder, process, nan_patience, scale
+        self._has_collapsed = False
+        self._bad_ids: list[list[str]] = []
+
+    def check(self, step: int, loss: float, ids: list[str]) -> None:
+        """Look at a step's loss; ids: its examples. Raises NotANumberError after `nan_patience` bad steps in a row."""
+        scale = self.scale()
+        if scale is not None and scale < 1 and not self._has_collapsed:
+            self._has_collapsed = True
+            say(
+                f"step {step}: the float16 loss scale has collapsed to {scale:g}. Gradients overflow at every scale: "
+                "use --bf16"
+            )
+        if math.isfinite(loss):
+            self._bad_ids = []
+            return
+        self._bad_ids.append(ids)
+        bad = len(self._bad_ids)
+        if bad < self.nan_patience:
+            return
+        path = self.folder / f"bad_examples.rank{self.process}.json"
+        write_json(path, {"step": step, "ids": self._bad_ids})
+        raise NotANumberError(
+            f"step {step}: the loss was not a finite number in {bad} steps in a row; the examples of these steps are "
+            f"in {path}. What usually helps: a lower --learning_rate, --bf16 instead of --fp16, or leaving these "
+            "examples out."
+        )

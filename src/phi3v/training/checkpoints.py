@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypedDict
@@ -74,11 +73,6 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
 
 
-def names_of(folder: Path) -> list[str]:
-    """The files of a checkpoint by their names in it, as this process sees them."""
-    return [path.relative_to(folder).as_posix() for path in files_of(folder)]
-
-
 def share_of(listings: Iterable[Iterable[str]], process: int, processes: int) -> list[str]:
     """The files that a process digests, out of all that any process lists.
 
@@ -93,8 +87,7 @@ def digest_and_sync(folder: Path, names: Iterable[str]) -> dict[str, FileFacts]:
     result: dict[str, FileFacts] = {}
     for name in names:
         path = folder / name
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        force_to_disk(path)
         result[name] = {"bytes": path.stat().st_size, "sha256": digest_file(path)}
     return result
 
@@ -114,29 +107,20 @@ def seal(
             "files": dict(sorted(files.items())),
         },
     )
-    sync(folder)
+    force_to_disk(folder)
     if target.exists():
         shutil.rmtree(target)
     os.rename(folder, target)
-    sync(target.parent)
+    force_to_disk(target.parent)
 
 
-def sync(folder: Path) -> None:
-    """Force a folder's entries to disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def force_to_disk(path: Path) -> None:
+    """fsync a file, or the entries of a folder."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@dataclass
-class Found:
-    """The checkpoint to resume from, and those that cannot be resumed."""
-
-    path: Path | None = None
-    skipped: dict[Path, str] = field(default_factory=dict)
-    """Reason by checkpoint, newest first."""
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -155,20 +139,21 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
 
 
-def find(folder: Path, settings: dict[str, object], processes: int, sharded: bool) -> Found:
-    """The newest checkpoint of `folder` that is whole and was written with these settings.
+def find(
+    folder: Path, settings: dict[str, object], processes: int, sharded: bool
+) -> tuple[Path | None, dict[Path, str]]:
+    """(newest checkpoint of `folder` that is whole and was written with these settings, reason why not by newer one).
 
     sharded: ZeRO, whose checkpoints belong to their number of processes. Raises CheckpointError for one that another
     release wrote: setting it aside would lose what it took to train.
     """
-    result = Found()
+    skipped: dict[Path, str] = {}
     for path in checkpoint_folders(folder):
         reason = why_not(path, settings, processes, sharded)
         if not reason:
-            result.path = path
-            break
-        result.skipped[path] = reason
-    return result
+            return path, skipped
+        skipped[path] = reason
+    return None, skipped
 
 
 def why_not(path: Path, settings: dict[str, object], processes: int, sharded: bool) -> str:

@@ -9,31 +9,29 @@ import contextlib
 import io
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.model.adapters import merge, save_adapter
-from phi3v.settings import FinetuneSettings
-from phi3v.training.checkpoints import CheckpointError
+from phi3v.model.runtime import TORCH_DTYPE
+from phi3v.training.checkpoints import CheckpointError, force_to_disk
 from phi3v.training.compat import prepare_deepspeed
 from phi3v.training.loop import Loop
 
 
-def export_final(loop: Loop, processor: Any, settings: FinetuneSettings, folder: Path) -> None:
+def export_final(loop: Loop, folder: Path) -> None:
     """Write FOLDER from the trained model; a collective call, as ZeRO 3 gathers shards for it."""
     state = loop.accelerator.get_state_dict(loop.model) if loop.is_sharded else None
-    if loop.accelerator.is_main_process:
-        temporary = folder.with_name(f".{folder.name}.writing")
-        shutil.rmtree(temporary, ignore_errors=True)
-        model: Any = loop.accelerator.unwrap_model(loop.module)
-        if settings.method in ("lora", "qlora"):
-            save_adapter(model, temporary)
-        else:
-            model.save_pretrained(temporary, state_dict=state)
-        processor.save_pretrained(temporary)
-        sync_folder(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+    if loop.is_main:
+        with written_aside(folder) as temporary:
+            model: Any = loop.accelerator.unwrap_model(loop.module)
+            if loop.settings.method in ("lora", "qlora"):
+                save_adapter(model, temporary)
+            else:
+                model.save_pretrained(temporary, state_dict=state)
+            Phi3VProcessor.from_pretrained(loop.settings.model_name_or_path).save_pretrained(temporary)
     loop.accelerator.wait_for_everyone()
 
 
@@ -42,26 +40,25 @@ def export_merged(output: Path) -> dict[str, float]:
 
     Raises CheckpointError if the merged model does not compute what base and adapter do.
     """
-    temporary, folder = output / ".merged.writing", output / "merged"
+    with written_aside(output / "merged") as temporary:
+        try:
+            return merge(output / "final", temporary)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{output / 'merged'}: {error} The adapter is complete: {output / 'final'}"
+            ) from error
+
+
+@contextlib.contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """The path of a folder that replaces `folder` when the block ends without an error, forced to disk."""
+    temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        report = merge(output / "final", temporary)
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error} The adapter is complete: {output / 'final'}") from error
-    sync_folder(temporary)
+    yield temporary
+    for path in [temporary, *temporary.rglob("*")]:
+        force_to_disk(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-    return report
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync every file of a folder and the folders themselves."""
-    for path in [folder, *folder.rglob("*")]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def export_zero_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str = "bf16") -> Path:
@@ -76,9 +73,6 @@ def export_zero_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str =
         raise ValueError(f"{checkpoint}: no file `latest`; expected a checkpoint-N folder that ZeRO wrote")
     prepare_deepspeed(cuda=False)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
-    from phi3v.model.runtime import TORCH_DTYPE
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does shard by shard
         try:

@@ -9,13 +9,14 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,57 @@ NOT_DETERMINISTIC = "does not have a deterministic implementation"
 
 class LostProcessError(RuntimeError):
     """Another process of the job is gone."""
+
+
+T = TypeVar("T")
+
+
+# The processes of the job ----------------------------------------------------------------------------------------------
+
+
+def is_first() -> bool:
+    """Whether this is the job's first process, which alone writes and reports."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world_size() -> int:
+    """Processes of the job."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(text: str) -> None:
+    """A line for the log, from the first process only."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def of_first(compute: Callable[[], T]) -> T:
+    """What `compute` returns or raises in the first process, in all of them; a collective call."""
+    shared: list[Any] = [None, None]
+    if is_first():
+        try:
+            shared[0] = compute()
+        except Exception as error:
+            shared[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    if shared[1] is not None:
+        raise shared[1]
+    return shared[0]
+
+
+def over_processes(values: list[float], how: Literal["MIN", "MAX", "SUM"], device: torch.device) -> list[float]:
+    """The values of all processes as one, exact for whole numbers to 2^53; a collective call."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    dist.all_reduce(total, op=getattr(dist.ReduceOp, how))
+    return total.tolist()
+
+
+def of_all(value: float, how: Literal["MIN", "MAX", "SUM"], device: torch.device) -> float:
+    """One value of `over_processes`."""
+    return over_processes([value], how, device)[0]
 
 
 # Start ----------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from tqdm import tqdm
 
 from phi3v.settings import FinetuneSettings, SettingsError
+from phi3v.training.launch import say
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,12 +26,6 @@ FIELDS = (
 )  # fmt: skip
 Line = dict[str, Any]
 """Values of an optimizer step (FIELDS), or of a validation, by name."""
-
-
-def say(text: str) -> None:
-    """A line for the log, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
 
 
 class Log(Protocol):

@@ -17,18 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
+from phi3v.model.runtime import uses_zero
 from phi3v.planning.flops import Work
 from phi3v.planning.hardware import Utilisation
 from phi3v.settings import FinetuneSettings
 from phi3v.training.batches import BatchCounts, MicroBatch, PlannedSplit
+from phi3v.training.census import LossGuard
 from phi3v.training.checkpoints import TRAINING, CheckpointError
-from phi3v.training.guard import LossGuard
-from phi3v.training.launch import StopRequest
-from phi3v.training.logging import Log, say
+from phi3v.training.launch import StopRequest, over_processes, say
+from phi3v.training.logging import Log
 from phi3v.training.writer import CheckpointWriter
 
 
@@ -102,9 +102,13 @@ class StepRecord:
 
 @dataclass
 class Loop:
-    """Trains a model that accelerate has prepared; `run` once, after `resume` if there is a checkpoint."""
+    """Trains a model that accelerate has prepared; `run` once, after `resume` if there is a checkpoint.
+
+    `job.build` makes one.
+    """
 
     settings: FinetuneSettings
+    """What runs: `auto` is a number here."""
     accelerator: Accelerator
     module: nn.Module
     """The model itself, with or without adapters."""
@@ -117,8 +121,6 @@ class Loop:
     writer: CheckpointWriter
     guard: LossGuard
     total_steps: int
-    is_sharded: bool
-    """Whether DeepSpeed trains; it reduces, clips, steps and saves in its own way behind accelerate's interface."""
     state: TrainingState = field(default_factory=TrainingState)
     stop: StopRequest = field(default_factory=StopRequest)
     hooks: list[Callable[[StepRecord], None]] = field(default_factory=list)
@@ -130,7 +132,10 @@ class Loop:
     """Examples trained on by this start of the job, over all processes."""
 
     def __post_init__(self) -> None:
-        self.device = self.accelerator.device
+        self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.is_sharded = uses_zero(self.settings)
+        """Whether DeepSpeed trains; it reduces, clips, steps and saves in its own way behind accelerate's interface."""
         self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._random: dict[str, torch.Tensor] | None = None
         self._ended = False
@@ -189,7 +194,7 @@ class Loop:
         is_best = False
         if self.validation is not None and (last or step % self.settings.eval_steps == 0):
             is_best = self.evaluate()
-        if record.parts_written == self.accelerator.num_processes:
+        if record.parts_written == self.processes:
             self.writer.seal()
         if record.stop_asked and not last:
             self.stopped_by_signal = self._ended = True
@@ -201,13 +206,14 @@ class Loop:
 
     def update(self) -> StepRecord:
         """One optimizer step on the next global batch: forward, backward, clip, step."""
-        micro_steps = self.training.plan.micro_steps(self.state.step % self.training.plan.steps_per_epoch)
         losses: list[torch.Tensor] = []
         counts: list[BatchCounts] = []
-        for number in range(1, micro_steps + 1):
+        ended = False
+        while not ended:
             batch = self._next_batch()
-            losses.append(self.micro_step(batch, last=number == micro_steps))
+            losses.append(self.micro_step(batch))
             counts.append(batch.counts)
+            ended = batch.ends_step
         grad_norm = self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
         self.optimizer.step()
         learning_rate = self.scheduler.get_last_lr()[0]
@@ -217,9 +223,9 @@ class Loop:
         self.state.step += 1
         return self._record(losses, counts, grad_norm, learning_rate)
 
-    def micro_step(self, batch: MicroBatch, last: bool) -> torch.Tensor:
-        """Forward and backward; the loss of `loss_of`, detached. Processes reduce their gradients in the `last` one."""
-        self.accelerator.sync_gradients = last
+    def micro_step(self, batch: MicroBatch) -> torch.Tensor:
+        """Forward and backward; the loss of `loss_of`, detached. Processes reduce their gradients at the step's end."""
+        last = self.accelerator.sync_gradients = batch.ends_step
         # accelerate would divide by the micro-steps under DeepSpeed; `loss_of` has divided already.
         undivided = {"scale_wrt_gas": False} if self.is_sharded else {}
         with nullcontext() if last or self.is_sharded else self.accelerator.no_sync(self.model):
@@ -230,7 +236,7 @@ class Loop:
     def loss_of(self, batch: MicroBatch) -> torch.Tensor:
         """A micro-batch's share of the step's loss, times the processes, over which gradients are averaged."""
         outputs = self.model(**batch.inputs.on(self.device))
-        return outputs["loss"] * (self.accelerator.num_processes / batch.examples_in_step)
+        return outputs["loss"] * (self.processes / batch.examples_in_step)
 
     def evaluate(self) -> bool:
         """Log the same loss on the validation split; whether it is the lowest so far. A collective call."""
@@ -242,7 +248,7 @@ class Loop:
             for batch in self.validation.loader(self.accelerator.process_index):
                 total += self.loss_of(batch).double()
         self.model.train()
-        loss = self._over_processes([float(total)])[0] / self.accelerator.num_processes
+        loss = over_processes([float(total)], "SUM", self.device)[0] / self.processes
         self.state.validation_losses[step] = loss
         line = {"step": step, "epoch": self.training.plan.epochs_at(step), "eval_loss": loss}
         for log in self.logs:
@@ -288,14 +294,14 @@ class Loop:
         save_asked = bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
         flags = (self.stop.asked, save_asked, self.writer.part_written)
         own = [(len(batch.ids), batch.images, batch.tokens, batch.slots, *astuple(batch.work)) for batch in counts]
-        mean, stop, save, written, examples, images, tokens, slots, *work = self._over_processes(
-            [own_loss, *flags, *map(sum, zip(*own, strict=True))]
+        mean, stop, save, written, examples, images, tokens, slots, *work = over_processes(
+            [own_loss, *flags, *map(sum, zip(*own, strict=True))], "SUM", self.device
         )
         now = time.perf_counter()
         record = StepRecord(
             step=self.state.step,
             epoch=self.training.plan.epochs_at(self.state.step),
-            loss=float(np.float32(mean / self.accelerator.num_processes)),
+            loss=float(np.float32(mean / self.processes)),
             grad_norm=norm,
             learning_rate=learning_rate,
             examples=int(examples),
@@ -312,14 +318,6 @@ class Loop:
         self._clock, self._loading_seconds = now, 0.0
         return record
 
-    def _over_processes(self, values: list[float]) -> list[float]:
-        """Sums over all processes; a collective call."""
-        if self.accelerator.num_processes == 1:
-            return values
-        total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
@@ -329,13 +327,13 @@ class Loop:
             with self.writer.explained():
                 self.model.save_checkpoint(str(folder))
         parts: dict[str, object] = {f"random_{self.accelerator.process_index}.pt": random_states(self.device)}
-        if self.accelerator.is_main_process:
+        if self.is_main:
             parts[TRAINING] = self._training_state()
         self.writer.write(parts, self.state.best_step if self.settings.keep_best else 0)
         self._saved_at, self._clock = time.monotonic(), time.perf_counter()
 
     def _training_state(self) -> dict[str, object]:
-        values = {"state": asdict(self.state), "scheduler": self.scheduler.state_dict()}
+        values: dict[str, object] = {"state": asdict(self.state), "scheduler": self.scheduler.state_dict()}
         if self.is_sharded:
             return values
         scaler = self.accelerator.scaler

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from phi3v.model.runtime import device_name
+from phi3v.planning.memory import GB
 from phi3v.settings import FinetuneSettings
 
-GB = 1e9
 # Of what is free: the rest is for fragments, and for what other jobs of the machine take meanwhile.
 SHARE = 0.95
 # Where Linux mounts control groups and names a process's own; a test points them elsewhere.

@@ -18,7 +18,7 @@ from phi3v.training.checkpoints import (
     CheckpointError,
     FileFacts,
     digest_and_sync,
-    names_of,
+    files_of,
     rotate,
     seal,
     share_of,
@@ -68,7 +68,8 @@ class CheckpointWriter:
         """
         folder = self.folder / WRITING / self._name
         self._best = self.folder / f"checkpoint-{best_step}" if best_step else None
-        share = share_of(self._gathered(names_of(folder)), self.process, self.processes)
+        names = [path.relative_to(folder).as_posix() for path in files_of(folder)]
+        share = share_of(self._gathered(names), self.process, self.processes)
         fits = self._host is not None or 2 * tensor_bytes(parts) < free_ram()
         if fits:
             # Into the memory of the copy before: touching new pages would take several times as long as copying.
