@@ -113,7 +113,7 @@ def test_padding_is_what_the_tokens_leave_of_the_slots(grouping, slots):
 
     batch = Collator(0, grouping, config)([(example(10), Pick(0, True, 2, True)), (example(4), Pick(1, True, 2, True))])
     counts = batch.counts
-    assert (counts.ids, counts.tokens, counts.slots, counts.work.labels) == (("10", "4"), 14, slots, 14)
+    assert (counts.ids, counts.work.tokens, counts.slots, counts.work.labels) == (("10", "4"), 14, slots, 14)
 
 
 def test_a_bundle_gives_every_tensor_back():

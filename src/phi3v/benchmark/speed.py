@@ -46,10 +46,7 @@ class Window:
 
     seconds: float = 0.0
     steps: int = 0
-    examples: int = 0
     images: int = 0
-    tokens: int = 0
-    """Without padding."""
     work: Work = field(default_factory=Work)
     loading_seconds: float = 0.0
     """Spent waiting for data by the process that waited longest."""
@@ -58,7 +55,7 @@ class Window:
         """What speed.json says of a window: rates over all processes, MFU and HFU of one."""
         return {
             "images_per_second": self.images / self.seconds,
-            "tokens_per_second": self.tokens / self.seconds,
+            "tokens_per_second": self.work.tokens / self.seconds,
             "step_seconds": self.seconds / self.steps,
             "loading_share": self.loading_seconds / self.seconds,
             **utilisation.of(self.work, self.seconds),
@@ -83,9 +80,7 @@ class Stopwatch:
         if timed > 0:
             window = self.windows[-1]
             window.steps += 1
-            window.examples += record.examples
             window.images += record.images
-            window.tokens += record.tokens
             window.work = window.work + record.work
             window.loading_seconds += record.loading_seconds
         if timed % self.timed_steps == 0:
@@ -226,7 +221,7 @@ def speed_result(
         "row": settings.row,
         **median,
         "tokens_per_second_per_device": median["tokens_per_second"] / processes,
-        "spread": spread([window.examples / window.seconds for window in windows]),
+        "spread": spread([window.work.examples / window.seconds for window in windows]),
         "peak_tflops": counting.peak_tflops,
         "peak_source": counting.peak_source,
         "formula": FORMULA,

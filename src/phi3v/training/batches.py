@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
@@ -167,14 +167,12 @@ def packs_needed(plan: BatchPlan, epochs: int) -> int:
 class BatchCounts:
     """What the examples of a micro-batch amount to, without fillers."""
 
-    ids: tuple[str, ...] = ()
-    images: int = 0
-    tokens: int = 0
-    """Without padding."""
-    slots: int = 0
+    ids: tuple[str, ...]
+    images: int
+    slots: int
     """Tokens with padding, fillers included."""
-    work: Work = field(default_factory=Work)
-    """What FLOP are counted from."""
+    work: Work
+    """Examples, tokens without padding, and what else FLOP are counted from."""
 
 
 @dataclass(frozen=True)
@@ -318,7 +316,6 @@ class Collator:
         counts = BatchCounts(
             ids=tuple(str(example["id"]) for example in counted),
             images=sum(len(example["image_sizes"]) for example in counted),
-            tokens=sum(len(example["input_ids"]) for example in counted),
             slots=batch["input_ids"].numel(),
             work=sum((work_of(self.geometry, example) for example in counted), Work()),
         )

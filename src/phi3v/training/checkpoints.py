@@ -178,20 +178,22 @@ def why_not(path: Path, settings: dict[str, object], processes: int, sharded: bo
         return f"written with other settings: {name} {written.get(name)!r}, now {settings[name]!r}{more}"
     if sharded and other != processes:
         return f"written by {other} processes, now {processes}: ZeRO's shards belong to their number of processes"
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            return f"{name} has {size} bytes, expected {expected['bytes']}"
-        try:
-            digest = digest_file(file)
-        except OSError as error:
-            return f"{name} cannot be read ({error})"
-        if digest != expected["sha256"]:
-            return f"{name} is not what was written (sha256 {digest[:12]}, expected {expected['sha256'][:12]})"
-    return ""
+    return next((reason for name, facts in files.items() if (reason := _damage(path / name, name, facts))), "")
+
+
+def _damage(file: Path, name: str, expected: FileFacts) -> str:
+    """What is wrong with a file of a checkpoint; "" if nothing is."""
+    if not file.is_file():
+        return f"{name} is missing"
+    size = file.stat().st_size
+    if size != expected["bytes"]:
+        return f"{name} has {size} bytes, expected {expected['bytes']}"
+    try:
+        digest = digest_file(file)
+    except OSError as error:
+        return f"{name} cannot be read ({error})"
+    same = digest == expected["sha256"]
+    return "" if same else f"{name} is not what was written (sha256 {digest[:12]}, expected {expected['sha256'][:12]})"
 
 
 def set_aside(path: Path) -> None:

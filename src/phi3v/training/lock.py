@@ -1,7 +1,7 @@
 """One owner for a row's folder: a lock file with a heartbeat.
 
 A workflow that was killed and started again may submit a job while the old one still runs; both would write. A process
-id says nothing on another host, so liveness is the age of the heartbeat, and squeue's word where there is SLURM.
+id identifies nothing on another host, so liveness is the age of the heartbeat, and squeue's answer if there is SLURM.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 
 NAME = ".lock.json"
 BEAT_SECONDS = 10.0
-# Three missed beats and as much again for a slow file server.
-STALE_SECONDS = 60.0
+STALE_BEATS = 6
+"""Three missed beats and as much again for a slow file server."""
 
 
 class LockedError(RuntimeError):
@@ -29,23 +29,13 @@ class LockedError(RuntimeError):
 
 
 def _place() -> dict[str, object]:
-    """What makes a pid of this process meaningful: host, boot and pid namespace; and when the process started."""
-
-    def read(path: str) -> str:
-        try:
-            return Path(path).read_text(encoding="ascii").strip()
-        except OSError:
-            return ""
-
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = ""
-    return {"host": platform.node(), "boot": read("/proc/sys/kernel/random/boot_id"), "namespace": namespace}
+    """What a process id refers to: host, boot and pid namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return {"host": platform.node(), "boot": boot, "namespace": os.readlink("/proc/self/ns/pid")}
 
 
-def _started(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot; None where there is no such process."""
+def _started(pid: object) -> str | None:
+    """Start time of a process in clock ticks since boot; None if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -54,11 +44,11 @@ def _started(pid: int) -> str | None:
     return text.rpartition(")")[2].split()[19]
 
 
-def _slurm_state(job: str) -> str | None:
-    """State of a SLURM job by squeue: "" when it is gone, None where squeue cannot tell."""
+def _slurm_state(job: object) -> str | None:
+    """State of a SLURM job by squeue: "" if it is gone, None if squeue cannot tell."""
     if not job or shutil.which("squeue") is None:
         return None
-    asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=30)
+    asked = subprocess.run(["squeue", "-h", "-j", str(job), "-o", "%T"], capture_output=True, text=True, timeout=30)
     if asked.returncode:
         return "" if "Invalid job id" in asked.stderr else None
     return asked.stdout.strip()
@@ -68,47 +58,43 @@ class FolderLock:
     """Own `folder` from `acquire` to `release`; a thread keeps the heartbeat."""
 
     def __init__(self, folder: Path, say: Callable[[str], None], beat_seconds: float = BEAT_SECONDS) -> None:
-        self.path, self.say, self.beat_seconds = folder / NAME, say, beat_seconds
-        self.stale_seconds = STALE_SECONDS * beat_seconds / BEAT_SECONDS
+        self.folder, self.path, self.say, self.beat_seconds = folder, folder / NAME, say, beat_seconds
         self.token = uuid.uuid4().hex
         self.lost = False
         """True when another job has taken the lock over: this one must stop writing."""
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def acquire(self, wait_seconds: float = 0.0) -> None:
         """Take the lock, waiting up to `wait_seconds`; raises LockedError that names the holder."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + wait_seconds
-        told = False
+        reported = False
         while not self._create():
-            holder = self._read()
+            holder = self._read(self.path)
             if holder is None:
                 continue  # released between the two looks
-            reason = self._stale(holder)
-            if reason:
+            if reason := self._stale(holder):
                 self._take_over(holder, reason)
                 continue
+            owned = f"{self.folder}: owned by {describe(holder)}"
             if time.monotonic() >= deadline:
                 raise LockedError(
-                    f"{self.path.parent}: owned by {describe(holder)}, still alive; both would write the same files. "
-                    "Wait for it, cancel it, or give --lock_wait_minutes"
+                    f"{owned}, still alive; both would write the same files. Wait for it, cancel it, or give "
+                    "--lock_wait_minutes"
                 )
-            if not told:
-                self.say(f"{self.path.parent}: owned by {describe(holder)}; waiting")
-                told = True
+            if not reported:
+                self.say(f"{owned}; waiting")
+                reported = True
             time.sleep(min(self.beat_seconds, max(0.05, deadline - time.monotonic())))
-        self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
     def release(self) -> None:
-        """Give the folder back; nothing happens where the lock is not held any more."""
+        """Give the folder back; nothing happens if the lock is not held any more."""
         self._stop.set()
-        if self._thread is not None:
+        if self._thread.is_alive():
             self._thread.join()
-            self._thread = None
-        holder = self._read()
-        if holder is not None and holder.get("token") == self.token:
+        if self._is_mine():
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
@@ -131,29 +117,25 @@ class FolderLock:
         finally:
             temporary.unlink()
 
-    def _read(self) -> dict[str, object] | None:
-        """The holder; None where there is no lock. An unreadable lock belongs to nobody known."""
+    def _read(self, path: Path) -> dict[str, object] | None:
+        """The holder; None if there is no lock. A lock that is not JSON has an unknown holder."""
         try:
-            value = json.loads(self.path.read_text(encoding="utf-8"))
-            return value if isinstance(value, dict) else {}
+            value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except ValueError:
             return {}
+        return value if isinstance(value, dict) else {}
+
+    def _is_mine(self) -> bool:
+        return (self._read(self.path) or {}).get("token") == self.token
 
     def _stale(self, holder: dict[str, object]) -> str:
-        """Why the holder is gone, or "" where it must be taken for alive."""
-        place = _place()
-        if all(holder.get(key) == value for key, value in place.items()):
-            pid = holder.get("pid")
-            if isinstance(pid, int) and _started(pid) == holder.get("started"):
-                return ""
-            return "its process is gone"
+        """Why the holder is gone, or "" if it must be taken for alive."""
+        if all(holder.get(key) == value for key, value in _place().items()):
+            return "" if _started(holder.get("pid")) == holder.get("started") else "its process is gone"
         age = self._age()
-        if age < self.stale_seconds:
-            return ""
-        state = _slurm_state(str(holder.get("job", "")))
-        if state:
+        if age < STALE_BEATS * self.beat_seconds or (state := _slurm_state(holder.get("job"))):
             return ""
         return f"no heartbeat for {age:.0f} s" + (" and SLURM does not know its job any more" if state == "" else "")
 
@@ -174,21 +156,15 @@ class FolderLock:
             os.rename(self.path, aside)
         except FileNotFoundError:
             return
-        try:
-            taken = json.loads(aside.read_text(encoding="utf-8"))
-        except ValueError:
-            taken = {}
-        if taken != holder:
-            # Another waiting job was quicker: this is its new lock. Put it back.
-            os.rename(aside, self.path)
+        if self._read(aside) != holder:
+            os.rename(aside, self.path)  # the new lock of another waiting job, which was quicker
             return
         aside.unlink()
-        self.say(f"{self.path.parent}: lock of {describe(holder)} taken over: {reason}")
+        self.say(f"{self.folder}: lock of {describe(holder)} taken over: {reason}")
 
     def _beat(self) -> None:
         while not self._stop.wait(self.beat_seconds):
-            holder = self._read()
-            if holder is None or holder.get("token") != self.token:
+            if not self._is_mine():
                 self.lost = True
                 return
             os.utime(self.path)

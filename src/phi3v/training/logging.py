@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -49,17 +50,13 @@ class MetricsFile:
         self._file: TextIO | None = None
 
     def begin(self, step: int, total: int) -> None:
-        kept = []
+        kept = ""
         if self.path.is_file() and step:
             for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    continue  # the line a killed process was writing
-        self._file = self.path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in kept)
-        self._file.flush()
+                with contextlib.suppress(ValueError, KeyError):  # the line a killed process was writing
+                    kept += f"{line}\n" if json.loads(line)["step"] <= step else ""
+        self._file = self.path.open("w", encoding="utf-8", buffering=1)
+        self._file.write(kept)
 
     def write(self, line: Line) -> None:
         assert self._file is not None
@@ -68,7 +65,6 @@ class MetricsFile:
         # JSON has no NaN: a loss that is none is written as null.
         line = {name: None if isinstance(v, float) and v - v != 0 else v for name, v in line.items()}
         self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:

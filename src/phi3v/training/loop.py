@@ -63,14 +63,11 @@ class StepRecord:
     grad_norm: float | None
     """Before clipping."""
     learning_rate: float
-    examples: int
     images: int
-    tokens: int
-    """Without padding."""
     slots: int
     """Tokens with padding."""
     work: Work
-    """What FLOP are counted from."""
+    """Examples, tokens without padding, and what else FLOP are counted from."""
     seconds: float
     """Wall time since the step before, without evaluation and saving; of this process."""
     loading_seconds: float
@@ -93,9 +90,9 @@ class StepRecord:
             "grad_norm": self.grad_norm,
             "seconds": self.seconds,
             "images_per_second": self.images / seconds,
-            "tokens_per_second": self.tokens / seconds,
+            "tokens_per_second": self.work.tokens / seconds,
             "loading_share": self.loading_seconds / seconds,
-            "padding_share": 1 - self.tokens / max(self.slots, 1),
+            "padding_share": 1 - self.work.tokens / max(self.slots, 1),
             **(utilisation.of(self.work, seconds) if utilisation else {}),
         }
 
@@ -185,7 +182,7 @@ class Loop:
     def _run_step(self) -> None:
         record = self.update()
         step, last = record.step, record.step == self.total_steps
-        self.examples += record.examples
+        self.examples += int(record.work.examples)
         for hook in tuple(self.hooks):  # a hook may remove itself
             hook(record)
         for log in self.logs:
@@ -293,8 +290,8 @@ class Loop:
         minutes = self.settings.save_minutes
         save_asked = bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
         flags = (self.stop.asked, save_asked, self.writer.part_written)
-        own = [(len(batch.ids), batch.images, batch.tokens, batch.slots, *astuple(batch.work)) for batch in counts]
-        mean, stop, save, written, examples, images, tokens, slots, *work = over_processes(
+        own = [(batch.images, batch.slots, *astuple(batch.work)) for batch in counts]
+        mean, stop, save, written, images, slots, *work = over_processes(
             [own_loss, *flags, *map(sum, zip(*own, strict=True))], "SUM", self.device
         )
         now = time.perf_counter()
@@ -304,9 +301,7 @@ class Loop:
             loss=float(np.float32(mean / self.processes)),
             grad_norm=norm,
             learning_rate=learning_rate,
-            examples=int(examples),
             images=int(images),
-            tokens=int(tokens),
             slots=int(slots),
             work=Work(*work),
             seconds=now - self._clock,

@@ -42,7 +42,7 @@ def capacity_bytes(device: torch.device, limit_gb: float | None) -> float:
 def held_bytes(device: torch.device) -> float:
     """Bytes that this process holds now: reserved on a CUDA device, resident on a CPU."""
     give_back(device)
-    return float(torch.cuda.memory_reserved(device)) if device.type == "cuda" else _status("VmRSS")
+    return float(torch.cuda.memory_reserved(device)) if device.type == "cuda" else _proc("self/status", "VmRSS")
 
 
 def give_back(device: torch.device) -> None:
@@ -56,35 +56,25 @@ def give_back(device: torch.device) -> None:
 
 def free_ram() -> float:
     """Bytes that the machine, or a control group of this process, has left."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    free = float(fields["MemAvailable"].split()[0]) * 1024
-    for group in _control_groups():
+    free = _proc("meminfo", "MemAvailable")
+    # This process's control group and those that contain it (version 2); a SLURM job has one with its --mem.
+    lines = OWN_GROUP.read_text().splitlines() if OWN_GROUP.is_file() else []
+    own = next((line for line in lines if line.startswith("0::/")), "0::/")
+    innermost = GROUPS / own.removeprefix("0::/")
+    for group in (innermost, *innermost.parents):
         with contextlib.suppress(OSError, ValueError):
             limit = float((group / "memory.max").read_text())  # "max" is no number: no limit
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             # The kernel drops pages of files before it lacks memory.
-            used = (
-                float((group / "memory.current").read_text())
-                - float(stat["inactive_file"])
-                - float(stat["active_file"])
-            )
-            free = min(free, limit - used)
+            dropped = float(stat["inactive_file"]) + float(stat["active_file"])
+            free = min(free, limit - float((group / "memory.current").read_text()) + dropped)
     return free
 
 
-def _control_groups() -> list[Path]:
-    """This process's control group and those that contain it (version 2); a SLURM job has one with its --mem."""
-    lines = OWN_GROUP.read_text().splitlines() if OWN_GROUP.is_file() else []
-    own = next((line for line in lines if line.startswith("0::/")), "0::/")
-    group = GROUPS / own.removeprefix("0::/")
-    return [group, *(parent for parent in group.parents if parent.is_relative_to(GROUPS))]
-
-
-def _status(name: str) -> float:
-    """A size from /proc/self/status, bytes."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        return next(float(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
+def _proc(file: str, name: str) -> float:
+    """A size from /proc/meminfo or /proc/self/status, bytes."""
+    lines = Path("/proc", file).read_text(encoding="ascii", errors="replace").splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 @contextlib.contextmanager
@@ -100,7 +90,9 @@ def peak(device: torch.device) -> Iterator[list[float]]:
     else:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set
     yield result
-    result.append(float(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else _status("VmHWM"))
+    result.append(
+        float(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else _proc("self/status", "VmHWM")
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int:
