@@ -187,13 +187,13 @@ def bench_step(
     repeats: int, model: Any, rate: float, batch: dict[str, Any], frozen: bool = False, **_: Any
 ) -> dict[str, Any]:
     """Forward and backward with pixel values ready, no optimizer."""
-    from phi3v.model.modeling import freeze_vision
+    from phi3v.model.modeling import freeze
 
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     model.model.vision_embed_tokens.img_processor.vision_model.freeze_unused()
     if frozen:  # the reference froze CLIP alone: projector and separators train
-        freeze_vision(model)
+        freeze(model, ["clip", "projector", "separators"])
         for name, parameter in model.named_parameters():
             if "img_processor" not in name:
                 parameter.requires_grad_(True)

@@ -6,7 +6,8 @@ from golden.golden_common import make_image
 from golden.helpers import tiny_model, tiny_processor
 
 from phi3v.model.adapters import add_lora
-from phi3v.model.modeling import GROUPS, freeze_vision, parameter_group
+from phi3v.model.modeling import GROUPS, freeze, parameter_group
+from phi3v.settings import FinetuneSettings
 
 
 def groups_with_gradient(model) -> set[str]:
@@ -39,12 +40,18 @@ def test_all_weights_train():
 
 
 @pytest.mark.parametrize(
-    ("mode", "trained"),
-    [("vision", {"embedding", "decoder", "head"}), ("legacy", {"decoder", "head"})],
+    ("frozen", "trained"),
+    [
+        ({"freeze_vision_model": "vision"}, {"embedding", "decoder", "head"}),
+        ({"freeze_vision_model": "legacy"}, {"decoder", "head"}),
+        ({"freeze_vision_model": "tower"}, EVERYTHING - {"clip"}),
+        ({"freeze_decoder": True}, {"clip", "projector", "separators"}),
+        ({"freeze_decoder": True, "freeze_vision_model": "tower"}, {"projector", "separators"}),
+    ],
 )
-def test_frozen_vision(mode, trained):
+def test_frozen_groups_have_no_gradient_and_all_others_do(frozen, trained):
     model = tiny_model()
-    frozen = freeze_vision(model, mode)
+    frozen = freeze(model, FinetuneSettings(model_name_or_path="m", output_dir="o", **frozen).frozen_groups)
     assert groups_with_gradient(model) == trained
     assert {parameter_group(name) for name in frozen} == EVERYTHING - trained
     assert all(p.grad is None for n, p in model.named_parameters() if n in set(frozen))
@@ -66,5 +73,5 @@ def test_every_parameter_has_a_group():
     assert parameter_group("module.base_model.model.model.norm.weight") == "decoder"
     with pytest.raises(ValueError, match="belongs to none of"):
         parameter_group("model.extra.weight")
-    with pytest.raises(ValueError, match="freeze_vision mode: 'all'"):
-        freeze_vision(tiny_model(), "all")
+    with pytest.raises(ValueError, match="freeze: all; expected groups among clip"):
+        freeze(tiny_model(), ["all"])

@@ -68,7 +68,7 @@ def counted(model, batch, custom=None):
 @pytest.mark.parametrize("method", ["full", "frozen", "frozen legacy", "lora", "lora frozen"])
 def test_hardware_flops_are_what_pytorch_counts(build, method, recompute):
     from phi3v.model.adapters import add_lora
-    from phi3v.model.modeling import freeze_vision
+    from phi3v.model.modeling import freeze
 
     model = build()
     geometry = geometry_from_config(model.config.to_dict())
@@ -77,7 +77,7 @@ def test_hardware_flops_are_what_pytorch_counts(build, method, recompute):
         model.gradient_checkpointing_enable()
     rank = None
     if method.startswith("frozen"):
-        freeze_vision(model, "legacy" if "legacy" in method else "vision")
+        freeze(model, ["clip", "projector", "separators", *(["embedding"] if "legacy" in method else [])])
     elif method.startswith("lora"):
         rank = 8
         model = add_lora(model, rank, 16, freeze_vision=method == "lora frozen", seed=0).train()

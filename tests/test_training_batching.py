@@ -93,6 +93,28 @@ def test_an_example_longer_than_the_budget_is_a_pack_by_itself():
     assert sorted(i for pack in packs for i in pack) == [0, 1, 2, 3]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    examples=st.integers(1, 40), processes=st.integers(1, 3), micro=st.integers(1, 6), bound=st.integers(1, 300),
+    grouping=st.sampled_from(["fixed", "length"]), seed=st.integers(0, 3),
+)  # fmt: skip
+def test_micro_batches_keep_to_their_tokens_and_steps_to_their_examples(
+    examples, processes, micro, bound, grouping, seed
+):
+    """One example of 900 tokens among short ones, which alone exceeds every bound."""
+    lengths = [random.Random(f"{seed}/{index}").randrange(5, 60) for index in range(examples)]
+    lengths[seed % examples] = 900
+    plan = BatchPlan(examples, processes * micro, micro, processes, seed, grouping, lengths, max_tokens=bound)
+    order = plan.order(0)
+    assert steps_of(plan, 0) == [set(order[s : s + plan.batch_size]) for s in range(0, examples, plan.batch_size)]
+    batches = [list(plan.epoch(0, rank)) for rank in range(processes)]
+    assert len({len(own) for own in batches}) == 1
+    for batch in (batch for own in batches for batch in own):
+        assert len(batch) == 1 or len(batch) * max(lengths[pick.index] for pick in batch) <= bound
+    counted = [pick.index for own in batches for batch in own for pick in batch if pick.counted]
+    assert sorted(counted) == list(range(examples))
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_fillers_weigh_nothing_and_keep_processes_together(processes):
     plan = BatchPlan(7, 6, 1, processes, 0)

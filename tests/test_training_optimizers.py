@@ -14,7 +14,7 @@ from transformers import Trainer  # noqa: E402
 from phi3v.model import Phi3VForCausalLM  # noqa: E402
 from phi3v.settings import FinetuneSettings, SettingsError, validate  # noqa: E402
 from phi3v.training import optimizers  # noqa: E402
-from phi3v.training.optimizers import build_optimizer, decay_groups, is_fused  # noqa: E402
+from phi3v.training.optimizers import build_optimizer, is_fused, parameter_groups, schedule  # noqa: E402
 
 CPU = torch.device("cpu")
 SHORT = {
@@ -41,13 +41,61 @@ def test_weight_decay_is_where_the_trainer_puts_it(base, adapters):
         model = add_lora(model, 4, 8, 0.0, freeze_vision=False, use_dora=True, seed=1)
     decayed = set(Trainer.get_decay_parameter_names(types.SimpleNamespace(), model))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = decay_groups(model, 0.1)
+    groups = parameter_groups(settings(weight_decay=0.1), model)
     found = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert found[0] == [name for name in trained if name in decayed]
     assert found[1] == [name for name in trained if name not in decayed]
     assert found[0] and (adapters or found[1])
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_parts_with_a_learning_rate_of_their_own(base, adapters):
+    """Weight decay stays where it was; parts without a rate of their own have the job's."""
+    model = Phi3VForCausalLM.from_pretrained(base / "model")
+    if adapters:
+        from phi3v.model.adapters import add_lora
+
+        model = add_lora(model, 4, 8, seed=1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def placed(**values):
+        groups = parameter_groups(settings(**values), model)
+        return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+    one = placed(learning_rate=1e-3)
+    assert {rate for rate, _ in one.values()} == {1e-3}
+    apart = placed(learning_rate=1e-3, vision_learning_rate=1e-5, projector_learning_rate=1e-2)
+    assert apart.keys() == one.keys()
+    for name, (rate, decay) in apart.items():
+        part = ".img_processor." in name, ".img_projection." in name or name.endswith("_GN")
+        assert rate == {(True, False): 1e-5, (False, True): 1e-2, (False, False): 1e-3}[part]
+        assert decay == one[name][1]
+    optimizer = build_optimizer(settings(learning_rate=1e-3, vision_learning_rate=1e-5), model, CPU)
+    rates = schedule("linear", optimizer, 2, 4)
+    optimizer.step()
+    rates.step()
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.5e-5, 0.5e-3])
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_schedules_are_those_of_transformers(kind, warmup):
+    from transformers import get_scheduler
+
+    def rates(make):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+        found, scheduler = [], make(optimizer)
+        for _ in range(10):
+            found.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    ours = rates(lambda optimizer: schedule(kind, optimizer, warmup, 10))
+    theirs = rates(lambda optimizer: get_scheduler(kind, optimizer, warmup, 10))
+    assert ours == pytest.approx(theirs, abs=1e-12)
 
 
 @pytest.mark.parametrize(

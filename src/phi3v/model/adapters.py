@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,9 +57,12 @@ def add_lora(
     freeze_vision: bool = False,
     use_dora: bool = False,
     seed: int | None = None,
+    targets: Sequence[str] | None = None,
+    use_rslora: bool = False,
 ) -> PeftModel:
-    """A PEFT model with LoRA (or DoRA) on `lora_targets`, gaussian initialised; everything else is frozen.
+    """A PEFT model with LoRA (or DoRA) on `targets`, gaussian initialised; everything else is frozen.
 
+    targets: full module paths; None: `lora_targets`. use_rslora: the scale is alpha / sqrt(rank).
     rank: columns of the factors, may exceed a layer's width; alpha: absolute, the scale is alpha / rank. seed: makes
     the initial factors a function of it, without touching the caller's random state. Adapters are float32 on a
     quantised or half-precision base. Plain LoRA without dropout runs in `phi3v.model.lora`'s layers, all else in PEFT's.
@@ -76,7 +80,8 @@ def add_lora(
         lora_dropout=dropout,
         use_dora=use_dora,
         init_lora_weights="gaussian",
-        target_modules=lora_targets(model, freeze_vision),
+        use_rslora=use_rslora,
+        target_modules=lora_targets(model, freeze_vision) if targets is None else list(targets),
     )
     if use_dora or dropout:
         model.keeps_autocast = True

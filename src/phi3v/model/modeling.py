@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any, ClassVar, Literal
+from collections.abc import Collection
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -356,21 +357,16 @@ def parameter_group(name: str) -> str:
     raise ValueError(f"parameter {name!r}: it belongs to none of {', '.join(GROUPS)}.")
 
 
-def freeze_vision(model: nn.Module, mode: Literal["vision", "legacy"] = "vision") -> list[str]:
-    """Take the vision part out of training; returns the names of the frozen parameters.
+def freeze(model: nn.Module, groups: Collection[str]) -> list[str]:
+    """Take groups of weights out of training; returns the names of the frozen parameters.
 
-    "vision" freezes CLIP, projector and separators. "legacy" freezes the text embedding with them, as the recipe's
-    `--freeze_vision_model` did: it froze the module `vision_embed_tokens`, which held the embedding too.
-    Call it before adapters are added: adapters are never frozen here.
+    Call it before adapters are added: adapters are never frozen here. Raises ValueError for an unknown group.
     """
-    if mode not in ("vision", "legacy"):
-        raise ValueError(f"freeze_vision mode: {mode!r}; expected 'vision' or 'legacy'.")
-    groups = {"clip", "projector", "separators"} | ({"embedding"} if mode == "legacy" else set())
-    frozen = []
-    for name, parameter in model.named_parameters():
-        if parameter_group(name) in groups:
-            parameter.requires_grad_(False)
-            frozen.append(name)
+    if unknown := set(groups) - set(GROUPS):
+        raise ValueError(f"freeze: {', '.join(sorted(unknown))}; expected groups among {', '.join(GROUPS)}.")
+    frozen = [name for name, _ in model.named_parameters() if parameter_group(name) in groups]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     return frozen
 
 

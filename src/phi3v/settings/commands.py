@@ -118,9 +118,9 @@ class RowOptions(Compute):
     lora_alpha_ratio: float = Field(2.0, gt=0)
     """Scale of the adapters over their rank."""
     # The recipe's flag is bare.
-    freeze_vision_model: Annotated[Literal["no", "vision", "legacy"], Bare("vision")] = "no"
+    freeze_vision_model: Annotated[Literal["no", "tower", "vision", "legacy"], Bare("vision")] = "no"
     """vision (also as a bare flag): freeze CLIP, projector and separators. legacy: the text embedding too, as the
-    recipe's scripts did."""
+    recipe's scripts did. tower: CLIP alone; projector and separators train (ours)."""
     seed: Annotated[Seed, Role.EQUIVALENT] = 42
     """Data order and initial adapters."""
     num_workers: Annotated[WorkersOrAuto, Role.RUNTIME] = "auto"
@@ -129,11 +129,36 @@ class RowOptions(Compute):
     """Progress bar; --no-tqdm for sparse lines."""
 
 
+LoraTarget = Literal[
+    "qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head",
+    "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "img_projection",
+]  # fmt: skip
+
+
 class FurtherOptions(Command):
     """Settings of scripts/finetune.py that no column of a table has; a row's `finetune` may set them."""
 
     use_dora: bool = False
     """Weight-decomposed adapters (DoRA); needs --use_lora (ours)."""
+    use_rslora: bool = False
+    """Scale adapters by alpha / sqrt(rank) instead of alpha / rank (rsLoRA, Kalajdzievski 2023); needs --use_lora
+    (ours)."""
+    lora_targets: list[LoraTarget] = []
+    """Linear layers with adapters, by the last part of their names; img_projection is the projector. Left out: all of
+    them, as in the recipe (ours)."""
+    freeze_decoder: bool = False
+    """Freeze the text embedding, the decoder and the head. With --freeze_vision_model tower the projector and the
+    separators alone train (ours)."""
+    vision_learning_rate: float | None = Field(None, gt=0, lt=1)
+    """Peak learning rate of CLIP, or of its adapters; left out: learning_rate (ours)."""
+    projector_learning_rate: float | None = Field(None, gt=0, lt=1)
+    """Peak learning rate of projector and separators, or of their adapters; left out: learning_rate (ours)."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """After the warm-up the learning rate falls to 0 in a line or half a cosine, or stays. constant has no warm-up. The
+    names are transformers' (ours)."""
+    max_tokens_per_micro_batch: Annotated[int | None, Role.EQUIVALENT] = Field(None, ge=1)
+    """Micro-batches that would hold more tokens, padding included, are split; a longer example goes alone. The gradient
+    is the same. Left out: no limit (ours)."""
     memory_limit_gb: Annotated[float | None, Role.RUNTIME] = Field(None, gt=0)
     """What auto may take of a device's memory, GB of 10^9 bytes; left out: what is free (ours)."""
     max_steps: int = Field(-1, ge=-1)
@@ -190,6 +215,9 @@ _ZERO_OF_OPTIMIZER: dict[str, tuple[Literal[0, 3], str]] = {
 """Optimizer to the ZeRO stage that full fine-tuning needs with it, and why."""
 
 
+_VISION = ("clip", "projector", "separators")
+
+
 class FinetuneSettings(FurtherOptions, Recipe, RowOptions):
     """scripts/finetune.py"""
 
@@ -217,8 +245,21 @@ class FinetuneSettings(FurtherOptions, Recipe, RowOptions):
             raise ValueError(
                 f"full_train: selects the dataset docvqa, got --dataset {self.dataset}; give one of the two"
             )
-        if self.use_dora and not self.use_lora:
-            raise ValueError("use_dora: without adapters; expected --use_lora or --use_qlora beside it")
+        for name in ("use_dora", "use_rslora", "lora_targets"):
+            if getattr(self, name) and not self.use_lora:
+                raise ValueError(f"{name}: without adapters; expected --use_lora or --use_qlora beside it")
+        if self.freeze_decoder and self.freeze_vision_model not in ("no", "tower"):
+            raise ValueError(
+                f"freeze_decoder: with freeze_vision_model {self.freeze_vision_model} nothing would train; expected no "
+                "or tower"
+            )
+        for part, group in (("vision", "clip"), ("projector", "projector")):
+            if getattr(self, f"{part}_learning_rate") is not None and group in self.frozen_groups:
+                raise ValueError(
+                    f"{part}_learning_rate: set, but freeze_vision_model {self.freeze_vision_model} freezes that part"
+                )
+        if self.max_tokens_per_micro_batch is not None and self.batching == "packed":
+            raise ValueError("max_tokens_per_micro_batch: with packed batches; expected --tokens_per_pack instead")
         if self.merge and not self.use_lora:
             raise ValueError("merge: without adapters; full fine-tuning writes a whole checkpoint in any case")
         for name, expected in (
@@ -251,7 +292,14 @@ class FinetuneSettings(FurtherOptions, Recipe, RowOptions):
         """The method's name in the tables."""
         if self.use_lora:
             return "qlora" if self.use_qlora else "lora"
-        return "full" if self.freeze_vision_model == "no" else "frozen"
+        return "full" if self.freeze_vision_model in ("no", "tower") else "frozen"
+
+    @property
+    def frozen_groups(self) -> frozenset[str]:
+        """The groups of weights (phi3v.model.modeling.GROUPS) that neither train nor get adapters."""
+        frozen = {"no": (), "tower": ("clip",), "vision": _VISION, "legacy": (*_VISION, "embedding")}
+        decoder = ("embedding", "decoder", "head") if self.freeze_decoder else ()
+        return frozenset((*frozen[self.freeze_vision_model], *decoder))
 
     def data_folder(self, root: Path | None = None) -> Path:
         """data_dir, or the folder that `snakemake -c2 data` makes for the dataset; raises SettingsError when missing.

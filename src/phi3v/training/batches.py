@@ -70,6 +70,8 @@ class BatchPlan:
     """Tokens of a pack at most; an example that is longer is a pack by itself."""
     packs: int = 0
     """M with `packed`, see `packs_needed`."""
+    max_tokens: int | None = None
+    """Tokens of a micro-batch at most, padding included; larger ones are split, and M grows as needed."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -105,10 +107,25 @@ class BatchPlan:
         order = self.order(epoch)
         for step in range(first_step, self.steps_per_epoch):
             members = order[step * self.batch_size : (step + 1) * self.batch_size]
-            micro_batches = self.spread(members, self.micro_steps(step))[rank]
-            for number, indices in enumerate(micro_batches, 1):
-                ends = number == len(micro_batches)
-                yield [Pick(index, bool(indices), len(members), ends) for index in indices or members[:1]]
+            spread, filler = self.spread(members, self.micro_steps(step)), members[0]
+            if self.max_tokens is not None:
+                spread = [[part for indices in own for part in self.split(indices) if part] for own in spread]
+                filler = min(members, key=lambda index: self.lengths[index])
+            micro_steps = max(map(len, spread))
+            for number in range(micro_steps):
+                indices = spread[rank][number] if number < len(spread[rank]) else []
+                ends = number == micro_steps - 1
+                yield [Pick(index, bool(indices), len(members), ends) for index in indices or [filler]]
+
+    def split(self, indices: Sequence[int]) -> list[list[int]]:
+        """Examples of a micro-batch as several of at most `max_tokens`, in order; a longer example is one by itself."""
+        parts: list[list[int]] = [[]]
+        for index in indices:
+            longest = max(self.lengths[other] for other in [*parts[-1], index])
+            if parts[-1] and self.max_tokens is not None and longest * (len(parts[-1]) + 1) > self.max_tokens:
+                parts.append([])
+            parts[-1].append(index)
+        return parts
 
     def spread(self, members: Sequence[int], micro_steps: int) -> list[list[list[int]]]:
         """[W][M] lists of dataset indices: `members` each once, possibly with empty lists at the end."""
@@ -173,6 +190,8 @@ class BatchCounts:
     """Tokens with padding, fillers included."""
     work: Work
     """Examples, tokens without padding, and what else FLOP are counted from."""
+    longest: tuple[int, int] = (0, 0)
+    """(tokens, position in the dataset) of the longest example, fillers included."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +300,7 @@ def work_of(geometry: Geometry, example: Encoded) -> Work:
 class PickedExamples(Dataset[tuple[Example, Pick]]):
     """The data room's dataset, indexed by `Pick`.
 
-    kept: its examples that are used, in order; None: all. lengths: their tokens; empty: not counted.
+    kept: its examples that are used, in order; None: all. lengths: their tokens; the validation split has none.
     """
 
     def __init__(
@@ -297,7 +316,16 @@ class PickedExamples(Dataset[tuple[Example, Pick]]):
 
     def example(self, index: int) -> Example:
         """An example by its number among those that are kept."""
-        return self.dataset[index if self.kept is None else self.kept[index]]
+        return self.dataset[self.row(index)]
+
+    def row(self, index: int) -> int:
+        """The number of a kept example in the dataset."""
+        return index if self.kept is None else self.kept[index]
+
+    def where(self, index: int) -> str:
+        """File and line of a kept example, and its id: for messages."""
+        row = self.row(index)
+        return f"{self.dataset.lines.path}:{row + 1}: example {self.dataset.conversation(row).id!r}"
 
 
 class Collator:
@@ -318,6 +346,7 @@ class Collator:
             images=sum(len(example["image_sizes"]) for example in counted),
             slots=batch["input_ids"].numel(),
             work=sum((work_of(self.geometry, example) for example in counted), Work()),
+            longest=max((len(example["input_ids"]), pick.index) for example, pick in picked),
         )
         return MicroBatch(ModelBatch.of(self.config, batch), picks[0].in_step, picks[0].ends_step, counts)
 

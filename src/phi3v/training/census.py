@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from phi3v.model.modeling import parameter_group, size_of
 from phi3v.provenance.manifest import write_json
+from phi3v.settings import FinetuneSettings
 from phi3v.training.launch import say
 
 # Groups that only pictures reach.
@@ -127,13 +128,18 @@ class Census:
         return {"label": self.label, "groups": {name: asdict(group) for name, group in self.groups.items()}}
 
 
-def census_label(method: str, freezing: str, use_dora: bool = False) -> str:
+def census_label(settings: FinetuneSettings) -> str:
     """The method in words; the recipe's old freezing is named wherever it is used."""
+    method, freezing = settings.method, settings.freeze_vision_model
     words = {"full": "full", "frozen": "vision frozen", "lora": "LoRA", "qlora": "QLoRA"}[method]
-    words = words.replace("LoRA", "DoRA") if use_dora else words
+    words = words.replace("LoRA", "DoRA") if settings.use_dora else words
     if freezing == "legacy":
         return "vision frozen, legacy (text embedding frozen too)"
-    return f"{words}, vision frozen" if method in ("lora", "qlora") and freezing != "no" else words
+    if freezing == "tower":
+        words += ", CLIP frozen"
+    elif method in ("lora", "qlora") and freezing != "no":
+        words += ", vision frozen"
+    return f"{words}, decoder frozen" if settings.freeze_decoder else words
 
 
 class LossGuard:

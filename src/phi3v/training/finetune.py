@@ -84,7 +84,7 @@ def _run(asked: FinetuneSettings, output: Path, stop: StopRequest, lock: FolderL
     attach(loop, output, stop, lock, observer)
     checkpoint = of_first(lambda: find_checkpoint(asked, loop, output / "checkpoints"))
     train_seconds = -time.perf_counter()
-    with explain_memory(asked, loop.device):
+    with explain_memory(asked, loop.device, lambda: longest_example(loop)):
         if checkpoint is not None:
             loop.resume(checkpoint)
         loop.run()
@@ -118,6 +118,7 @@ def finish(loop: Loop, output: Path, observed: dict[str, Any], started: float) -
         seed=settings.seed,
         seconds=time.perf_counter() - started,
         device=device_name(loop.device),
+        extra={} if loop.warmup_steps == settings.warmup_steps else {"warmup_steps": loop.warmup_steps},
     )
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     if report is not None:
@@ -153,10 +154,21 @@ def find_checkpoint(asked: FinetuneSettings, loop: Loop, folder: Path) -> Path |
     return path
 
 
+def longest_example(loop: Loop) -> str:
+    """A sentence about the longest example of the micro-batch that was computed last."""
+    tokens, index = loop.longest
+    if not tokens:
+        return ""
+    return (
+        f"The micro-batch held {loop.training.examples.where(index)} of {tokens:,} tokens; --max_length leaves out longer "
+        "examples than it names. "
+    )
+
+
 def attach(loop: Loop, output: Path, stop: StopRequest, lock: FolderLock | None, observer: Observer) -> None:
     """What a training job does at its steps: keep the lock, take the census, write metrics, show progress."""
     settings = loop.settings
-    census = Census(loop.module, census_label(settings.method, settings.freeze_vision_model, settings.use_dora))
+    census = Census(loop.module, census_label(settings))
     loop.stop = stop
     loop.utilisation = utilisation_of(
         settings, loop.training.collate.config.to_dict(), device_name(loop.device), loop.processes

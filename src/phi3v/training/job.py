@@ -15,20 +15,20 @@ from phi3v.data.dataset import ConversationDataset
 from phi3v.data.lengths import lengths
 from phi3v.data.processes import loader_workers
 from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
-from phi3v.model.adapters import add_lora, load_quantized
+from phi3v.model.adapters import add_lora, load_quantized, lora_targets
 from phi3v.model.compat import widen_float16_products
-from phi3v.model.modeling import freeze_vision
+from phi3v.model.modeling import freeze, parameter_group
 from phi3v.model.runtime import TORCH_DTYPE, attention_implementation, compute_device, uses_zero, weight_dtype
 from phi3v.planning.fits import interval_of
-from phi3v.settings import FinetuneSettings, SettingsError
+from phi3v.settings import FinetuneSettings, SettingsError, SpeedSettings
 from phi3v.training import micro_batch
 from phi3v.training.batches import BatchPlan, Collator, PickedExamples, PlannedSplit, packs_needed
 from phi3v.training.census import LossGuard
-from phi3v.training.launch import join_processes, prepare_process, world_size
+from phi3v.training.launch import join_processes, prepare_process, say, world_size
 from phi3v.training.logging import check_trackers
 from phi3v.training.loop import Loop
 from phi3v.training.memory import explain_memory
-from phi3v.training.optimizers import build_optimizer, linear_schedule, loss_scale, make_accelerator
+from phi3v.training.optimizers import build_optimizer, loss_scale, make_accelerator, schedule
 from phi3v.training.writer import CheckpointWriter
 
 
@@ -82,13 +82,33 @@ def load_model(settings: FinetuneSettings, device: torch.device) -> Any:
             settings.lora_rank,
             settings.lora_alpha_ratio * settings.lora_rank,
             settings.lora_dropout,
-            freeze_vision=settings.freeze_vision_model != "no",
             use_dora=settings.use_dora,
             seed=settings.seed,
+            targets=chosen_targets(settings, model),
+            use_rslora=settings.use_rslora,
         )
-    if settings.freeze_vision_model != "no":
-        freeze_vision(model, settings.freeze_vision_model)
+    freeze(model, settings.frozen_groups)
     return model
+
+
+def chosen_targets(settings: FinetuneSettings, model: Phi3VForCausalLM) -> list[str]:
+    """Module paths of the layers with adapters: the recipe's, without frozen groups, of --lora_targets if it is given.
+
+    Raises SettingsError if none is left.
+    """
+    wanted = set(settings.lora_targets)
+    targets = [
+        name
+        for name in lora_targets(model, freeze_vision=False)
+        if parameter_group(f"{name}.weight") not in settings.frozen_groups
+        and (not wanted or wanted & {name.rpartition(".")[2], *(["img_projection"] * (".img_projection." in name))})
+    ]
+    if not targets:
+        raise SettingsError(
+            f"command line: field `lora_targets`: got {settings.lora_targets}: frozen are "
+            f"{', '.join(sorted(settings.frozen_groups))}, so no layer gets an adapter; expected layers of another part"
+        )
+    return targets
 
 
 def read_split(settings: FinetuneSettings, processor: Phi3VProcessor, split: str) -> ConversationDataset:
@@ -101,8 +121,6 @@ def read_split(settings: FinetuneSettings, processor: Phi3VProcessor, split: str
 def training_examples(settings: FinetuneSettings, processor: Phi3VProcessor) -> PickedExamples:
     """The training split without examples beyond --max_length. Raises SettingsError if none is left."""
     dataset = read_split(settings, processor, "train")
-    if settings.batching == "fixed" and settings.max_length is None and not settings.is_probed:
-        return PickedExamples(dataset)
     tokens, kept = lengths(dataset), None
     if settings.max_length is not None:
         kept = [index for index, length in enumerate(tokens) if length <= settings.max_length]
@@ -126,15 +144,33 @@ def plan_of(settings: FinetuneSettings, examples: PickedExamples) -> BatchPlan:
         grouping=settings.batching,
         lengths=examples.lengths,
         token_budget=settings.tokens_per_pack,
+        max_tokens=settings.max_tokens_per_micro_batch,
     )
     if settings.batching != "packed":
         return plan
-    return replace(plan, packs=packs_needed(plan, math.ceil(_steps(settings, plan) / plan.steps_per_epoch)))
+    total, _ = steps_of(settings, plan.examples)
+    return replace(plan, packs=packs_needed(plan, math.ceil(total / plan.steps_per_epoch)))
 
 
-def _steps(settings: FinetuneSettings, plan: BatchPlan) -> int:
-    """Optimizer steps of the job."""
-    return settings.max_steps if settings.max_steps > 0 else math.ceil(settings.epochs * plan.steps_per_epoch)
+def steps_of(settings: FinetuneSettings, examples: int) -> tuple[int, int]:
+    """(optimizer steps of the job, those of its warm-up).
+
+    The recipe's default warm-up becomes a tenth of a job that it would not fit into. Raises SettingsError for another
+    warm-up that is longer than the job. A speed measurement trains for the clock alone.
+    """
+    total = settings.max_steps
+    if total <= 0:
+        total = math.ceil(settings.epochs * math.ceil(examples / settings.batch_size))
+    warmup = settings.warmup_steps
+    if warmup <= total or settings.lr_scheduler_type == "constant" or isinstance(settings, SpeedSettings):
+        return total, warmup
+    if warmup == FinetuneSettings.model_fields["warmup_steps"].default:
+        return total, total // 10
+    raise SettingsError(
+        f"command line: field `warmup_steps`: got {warmup}: the job has {total} optimizer steps ({examples} examples in "
+        f"batches of {settings.batch_size}), so the learning rate would never reach {settings.learning_rate:g}; expected "
+        f"at most {total}, or more --epochs or --max_steps"
+    )
 
 
 def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Loop:
@@ -149,6 +185,9 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Lo
     pad, cuda = processor.tokenizer.pad_token_id, device.type == "cuda"
     examples = training_examples(settings, processor)
     validation = None
+    total, warmup = steps_of(settings, len(examples))
+    if warmup < settings.warmup_steps:
+        say(f"warm-up of {warmup} steps instead of {settings.warmup_steps}: the job has {total} optimizer steps")
     join_processes(device)
     model = None
     # The weights reach the device here, and DeepSpeed's float32 copies with their optimizer states.
@@ -159,7 +198,10 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Lo
         plan = plan_of(settings, examples)
         # accelerate comes before the model: with ZeRO 3 it makes the weights load in shards.
         accelerator = make_accelerator(settings, output, plan.accumulation, device, trackers)
-        model = load_model(settings, device) if model is None else model
+        if model is None:
+            model = load_model(settings, device)
+            if settings.batching != "packed":
+                micro_batch.warn_of_memory(settings, model.config, examples, device)
         collator = Collator(pad, settings.batching, model.config)
         training = PlannedSplit(plan, examples, collator, loader_workers(settings.num_workers, cuda), cuda)
         if settings.eval_steps:
@@ -186,7 +228,7 @@ def make_loop(
         model.to(device)
     optimizer = build_optimizer(settings, model, device)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    total_steps = _steps(settings, training.plan)
+    total_steps, warmup_steps = steps_of(settings, training.plan.examples)
     process = accelerator.process_index
     return Loop(
         settings,
@@ -194,10 +236,11 @@ def make_loop(
         model,
         prepared,
         optimizer,
-        scheduler=linear_schedule(optimizer, settings.warmup_steps, total_steps),
+        scheduler=schedule(settings.lr_scheduler_type, optimizer, warmup_steps, total_steps),
         training=training,
         validation=validation,
         writer=CheckpointWriter(output / "checkpoints", settings.keep_checkpoints, process, accelerator.num_processes),
         guard=LossGuard(output, process, settings.nan_patience, lambda: loss_scale(settings, accelerator, prepared)),
         total_steps=total_steps,
+        warmup_steps=warmup_steps,
     )

@@ -118,11 +118,15 @@ class Loop:
     writer: CheckpointWriter
     guard: LossGuard
     total_steps: int
+    warmup_steps: int
+    """As they run: the default is shortened for a job of fewer steps."""
     state: TrainingState = field(default_factory=TrainingState)
     stop: StopRequest = field(default_factory=StopRequest)
     hooks: list[Callable[[StepRecord], None]] = field(default_factory=list)
     """Called after every optimizer step in every process, before its values are logged."""
     logs: list[Log] = field(default_factory=list)
+    longest: tuple[int, int] = (0, 0)
+    """(tokens, position in the training split) of the longest example of the newest training micro-batch."""
     utilisation: Utilisation | None = None
     stopped_by_signal: bool = False
     examples: int = 0
@@ -208,6 +212,7 @@ class Loop:
         ended = False
         while not ended:
             batch = self._next_batch()
+            self.longest = batch.counts.longest
             losses.append(self.micro_step(batch))
             counts.append(batch.counts)
             ended = batch.ends_step

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -119,10 +119,13 @@ def context_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def explain_memory(settings: FinetuneSettings, device: torch.device) -> Iterator[None]:
+def explain_memory(
+    settings: FinetuneSettings, device: torch.device, culprit: Callable[[], str] = str
+) -> Iterator[None]:
     """Out of memory as one message: the numbers, and the three settings that would help most.
 
-    settings: as the user gave them, with `auto` in its place, so that no advice contradicts it.
+    settings: as the user gave them, with `auto` in its place, so that no advice contradicts it. culprit: a sentence
+    about the examples that were computed, or nothing.
     """
     try:
         yield
@@ -136,7 +139,7 @@ def explain_memory(settings: FinetuneSettings, device: torch.device) -> Iterator
             )
         advice = "; ".join(_what_helps(settings)[:3])
         raise OutOfMemoryError(
-            f"out of memory on {device_name(device)}: {numbers}. What helps most: {advice}"
+            f"out of memory on {device_name(device)}: {numbers}. {culprit()}What helps most: {advice}"
         ) from error
 
 

@@ -19,11 +19,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
 
 from phi3v.data.dataset import Example, collate
+from phi3v.model import Phi3VConfig
 from phi3v.model.runtime import TORCH_DTYPE, device_name, uses_zero, weight_dtype
 from phi3v.planning.fits import Choice, choices, fastest_first, micro_batches
 from phi3v.planning.flops import Setup
@@ -104,18 +106,28 @@ class Trial:
 
     def estimate(self, way: Choice) -> float:
         """Bytes at the peak of training, before anything was measured."""
-        planned = memory(way.applied(self.setup))
+        planned = memory(self.applied(way))
         return self.resting + planned.reserved_gb * GB - sum(planned.resting.values())
+
+    def size(self, way: Choice) -> int:
+        """Examples of the micro-batch: fewer than asked for where --max_tokens_per_micro_batch splits it."""
+        bound = self.settings.max_tokens_per_micro_batch
+        fit = way.micro_batch if bound is None else bound // len(self.examples[0]["input_ids"])
+        return max(1, min(way.micro_batch, fit))
+
+    def applied(self, way: Choice) -> Setup:
+        """The job run this way, as the planner sees it."""
+        return replace(way.applied(self.setup), micro_batch=self.size(way))
 
     def later(self, way: Choice) -> float:
         """What training's peak adds to a probe's: states, shards and buckets, less the gradients that ZeRO frees."""
-        setup = way.applied(self.setup)
+        setup = self.applied(way)
         return memory(setup).allocated_gb * GB - probe_bytes(setup)
 
     def measure(self, way: Choice) -> float:
         """Bytes at the peak of training from a real pass, of the process that takes most; a collective call."""
         recompute_layers(self.model, way.recompute_every)
-        batch = ModelBatch.of(self.model.config, collate(self.examples[: way.micro_batch], self.pad_token_id))
+        batch = ModelBatch.of(self.model.config, collate(self.examples[: self.size(way)], self.pad_token_id))
         return of_all(_probe(self.settings, self.model, batch, self.device) + self.later(way), "MAX", self.device)
 
 
@@ -144,7 +156,7 @@ def _searched(
     largest = max(_sizes(settings))
     examples = [data.example(index) for index in order[:largest]]
     examples = [examples[at % len(examples)] for at in range(largest)]
-    setup = _setup(settings, model, examples[0], device)
+    setup = _setup(settings, model.config, examples[0], device)
     # Agreed, like every number that decides which collective call comes next.
     capacity = of_all(capacity_bytes(device, settings.memory_limit_gb), "MIN", device)
     resting = of_all(max(held_bytes(device), sum(memory(setup).resting.values())), "MAX", device)
@@ -176,6 +188,24 @@ def _searched(
         }
         write_json(output / FILE, found)
     return way
+
+
+def warn_of_memory(settings: FinetuneSettings, config: Phi3VConfig, data: PickedExamples, device: torch.device) -> None:
+    """Report if the planner expects the longest example to take more memory than there is.
+
+    On a CPU the system would kill the process without a word.
+    """
+    tokens, index = max((tokens, -index) for index, tokens in enumerate(data.lengths))
+    setup = _setup(settings, config, data.example(-index), device)
+    fit = (settings.max_tokens_per_micro_batch or math.inf) // tokens
+    size = int(max(1, min(settings.known_micro_batch, fit)))
+    need, capacity = memory(replace(setup, micro_batch=size)).allocated_gb * GB, capacity_bytes(device, None)
+    if of_all(need - capacity, "MAX", device) > 0:
+        say(
+            f"warning: {data.where(-index)} has {tokens:,} tokens, the median is {int(median(data.lengths)):,}: predicted "
+            f"peak {need / GB:.1f} GB, {capacity / GB:.1f} GB are free. --max_length {tokens - 1} leaves it out; "
+            "--batch_size_per_gpu and --max_tokens_per_micro_batch make micro-batches smaller"
+        )
 
 
 def _values(way: Choice) -> dict[str, int]:
@@ -217,9 +247,9 @@ def _written(settings: FinetuneSettings, output: Path, device: torch.device) -> 
         return None
 
 
-def _setup(settings: FinetuneSettings, model: Any, longest: Example, device: torch.device) -> Setup:
+def _setup(settings: FinetuneSettings, config: Phi3VConfig, longest: Example, device: torch.device) -> Setup:
     """The job as the planner sees it, with its longest example."""
-    geometry = geometry_from_config(model.config.to_dict())
+    geometry = geometry_from_config(config.to_dict())
     work = work_of(geometry, longest)
     # The formulas ask for the kind of device alone; its memory is measured here.
     kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"

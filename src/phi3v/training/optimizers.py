@@ -13,11 +13,12 @@ The 8-bit states are bitsandbytes' (Dettmers et al. 2022, "8-bit Optimizers via 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,7 @@ from torch import nn
 
 from phi3v.model.runtime import uses_zero
 from phi3v.settings import FinetuneSettings
+from phi3v.training.census import census_group
 from phi3v.training.compat import compute_float16_on_cpu
 from phi3v.training.launch import is_first
 from phi3v.training.logging import trackers_of
@@ -34,20 +36,33 @@ from phi3v.training.logging import trackers_of
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters as two groups, with weight decay and without (norms and biases)."""
+def parameter_groups(settings: FinetuneSettings, model: nn.Module) -> list[dict[str, Any]]:
+    """Trained parameters by learning rate, and each with weight decay and without (norms and biases).
+
+    Those of `learning_rate` come first. A rate of its own has groups of its own if any weight belongs to it.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     in_norms = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
-    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    vision, projector = settings.vision_learning_rate, settings.projector_learning_rate
+    own_rates = {"clip": vision, "projector": projector, "separators": projector}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {
+        (settings.learning_rate, True): [], (settings.learning_rate, False): []
+    }  # fmt: skip
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[id(parameter) in in_norms or NO_DECAY.search(name) is not None].append(parameter)
-    return [{"params": groups[False], "weight_decay": weight_decay}, {"params": groups[True], "weight_decay": 0.0}]
+            part = re.sub(r"^adapters \((.*)\)$", r"\1", census_group(name))
+            rate = own_rates.get(part) or settings.learning_rate
+            decays = not (id(parameter) in in_norms or NO_DECAY.search(name))
+            groups.setdefault((rate, decays), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": settings.weight_decay * decays, "lr": rate}
+        for (rate, decays), parameters in groups.items()
+    ]
 
 
 def build_optimizer(settings: FinetuneSettings, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of the model's trained parameters; device: where the model computes."""
-    groups = decay_groups(model, settings.weight_decay)
+    groups = parameter_groups(settings, model)
     rates: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": (settings.adam_beta1, settings.adam_beta2),
@@ -91,11 +106,24 @@ def _eight_bit(groups: list[dict[str, Any]], rates: dict[str, Any], paged: bool)
     return PagedAdamW8bit(groups, **rates)
 
 
-def linear_schedule(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate rises linearly from 0 over `warmup` steps, and falls linearly to 0 at step `total`."""
+def schedule(
+    kind: Literal["linear", "cosine", "constant", "constant_with_warmup"],
+    optimizer: torch.optim.Optimizer,
+    warmup: int,
+    total: int,
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rates that rise linearly from 0 over `warmup` steps, then fall to 0 at step `total`, or stay.
+
+    The kinds are those of transformers.get_scheduler; `constant` has no warm-up.
+    """
 
     def factor(step: int) -> float:
-        return step / warmup if step < warmup else max(0.0, (total - step) / max(1, total - warmup))
+        if step < warmup and kind != "constant":
+            return step / warmup
+        if kind.startswith("constant"):
+            return 1.0
+        left = (total - step) / max(1, total - warmup)
+        return max(0.0, left if kind == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
