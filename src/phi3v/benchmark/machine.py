@@ -22,6 +22,7 @@ from phi3v.model.runtime import TORCH_DTYPE, compute_device, device_name, nvidia
 from phi3v.planning.hardware import hardware_of_device
 from phi3v.provenance.manifest import commit, container, versions
 from phi3v.settings import Hardware, SettingsError, SpeedSettings, read_entries
+from phi3v.training.launch import of_all, world_size
 
 # Where the kernel lists InfiniBand ports; a test points it elsewhere.
 INFINIBAND = Path("/sys/class/infiniband")
@@ -118,7 +119,7 @@ def check_devices(settings: SpeedSettings, found: list[str]) -> None:
     found: names of this machine's devices (found_devices). Checked are the number of processes, that each process of
     this machine has a device, and that each device's name means the hardware entry `expect_hardware`.
     """
-    processes, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes, local = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     seen = ", ".join(f"{count} x {name}" for name, count in Counter(found).items()) or "no CUDA device"
     row = f"row {settings.row or '(unnamed)'}"
     if found and local > len(found):
@@ -159,13 +160,9 @@ def measured_peak(dtype: str) -> tuple[float, str]:
         start = time.perf_counter()
         torch.mm(left, right)
         seconds.append(time.perf_counter() - start)
-    rate = torch.tensor([2 * PRODUCT_SIZE**3 / min(seconds) / 1e12], dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(rate)
-        rate /= dist.get_world_size()
+    rate = of_all(2 * PRODUCT_SIZE**3 / min(seconds) / 1e12, "SUM", torch.device("cpu")) / world_size()
     threads = torch.get_num_threads()
-    how = (
+    return rate, (
         f"measured: {dtype} products of {PRODUCT_SIZE} x {PRODUCT_SIZE} on this CPU, {threads} "
         f"thread{'s' if threads > 1 else ''} a process, the fastest of {PRODUCTS} before and after the timing"
     )
-    return float(rate), how

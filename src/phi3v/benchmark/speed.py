@@ -24,7 +24,7 @@ from phi3v.model.runtime import Observer, device_name
 from phi3v.planning.flops import FORMULA, Work
 from phi3v.planning.hardware import Utilisation, utilisation_of
 from phi3v.provenance.manifest import write_json, write_manifest
-from phi3v.settings import SettingsError, SpeedSettings
+from phi3v.settings import SpeedSettings
 from phi3v.training.finetune import observe, say_headline
 from phi3v.training.job import build
 from phi3v.training.launch import leave, of_all, say
@@ -132,20 +132,12 @@ class Profile:
             self._profiler = None
 
 
-def check_timing(settings: SpeedSettings) -> None:
-    """Raises SettingsError for a timing too short to be a figure of a table: under 10 warm-up steps or 3 windows."""
-    for name, least in (("speed_warmup_steps", 10), ("repeats", 3)):
-        if getattr(settings, name) < least:
-            raise SettingsError(f"command line: field `{name}`: got {getattr(settings, name)}: expected >= {least}")
-
-
 def measure(settings: SpeedSettings) -> int:
     """Time the row's steps and write speed.json and manifest.json into OUTPUT_DIR; returns the exit code.
 
     Raises SettingsError, OutOfMemoryError.
     """
     started = time.perf_counter()
-    check_timing(settings)
     check_devices(settings, found_devices(settings))
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -181,13 +173,9 @@ def measure(settings: SpeedSettings) -> int:
 
 def timed_job(settings: SpeedSettings) -> SpeedSettings:
     """The settings of a job that trains as many steps as are timed and profiled, and neither validates nor saves."""
-    steps = _timed_steps(settings) + PROFILED_STEPS * settings.profile
+    steps = settings.timed_until + PROFILED_STEPS * settings.profile
     quiet = {"eval_steps": 0, "keep_best": False, "early_stopping_patience": 0, "save_steps": 0, "save_minutes": 0}
     return settings.model_copy(update={"max_steps": steps, "report_to": [], **quiet})
-
-
-def _timed_steps(settings: SpeedSettings) -> int:
-    return settings.speed_warmup_steps + settings.repeats * settings.timed_steps
 
 
 def run_steps(settings: SpeedSettings, loop: Loop, output: Path) -> tuple[list[Window], dict[str, Any]]:
@@ -198,7 +186,7 @@ def run_steps(settings: SpeedSettings, loop: Loop, output: Path) -> tuple[list[W
     if loop.is_main:
         loop.logs.append(Progress(settings.tqdm, lambda: peak_memory_bytes(loop.device)))
         if settings.profile:
-            loop.hooks.append(Profile(output / "profile", loop.device, _timed_steps(settings)))
+            loop.hooks.append(Profile(output / "profile", loop.device, settings.timed_until))
     started = time.perf_counter()
     with explain_memory(settings, loop.device):
         loop.run()
@@ -215,13 +203,14 @@ def speed_result(
     for name in repeats[0]:
         values = [value for repeat in repeats if (value := repeat[name]) is not None]
         median[name] = statistics.median(values) if values else None
+    rates = [window.work.examples / window.seconds for window in windows]
     step = counting.count(sum((window.work for window in windows), Work()))
     steps = sum(window.steps for window in windows)
     return {
         "row": settings.row,
         **median,
         "tokens_per_second_per_device": median["tokens_per_second"] / processes,
-        "spread": spread([window.work.examples / window.seconds for window in windows]),
+        "spread": (max(rates) - min(rates)) / statistics.median(rates),  # 0.05 = 5 %
         "peak_tflops": counting.peak_tflops,
         "peak_source": counting.peak_source,
         "formula": FORMULA,
@@ -241,27 +230,18 @@ def speed_result(
     }
 
 
-def spread(rates: list[float]) -> float:
-    """Fastest less slowest window over the median, 0.05 = 5 %."""
-    return (max(rates) - min(rates)) / statistics.median(rates)
-
-
-def _reserved(result: dict[str, Any]) -> str:
-    """What a device's reading shows beside the allocated peak; nothing on a CPU."""
-    if result["reserved_memory_bytes"] is None:
-        return ""
-    reserved, context = (result[f"{name}_memory_bytes"] / 2**30 for name in ("reserved", "context"))
-    return f" allocated, {reserved:.2f} reserved, {context:.2f} beside PyTorch"
-
-
 def summary(result: dict[str, Any]) -> str:
     """The result in a few lines, with the formula of MFU and HFU."""
+    beside = ""  # what a GPU's reading shows beside the allocated peak
+    if result["reserved_memory_bytes"] is not None:
+        reserved, context = (result[f"{name}_memory_bytes"] / 2**30 for name in ("reserved", "context"))
+        beside = f" allocated, {reserved:.2f} reserved, {context:.2f} beside PyTorch"
     resident = f"{result['resident_memory_bytes'] / 2**30:.2f} GiB of the machine's memory per process"
     lines = [
         f"{result['images_per_second']:.3f} img/s, {result['tokens_per_second_per_device']:.0f} tokens/s per device, "
         f"{result['step_seconds']:.3f} s per step, spread {100 * result['spread']:.1f} %, waiting for data "
         f"{100 * result['loading_share']:.1f} %",
-        f"peak {result['peak_memory_bytes'] / 2**30:.2f} GiB{_reserved(result)}, {resident}",
+        f"peak {result['peak_memory_bytes'] / 2**30:.2f} GiB{beside}, {resident}",
     ]
     if result["mfu"] is None:
         lines.append(f"MFU and HFU unknown: {result['device']} is in no hardware file")

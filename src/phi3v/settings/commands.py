@@ -331,12 +331,12 @@ class FinetuneSettings(FurtherOptions, Recipe, RowOptions):
 class SpeedSettings(FinetuneSettings):
     """scripts/speed.py"""
 
-    speed_warmup_steps: Annotated[int, Role.RUNTIME] = Field(10, ge=1)
-    """Optimizer steps before the clock starts; scripts/speed.py asks for 10 at least."""
+    speed_warmup_steps: Annotated[int, Role.RUNTIME] = Field(10, ge=10)
+    """Optimizer steps before the clock starts."""
     timed_steps: Annotated[int, Role.RUNTIME] = Field(20, ge=1)
     """Optimizer steps of one timed window."""
-    repeats: Annotated[int, Role.RUNTIME] = Field(3, ge=1)
-    """Timed windows; scripts/speed.py asks for 3 at least."""
+    repeats: Annotated[int, Role.RUNTIME] = Field(3, ge=3)
+    """Timed windows."""
     expect_processes: Annotated[int, Role.RUNTIME] = Field(0, ge=0)
     """Processes the published row ran; another number here is an error unless --stand_in. 0: as many as there are."""
     expect_hardware: Annotated[str, Role.RUNTIME] = ""
@@ -347,6 +347,11 @@ class SpeedSettings(FinetuneSettings):
     """These processes stand for the published machines; the result is labelled so."""
     profile: Annotated[bool, Role.RUNTIME] = False
     """Then profile three more steps: a torch profiler trace and the 20 longest operators, in OUTPUT_DIR/profile."""
+
+    @property
+    def timed_until(self) -> int:
+        """Optimizer steps until the last window ends."""
+        return self.speed_warmup_steps + self.repeats * self.timed_steps
 
 
 class Answering(Compute):
