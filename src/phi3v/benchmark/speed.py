@@ -23,9 +23,9 @@ from phi3v.benchmark.machine import check_devices, fingerprint, found_devices, m
 from phi3v.model.runtime import Observer, device_name
 from phi3v.planning.flops import FORMULA, Work
 from phi3v.planning.hardware import Utilisation, utilisation_of
-from phi3v.provenance.manifest import write_json, write_manifest
+from phi3v.provenance.manifest import write_json
 from phi3v.settings import SpeedSettings
-from phi3v.training.finetune import observe, say_headline
+from phi3v.training.finetune import observe, record, say_headline
 from phi3v.training.job import build
 from phi3v.training.launch import leave, of_all, say
 from phi3v.training.logging import Progress
@@ -158,15 +158,7 @@ def measure(settings: SpeedSettings) -> int:
     if loop.is_main:
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         write_json(output / "speed.json", result)
-        write_manifest(
-            output,
-            kind="speed",
-            settings=settings,
-            inputs={"data": str(loop.training.examples.dataset.data_dir), "model": settings.model_name_or_path},
-            seed=settings.seed,
-            seconds=time.perf_counter() - started,
-            device=name,
-        )
+        record(loop, settings, output, "speed", started)
         say(summary(result))
     return leave(0)
 

@@ -110,21 +110,27 @@ def finish(loop: Loop, output: Path, observed: dict[str, Any], started: float) -
     settings = loop.settings
     report = export_merged(output) if settings.merge else None
     write_json(output / "observed.json", observed)
-    write_manifest(
-        output,
-        kind="train",
-        settings=settings,
-        inputs={"data": str(loop.training.examples.dataset.data_dir), "model": settings.model_name_or_path},
-        seed=settings.seed,
-        seconds=time.perf_counter() - started,
-        device=device_name(loop.device),
-        extra={} if loop.warmup_steps == settings.warmup_steps else {"warmup_steps": loop.warmup_steps},
-    )
+    record(loop, settings, output, "train", started)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     if report is not None:
         write_card(output / "merged", base_of(output / "final"), output / "manifest.json", report)
         differs = report["max_logit_difference"]
         say(f"{output / 'merged'}: logits differ from base and adapter by {differs:.1e} at most")
+
+
+def record(loop: Loop, settings: FinetuneSettings, output: Path, kind: str, started: float) -> None:
+    """Write the manifest of a job that began at `started` (time.perf_counter); for the first process."""
+    shortened = {} if loop.warmup_steps == settings.warmup_steps else {"warmup_steps": loop.warmup_steps}
+    write_manifest(
+        output,
+        kind=kind,
+        settings=settings,
+        inputs={"data": str(loop.training.examples.dataset.data_dir), "model": settings.model_name_or_path},
+        seed=settings.seed,
+        seconds=time.perf_counter() - started,
+        device=device_name(loop.device),
+        extra=shortened,
+    )
 
 
 def find_checkpoint(asked: FinetuneSettings, loop: Loop, folder: Path) -> Path | None:

@@ -50,8 +50,9 @@ def parameter_groups(settings: FinetuneSettings, model: nn.Module) -> list[dict[
     }  # fmt: skip
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = re.sub(r"^adapters \((.*)\)$", r"\1", census_group(name))
-            rate = own_rates.get(part) or settings.learning_rate
+            rate = settings.learning_rate
+            if vision or projector:
+                rate = own_rates.get(census_group(name).removeprefix("adapters (").rstrip(")")) or rate
             decays = not (id(parameter) in in_norms or NO_DECAY.search(name))
             groups.setdefault((rate, decays), []).append(parameter)
     return [
