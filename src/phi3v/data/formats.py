@@ -182,6 +182,14 @@ def _values(inputs: Inputs, rows: Rows, roles: Iterable[str], needed: Iterable[s
     return found, itertools.chain(first, rows)
 
 
+def _listed(value: object) -> object:
+    """A list that stands in a cell as JSON; any other value as it is."""
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
 def pictures_of(inputs: Inputs, value: object, where: str, field: str = "image") -> list[Picture]:
     """The pictures of a cell or a message's part: a path or several with `;` between, a URL, encoded bytes, base64,
     an object that holds one of them, or a list. Raises DataError."""
@@ -208,11 +216,8 @@ def pictures_of(inputs: Inputs, value: object, where: str, field: str = "image")
             return [Picture(base64.b64decode(text.rpartition(",")[2], validate=True))]
         except binascii.Error as error:
             raise DataError(f"{where}: field `{field}`: got {shown(text)}: {error}; expected base64") from None
-    if text.startswith('["'):
-        try:
-            return pictures_of(inputs, json.loads(text), where, field)
-        except json.JSONDecodeError:
-            pass  # a file may be called so
+    if isinstance(names := _listed(text), list):
+        return pictures_of(inputs, names, where, field)
     if ";" not in text or (len(text) < 256 and (inputs.images_dir / text).is_file()):
         return [picture_under(inputs.images_dir, text, where, field)] if text else []
     return [picture_under(inputs.images_dir, part.strip(), where, field) for part in text.split(";") if part.strip()]
@@ -231,10 +236,7 @@ def clip_frames(inputs: Inputs, value: object, where: str) -> list[list[Picture]
 
 def _choices(options: object, answer: object, where: str) -> tuple[str, str]:
     """(the options as lettered lines, the letter of the answer). Raises DataError."""
-    if isinstance(options, str) and options.startswith("["):
-        options = json.loads(options)
-    if isinstance(options, dict):
-        options = list(options.values())
+    options = list(options.values()) if isinstance(options, dict) else _listed(options)
     if not isinstance(options, list) or not 2 <= len(options) <= 26:
         raise DataError(f"{where}: field `options`: got {shown(options)}; expected a list of 2 to 26")
     texts = [as_text(option) for option in options]
