@@ -481,9 +481,7 @@ def messages(inputs: Inputs) -> Samples:
             talk.clips += clip_frames(inputs, value.of(row, where), where)
         spoken = list[tuple[str, str, str, list[list[Picture] | None]]]()
         for value in values["messages"]:
-            listed = value.of(row, where)
-            if isinstance(listed, str) and listed.startswith("["):
-                listed = json.loads(listed)
+            listed = _listed(value.of(row, where))
             if not isinstance(listed, list) or not listed:
                 raise DataError(f"{where}: field `{value.column}`: got {shown(listed)}; expected a list of messages")
             for index, message in enumerate(listed):
