@@ -211,6 +211,8 @@ def pictures_of(inputs: Inputs, value: object, where: str, field: str = "image")
     text = value.strip()
     if text.startswith(("http://", "https://", "s3://", "gs://", "az://", "hf://")):
         return [Picture(text)]
+    if inputs.only_urls and not text.startswith("["):
+        return []
     if text.startswith("data:") or len(text) > MAX_PATH:
         try:
             return [Picture(base64.b64decode(text.rpartition(",")[2], validate=True))]
@@ -262,15 +264,17 @@ def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[
 
     def build(where: str, number: int, row: Row) -> Sample:
         def first(role: str) -> object:
-            return next((found for value in values[role] if as_text(found := value.of(row, where))), None)
+            return values[role][0].of(row, where) if values[role] else None
 
-        page = as_text(first("page"))
-        if page and not page.isdecimal():
-            raise DataError(f"{where}: field `page`: got {shown(page)}; expected a number from 1")
         pictures = [p for value in values["image"] for p in pictures_of(inputs, value.of(row, where), where)]
-        pictures = [replace(picture, page=int(page)) for picture in pictures] if page else pictures
         for value in values["video"]:
             pictures += itertools.chain(*clip_frames(inputs, value.of(row, where), where))
+        if inputs.only_urls:
+            return Sample(where, "", (SampleTurn(tuple(pictures), "", ()),))
+        if page := as_text(first("page")):
+            if not page.isdecimal():
+                raise DataError(f"{where}: field `page`: got {shown(page)}; expected a number from 1")
+            pictures = [replace(picture, page=int(page)) for picture in pictures]
         question = some_text(as_text(first("question")), where, "question") + inputs.options.prompt_suffix
         answer = as_text(first("answer"))
         if values["options"]:

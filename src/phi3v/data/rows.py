@@ -14,9 +14,11 @@ import difflib
 import fnmatch
 import functools
 import json
+import os
 import posixpath
 import re
 import shutil
+import stat
 import sys
 import tarfile
 import unicodedata
@@ -195,9 +197,9 @@ def accepted_answers(value: object, where: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(some_text(answer, where, f"answers[{k}]") for k, answer in enumerate(value)))
 
 
-@functools.lru_cache(maxsize=64)
-def _resolved(root: Path) -> Path:
-    return root.resolve()
+@functools.lru_cache(maxsize=1000)
+def _real(root: Path) -> str:
+    return os.path.realpath(root)
 
 
 @functools.lru_cache(maxsize=64)
@@ -214,35 +216,40 @@ def picture_under(root: Path, path: object, where: str, field_name: str) -> Pict
     Absolute paths, `./` and `\\` are taken if the file is inside root; a name that a Mac wrote in decomposed letters
     matches the composed ones.
     """
-    seen = f"{where}: field `{field_name}`: got {shown(path)}"
+
+    def seen() -> str:
+        return f"{where}: field `{field_name}`: got {shown(path)}"
+
     if not isinstance(path, str):
-        raise DataError(f"{seen}; expected a string")
-    name = path.removeprefix("file://")
-    for base in (root.absolute(), _resolved(root)):
-        if name.startswith(f"{base}/"):
-            name = name[len(str(base)) + 1 :]
+        raise DataError(f"{seen()}; expected a string")
+    name, own = path.removeprefix("file://"), _real(root)
     if name.startswith("/"):
-        raise DataError(
-            f"{seen}; expected a relative path, or one inside {root} (option images_dir names another root)"
-        )
+        inside = [base for base in (os.path.abspath(root), own) if name.startswith(f"{base}/")]
+        if not inside:
+            raise DataError(f"{seen()}; expected a relative path, or one inside {root} (or another images_dir)")
+        name = name[len(inside[0]) + 1 :]
     name = posixpath.normpath(name.replace("\\", "/")) if name else name
     if expected := image_path_problem(name):
-        raise DataError(f"{seen}; expected {expected}")
+        raise DataError(f"{seen()}; expected {expected}")
+    file = f"{root}/{name}"
     try:
-        for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
-            if (file := root / form).is_file():
-                break
-        else:
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise FileNotFoundError
+    except (FileNotFoundError, NotADirectoryError):
+        forms = [f"{root}/{unicodedata.normalize(form, name)}" for form in ("NFC", "NFD")]
+        file = next(filter(os.path.isfile, forms), "")
+        if not file:
             wrong = PurePosixPath(unicodedata.normalize("NFC", name).casefold())
             known = _names((root / name).parent)
             like = known.get(wrong.name) or known.get(wrong.stem)
-            raise DataError(f"{seen}: no such file in {root}{f'; did you mean `{like}`?' if like else ''}")
-        inside = file.resolve().is_relative_to(_resolved(root))
+            hint = f"; did you mean `{like}`?" if like else ""
+            raise DataError(f"{seen()}: no such file in {root}{hint}") from None
     except OSError as error:  # a name that the file system cannot have
-        raise DataError(f"{seen}: {error.strerror}; expected a file in {root}") from None
-    if not inside:
-        raise DataError(f"{seen}: a link out of {root}; expected a file inside it")
-    return Picture(file, name)
+        raise DataError(f"{seen()}: {error.strerror}; expected a file in {root}") from None
+    folder, base = os.path.split(file)
+    if not (os.path.realpath(file) if os.path.islink(file) else f"{_real(Path(folder))}/{base}").startswith(f"{own}/"):
+        raise DataError(f"{seen()}: a link out of {root}; expected a file inside it")
+    return Picture(Path(file), name)
 
 
 def read_rows(inputs: Inputs) -> Rows:
