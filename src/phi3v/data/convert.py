@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from phi3v.data.fetch import FAILURES, fetch_urls, locked_files, url_file
 from phi3v.data.folder import LENGTHS, Description, SplitEntry, describe
 from phi3v.data.formats import FORMATS, ROWS, as_text, column
 from phi3v.data.pictures import PictureOptions, read_pictures
-from phi3v.data.rows import Inputs, Picture, Rejection, Sample
+from phi3v.data.rows import Inputs, Picture, Rejection, Sample, may_name_urls
 from phi3v.provenance.manifest import digest_file, write_json
 from phi3v.settings import CONVERTER_VERSION, FORMAT_OPTIONS, Dataset, Division, OptionValue, Split, validate
 
@@ -442,9 +443,12 @@ def fetch_pictures(sources: dict[str, SplitSource], workers: int = 8) -> None:
     """
     urls: dict[str, None] = {}
     for source in {id(source.inputs): source for source in sources.values() if source.format in ROWS}.values():
-        for sample in FORMATS[source.format](replace(source.inputs, only_urls=True)):
-            for turn in sample.turns if isinstance(sample, Sample) else ():
-                urls |= dict.fromkeys(picture.data for picture in turn.pictures if isinstance(picture.data, str))
+        if not any(map(may_name_urls, source.inputs.files)):
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            for sample in FORMATS[source.format](replace(source.inputs, only_urls=True, scratch=Path(scratch))):
+                for turn in sample.turns if isinstance(sample, Sample) else ():
+                    urls |= dict.fromkeys(picture.data for picture in turn.pictures if isinstance(picture.data, str))
         cache, limit = source.urls, int(source.inputs.options.fetch_gb * 1e9)
     if urls:
         files, failures = fetch_urls(urls, cache, limit, workers)

@@ -163,6 +163,20 @@ def is_junk(path: Path) -> bool:
     return any(fnmatch.fnmatchcase(part, pattern) for part in path.parts for pattern in JUNK)
 
 
+def may_name_urls(path: Path) -> bool:
+    """Whether rows of a file can hold URLs: False for pictures, and for texts without one."""
+    kind = path.suffix.lower()
+    if kind not in (*TABLES, ".json", ".jsonl"):
+        return kind in (*SUFFIXES, ".arrow")
+    end = b""
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            if re.search(rb":\0?\\?/\0?\\?/", end + block):
+                return True
+            end = block[-8:]
+    return False
+
+
 def near(name: str, known: Iterator[str] | list[str]) -> str:
     """The end of a message: the known name that is most like a wrong one, if one is."""
     folded = {other.casefold(): other for other in known}
