@@ -60,7 +60,7 @@ def main() -> int:
         from phi3v.model.processing import Phi3VProcessor
 
         processor = Phi3VProcessor.from_pretrained(given.model)
-        print(write_statistics(given.data_dir, processor, given.num_crops), file=sys.stderr)
+        print(*write_statistics(given.data_dir, processor, given.num_crops), sep="\n", file=sys.stderr)
     return 1 if problems.total else 0
 
 

@@ -26,7 +26,7 @@ from phi3v.data.conversations import (
 from phi3v.data.convert import convert_files
 from phi3v.data.dataset import ConversationDataset, collate
 from phi3v.data.folder import LENGTHS, LineIndex, split_file
-from phi3v.data.lengths import count, count_turns, lengths, plot, write_statistics
+from phi3v.data.lengths import count, count_turns, lengths, plot, summary_lines, write_statistics
 from phi3v.demo.tiny import train_tokenizer
 from phi3v.model.image_processing import Phi3VImageProcessor
 from phi3v.model.processing import Phi3VProcessor
@@ -167,10 +167,11 @@ def test_lengths_are_counted_once_and_by_several_processes(
     data: Path, processor: Phi3VProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = ConversationDataset(data, "train", processor)
-    alone = count(dataset).tolist()
+    counted = count(dataset).tolist()
+    alone = [example[0] for example in counted]
     with monkeypatch.context() as several:
         several.setattr("phi3v.data.lengths.PART", 5)
-        assert count(dataset, processes=2).tolist() == alone
+        assert count(dataset, processes=2).tolist() == counted
     assert lengths(dataset) == alone
     (kept,) = (data / LENGTHS).glob("*.npy")
 
@@ -193,7 +194,7 @@ def test_lengths_are_counted_once_and_by_several_processes(
         with pytest.raises(AssertionError, match="counted again"):
             lengths(ConversationDataset(data, "train", processor))
     assert lengths(dataset) == alone
-    assert np.load(kept).tolist() == alone
+    assert np.load(kept).tolist() == counted
 
 
 def test_lengths_of_a_folder_made_by_hand_are_not_kept(data: Path, processor: Phi3VProcessor) -> None:
@@ -208,12 +209,12 @@ def test_lengths_are_counted_where_nothing_can_be_kept(
 ) -> None:
     (data / LENGTHS).write_bytes(b"a file where the folder should be")
     dataset = ConversationDataset(data, "train", processor)
-    assert lengths(dataset) == count(dataset).tolist()
+    assert lengths(dataset) == count(dataset)[:, 0].tolist()
     assert "every process counts the lengths for itself" in capsys.readouterr().err
 
 
 def test_statistics_are_those_of_the_loaded_examples(data: Path, processor: Phi3VProcessor) -> None:
-    line = write_statistics(data, processor)
+    lines = write_statistics(data, processor)
     statistics = json.loads((data / "statistics.json").read_text())
     dataset = ConversationDataset(data, "val", processor, turns="first")
     values = statistics["val"]
@@ -228,8 +229,50 @@ def test_statistics_are_those_of_the_loaded_examples(data: Path, processor: Phi3
         lengths += [len(drawn[index]["input_ids"]) for index in range(3)]
     assert values["tokens"]["mean"] == pytest.approx(sum(lengths) / len(lengths), rel=0.02)
     assert sum(values["histogram"]["counts"]) == 3
-    assert "val: 3 examples" in line
+    assert any("val.jsonl: 3 examples" in line for line in lines)
     assert plot(statistics).count("<rect") == 48
+
+
+def test_the_summary_says_what_training_and_evaluation_will_lose(tmp_path: Path, processor: Phi3VProcessor) -> None:
+    (tmp_path / "images").mkdir()
+    for number, size in enumerate([(40, 30), (400, 300)]):
+        (tmp_path / f"images/{number}.jpg").write_bytes(picture_bytes(number, "JPEG", size))
+    turns = [
+        (Turn(("0.jpg",), "What?", "Yes"), Turn((), "And?", "No")),
+        (Turn(("1.jpg", "0.jpg"), "What?", "word " * 50),),
+        (Turn((), "What?", "No"),),
+    ]
+    examples = [Conversation(f"a-{number}", "a", each) for number, each in enumerate(turns)]
+    (tmp_path / "train.jsonl").write_bytes(b"".join(map(format_line, examples)))
+    dataset = ConversationDataset(tmp_path, "train", processor, num_crops=1)
+    tokens, answers, number_of_turns, pictures, shrunk = count(dataset).T.tolist()
+    assert number_of_turns == [2, 1, 1]
+    assert pictures == [1, 2, 0]
+    assert shrunk == [0, 1, 0]
+    assert answers[1] == max(answers) > 50 > answers[0]
+    assert tokens == lengths(dataset)
+    facts, lengths_line, *warnings = summary_lines(dataset, tokens[0], 20)
+    assert "3 examples, 4 turns, 3 pictures, 1 examples without a picture" in facts
+    assert f"median {tokens[0]:,}, at most {tokens[1]:,} (line 2)" in lengths_line
+    assert [warning.partition("train.jsonl: ")[2][:9] for warning in warnings] == [
+        "1 of 3 pi",
+        "1 example",
+        "1 example",
+    ]
+    assert f"up to {answers[1]} (line 2)" in warnings[2]
+    assert len(summary_lines(ConversationDataset(tmp_path, "train", processor, num_crops=400))) == 2
+
+
+def test_a_picture_that_the_models_tiles_cannot_hold_is_named_before_training(
+    tmp_path: Path, processor: Phi3VProcessor
+) -> None:
+    tile = processor.image_processor.tile_size
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/thin.png").write_bytes(picture_bytes(1, "PNG", (tile + 1, 1)))
+    (tmp_path / "train.jsonl").write_bytes(format_line(Conversation("a", "a", (Turn(("thin.png",), "Q?", "A"),))))
+    with pytest.raises(DataError, match=f"train.jsonl:1: image 'thin.png': {tile + 1} x 1 pixels.*1 tiles of {tile}"):
+        lengths(ConversationDataset(tmp_path, "train", processor, num_crops=1))
+    assert lengths(ConversationDataset(tmp_path, "train", processor, num_crops=2))
 
 
 @pytest.mark.parametrize("size", [(2169, 2890), (1000, 1000), (10, 500)])

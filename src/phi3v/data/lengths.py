@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from phi3v.data.conversations import Turn, answer_text, prompt_text
+from phi3v.data.conversations import DataError, Turn, answer_text, prompt_text
 from phi3v.data.dataset import ConversationDataset
 from phi3v.data.folder import LENGTHS, splits_of
 from phi3v.data.processes import process_pool
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 PART = 4096
 """Examples that a process counts at a time; fewer than two parts are not worth starting processes for."""
 
-VERSION = 1
+VERSION = 2
 """Raised when the same data and tokenizer count differently."""
 
 CHUNK = 256
@@ -72,6 +72,9 @@ class Counts:
     """Label tokens, end marks included."""
     tiles: int
     """Tiles of its pictures, the global views included."""
+    pictures: int
+    shrunk: int
+    """Pictures that the grid of tiles scales to less than half their width."""
 
     @property
     def total(self) -> int:
@@ -98,15 +101,17 @@ def count_turns(
         prompt = sum(length_of[text] for text in texts[place : place + pieces])
         answer = length_of[texts[place + pieces]] - bos
         place += pieces + 1
-        grids = [tile_layout(width, height, images.num_crops, images.tile_size)[2:] for width, height in own]
-        image = sum(num_image_tokens(*grid, images.tile_grid) for grid in grids)
-        counts.append(Counts(prompt, image, answer, sum(down * across + 1 for down, across in grids)))
+        layouts = [tile_layout(*size, images.num_crops, images.tile_size) for size in own]
+        image = sum(num_image_tokens(*layout[2:], images.tile_grid) for layout in layouts)
+        tiles = sum(layout.tiles_down * layout.tiles_across + 1 for layout in layouts)
+        shrunk = sum(2 * max(layout[:2]) < max(size) for layout, size in zip(layouts, own, strict=True))
+        counts.append(Counts(prompt, image, answer, tiles, len(own), shrunk))
     return counts
 
 
 def counted(dataset: ConversationDataset, start: int = 0, stop: int | None = None) -> Iterator[list[Counts]]:
     """Counts of the turns of examples start … stop-1 that can train, in order. Raises DataError."""
-    bos = len(dataset.processor.tokenizer("")["input_ids"])
+    bos, tile_size = len(dataset.processor.tokenizer("")["input_ids"]), dataset.processor.image_processor.tile_size
     stop = len(dataset) if stop is None else stop
     for first in range(start, stop, CHUNK):
         groups = [dataset.choices(dataset.conversation(index)) for index in range(first, min(first + CHUNK, stop))]
@@ -114,6 +119,13 @@ def counted(dataset: ConversationDataset, start: int = 0, stop: int | None = Non
         for index, turns in enumerate(groups, first):
             paths = {path for turn in turns for path in turn.images}
             known = {path: dataset.pictures.size(path, f"{dataset.lines.path}:{index + 1}") for path in paths}
+            for path, size in known.items():
+                layout = tile_layout(*size, dataset.num_crops, tile_size)
+                if not min(layout.width, layout.height):
+                    raise DataError(
+                        f"{dataset.lines.path}:{index + 1}: image {path!r}: {size[0]} x {size[1]} pixels; expected a "
+                        f"picture that keeps a pixel in {dataset.num_crops} tiles of {tile_size} pixels"
+                    )
             sizes += [[known[path] for path in turn.images] for turn in turns]
         counts = iter(count_turns(dataset.processor, [turn for turns in groups for turn in turns], sizes))
         for turns in groups:
@@ -129,10 +141,18 @@ def lengths(dataset: ConversationDataset, processes: int | None = None) -> list[
 
     processes: how many count (default: one a core this process may use). Raises DataError for what cannot be read.
     """
+    return counts(dataset, processes)[:, 0].tolist()
+
+
+def counts(dataset: ConversationDataset, processes: int | None = None) -> np.ndarray:
+    """[examples, 5] int32: tokens, tokens of its longest answer, turns, pictures, shrunk pictures of each example.
+
+    Where a turn is drawn, tokens and pictures are the most that it can have. Raises DataError for what cannot be read.
+    """
     processes = processes or len(os.sched_getaffinity(0))
     # Pictures of a folder made by hand may change while the jsonl stays; the converter's do not.
     if "source" not in dataset.description:
-        return count(dataset, processes).tolist()
+        return count(dataset, processes)
     folder = dataset.data_dir / LENGTHS
     file = folder / f"{dataset.lines.path.stem}-{_key(dataset)}.npy"
     with _alone(folder):
@@ -140,11 +160,42 @@ def lengths(dataset: ConversationDataset, processes: int | None = None) -> list[
         if found is None:
             found = count(dataset, processes)
             _write(file, found)
-    return found.tolist()
+    return found
+
+
+def summary_lines(
+    dataset: ConversationDataset, max_length: int | None = None, max_new_tokens: int | None = None
+) -> list[str]:
+    """What a person should know of a split before training on it, a fact a line.
+
+    max_length: examples of more tokens are left out; max_new_tokens: limit of an evaluation's answers (default: the data
+    folder's). Raises DataError for what cannot be read.
+    """
+    tokens, answers, turns, pictures, shrunk = counts(dataset).T
+    longest, wordiest, name = int(tokens.argmax()), int(answers.argmax()), dataset.lines.path
+    lines = [
+        f"{name}: {len(tokens):,} examples, {turns.sum():,} turns, {pictures.sum():,} pictures, "
+        f"{(pictures == 0).sum():,} examples without a picture",
+        f"{name}: tokens of an example: median {int(np.median(tokens)):,}, at most {tokens[longest]:,} (line {longest + 1})",
+    ]
+    if few := int(shrunk.sum()):
+        lines.append(
+            f"warning: {name}: {few:,} of {pictures.sum():,} pictures are scaled to less than half their width; more than "
+            f"num_crops {dataset.num_crops} keeps more (first: line {int(shrunk.argmax()) + 1})"
+        )
+    if max_length is not None and (many := int((tokens > max_length).sum())):
+        lines.append(f"warning: {name}: {many:,} examples of more than max_length {max_length:,} tokens are left out")
+    limit = max_new_tokens or dataset.description.get("max_new_tokens")
+    if limit and (cut := int((answers > limit).sum())):
+        lines.append(
+            f"warning: {name}: {cut:,} examples have answers of more than max_new_tokens {limit:,} tokens, up to "
+            f"{answers[wordiest]:,} (line {wordiest + 1}); an evaluation would cut such answers"
+        )
+    return lines
 
 
 def count(dataset: ConversationDataset, processes: int = 1) -> np.ndarray:
-    """[examples] int32 tokens of each example, counted now. Raises DataError."""
+    """What `counts` gives, counted now. Raises DataError."""
     parts = [(start, min(start + PART, len(dataset))) for start in range(0, len(dataset), PART)]
     if processes == 1 or len(parts) < 2:
         return np.concatenate([_count_part(part, dataset) for part in parts])
@@ -172,7 +223,17 @@ def _keep(dataset: ConversationDataset) -> None:
 def _count_part(part: tuple[int, int], dataset: ConversationDataset | None = None) -> np.ndarray:
     dataset = _KEPT[0] if dataset is None else dataset
     choose = max if dataset.turns == "draw" else sum
-    return np.array([choose(turn.total for turn in own) for own in counted(dataset, *part)], np.int32)
+    rows = [
+        (
+            choose(turn.total for turn in own),
+            max(turn.answer for turn in own),
+            len(own),
+            choose(turn.pictures for turn in own),
+            choose(turn.shrunk for turn in own),
+        )
+        for own in counted(dataset, *part)
+    ]
+    return np.array(rows, np.int32)
 
 
 def _key(dataset: ConversationDataset) -> str:
@@ -209,7 +270,7 @@ def _read(file: Path, examples: int) -> np.ndarray | None:
         found = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return found if found.shape == (examples,) and found.dtype == np.int32 else None
+    return found if found.shape == (examples, 5) and found.dtype == np.int32 else None
 
 
 def _write(file: Path, values: np.ndarray) -> None:
@@ -242,7 +303,7 @@ def split_statistics(dataset: ConversationDataset) -> SplitStatistics:
         tokens.append(sum(count.total for count in own) / weight)
         tiles.append(sum(count.tiles for count in own) / weight)
         answers += [count.answer for count in own]
-    counts, edges = np.histogram(tokens, bins=24)
+    heights, edges = np.histogram(tokens, bins=24)
     return {
         "examples": len(dataset),
         "turns": len(answers),
@@ -252,7 +313,7 @@ def split_statistics(dataset: ConversationDataset) -> SplitStatistics:
         "tokens": _summary(tokens),
         "answer_tokens": _summary(answers),
         "tiles": _summary(tiles),
-        "histogram": {"edges": [round(float(edge), 1) for edge in edges], "counts": counts.tolist()},
+        "histogram": {"edges": [round(float(edge), 1) for edge in edges], "counts": heights.tolist()},
     }
 
 
@@ -277,17 +338,12 @@ def plot(statistics: dict[str, SplitStatistics]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="{left}" {style}>{"".join(parts)}</svg>\n'
 
 
-def write_statistics(data_dir: str | Path, processor: ProcessorMixin, num_crops: int | None = None) -> str:
-    """statistics.json and statistics.svg of a data folder, counted with a model's processor; returns a line a split."""
-    statistics = {
-        split: split_statistics(ConversationDataset(data_dir, split, processor, num_crops))
-        for split in splits_of(Path(data_dir))
+def write_statistics(data_dir: str | Path, processor: ProcessorMixin, num_crops: int | None = None) -> list[str]:
+    """statistics.json and statistics.svg of a data folder, counted with a model's processor; returns summary_lines."""
+    datasets = {
+        split: ConversationDataset(data_dir, split, processor, num_crops) for split in splits_of(Path(data_dir))
     }
+    statistics = {split: split_statistics(dataset) for split, dataset in datasets.items()}
     write_json(Path(data_dir) / "statistics.json", statistics, indent=2)
     (Path(data_dir) / "statistics.svg").write_text(plot(statistics), encoding="utf-8")
-    return "\n".join(
-        f"{split}: {values['examples']} examples, {values['tokens']['mean']} tokens on average, "
-        f"{values['tokens']['max']:g} at most, {values['tiles']['mean']} tiles, "
-        f"{values['answer_tokens']['mean']} answer tokens"
-        for split, values in statistics.items()
-    )
+    return [line for dataset in datasets.values() for line in summary_lines(dataset)]
