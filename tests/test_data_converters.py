@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -321,15 +322,15 @@ def test_whatever_an_item_is_it_is_taken_or_refused(name: str, item: dict, tmp_p
 def test_a_broken_json_list_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"a\.json: item \d+: "):
-        list(json_rows(tmp_path / "a.json"))
+        list(json_rows(tmp_path / "a.json", count()))
 
 
 def test_a_json_list_is_read_piece_by_piece(tmp_path: Path) -> None:
     items = [{"id": number, "text": "ü" * (number % 50)} for number in range(60_000)] + [1.5, "x", None, 12345]
     (tmp_path / "a.json").write_text(json.dumps(items, ensure_ascii=False))
-    assert [item for _, _, item in json_rows(tmp_path / "a.json")] == items
+    assert [item for _, _, item in json_rows(tmp_path / "a.json", count())] == items
     (tmp_path / "b.json").write_text(" [ ] ")
-    assert list(json_rows(tmp_path / "b.json")) == []
+    assert list(json_rows(tmp_path / "b.json", count())) == []
 
 
 def test_official_files(tmp_path: Path) -> None:

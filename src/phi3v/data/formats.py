@@ -303,40 +303,18 @@ def table(inputs: Inputs) -> Samples:
 SPLIT_FOLDERS = ("train", "val", "validation", "valid", "dev", "test")
 
 
-@dataclass
-class _Folder:
-    """Files of an image folder by what they are."""
-
-    pictures: list[tuple[str, ...]]
-    """Parts of each path."""
-    beside: dict[tuple[str, str], list[Path]]
-    """(name without suffix, suffix) to the .json and .txt files that may belong to a picture."""
-    rows: dict[str, Row]
-    """Path of a picture to its row in metadata.csv or .jsonl."""
+def _metadata(inputs: Inputs, path: Path) -> Iterator[tuple[str, str, Row]]:
+    """(path of a picture, place for messages, row) of a metadata file of an image folder. Raises DataError."""
+    for where, _, row in read_rows(replace(inputs, files=[path], options=Options())):
+        if isinstance(row, DataError):
+            raise DataError(f"{where}: {row}")
+        yield (path.relative_to(inputs.root).parent / as_text(row.get("file_name"))).as_posix(), where, row
 
 
-def _folder(inputs: Inputs) -> _Folder:
-    types, found = mimetypes.MimeTypes(), _Folder([], {}, {})
-    for path in inputs.files:
-        name = path.relative_to(inputs.root)
-        kind = types.guess_type(path.name.lower())[0] or "image/"
-        if is_junk(name):
-            continue
-        if path.stem == "metadata" and path.suffix in (*TABLES, ".jsonl", ".parquet"):
-            for where, _, row in read_rows(replace(inputs, files=[path], options=Options())):
-                if isinstance(row, DataError):
-                    raise DataError(f"{where}: {row}")
-                file = (name.parent / as_text(row.get("file_name"))).as_posix()
-                found.rows[file] = row
-                inputs.untaken[file] = f"{where} names it; no such picture"
-        elif path.suffix in (".json", ".txt"):
-            found.beside.setdefault((path.stem, path.suffix), []).append(path)
-            inputs.untaken[name.as_posix()] = "no picture of that name"
-        elif kind.startswith("image/") or kind == "application/pdf":
-            found.pictures.append(name.parts)
-        else:
-            inputs.untaken[name.as_posix()] = f"{kind} by its suffix; expected a picture"
-    return found
+def _beside(files: dict[str, list[Path]], picture: Path, suffix: str) -> Path | None:
+    """The file of a picture's name and another suffix: in its folder, or else the only one."""
+    wanted = picture.with_suffix(suffix)
+    return next((files[key][0] for key in (str(wanted), wanted.name) if len(files.get(key, [])) == 1), None)
 
 
 def folder_rows(inputs: Inputs) -> tuple[Rows, list[str]]:
@@ -345,53 +323,57 @@ def folder_rows(inputs: Inputs) -> tuple[Rows, list[str]]:
     Columns: image, file_name, label (the class), those of metadata.csv or metadata.jsonl (whose file_name names the
     picture), and what NAME.json and NAME.txt hold: `json`, its fields, and `text`. Other files go into inputs.untaken.
     """
-    found = _folder(inputs)
-    only_splits = all(len(parts) == 2 and parts[0] in SPLIT_FOLDERS for parts in found.pictures)
+    types, names, extra, files = mimetypes.MimeTypes(), list[Path](), dict[str, Row](), dict[str, list[Path]]()
+    untaken: dict[str, str] = {}
+    for path in inputs.files:
+        name = path.relative_to(inputs.root)
+        kind = types.guess_type(path.name.lower())[0] or "image/"
+        if path.stem == "metadata" and path.suffix in (*TABLES, ".jsonl", ".parquet"):
+            for picture, where, found in _metadata(inputs, path):
+                extra[picture], untaken[picture] = found, f"{where} names it; no such picture"
+        elif path.suffix in (".json", ".txt") and not is_junk(name):
+            untaken[str(name)] = "no picture of that name"
+            for key in {str(name), name.name}:
+                files.setdefault(key, []).append(name)
+        elif kind.startswith("image/") or kind == "application/pdf":
+            names += [] if is_junk(name) else [name]
+        elif not is_junk(name):
+            untaken[str(name)] = f"{kind} by its suffix; expected a picture"
+    only_splits = all(len(name.parts) == 2 and name.parts[0] in SPLIT_FOLDERS for name in names)
     placed = []
-    for parts in found.pictures:
-        split = parts[0] if only_splits else parts[-3] if len(parts) > 2 else ""
-        placed.append((split, "" if only_splits or len(parts) < 2 else parts[-2], inputs.root.joinpath(*parts)))
+    for name in names:
+        *_, split, label, _ = ("", "", *name.parts)
+        placed.append((*((label, "") if only_splits else (split, label)), name))
     splits = {split for split, _, _ in placed}
-    wanted = next((name for name in (inputs.split, SPLIT_NAMES.get(inputs.split)) if name in splits), "")
-    chosen = sorted(item for item in placed if item[0] == wanted)
+    wanted = next((split for split in (inputs.split, SPLIT_NAMES.get(inputs.split)) if split in splits), "")
+    chosen = sorted((label, name) for split, label, name in placed if split == wanted)
     if not chosen:
         raise DataError(
             f"{inputs.root}: no pictures as NAME, CLASS/NAME or {inputs.split}/CLASS/NAME; {len(inputs.files)} files, "
             f"splits {', '.join(sorted(splits))}"
         )
-    for split, _, path in placed:
+    for split, _, name in placed:
+        untaken.pop(str(name), None)
+        for suffix in (".json", ".txt"):
+            untaken.pop(str(_beside(files, name, suffix)), None)
         if split not in (wanted, *SPLIT_FOLDERS):
-            inputs.untaken[path.relative_to(inputs.root).as_posix()] = f"expected CLASS/NAME or {wanted}/CLASS/NAME"
-    own = {path: {suffix: _beside(found, path, suffix) for suffix in (".json", ".txt")} for _, _, path in placed}
-    for path, files in own.items():
-        for name in (path, *files.values()):
-            if name and (name not in own or path.relative_to(inputs.root).as_posix() in found.rows):
-                inputs.untaken.pop(name.relative_to(inputs.root).as_posix(), None)
+            untaken[str(name)] = f"expected CLASS/NAME or {wanted}/CLASS/NAME"
+    inputs.untaken.update(untaken)
 
-    def rows() -> Rows:
-        for number, (_, label, path) in enumerate(chosen):
-            where = path.relative_to(inputs.root).as_posix()
-            row: Row = {"label": label}
-            for suffix, file in own[path].items():
-                try:
-                    content = file and (json.loads(file.read_bytes()) if suffix == ".json" else file.read_text("utf-8"))
-                except (ValueError, RecursionError) as error:
-                    yield where, number, DataError(f"{file}: {error}; expected {suffix[1:]} in UTF-8")
-                    break
-                row |= (content if isinstance(content, dict) else {}) | {
-                    "json" if suffix == ".json" else "text": content
-                }
-            else:
-                picture = Picture(path, f"{label}/{path.name}" if label else path.name)
-                yield where, number, row | found.rows.get(where, {}) | {"image": picture, "file_name": where}
+    def row(label: str, name: Path) -> Row | DataError:
+        path, found = inputs.root / name, dict[str, object](label=label)
+        beside, text = _beside(files, name, ".json"), _beside(files, name, ".txt")
+        try:
+            content = json.loads((inputs.root / beside).read_bytes()) if beside else None
+            found |= (content if isinstance(content, dict) else {}) | ({"json": content} if beside else {})
+            found |= {"text": (inputs.root / text).read_text("utf-8")} if text else {}
+        except (ValueError, RecursionError) as error:
+            return DataError(f"{beside or text}: {error}; expected JSON, or text in UTF-8")
+        picture = Picture(path, f"{label}/{path.name}" if label else path.name)
+        return found | extra.get(str(name), {}) | {"image": picture, "file_name": str(name)}
 
-    return rows(), sorted({label for _, label, _ in placed if label})
-
-
-def _beside(found: _Folder, picture: Path, suffix: str) -> Path | None:
-    """The file of a picture's name and another suffix: in its folder, or else the only one."""
-    files = found.beside.get((picture.stem, suffix), [])
-    return next((file for file in files if file.parent == picture.parent), files[0] if len(files) == 1 else None)
+    rows = ((str(name), number, row(label, name)) for number, (label, name) in enumerate(chosen))
+    return rows, sorted({label for _, label, _ in placed if label})
 
 
 def imagefolder(inputs: Inputs) -> Samples:

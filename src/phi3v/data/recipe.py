@@ -5,6 +5,7 @@ Their jsonl, ids and picture names are the recipe's; the digests of published re
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -65,12 +66,8 @@ def _bytes_picture(value: object, where: str, field: str) -> Picture:
 
 def _parquet(inputs: Inputs, columns: list[str]) -> Rows:
     """Rows of all files, numbered over all of them."""
-    number = 0
-    for path in inputs.files:
-        last = number - 1
-        for where, last, row in parquet_rows(path, columns, number):
-            yield where, last, row
-        number = last + 1
+    numbers = itertools.count()
+    return itertools.chain.from_iterable(parquet_rows(path, numbers, columns) for path in inputs.files)
 
 
 def cauldron(inputs: Inputs) -> Samples:
@@ -126,7 +123,7 @@ def nlvr2_official(inputs: Inputs) -> Samples:
         user = prompt.replace("{sentence}", some_text(item.get("sentence"), where, "sentence"))
         return Sample(where, name, (SampleTurn(pictures, user, ("Yes" if label == "True" else "No",)),))
 
-    return each_row(json_rows(inputs.only(".json", ".jsonl")), build)
+    return each_row(json_rows(inputs.only(".json", ".jsonl"), itertools.count()), build)
 
 
 def hateful_memes_official(inputs: Inputs) -> Samples:
@@ -140,7 +137,7 @@ def hateful_memes_official(inputs: Inputs) -> Samples:
         picture = picture_under(inputs.images_dir, item.get("img"), where, "img")
         return Sample(where, f"meme-{item.get('id')}", (SampleTurn((picture,), prompt, ("Yes" if label else "No",)),))
 
-    return each_row(json_rows(inputs.only(".jsonl", ".json")), build)
+    return each_row(json_rows(inputs.only(".jsonl", ".json"), itertools.count()), build)
 
 
 def docvqa_official(inputs: Inputs) -> Samples:
@@ -152,7 +149,7 @@ def docvqa_official(inputs: Inputs) -> Samples:
         user = f"{some_text(item.get('question'), where, 'question')}\nAnswer briefly."
         return Sample(where, f"docvqa-{item.get('questionId', number)}", (SampleTurn((picture,), user, answers),))
 
-    return each_row(json_rows(inputs.only(".json"), "data"), build)
+    return each_row(json_rows(inputs.only(".json"), itertools.count(), "data"), build)
 
 
 def ucf101(inputs: Inputs) -> Samples:

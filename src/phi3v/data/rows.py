@@ -13,6 +13,7 @@ import csv
 import difflib
 import fnmatch
 import functools
+import itertools
 import json
 import os
 import posixpath
@@ -271,21 +272,17 @@ def read_rows(inputs: Inputs) -> Rows:
     if any(path.name in ("state.json", "dataset_dict.json") for path in inputs.files):
         yield from _saved_rows(inputs)
         return
-    number = 0
+    options, numbers = inputs.options, itertools.count()
     for path in _split_files(inputs):
         kind = path.suffix.lower()
         if kind == ".parquet":
-            rows = parquet_rows(path, None, number)
+            yield from parquet_rows(path, numbers)
         elif kind == ".tar":
-            rows = _sample_rows(inputs, path, number)
+            yield from _sample_rows(inputs, path, numbers)
         elif kind in (".json", ".jsonl"):
-            rows = json_rows(path, inputs.options.field, number)
+            yield from json_rows(path, numbers, options.field)
         else:
-            rows = table_rows(path, inputs.options.encoding, inputs.options.delimiter, number)
-        last = number - 1
-        for where, last, row in rows:
-            yield where, last, row
-        number = last + 1
+            yield from table_rows(path, numbers, options.encoding, options.delimiter)
 
 
 def _split_files(inputs: Inputs) -> list[Path]:
@@ -342,7 +339,7 @@ def _saved_rows(inputs: Inputs) -> Rows:
             number += 1
 
 
-def _sample_rows(inputs: Inputs, path: Path, first: int) -> Rows:
+def _sample_rows(inputs: Inputs, path: Path, numbers: Iterator[int]) -> Rows:
     """Samples of a tar file in the webdataset layout: a column for each suffix, and `__key__`."""
     datasets = _datasets()
     try:
@@ -356,20 +353,19 @@ def _sample_rows(inputs: Inputs, path: Path, first: int) -> Rows:
         for column, feature in data.features.items():
             if hasattr(feature, "decode"):
                 data = data.cast_column(column, type(feature)(decode=False))
-        for number, row in enumerate(data, first):
-            yield f"{path.name}: {row['__key__']}", number, row
+        for row in data:
+            yield f"{path.name}: {row['__key__']}", next(numbers), row
     except (OSError, ValueError, TypeError, tarfile.TarError, datasets.exceptions.DatasetGenerationError) as error:
         raise DataError(f"{path}: cannot be read as a tar file of samples: {error}") from None
 
 
-def parquet_rows(path: Path, columns: list[str] | None = None, first: int = 0) -> Rows:
-    """Rows of a parquet file, numbered from `first`. Raises DataError for a file without the columns."""
+def parquet_rows(path: Path, numbers: Iterator[int], columns: list[str] | None = None) -> Rows:
+    """Rows of a parquet file. Raises DataError for a file without the columns."""
     import pyarrow
     import pyarrow.parquet
 
     if path.suffix != ".parquet":
         raise DataError(f"{path}: not a .parquet file; expected the parquet files of the source only")
-    number = first
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             names = file.schema_arrow.names
@@ -380,8 +376,8 @@ def parquet_rows(path: Path, columns: list[str] | None = None, first: int = 0) -
                 )
             for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
                 for row in batch.to_pylist():
+                    number = next(numbers)
                     yield f"{path.name}: row {number}", number, row
-                    number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as parquet: {error}") from None
 
@@ -406,50 +402,31 @@ def _encoding(path: Path) -> str:
     return "utf-8-sig"
 
 
-class _Lines:
-    """Lines of a table; those of the record under way can be read again."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.number = 0
-        self.record: list[str] = []
-        self._file, self._again = file, deque[str]()
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        if len(self.record) > MAX_RECORD_LINES:
-            raise csv.Error("a quoted field that does not end")
-        self.record.append(self._again.popleft() if self._again else next(self._file))
-        self.number += 1
-        return self.record[-1]
-
-    def as_it_is(self, delimiter: str) -> list[str]:
-        """The first line of the record with quotation marks as text; its other lines are read again."""
-        first, *rest = self.record
-        self._again.extendleft(reversed(rest))
-        self.number -= len(rest)
-        return first.rstrip("\r\n").split(delimiter)
+def _records(file: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """(last line, cells) of each record. A quotation mark that opens no field as spreadsheets write it is text."""
+    again, number = deque[str](), 0
+    while line := again.popleft() if again else file.readline():
+        lines = [line]
+        while True:
+            try:
+                cells = next(csv.reader(lines, delimiter=delimiter, strict=True))
+                # A field with a tab and a line end: two rows of which each begins a field with a quotation mark.
+                whole = delimiter != "\t" or len(lines) == 1 or not any("\t" in c and "\n" in c for c in cells)
+                break
+            except csv.Error as error:
+                open_field = "unexpected end" in str(error) and len(lines) < MAX_RECORD_LINES
+                whole = bool(open_field and (line := again.popleft() if again else file.readline()))
+                if not whole:
+                    break
+                lines.append(line)
+        if not whole:
+            again.extendleft(reversed(lines[1:]))
+            lines, cells = lines[:1], lines[0].rstrip("\r\n").split(delimiter)
+        number += len(lines)
+        yield number, cells
 
 
-def _records(lines: _Lines, delimiter: str) -> Iterator[list[str]]:
-    """Cells of each record. A quotation mark that opens no field as spreadsheets write it stands for itself."""
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    while True:
-        lines.record.clear()
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            yield lines.as_it_is(delimiter)
-            continue
-        # A field with a tab and a line end is two rows of which each begins a field with a quotation mark.
-        torn = delimiter == "\t" and len(lines.record) > 1 and any("\t" in cell and "\n" in cell for cell in cells)
-        yield lines.as_it_is(delimiter) if torn else cells
-
-
-def table_rows(path: Path, encoding: str = "", delimiter: str = "", first: int = 0) -> Rows:
+def table_rows(path: Path, numbers: Iterator[int], encoding: str = "", delimiter: str = "") -> Rows:
     """Rows of a CSV or TSV with a header. The delimiter is the one that makes most of the header, if none is given."""
     csv.field_size_limit(2**24)
     encoding = encoding or _encoding(path)
@@ -460,13 +437,12 @@ def table_rows(path: Path, encoding: str = "", delimiter: str = "", first: int =
                 marks = (",", "\t", ";") if path.suffix.lower() == ".csv" else ("\t", ",", ";")
                 delimiter = max(marks, key=lambda mark: len(next(csv.reader([line], delimiter=mark), [])))
                 file.seek(0)
-            lines = _Lines(file)
-            records = _records(lines, delimiter)
-            header = [name.strip() for name in next(records, [])]
+            records = _records(file, delimiter)
+            header = [name.strip() for name in next(records, (0, list[str]()))[1]]
             if not any(header):
                 raise DataError(f"{path}: empty; expected a header and rows")
-            for number, cells in enumerate(records, first):
-                where = f"{path.name}:{lines.number}"
+            for (line_number, cells), number in zip(records, numbers, strict=False):
+                where = f"{path.name}:{line_number}"
                 if len(cells) != len(header) and cells:
                     yield (
                         where,
@@ -481,7 +457,7 @@ def table_rows(path: Path, encoding: str = "", delimiter: str = "", first: int =
         raise DataError(f"{path}: not a table in {encoding}: {error} (option `encoding`)") from None
 
 
-def json_rows(path: Path, field_name: str = "", first: int = 0) -> Rows:
+def json_rows(path: Path, numbers: Iterator[int], field_name: str = "") -> Rows:
     """Items of a JSON list or of a jsonl, one at a time: memory does not grow with the file.
 
     field_name: the list is this field of the file's one object, which is read at once.
@@ -494,15 +470,14 @@ def json_rows(path: Path, field_name: str = "", first: int = 0) -> Rows:
         data = content.get(field_name) if isinstance(content, dict) else None
         if not isinstance(data, list):
             raise DataError(f"{path}: expected a JSON object with a list `{field_name}`")
-        yield from ((f"{path.name}: {field_name}[{k}]", k, item) for k, item in enumerate(data, first))
+        yield from ((f"{path.name}: {field_name}[{k}]", next(numbers), item) for k, item in enumerate(data))
         return
     with open(path, "rb") as file:
         if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-            yield from _list_items(path, first)
+            yield from _list_items(path, numbers)
             return
         file.seek(0)
-        number = first
-        for line_number, line in raw_lines(file):
+        for (line_number, line), number in zip(raw_lines(file), numbers, strict=False):
             line = line.removeprefix(b"\xef\xbb\xbf") if line_number == 1 else line
             if not line.isspace():
                 row: Row | DataError
@@ -511,10 +486,9 @@ def json_rows(path: Path, field_name: str = "", first: int = 0) -> Rows:
                 except ValueError as error:
                     row = DataError(f"{error}; expected a list, or one JSON object a line")
                 yield f"{path.name}:{line_number}", number, row
-            number += 1
 
 
-def _list_items(path: Path, first: int) -> Rows:
+def _list_items(path: Path, numbers: Iterator[int]) -> Rows:
     decoder, separator, number = json.JSONDecoder(), re.compile(r"\s*([,\]])\s*"), 0
     with open(path, encoding="utf-8-sig") as file:
         try:
@@ -532,7 +506,7 @@ def _list_items(path: Path, first: int) -> Rows:
                         raise DataError(f"{path}: item {number}: not JSON: {error}") from None
                     text, position = (text[position:] + block).lstrip(), 0
                     continue
-                yield f"{path.name}: item {number}", first + number, item
+                yield f"{path.name}: item {number}", next(numbers), item
                 number, position = number + 1, found.end()
                 if found[1] == "]":
                     return
