@@ -53,6 +53,27 @@ def test_a_converted_folder_is_fine(tmp_path: Path) -> None:
     }
 
 
+def test_a_picture_that_changed_after_the_conversion_is_named(tmp_path: Path) -> None:
+    pictures = tmp_path / "mine"
+    pictures.mkdir()
+    for number in range(3):
+        (pictures / f"{number}.jpg").write_bytes(picture_bytes(number))
+    (tmp_path / "mine.tsv").write_text(
+        "image\tquestion\tanswer\n" + "".join(f"{n}.jpg\tWhich?\t{n}\n" for n in range(3))
+    )
+    convert_files("table", tmp_path / "mine.tsv", tmp_path / "out", "val", images_dir=pictures)
+    check = ["sha256sum", "--check", "--quiet", "val.sha256"]
+    assert subprocess.run(check, cwd=tmp_path / "out").returncode == 0
+    # Saving over the original in place does not reach the converted data.
+    with open(pictures / "1.jpg", "r+b") as file:
+        file.write(picture_bytes(7))
+    assert problems(tmp_path / "out") == []
+    (tmp_path / "out/images/val/1.jpg").write_bytes(picture_bytes(7))
+    found = problems(tmp_path / "out")
+    assert len(found) == 1 and "val.sha256: 1 pictures differ from what was converted: 'val/1.jpg'" in found[0]
+    assert problems(tmp_path / "out", "paths") == []
+
+
 def test_every_wrong_line_is_named_in_whatever_way_it_is_wrong(tmp_path: Path) -> None:
     lines: list[Conversation | bytes] = [
         example(0),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,21 @@ def test_a_finished_pass_is_not_repeated_but_a_changed_setting_is(checkpoint, tm
     assert (tmp_path / "out/after/timing.json").stat().st_mtime_ns == first
     assert (tmp_path / "out/manifest.json").is_file()
     evaluate_here(checkpoint, data, tmp_path / "out", max_new_tokens=3)
+    assert (tmp_path / "out/after/timing.json").stat().st_mtime_ns != first
+
+
+def test_touched_and_copied_inputs_keep_the_answers_and_a_changed_picture_does_not(checkpoint, tmp_path, monkeypatch):
+    data = write_data(tmp_path / "data", 3)
+    evaluate_here(checkpoint, data, tmp_path / "out")
+    first = (tmp_path / "out/after/timing.json").stat().st_mtime_ns
+    for folder, copied in ((checkpoint, tmp_path / "model"), (data, tmp_path / "again")):
+        shutil.copytree(folder, copied, copy_function=shutil.copyfile)
+    monkeypatch.setattr("phi3v.provenance.manifest.commit", lambda: {"commit": "another", "dirty": None})
+    evaluate_here(tmp_path / "model", tmp_path / "again", tmp_path / "out")
+    assert (tmp_path / "out/after/timing.json").stat().st_mtime_ns == first
+    one, other = sorted((tmp_path / "again/images").rglob("*.png"))[:2]
+    one.write_bytes(other.read_bytes())
+    evaluate_here(tmp_path / "model", tmp_path / "again", tmp_path / "out")
     assert (tmp_path / "out/after/timing.json").stat().st_mtime_ns != first
 
 

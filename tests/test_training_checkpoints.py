@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -128,6 +129,16 @@ def test_the_fingerprint_follows_settings_data_and_base_weights(tmp_path):
     before = mark()
     assert mark(save_steps=3, tqdm=False, output_dir="elsewhere") == before
     assert mark(learning_rate=1e-3) != before
+    # Times and places say nothing: only contents do, of large files too.
+    with (tmp_path / "model" / "model.safetensors").open("wb") as file:
+        file.truncate(65 * 2**20)
+    before = mark()
+    for path in (*(tmp_path / "model").iterdir(), *(tmp_path / "data").rglob("*")):
+        os.utime(path, (1e9, 1e9))
+    assert mark() == before
+    shutil.copytree(tmp_path / "model", tmp_path / "copy", copy_function=shutil.copyfile)
+    (tmp_path / "data" / "statistics.json").write_text("{}")
+    assert mark(model_name_or_path=str(tmp_path / "copy")) == before
     (tmp_path / "model" / "config.json").write_text("{ }")
     assert mark()["model"] != before["model"]
     with (tmp_path / "data" / "train.jsonl").open("a") as file:

@@ -33,7 +33,7 @@ from phi3v.data.conversations import (
     record_problem,
     shown,
 )
-from phi3v.data.folder import Pictures, SplitEntry, describe, splits_of
+from phi3v.data.folder import Pictures, SplitEntry, check_unchanged, describe, splits_of
 from phi3v.data.pictures import thin_problem
 from phi3v.data.processes import process_pool
 
@@ -293,8 +293,14 @@ def validate_folder(
         return checks, problems, {}
     for found in checks.values():
         check_paths(data_dir / "images", found, problems)
-    shared = check_images(data_dir, checks, problems, workers) if level == "images" else {}
-    return checks, problems, shared
+    if level != "images":
+        return checks, problems, {}
+    for split, found in checks.items():
+        try:
+            check_unchanged(data_dir, split, Pictures(data_dir).digests(found.pictures))
+        except DataError as error:
+            problems.add("pictures changed", str(error))
+    return checks, problems, check_images(data_dir, checks, problems, workers)
 
 
 def content_digest(data: bytes) -> bytes:

@@ -32,7 +32,7 @@ from phi3v.data.conversations import (
     shown,
 )
 from phi3v.data.fetch import FAILURES, fetch_urls, locked_files, url_file
-from phi3v.data.folder import LENGTHS, Description, SplitEntry, describe
+from phi3v.data.folder import LENGTHS, Description, SplitEntry, describe, record_picture
 from phi3v.data.formats import FORMATS, ROWS, as_text, column
 from phi3v.data.pictures import PictureOptions, read_pictures
 from phi3v.data.rows import Inputs, Picture, Rejection, Sample, may_name_urls
@@ -157,8 +157,8 @@ class PictureWriter:
     options: PictureOptions
     written: int = 0
     warnings: list[str] = field(default_factory=list)
-    of_row: list[Path] = field(default_factory=list)
-    """Files of the row under way."""
+    of_row: dict[Path, bytes] = field(default_factory=dict)
+    """Files of the row under way, and their content."""
 
     def forget_row(self) -> None:
         """The row under way is not taken: remove its pictures."""
@@ -190,7 +190,7 @@ class PictureWriter:
                 continue
             target.write_bytes(stored.data)  # a copy: saving over the original must not change converted data
             self.written += 1
-            self.of_row.append(target)
+            self.of_row[target] = stored.data
         return paths
 
     def _fetched(self, url: str, where: str) -> Path:
@@ -261,7 +261,7 @@ def _convert_split(
     writer = PictureWriter(work / "images", split, source.urls, pictures)
     # A bar on a terminal, a line every half minute in a log.
     delay, pause = (0.0, 0.1) if sys.stderr.isatty() else (30.0, 30.0)
-    with open(work / name, "wb") as file:
+    with open(work / name, "wb") as file, open(work / f"{split}.sha256", "w", encoding="utf-8") as record:
         for number, sample in tqdm(
             source.samples, desc=f"converting {split}", unit="row", delay=delay, mininterval=pause
         ):
@@ -280,6 +280,8 @@ def _convert_split(
             else:
                 file.write(line)
                 digest.update(line)
+                for path, content in writer.of_row.items():
+                    record_picture(record, path.relative_to(writer.images).as_posix(), content)
                 examples += 1
             writer.of_row.clear()
         file.flush()
@@ -390,7 +392,8 @@ def _move_into_place(work: Path, output_dir: Path, results: dict[str, SplitEntry
             shutil.rmtree(old)
         if (work / "images" / split).exists():
             os.replace(work / "images" / split, old)
-        os.replace(work / result["file"], output_dir / result["file"])
+        for name in (result["file"], f"{split}.sha256"):
+            os.replace(work / name, output_dir / name)
     log, rejected = work / "rejected.jsonl", output_dir / "rejected.jsonl"
     if keep and rejected.exists():
         lines = rejected.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
-from typing import TypedDict
+from typing import TextIO, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -169,9 +172,37 @@ class Pictures:
         except OSError as error:
             raise DataError(f"{where}: image {path!r}: cannot be read: {error}") from None
 
+    def digests(self, paths: Iterable[str]) -> dict[str, str]:
+        """sha256 of each picture's bytes, by path in order. Raises DataError."""
+        unique = sorted(set(paths))
+        with ThreadPoolExecutor(8) as pool:
+            found = pool.map(lambda path: sha256(self.bytes_of(path, str(self.data_dir))).hexdigest(), unique)
+            return dict(zip(unique, found, strict=True))
+
     def stored_bytes(self, path: str, where: str) -> int:
         """Size of the stored picture, without reading it. Raises DataError."""
         try:
             return self.file(path, where).stat().st_size
         except OSError as error:
             raise DataError(f"{where}: image {path!r}: cannot be read: {error}") from None
+
+
+def record_picture(file: TextIO, path: str, content: bytes) -> None:
+    """Append a picture to its split's SPLIT.sha256, which `sha256sum --check` reads too. path: relative to images/."""
+    file.write(f"{sha256(content).hexdigest()}  images/{path}\n")
+
+
+def check_unchanged(data_dir: str | Path, split: str, digests: dict[str, str]) -> None:
+    """Raise DataError if a picture is not what was converted. A folder made by hand has no record to compare with."""
+    record = Path(data_dir) / f"{split}.sha256"
+    if not record.exists():
+        return
+    with open(record, encoding="utf-8") as lines:
+        converted = {line[73:-1]: line[:64] for line in lines}
+    changed = [path for path, digest in digests.items() if digest != converted.get(path)]
+    if changed:
+        few = ", ".join(repr(path) for path in changed[:3])
+        raise DataError(
+            f"{record}: {len(changed)} pictures differ from what was converted: {few}{' …' if len(changed) > 3 else ''}; "
+            "convert the data again, or remove this file to accept them"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,12 +48,6 @@ def read_questions(data_dir: str | Path, split: str) -> list[Question]:
             pictures.stored_bytes(image, f"{path}:{number}: field `images`")
         questions.append(Question(example.id, turn.images, turn.user, prompt_text(turn), turn.accepted, example.meta))
     return questions
-
-
-def content_digests(pictures: Pictures, questions: Sequence[Question]) -> dict[str, str]:
-    """Path to sha256 of the bytes, for every picture of the questions: equal pictures under two names have one digest."""
-    paths = sorted({image for question in questions for image in question.images})
-    return {path: hashlib.sha256(pictures.bytes_of(path, str(pictures.data_dir))).hexdigest() for path in paths}
 
 
 def leaked(pictures: Pictures, questions: Sequence[Question], train_dir: str | Path) -> int | None:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,14 +23,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from phi3v.data.conversations import DataError
-from phi3v.data.folder import Pictures, describe, split_file
+from phi3v.data.folder import Pictures, check_unchanged, describe, split_file
 from phi3v.data.processes import loader_workers
 from phi3v.evaluation.generate import Answer, Predictor, choice_of, is_hub_id, weights_folder
 from phi3v.evaluation.metrics import Summary, normalise, score, summarise
 from phi3v.evaluation.predictions import Draft, Partial, Record, json_lines
 from phi3v.evaluation.questions import (
     Question,
-    content_digests,
     leaked,
     plan_batches,
     prompt_lengths,
@@ -38,7 +37,7 @@ from phi3v.evaluation.questions import (
     swap_pictures,
 )
 from phi3v.model.runtime import attention_note, compute_device
-from phi3v.provenance.manifest import commit, digest_file, write_atomically, write_json, write_manifest
+from phi3v.provenance.manifest import digest_file, digest_weights, write_atomically, write_json, write_manifest
 from phi3v.settings import Compute, Dataset, EvaluateSettings, Role, fields_with
 from phi3v.settings.commands import Answering
 
@@ -65,6 +64,13 @@ class Processes:
         """Return once every process has called it."""
         if self.world > 1:
             torch.distributed.barrier()
+
+    def from_first(self, make: Callable[[], str]) -> str:
+        """What process 0 makes, in every process."""
+        made = [make() if self.rank == 0 else ""]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(made)
+        return made[0]
 
     def leave(self) -> None:
         """Close the group."""
@@ -135,7 +141,10 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Summary]:
     processes = join(settings)
     model = shared_weights(settings.model_name_or_path, processes)
     inputs: dict[str, Path] = {"model": model, "data": data_dir, "split": split_file(data_dir, settings.split)}
-    fingerprint = answers_fingerprint(settings, model, digest_file(inputs["split"]))
+    digests = pictures.digests(image for question in questions for image in question.images)
+    check_unchanged(data_dir, settings.split, digests)
+    data = f"{digest_file(inputs['split'])} {sorted(digests.values())}"
+    fingerprint = processes.from_first(lambda: answers_fingerprint(settings, model, data))
     if processes.rank == 0:
         (output / "manifest.json").unlink(missing_ok=True)
     summaries: dict[str, Summary] = {}
@@ -143,7 +152,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Summary]:
     for name in settings.passes:
         each = Pass(name, output / name, questions, pictures, f"{fingerprint}-{name}")
         if name == "control":
-            swapped, left_out = swap_pictures(questions, content_digests(pictures, questions), settings.seed)
+            swapped, left_out = swap_pictures(questions, digests, settings.seed)
             if not swapped:
                 if processes.rank == 0:
                     (output / name / "predictions.jsonl").unlink(missing_ok=True)
@@ -189,14 +198,15 @@ def _with_the_datas(settings: EvaluateSettings) -> EvaluateSettings:
 
 
 def answers_fingerprint(settings: Answering, model: Path, data: str) -> str:
-    """Digest of everything the answers depend on: model files, data (their digest), settings, code."""
-    files = sorted(path for path in model.glob("*") if path.is_file())
+    """Digest of what the answers depend on: contents of the model's files and of the data (`data`), and settings.
+
+    Not the code: a `git pull` keeps the answers that are there. The manifest names the commit of the last part.
+    """
     roles = fields_with(type(settings), Role.RECIPE, Role.NUMERICS, Role.EQUIVALENT)
     facts = {
-        "model": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
+        "model": digest_weights(model),
         "data": data,
         "settings": settings.model_dump(include=set(roles) - {"metrics", "group_by", "train_dir"}),
-        "code": commit(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -17,7 +17,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -141,6 +142,19 @@ def digest_file(path: Path) -> str:
     """sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """One digest of the names and bytes of files. Their folder, times and order do not matter, so a copy has the same."""
+    with ThreadPoolExecutor(8) as pool:
+        lines = pool.map(lambda path: f"{path.name} {digest_file(path)}\n", paths)
+        return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
+def digest_weights(folder: Path) -> str:
+    """Digest of the files in a model's folder; a row's manifest is left out, because it holds times."""
+    files = (path for path in folder.glob("[!.]*") if path.is_file() and path.name != "manifest.json")
+    return digest_files(files)
 
 
 def write_atomically(path: Path, text: str) -> None:

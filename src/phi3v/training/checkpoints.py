@@ -13,7 +13,6 @@ Weights that do not train are in no checkpoint: they are the base's, whose diges
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypedDict
 
-from phi3v.provenance.manifest import digest_file, write_json
+from phi3v.data.folder import splits_of
+from phi3v.provenance.manifest import digest_file, digest_files, digest_weights, write_json
 from phi3v.settings import FinetuneSettings, Role, fields_with
 
 VERSION = 2
@@ -50,22 +50,12 @@ def decisive(settings: FinetuneSettings) -> dict[str, object]:
 
 
 def fingerprint(settings: FinetuneSettings, data_dir: Path) -> dict[str, object]:
-    """What a checkpoint must have been written with to be resumed: settings, data and base weights."""
+    """What a checkpoint must have been written with to be resumed: settings, and contents of data and base weights."""
+    data = [data_dir / "dataset.json", *splits_of(data_dir).values(), *data_dir.glob("*.sha256")]
     return decisive(settings) | {
-        "data": digest_folder(data_dir, "*.json*"),
-        "model": digest_folder(Path(settings.model_name_or_path), "*"),
+        "data": digest_files(path for path in data if path.is_file()),
+        "model": digest_weights(Path(settings.model_name_or_path)),
     }
-
-
-def digest_folder(folder: Path, pattern: str) -> str:
-    """Digest of a folder's files: of their bytes up to 64 MiB each, of size and modification time beyond."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.glob(pattern) if path.is_file() and path.name != "manifest.json"):
-        stat = path.stat()
-        small = stat.st_size <= 64 * 2**20
-        content = digest_file(path) if small else f"{stat.st_size} {stat.st_mtime_ns}"
-        digest.update(f"{path.name} {content}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def files_of(folder: Path) -> list[Path]:
