@@ -229,6 +229,9 @@ def test_statistics_are_those_of_the_loaded_examples(data: Path, processor: Phi3
         lengths += [len(drawn[index]["input_ids"]) for index in range(3)]
     assert values["tokens"]["mean"] == pytest.approx(sum(lengths) / len(lengths), rel=0.02)
     assert sum(values["histogram"]["counts"]) == 3
+    # One turn of each is drawn, and every turn was in one of the epochs.
+    assert values["longest"]["tokens"] == max(lengths)
+    assert values["longest"]["labels"] <= values["answer_tokens"]["max"]
     assert any("val.jsonl: 3 examples" in line for line in lines)
     assert plot(statistics).count("<rect") == 48
 

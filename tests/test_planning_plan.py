@@ -285,6 +285,100 @@ def test_a_row_without_checkpointing_is_planned_so(run):
     assert there.allocated_gb > 1.5 * here.allocated_gb
 
 
+@pytest.fixture
+def converted(root, tmp_path):
+    """A run of one row on data of people's own that are converted and counted: one answer of 10,389 tokens."""
+    values = yaml.safe_load((root / "config/config.yaml").read_text())
+    row = "phi3-docvqa-lora-bf16"
+    values |= {"rows": {"accuracy": [row], "speed": []}, "hardware": [{"device": "a6000", "per_node": 4}]}
+
+    def load(with_workload=False, **overrides):
+        run = load_run(values | {"overrides": {row: {"micro_batch_size": 1, **overrides}}}, root)
+        entry = run.datasets["docvqa"]
+        if not with_workload:
+            entry = entry.model_copy(update={"workload": None})
+        run = run.model_copy(update={"datasets": {**run.datasets, "docvqa": entry}})
+        folder = tmp_path / run.data_folder("docvqa")
+        folder.mkdir(parents=True, exist_ok=True)
+        splits = {"train": {"examples": 100, "images": 100}, "val": {"examples": 10, "images": 10}}
+        (folder / "dataset.json").write_text(json.dumps({"splits": splits}))
+        return run, folder
+
+    load.counts = {
+        "examples": 100, "turns": 100, "num_crops": 16, "tokens": {"mean": 400.0}, "tiles": {"mean": 2.0},
+        "answer_tokens": {"mean": 120.0}, "longest": {"tokens": 10389, "tiles": 2, "labels": 9800},
+    }  # fmt: skip
+    load.row, load.root = row, tmp_path
+    return load
+
+
+def test_the_peak_is_that_of_the_longest_example_that_was_counted(converted):
+    run, folder = converted()
+    job = run.job(converted.row)
+    before = plan_job(run, job, converted.root)
+    assert before.lengths == "estimated" and before.fits == "yes"
+    (folder / "statistics.json").write_text(json.dumps({"train": converted.counts}))
+    after = plan_job(run, job, converted.root)
+    assert (after.lengths, after.longest_tokens) == ("counted", 10389)
+    setup, _ = setup_of(run, job, converted.root)
+    assert (setup.work.tokens, setup.work.labels) == (400, 120)
+    logits = 9800 * setup.geometry.vocab_size * 16 / 1e9
+    assert after.memory_gb["logits"] == pytest.approx(logits)
+    assert after.allocated_gb > before.allocated_gb + 4
+    assert after.images_per_second > before.images_per_second  # the others are short
+    assert resources(run, job, converted.root).mem_mb > 0
+    # Counted for another number of tiles, the figures say nothing about this row.
+    (folder / "statistics.json").write_text(json.dumps({"train": converted.counts | {"num_crops": 4}}))
+    assert plan_job(run, job, converted.root) == before
+
+
+def test_longer_examples_that_are_left_out_decide_nothing(converted):
+    run, folder = converted(finetune={"max_length": 2048})
+    (folder / "statistics.json").write_text(json.dumps({"train": converted.counts}))
+    planned = plan_job(run, run.job(converted.row), converted.root)
+    assert (planned.lengths, planned.longest_tokens) == ("counted", 2048)
+
+
+def test_an_example_that_is_too_long_is_named_with_the_max_length_that_fits(converted):
+    counts = converted.counts | {"longest": {"tokens": 100_000, "tiles": 2, "labels": 90_000}}
+    run, folder = converted(with_workload=True)
+    (folder / "statistics.json").write_text(json.dumps({"train": counts}))
+    job = run.job(converted.row)
+    pattern = run.model_copy(update={"settings": run.settings.model_copy(update={"rows": type(run.settings.rows)()})})
+    status = plan_job(pattern, job, converted.root).status
+    # It was not left out: what conversion finds does not change which rows run.
+    assert runnable(pattern).accuracy == pattern.accuracy
+    assert status.startswith("likely to run out of memory: predicted peak ")
+    assert "the longest example has 100000 tokens" in status
+    length = int(re.search(r"max_length: (\d+)\}", status).group(1))
+    for tokens, fits in ((length, True), (2 * length, False)):
+        cut, _ = converted(with_workload=True, finetune={"max_length": tokens})
+        assert (plan_job(cut, cut.job(converted.row), converted.root).fits != "no") == fits
+
+
+def test_rows_are_planned_with_their_zero_stage(run):
+    """Per weight of full fine-tuning on 4 GPUs; what stage 1 adds to stage 2 is a bfloat16 gradient for a shard of one in float32."""
+    job = run.job("phi35-nlvr2-full-bf16")
+
+    def with_stage(stage):
+        row = job.row.model_copy(
+            update={"finetune": {"zero_stage": stage}, "micro_batch_size": 1, "gradient_checkpointing": True}
+        )
+        return setup_of(run, job.model_copy(update={"row": row}))[0]
+
+    setups = {stage: with_stage(stage) for stage in (0, 1, 2, 3)}
+    need = {stage: memory(setup) for stage, setup in setups.items()}
+    trained, held = setups[2].trained, sum(plan_job(run, job).parameters.values())
+    step = {stage: of.moments["optimizer step"]["gradients"] for stage, of in need.items()}
+    assert step == pytest.approx({0: 4 * trained, 1: 2 * trained, 2: trained, 3: trained})
+    optimizer = {stage: of.resting["optimizer"] for stage, of in need.items()}
+    assert optimizer == pytest.approx({0: 8 * trained, 1: 3 * trained, 2: 3 * trained, 3: 3 * trained})
+    weights = {stage: of.resting["weights"] for stage, of in need.items()}
+    assert weights == pytest.approx({0: 4 * held, 1: 2 * held, 2: 2 * held, 3: 2 * (held / 4 + 1e9)})
+    seconds = {stage: step_time(setup).communication for stage, setup in setups.items()}
+    assert seconds[0] <= seconds[1] <= seconds[2] < seconds[3]
+
+
 def test_disk(run, tmp_path):
     plan = plan_run(run, tmp_path)
     assert plan.disk["models"] == pytest.approx(2 * 8.29, abs=0.1)

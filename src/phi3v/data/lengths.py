@@ -58,6 +58,8 @@ class SplitStatistics(TypedDict):
     tokens: dict[str, float]
     answer_tokens: dict[str, float]
     tiles: dict[str, float]
+    longest: dict[str, int]
+    """Tokens, tiles and label tokens of the longest example, of the longest turn if one is drawn."""
     histogram: dict[str, list[float]]
 
 
@@ -298,7 +300,12 @@ def _summary(values: Sequence[float]) -> dict[str, float]:
 def split_statistics(dataset: ConversationDataset) -> SplitStatistics:
     """Statistics of a split. If one turn of several is drawn, tokens are the mean over the turns."""
     tokens, answers, tiles = [], [], []
+    longest = {"tokens": 0, "tiles": 0, "labels": 0}
     for own in counted(dataset):
+        for turns in [[turn] for turn in own] if dataset.turns == "draw" else [own]:
+            sums = [(turn.total, turn.tiles, turn.answer) for turn in turns]
+            example = dict(zip(longest, map(sum, zip(*sums, strict=True)), strict=True))
+            longest = max(longest, example, key=lambda item: item["tokens"])
         weight = len(own) if dataset.turns == "draw" else 1
         tokens.append(sum(count.total for count in own) / weight)
         tiles.append(sum(count.tiles for count in own) / weight)
@@ -313,6 +320,7 @@ def split_statistics(dataset: ConversationDataset) -> SplitStatistics:
         "tokens": _summary(tokens),
         "answer_tokens": _summary(answers),
         "tiles": _summary(tiles),
+        "longest": longest,
         "histogram": {"edges": [round(float(edge), 1) for edge in edges], "counts": heights.tolist()},
     }
 

@@ -34,6 +34,7 @@ from phi3v.settings import (
     Workload,
     dataset_key,
 )
+from phi3v.settings.commands import own_settings
 from phi3v.settings.rows import Optimizer
 from phi3v.settings.run import place_accuracy
 
@@ -89,16 +90,46 @@ def mean_and_longest(load: Workload, geometry: Geometry, num_crops: int) -> tupl
     return mean, longest
 
 
-def setup_of(run: ResolvedRun, job: Job, root: Path = Path()) -> tuple[Setup, Workload]:
+def _counted(name: str, dataset: Dataset, geometry: Geometry, num_crops: int, root: Path) -> tuple[Work, Work] | None:
+    """Work of a mean training example and of the longest, as counted on the converted data; None if it was not."""
+    file = root / "results" / "data" / dataset_key(name, dataset) / "statistics.json"
+    split = json.loads(file.read_text(encoding="utf-8")).get("train", {}) if file.is_file() else {}
+    if split.get("num_crops") != num_crops or "longest" not in split:
+        return None
+    turns = 1 if dataset.turns == "draw" else split["turns"] / split["examples"]
+    labels = turns * split["answer_tokens"]["mean"]
+    mean = example_work(geometry, split["tokens"]["mean"], split["tiles"]["mean"], labels)
+    longest = split["longest"]
+    return mean, example_work(geometry, longest["tokens"], longest["tiles"], longest["labels"])
+
+
+def _cut(setup: Setup, tokens: int) -> Work:
+    """The longest example if none may have more than `tokens`; it may have as many tiles and labels as before."""
+    longest = setup.longest
+    return example_work(setup.geometry, tokens, longest.tiles, min(longest.labels, tokens))
+
+
+def setup_of(run: ResolvedRun, job: Job, root: Path = Path(), counted: bool = True) -> tuple[Setup, Workload]:
     """The setup and workload of a placed row as this project runs it, `auto` replaced by the predicted choice.
 
-    Raises SettingsError for a model or a dataset whose sizes are not known yet.
+    counted: take the longest example from the data folder's statistics.json if it is there (rule data_statistics, or
+    scripts/validate.py FOLDER --model MODEL); otherwise it follows from the dataset's entry. Raises SettingsError for a
+    model or a dataset whose sizes are not known yet.
     """
     row = job.row
     geometry = model_geometry(row.model, run.models[row.model], root)
     load = workload(row.dataset, run.datasets[row.dataset], root)
-    works, processes = mean_and_longest(load, geometry, job.num_crops), job.processes_per_node
-    setup = _setup(row, geometry, run.hardware[job.pool.device], works, job.nodes, processes)
+    mean, longest = mean_and_longest(load, geometry, job.num_crops)
+    own = own_settings(row, f"row `{row.row}`")
+    setup = _setup(row, geometry, run.hardware[job.pool.device], (mean, longest), job.nodes, job.processes_per_node)
+    setup = replace(setup, zero_stage=own.zero_stage)
+    found = _counted(row.dataset, run.datasets[row.dataset], geometry, job.num_crops, root) if counted else None
+    if found:
+        # The time of a dataset with a workload stays comparable before and after its conversion.
+        mean = setup.work if run.datasets[row.dataset].workload else found[0]
+        setup = replace(setup, work=mean, longest=found[1], lengths="counted")
+    if own.max_length and own.max_length < setup.longest.tokens:
+        setup = replace(setup, longest=_cut(setup, own.max_length))
     if "auto" in (row.micro_batch_size, row.gradient_checkpointing):
         sizes = None if row.micro_batch_size == "auto" else [row.micro_batch_size]
         setup = what_fits(setup, choices(setup, sizes, row.recompute)).setup
@@ -288,11 +319,22 @@ def other_optimizers(setup: Setup) -> list[Fit]:
 
 
 def fewer_crops(setup: Setup, load: Workload, num_crops: int) -> tuple[int, Fit] | None:
-    """The largest num_crops below `num_crops` with which the setup fits; None if none does."""
+    """The largest num_crops below `num_crops` with which the setup fits; None if none does, or lengths were counted."""
+    if setup.lengths == "counted":
+        return None
     for crops in range(num_crops - 1, 0, -1):
         mean, longest = mean_and_longest(load, setup.geometry, crops)
         if fit := first_that_fits([replace(setup, work=mean, longest=longest)]):
             return crops, fit
+    return None
+
+
+def shorter(setup: Setup) -> tuple[int, Fit] | None:
+    """The largest max_length, a power of two, with which the setup fits; None if none does, or lengths are estimates."""
+    if setup.lengths == "counted":
+        for tokens in (2**power for power in range(int(setup.longest.tokens - 1).bit_length() - 1, 8, -1)):
+            if fit := first_that_fits([replace(setup, longest=_cut(setup, tokens))]):
+                return tokens, fit
     return None
 
 
@@ -338,6 +380,9 @@ def misfit(fit: Fit, load: Workload, job: Job) -> str:
         ways.append(f"{other.setup.method}{flash} ({other.need})")
     if smaller := fewer_crops(setup, load, job.num_crops):
         ways.append(f"num_crops {smaller[0]} instead of {job.num_crops} ({smaller[1].need})")
+    if kept := shorter(setup):
+        tokens, text = kept[0], f"the longest example has {setup.longest.tokens:.0f} tokens"
+        ways.append(f"`finetune: {{max_length: {tokens}}}`, which leaves longer examples out: {text} ({kept[1].need})")
     if not own and (more := more_devices(setup)):
         ways.append(f"{more.setup.devices} devices ({more.need})")
     ways.append(f"a device with {math.ceil(need.device_gb)} GB, or tight, {math.ceil(need.least_gb)} GB")
@@ -352,26 +397,31 @@ def named(run: ResolvedRun, job: Job) -> bool:
     return run.settings.rows.names(job.table_row)
 
 
-def runnable(run: ResolvedRun) -> ResolvedRun:
-    """The run without the rows that cannot fit their device: they join `not_run`, with what they need.
+def left_out(run: ResolvedRun, job: Job) -> str | None:
+    """Why the workflow leaves a row out; None if it fits, or if it is named exactly: the prediction may be wrong.
 
-    A row that the run names exactly stays: the prediction may be wrong, and training reports what would help. So does a
-    row of a model without `geometry` or a dataset without `workload`: their sizes come with the download, and which rows
-    run must not change in the middle of a run.
+    What the run's files state decides, never what conversion finds out: which rows run must not change in the middle of
+    a run. So nothing is left out for a model without `geometry` or a dataset without `workload`.
     """
-    left_out = []
-    for job in (*run.accuracy, *run.speed):
-        known = run.models[job.row.model].geometry and run.datasets[job.row.dataset].workload
-        if known and not named(run, job):
-            setup, load = setup_of(run, job)
-            fit = what_fits(setup)
-            if fit.verdict == "no":
-                left_out.append(NotRun(row=job.row, reason=misfit(fit, load, job)))
-    missing = {skipped.row.row for skipped in left_out}
+    known = run.models[job.row.model].geometry and run.datasets[job.row.dataset].workload
+    if not known or named(run, job):
+        return None
+    setup, load = setup_of(run, job, counted=False)
+    fit = what_fits(setup)
+    return misfit(fit, load, job) if fit.verdict == "no" else None
+
+
+def runnable(run: ResolvedRun) -> ResolvedRun:
+    """The run without the rows that cannot fit their device: they join `not_run`, with what they need."""
+    jobs = (*run.accuracy, *run.speed)
+    missing = {job.row.row: reason for job in jobs if (reason := left_out(run, job)) is not None}
     kept = {
         "accuracy": [job for job in run.accuracy if job.row.row not in missing],
         "speed": [job for job in run.speed if job.row.row not in missing],
-        "not_run": [*run.not_run, *left_out],
+        "not_run": [
+            *run.not_run,
+            *(NotRun(row=job.row, reason=missing[job.row.row]) for job in jobs if job.row.row in missing),
+        ],
     }
     # A new object, not a copy: a copy would keep the index of jobs of the old one.
     return ResolvedRun.model_construct(**{**dict(run), **kept})

@@ -129,6 +129,10 @@ class Setup:
     recompute: float = 1.0
     """Share of the layers whose activations are recomputed in the backward pass: 1 all, 0 none, every n-th layer 1/n."""
     optimizer: Optimizer = "adamw"
+    zero_stage: int = 2
+    """DeepSpeed ZeRO stage of full fine-tuning with adamw; 0: plain data parallel."""
+    lengths: Literal["estimated", "counted"] = "estimated"
+    """Whether `longest` is an example of the converted data, or follows from the dataset's entry."""
 
     @property
     def devices(self) -> int:
@@ -148,7 +152,7 @@ class Setup:
     @property
     def replicated(self) -> bool:
         """Whether every device holds the whole optimizer: with 8-bit states ZeRO does not run."""
-        return self.adapters or "8bit" in self.optimizer
+        return self.adapters or "8bit" in self.optimizer or self.zero_stage == 0
 
     @property
     def trains_by(self) -> str:

@@ -194,7 +194,7 @@ def _towers(setup: Setup, work: Work) -> tuple[Tower, Tower, float]:
 def _weights(setup: Setup) -> float:
     """Bytes of the weights, adapters apart."""
     held, width = sum(parameters(setup.geometry).values()), 4 if setup.float32_weights or _casts(setup) else 2
-    if setup.optimizer == "adamw_offload":
+    if setup.optimizer == "adamw_offload" or (setup.zero_stage == 3 and not setup.replicated):
         return width * (held / setup.devices + min(held, LIVE_WEIGHTS))
     if setup.method != "qlora":
         return float(held * width)
@@ -240,6 +240,9 @@ def memory(setup: Setup) -> Memory:
     gradients = GRADIENT_BYTES * setup.trained / (1 if setup.replicated else setup.devices)
     if setup.optimizer == "adamw_offload":
         gradients = 0.0
+    elif setup.zero_stage == 1 and not setup.replicated:
+        # Whole, summed in the compute type (phi3v.training.parallel).
+        gradients = float(setup.element_bytes * setup.trained)
     # Sums of earlier micro-steps are there from the start, those of the only one grow during its backward pass.
     earlier = gradients if setup.accumulation > 1 else 0.0
     head, largest = parameters(geometry)["head"], geometry.hidden_size * geometry.intermediate_size

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from html import escape
 from pathlib import Path
+from typing import Literal
 
-from phi3v.planning.fits import misfit, named, published_setup, setup_of, what_fits
+from phi3v.planning.fits import left_out, misfit, named, published_setup, setup_of, what_fits
 from phi3v.planning.flops import utilisation
 from phi3v.planning.geometry import parameters, trainable_parameters
 from phi3v.planning.memory import Verdict, published_memory
@@ -77,6 +78,10 @@ class Planned:
     trainable: dict[str, int] | None = None
     memory_gb: dict[str, float] | None = None
     """Allocated memory of one device at the peak by part; adds up to allocated_gb (phi3v.planning.memory)."""
+    longest_tokens: int | None = None
+    """Tokens of the longest training example, which decides the peak."""
+    lengths: Literal["estimated", "counted"] | None = None
+    """counted: that example is one of the converted data; estimated: it follows from the dataset's entry."""
     peak_moment: str | None = None
     """The part of a step at which the peak occurs."""
     allocated_gb: float | None = None
@@ -135,7 +140,8 @@ class Planned:
             _parts("of these trained, millions", trained),
             _parts("allocated per device, GB", self.memory_gb),
             f"  peak in: {self.peak_moment}; reserved {self.reserved_gb:.4g} GB, context {self.context_gb:.4g} GB; "
-            f"micro-batch {self.micro_batch}, {100 * (self.recompute or 0):.0f} % of the layers recomputed",
+            f"micro-batch {self.micro_batch}, {100 * (self.recompute or 0):.0f} % of the layers recomputed; "
+            f"longest example {self.longest_tokens} tokens ({self.lengths})",
         ]
         if self.as_published_gb is not None:
             published = "" if self.published_memory_gb is None else f", published {self.published_memory_gb:.4g} GB"
@@ -179,8 +185,9 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path()) -> Planned:
         return replace(planned, status=f"not planned: {error}")
     fit = what_fits(setup)
     if fit.verdict == "no":
-        refused = "running it anyway because you named this row:" if named(run, job) else "not run:"
-        planned = replace(planned, status=f"{refused} {misfit(fit, load, job)}")
+        refused = "running it anyway because you named this row" if named(run, job) else "likely to run out of memory"
+        refused = "not run" if left_out(run, job) else refused
+        planned = replace(planned, status=f"{refused}: {misfit(fit, load, job)}")
     if isinstance(row, AccuracyRow):
         planned = replace(planned, disk_gb=sum(row_gb(setup, row, run.settings.save_minutes)))
     else:
@@ -198,6 +205,8 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path()) -> Planned:
         parameters=parameters(setup.geometry),
         trainable=trainable_parameters(setup.geometry, setup.trains_by, setup.rank, row.legacy_freezing),
         memory_gb=need.parts(),
+        longest_tokens=round(setup.longest.tokens),
+        lengths=setup.lengths,
         peak_moment=need.peak_moment,
         allocated_gb=need.allocated_gb,
         reserved_gb=need.reserved_gb,

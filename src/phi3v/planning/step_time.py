@@ -322,15 +322,18 @@ def step_time(setup: Setup, constants: Constants = CONSTANTS) -> StepTime:
         elementwise += way.gradient * reduced * width / 2 / bandwidth
     dequantisation = way.dequantisation * quantised * (again + decoder_runs.backward) / bandwidth
 
-    # ZeRO-2 reduces every micro-step's gradients beside the backward pass; plain data parallelism the last one's.
+    # ZeRO 2 and 3 reduce every micro-step's gradients beside the backward pass; others the last one's.
     busy = matmul + attending + elementwise + dequantisation
     backward = sum(part.backward + part.recompute for part in flops.parts.values()) / flops.hardware
     reduction = way.reduce_over_gather * _collective_seconds(setup, width * reduced, constants)
-    reductions = 1.0 if setup.adapters else setup.accumulation
+    reductions = 1.0 if setup.replicated or setup.zero_stage < 2 else setup.accumulation
     communication = reductions * max(0.0, reduction - busy * backward)
-    if not setup.adapters:
+    if setup.zero_stage == 3 and not setup.replicated:
+        # Weights are gathered for every forward, repeated and backward pass instead of after the step.
+        communication += setup.accumulation * (1 + again) * _collective_seconds(setup, width * held, constants)
+    elif not setup.replicated:
         communication += _collective_seconds(setup, width * trained, constants)
-    shards = 1 if setup.adapters else setup.devices
+    shards = 1 if setup.replicated else setup.devices
     return StepTime(
         matmul=setup.accumulation * matmul,
         attention=setup.accumulation * attending,
