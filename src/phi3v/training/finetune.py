@@ -176,9 +176,10 @@ def attach(loop: Loop, output: Path, stop: StopRequest, lock: FolderLock | None,
     settings = loop.settings
     census = Census(loop.module, census_label(settings))
     loop.stop = stop
-    loop.utilisation = utilisation_of(
-        settings, loop.training.collate.config.to_dict(), device_name(loop.device), loop.processes
-    )
+    # FLOP are counted from the layers that the recipe's methods train; of other choices nothing is stated.
+    if not (settings.freeze_decoder or settings.lora_targets or settings.freeze_vision_model == "tower"):
+        config = loop.training.collate.config.to_dict()
+        loop.utilisation = utilisation_of(settings, config, device_name(loop.device), loop.processes)
 
     def check_lock(record: StepRecord) -> None:
         if lock is not None and lock.lost:

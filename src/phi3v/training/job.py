@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -122,6 +123,12 @@ def training_examples(settings: FinetuneSettings, processor: Phi3VProcessor) -> 
     """The training split without examples beyond --max_length. Raises SettingsError if none is left."""
     dataset = read_split(settings, processor, "train")
     tokens, kept = lengths(dataset), None
+    longest = max(range(len(tokens)), key=tokens.__getitem__)
+    pictures = dataset.description.get("splits", {}).get("train", {}).get("images")
+    say(
+        f"{dataset.lines.path}: {len(tokens):,} examples{'' if pictures is None else f', {pictures:,} pictures'}; tokens: "
+        f"median {int(median(tokens)):,}, at most {tokens[longest]:,} (line {longest + 1})"
+    )
     if settings.max_length is not None:
         kept = [index for index, length in enumerate(tokens) if length <= settings.max_length]
         tokens = [tokens[index] for index in kept]
