@@ -247,7 +247,7 @@ def padding(folder: Path, data_dir: str, model_dir: str) -> None:
     from phi3v.data.dataset import ConversationDataset
     from phi3v.data.lengths import lengths
     from phi3v.model.processing import Phi3VProcessor
-    from phi3v.training.batches import BatchPlan, packs_needed
+    from phi3v.training.batches import BatchPlan
 
     dataset = ConversationDataset(data_dir, "train", Phi3VProcessor.from_pretrained(model_dir))
     tokens = lengths(dataset)
@@ -268,8 +268,7 @@ def padding(folder: Path, data_dir: str, model_dir: str) -> None:
         ]
         print(f"{grouping}: {padding_share(tokens, batches):.2%} padding in micro-batches of 8")
     budget = 8 * max(tokens)
-    packed = BatchPlan(**plan, grouping="packed", token_budget=budget)  # type: ignore[arg-type]
-    packed = BatchPlan(**{**packed.__dict__, "packs": packs_needed(packed, 1)})
+    packed = BatchPlan(**plan, grouping="packed", max_tokens=budget)  # type: ignore[arg-type]
     packs = [micro for rank in (0, 1) for micro in packed.epoch(0, rank)]
     full = sum(tokens) / (budget * len(packs))
     print(f"packed: no padding; {len(packs)} packs are {full:.1%} full of {budget} tokens")

@@ -355,12 +355,12 @@ def test_seed_epoch_and_position_are_all_that_resuming_needs(
     folder = tmp_path / "data"
     convert_files("cauldron", source, folder, "train", turns="draw", num_crops=2)
 
-    def batches(epoch: int, step: int, workers: int, rank: int) -> tuple[list[Any], int, int]:
-        """(batches from `step` on of a process that starts anew, examples it loaded, batches of a whole step)."""
+    def batches(epoch: int, step: int, workers: int, rank: int) -> tuple[list[Any], int]:
+        """(batches from `step` on of a process that starts anew, examples it loaded)."""
         dataset = ConversationDataset(folder, "train", processor)
         plan = BatchPlan(
-            examples=21, batch_size=8, micro_batch_size=2, processes=2, seed=5, grouping=grouping, packs=2,
-            lengths=lengths(dataset), token_budget=500,
+            examples=21, batch_size=8, micro_batch_size=2, processes=2, seed=5, grouping=grouping,
+            lengths=lengths(dataset), max_tokens=500 if grouping == "packed" else None,
         )  # fmt: skip
         examples = Counted(dataset)
         sampler = PlannedBatches(plan, rank)
@@ -370,18 +370,19 @@ def test_seed_epoch_and_position_are_all_that_resuming_needs(
         )  # fmt: skip
         sampler.epoch, sampler.first_step = epoch, step
         dataset.set_epoch(epoch)
-        return list(loader), examples.loaded.value, plan.accumulation
+        return list(loader), examples.loaded.value
 
-    def picks_of(picked: list[Any]) -> list[tuple[str, int]]:
-        return [(example["id"], pick.index) for example, pick in picked]
+    def picks_of(picked: list[Any]) -> list[tuple[str, int, bool]]:
+        return [(example["id"], pick.index, pick.ends_step) for example, pick in picked]
 
     seen: list[str] = []
     for rank in (0, 1):
-        whole, _, accumulation = batches(1, 0, 0, rank)
-        seen += [name for picks, _ in whole for name, _ in picks]
+        whole, _ = batches(1, 0, 0, rank)
+        ends = [number for number, (picks, _) in enumerate(whole, 1) if picks[0][2]]
+        seen += [name for picks, _ in whole for name, *_ in picks]
         for step, workers in ((1, 2), (2, 0), (2, 1)):
-            rest, loaded, _ = batches(1, step, workers, rank)
-            following = whole[step * accumulation :]
+            rest, loaded = batches(1, step, workers, rank)
+            following = whole[ends[step - 1] :]
             assert [picks for picks, _ in rest] == [picks for picks, _ in following]
             for (_, one), (_, other) in zip(rest, following, strict=True):
                 assert one.keys() == other.keys()

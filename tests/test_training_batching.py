@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3v.model import Phi3VConfig
-from phi3v.training.batches import BatchPlan, Collator, Pick, TensorBundle, packs_needed
+from phi3v.training.batches import BatchPlan, Collator, Pick, TensorBundle
 
 
 def steps_of(plan: BatchPlan, epoch: int) -> list[set[int]]:
@@ -36,16 +36,16 @@ def test_every_example_once_and_every_process_in_step(examples, processes, micro
     lengths = [random.Random(i).randrange(5, 60) for i in range(examples)]
     plan = BatchPlan(
         examples=examples, batch_size=processes * micro * accumulation, micro_batch_size=micro, processes=processes,
-        seed=1, grouping=grouping, lengths=lengths, token_budget=100,
+        seed=1, grouping=grouping, lengths=lengths, max_tokens=100 if grouping == "packed" else None,
     )  # fmt: skip
-    if grouping == "packed":
-        plan = BatchPlan(**{**plan.__dict__, "packs": packs_needed(plan, 4)})
     order = plan.order(epoch)
     steps = steps_of(plan, epoch)
     # The same examples make a step, whatever the processes and the grouping: those of the seed's order.
     assert steps == [set(order[s : s + plan.batch_size]) for s in range(0, examples, plan.batch_size)]
     per_rank = [list(plan.epoch(epoch, rank)) for rank in range(processes)]
-    assert {len(own) for own in per_rank} == {sum(map(plan.micro_steps, range(plan.steps_per_epoch)))}
+    assert len({len(own) for own in per_rank}) == 1
+    if grouping != "packed":
+        assert len(per_rank[0]) == sum(plan.micro_steps(len(step)) for step in steps)
     assert all(batch for own in per_rank for batch in own)
     counted = [pick.index for own in per_rank for batch in own for pick in batch if pick.counted]
     assert sorted(counted) == list(range(examples))
@@ -77,17 +77,16 @@ def test_length_grouping_pads_less_than_fixed():
 
 def test_packs_are_few_and_keep_to_the_budget():
     lengths = [random.Random(f"p{i}").randrange(10, 400) for i in range(256)]
-    plan = BatchPlan(256, 64, 1, 2, 3, "packed", lengths, token_budget=2048)
-    packs = packs_needed(plan, 1)
-    by_tokens = max(
-        sum(lengths[i] for i in plan.order(0)[s : s + 64]) for s in range(0, 256, 64)
-    ) / (2 * 2048)  # fmt: skip
-    assert by_tokens <= packs <= by_tokens * 1.35 + 1
+    plan = BatchPlan(256, 64, 1, 2, 3, "packed", lengths, max_tokens=2048)
+    for start in range(0, 256, 64):
+        members = plan.order(0)[start : start + 64]
+        packs = len(plan.spread(members)[0])
+        by_tokens = sum(lengths[index] for index in members) / (2 * 2048)
+        assert by_tokens <= packs <= by_tokens * 1.35 + 1
 
 
 def test_an_example_longer_than_the_budget_is_a_pack_by_itself():
-    plan = BatchPlan(4, 4, 1, 1, 0, "packed", [500, 10, 10, 10], token_budget=100)
-    plan = BatchPlan(**{**plan.__dict__, "packs": packs_needed(plan, 1)})
+    plan = BatchPlan(4, 4, 1, 1, 0, "packed", [500, 10, 10, 10], max_tokens=100)
     packs = [sorted(pick.index for pick in batch) for batch in plan.epoch(0, 0)]
     assert [0] in packs
     assert sorted(i for pack in packs for i in pack) == [0, 1, 2, 3]

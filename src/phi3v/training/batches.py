@@ -57,7 +57,7 @@ class BatchPlan:
     batch_size: int
     """B."""
     micro_batch_size: int
-    """m; with `packed` the pack's examples are bounded by tokens instead."""
+    """m; with `packed` micro-batches are bounded by tokens instead."""
     processes: int
     """W."""
     seed: int
@@ -65,13 +65,9 @@ class BatchPlan:
     grouping: Grouping = "fixed"
     """fixed: in order; length: like lengths share a micro-batch; packed: several to a sequence, within a budget."""
     lengths: Sequence[int] = ()
-    """Tokens of each example; needed for length and packed."""
-    token_budget: int = 0
-    """Tokens of a pack at most; an example that is longer is a pack by itself."""
-    packs: int = 0
-    """M with `packed`, see `packs_needed`."""
+    """Tokens of each example; needed for length, packed and max_tokens."""
     max_tokens: int | None = None
-    """Tokens of a micro-batch at most, padding included; larger ones are split, and M grows as needed."""
+    """Tokens of a micro-batch at most, padding included: M is as large as that asks for. A longer example is alone."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -80,21 +76,19 @@ class BatchPlan:
 
     @property
     def accumulation(self) -> int:
-        """M of a whole step."""
-        return self.micro_steps(0)
+        """M of a whole step, with `packed` at most."""
+        return self.micro_steps(min(self.batch_size, self.examples))
 
-    def micro_steps(self, step: int) -> int:
-        """M of step 0 … steps_per_epoch-1 of an epoch."""
-        count = min(self.batch_size, self.examples - step * self.batch_size)
-        if self.grouping == "packed":
-            return self.packs if count == self.batch_size else min(self.packs, math.ceil(count / self.processes))
-        return math.ceil(count / (self.micro_batch_size * self.processes))
+    def micro_steps(self, examples: int) -> int:
+        """M of a step of so many examples, as far as their number decides it."""
+        return math.ceil(examples / self.processes / (1 if self.grouping == "packed" else self.micro_batch_size))
 
     def epochs_at(self, step: int) -> float:
         """Epochs, counted in micro-steps, after `step` optimizer steps: 2.5."""
         epochs, steps = divmod(step, self.steps_per_epoch)
-        last = self.steps_per_epoch - 1
-        return epochs + steps * self.accumulation / (self.accumulation * last + self.micro_steps(last))
+        whole = self.steps_per_epoch - 1
+        last = self.micro_steps(self.examples - whole * self.batch_size)
+        return epochs + steps * self.accumulation / (self.accumulation * whole + last)
 
     def order(self, epoch: int) -> list[int]:
         """The examples of an epoch, in order: by seed and epoch alone."""
@@ -107,9 +101,8 @@ class BatchPlan:
         order = self.order(epoch)
         for step in range(first_step, self.steps_per_epoch):
             members = order[step * self.batch_size : (step + 1) * self.batch_size]
-            spread, filler = self.spread(members, self.micro_steps(step)), members[0]
+            spread, filler = self.spread(members), members[0]
             if self.max_tokens is not None:
-                spread = [[part for indices in own for part in self.split(indices) if part] for own in spread]
                 filler = min(members, key=lambda index: self.lengths[index])
             micro_steps = max(map(len, spread))
             for number in range(micro_steps):
@@ -127,11 +120,15 @@ class BatchPlan:
             parts[-1].append(index)
         return parts
 
-    def spread(self, members: Sequence[int], micro_steps: int) -> list[list[list[int]]]:
-        """[W][M] lists of dataset indices: `members` each once, possibly with empty lists at the end."""
+    def spread(self, members: Sequence[int]) -> list[list[list[int]]]:
+        """The micro-batches of each process, as dataset indices: `members` each once; some lists may be empty."""
+        micro_steps = self.micro_steps(len(members))
         if self.grouping == "packed":
-            packs = self.packed(members, self.processes * micro_steps)
-            packs.sort(key=self.tokens, reverse=True)
+            packs = next(
+                packs
+                for count in range(1, micro_steps + 1)
+                if self._keeps_to_tokens(packs := self._packed(members, self.processes * count)) or count == micro_steps
+            )
             return [packs[rank :: self.processes] for rank in range(self.processes)]
         if self.grouping == "length":
             # Neighbours in length run at the same micro-step, so padding is short and so is waiting for others.
@@ -145,36 +142,24 @@ class BatchPlan:
                 micro, place = divmod(position, self.processes * self.micro_batch_size)
                 rank = place % self.processes
             slots[rank][micro].append(index)
-        return slots
+        if self.max_tokens is None:
+            return slots
+        return [[part for indices in own for part in self.split(indices) if part] for own in slots]
 
-    def packed(self, members: Sequence[int], bins: int) -> list[list[int]]:
-        """Longest first into the emptiest of `bins`: within 4/3 of the best largest bin (Graham 1969)."""
+    def _packed(self, members: Sequence[int], bins: int) -> list[list[int]]:
+        """Longest first into the emptiest of `bins`: within 4/3 of the best largest bin (Graham 1969); fullest first."""
         packs: list[list[int]] = [[] for _ in range(bins)]
         filled = [0] * bins
         for index in sorted(members, key=lambda index: (-self.lengths[index], index)):
             place = min(range(bins), key=lambda number: (filled[number], number))
             packs[place].append(index)
             filled[place] += self.lengths[index]
-        return packs
+        return sorted(packs, key=lambda pack: -sum(self.lengths[index] for index in pack))
 
-    def tokens(self, indices: Sequence[int]) -> int:
-        """Tokens of some examples together."""
-        return sum(self.lengths[index] for index in indices)
-
-
-def packs_needed(plan: BatchPlan, epochs: int) -> int:
-    """The smallest M with which every pack of `epochs` epochs keeps to the budget; longer examples stand alone."""
-    needed = 1
-    for epoch in range(epochs):
-        order = plan.order(epoch)
-        for start in range(0, len(order), plan.batch_size):
-            members = order[start : start + plan.batch_size]
-            while needed * plan.processes < len(members):
-                packs = plan.packed(members, needed * plan.processes)
-                if all(len(pack) <= 1 or plan.tokens(pack) <= plan.token_budget for pack in packs):
-                    break
-                needed += 1
-    return needed
+    def _keeps_to_tokens(self, packs: list[list[int]]) -> bool:
+        """Whether no pack of several examples has more than `max_tokens`."""
+        assert self.max_tokens is not None
+        return all(len(pack) <= 1 or sum(self.lengths[index] for index in pack) <= self.max_tokens for pack in packs)
 
 
 # From a plan to tensors ------------------------------------------------------------------------------------------------

@@ -203,13 +203,15 @@ def say_headline(loop: Loop, more: str = "") -> None:
     settings, plan, examples = loop.settings, loop.training.plan, loop.training.examples
     trainable = sum(map(size_of, loop.trained))
     how = f", ZeRO {settings.zero_stage}" if loop.is_sharded else ""
-    size = "a pack" if settings.batching == "packed" else f"{settings.micro_batch_size}"
+    micro_steps = f"{plan.accumulation} micro-steps of {settings.micro_batch_size}"
+    if settings.batching == "packed":
+        micro_steps = f"packs of {settings.tokens_per_pack} tokens"
     longer = len(examples.dataset) - len(examples)
     left_out = f", {longer} longer than {settings.max_length} tokens left out" if longer else ""
     say(
         f"{settings.row or settings.dataset or 'finetune'}: {settings.method} {settings.dtype}{how} on "
         f"{loop.processes} x {device_name(loop.device)}; {plan.examples} examples{left_out}, batch "
-        f"{plan.batch_size} = {plan.processes} processes x {plan.accumulation} micro-steps of {size}, "
+        f"{plan.batch_size} = {plan.processes} processes x {micro_steps}, "
         f"{recomputation(interval_of(settings.recompute or 0.0))}, "
         f"{trainable:,} trainable parameters{more}"
     )

@@ -23,7 +23,7 @@ from phi3v.model.runtime import TORCH_DTYPE, attention_implementation, compute_d
 from phi3v.planning.fits import interval_of
 from phi3v.settings import FinetuneSettings, SettingsError, SpeedSettings
 from phi3v.training import micro_batch
-from phi3v.training.batches import BatchPlan, Collator, PickedExamples, PlannedSplit, packs_needed
+from phi3v.training.batches import BatchPlan, Collator, PickedExamples, PlannedSplit
 from phi3v.training.census import LossGuard
 from phi3v.training.launch import join_processes, prepare_process, say, world_size
 from phi3v.training.logging import check_trackers
@@ -142,7 +142,8 @@ def training_examples(settings: FinetuneSettings, processor: Phi3VProcessor) -> 
 
 def plan_of(settings: FinetuneSettings, examples: PickedExamples) -> BatchPlan:
     """The micro-batches of every epoch."""
-    plan = BatchPlan(
+    packed = settings.batching == "packed"
+    return BatchPlan(
         examples=len(examples),
         batch_size=settings.batch_size,
         micro_batch_size=settings.known_micro_batch,
@@ -150,13 +151,8 @@ def plan_of(settings: FinetuneSettings, examples: PickedExamples) -> BatchPlan:
         seed=settings.seed,
         grouping=settings.batching,
         lengths=examples.lengths,
-        token_budget=settings.tokens_per_pack,
-        max_tokens=settings.max_tokens_per_micro_batch,
+        max_tokens=settings.tokens_per_pack if packed else settings.max_tokens_per_micro_batch,
     )
-    if settings.batching != "packed":
-        return plan
-    total, _ = steps_of(settings, plan.examples)
-    return replace(plan, packs=packs_needed(plan, math.ceil(total / plan.steps_per_epoch)))
 
 
 def steps_of(settings: FinetuneSettings, examples: int) -> tuple[int, int]:
