@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from phi3v.data.dataset import ConversationDataset
-from phi3v.data.lengths import lengths
+from phi3v.data.lengths import counts, summary_lines
 from phi3v.data.processes import loader_workers
 from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.model.adapters import add_lora, load_quantized, lora_targets
@@ -25,7 +24,7 @@ from phi3v.settings import FinetuneSettings, SettingsError, SpeedSettings
 from phi3v.training import micro_batch
 from phi3v.training.batches import BatchPlan, Collator, PickedExamples, PlannedSplit
 from phi3v.training.census import LossGuard
-from phi3v.training.launch import join_processes, prepare_process, say, world_size
+from phi3v.training.launch import is_first, join_processes, prepare_process, say, world_size
 from phi3v.training.logging import check_trackers
 from phi3v.training.loop import Loop
 from phi3v.training.memory import explain_memory
@@ -122,13 +121,10 @@ def read_split(settings: FinetuneSettings, processor: Phi3VProcessor, split: str
 def training_examples(settings: FinetuneSettings, processor: Phi3VProcessor) -> PickedExamples:
     """The training split without examples beyond --max_length. Raises SettingsError if none is left."""
     dataset = read_split(settings, processor, "train")
-    tokens, kept = lengths(dataset), None
-    longest = max(range(len(tokens)), key=tokens.__getitem__)
-    pictures = dataset.description.get("splits", {}).get("train", {}).get("images")
-    say(
-        f"{dataset.lines.path}: {len(tokens):,} examples{'' if pictures is None else f', {pictures:,} pictures'}; tokens: "
-        f"median {int(median(tokens)):,}, at most {tokens[longest]:,} (line {longest + 1})"
-    )
+    tokens, kept = counts(dataset)[:, 0].tolist(), None
+    if is_first():
+        for line in summary_lines(dataset, settings.max_length):
+            say(line)
     if settings.max_length is not None:
         kept = [index for index, length in enumerate(tokens) if length <= settings.max_length]
         tokens = [tokens[index] for index in kept]
