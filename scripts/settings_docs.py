@@ -14,16 +14,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from phi3v.cluster.site import Partition, Site
-from phi3v.settings import entries, rows, run
+from phi3v.settings import commands, entries, rows, run
 from phi3v.settings.command_line import type_text
-from phi3v.settings.commands import (
-    EvaluateSettings,
-    FinetuneSettings,
-    PredictSettings,
-    ReportSettings,
-    ScoreSettings,
-    SpeedSettings,
-)
 
 SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
     (
@@ -59,7 +51,10 @@ SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
     (
         "Command lines: scripts/finetune.py, speed.py, evaluate.py, score.py, predict.py, report.py",
         "What the workflow types is what a person types; `speed.py` takes all flags of `finetune.py` besides its own.",
-        [FinetuneSettings, SpeedSettings, EvaluateSettings, ScoreSettings, PredictSettings, ReportSettings],
+        [
+            commands.FinetuneSettings, commands.SpeedSettings, commands.EvaluateSettings, commands.ScoreSettings,
+            commands.PredictSettings, commands.ReportSettings,
+        ],
     ),
 ]  # fmt: skip
 SCHEMAS: dict[str, type[BaseModel]] = {

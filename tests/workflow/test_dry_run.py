@@ -32,6 +32,15 @@ def snakemake(root):
     return run
 
 
+def with_datasets(root, folder, known) -> str:
+    """The published run's settings with other datasets, as a file in `folder`."""
+    (folder / "datasets.yaml").write_text(yaml.safe_dump(known))
+    values = yaml.safe_load((root / "config/config.yaml").read_text())
+    values["files"]["datasets"] = [str(folder / "datasets.yaml")]
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return str(folder / "run.yaml")
+
+
 @pytest.mark.parametrize("profile", [[], ["--profile", "slurm"]])
 def test_published_run_plans_every_row(snakemake, profile):
     started = time.monotonic()
@@ -84,11 +93,7 @@ def test_official_splits_are_evaluated_where_their_files_are(snakemake, root, tm
     (tmp_path / "val_v1.0.json").write_text("{}")
     known = yaml.safe_load((root / "config/datasets.yaml").read_text())
     known["docvqa_official"]["splits"]["val"]["url"] = f"file:{tmp_path}"
-    (tmp_path / "datasets.yaml").write_text(yaml.safe_dump(known))
-    values = yaml.safe_load((root / "config/config.yaml").read_text())
-    values["files"]["datasets"] = [str(tmp_path / "datasets.yaml")]
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    code, output = snakemake(row, "-n", "-p", "--configfile", str(tmp_path / "run.yaml"))
+    code, output = snakemake(row, "-n", "-p", "--configfile", with_datasets(root, tmp_path, known))
     assert code == 0, output
     assert planned(output)["evaluate_official"] == 1
     (command,) = [line for line in output.splitlines() if "evaluate/official" in line and "scripts/evaluate.py" in line]
@@ -105,11 +110,7 @@ def test_functions_of_the_users_score_after_the_evaluation(snakemake, root, tmp_
     known = yaml.safe_load((root / "config/datasets.yaml").read_text())
     del known["docvqa"]["metric"]
     known["docvqa"] |= {"metrics": [f"{tmp_path}/own.py:score", "cer"], "group_by": "kind", "max_new_tokens": 99}
-    (tmp_path / "datasets.yaml").write_text(yaml.safe_dump(known))
-    values = yaml.safe_load((root / "config/config.yaml").read_text())
-    values["files"]["datasets"] = [str(tmp_path / "datasets.yaml")]
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    code, output = snakemake(row, "-n", "-p", "--configfile", str(tmp_path / "run.yaml"))
+    code, output = snakemake(row, "-n", "-p", "--configfile", with_datasets(root, tmp_path, known))
     assert code == 0, output
     found = planned(output)
     assert (found["evaluate"], found["evaluate_base"], found["score"]) == (1, 1, 2)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -44,27 +44,38 @@ def without_password(url: str) -> str:
 Url = Annotated[str, AfterValidator(without_password)]
 
 
-class VisionGeometry(Strict):
-    """Shape of the vision tower; names are those of CLIPVisionConfig."""
+class _Layers(Strict):
+    """Sizes of a stack of transformer layers."""
 
     hidden_size: int = Field(ge=1)
-    """Width of a patch."""
+    """Width of a token, or of a patch in the tower."""
     intermediate_size: int = Field(ge=1)
-    """Width of the feed-forward layer."""
+    """Width of the feed-forward layer, gated in the decoder."""
+    num_hidden_layers: int = Field(ge=1)
+    """Layers in the checkpoint."""
+    num_attention_heads: int = Field(ge=1)
+    """Query heads of a layer."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            heads = self.num_attention_heads
+            raise ValueError(f"hidden_size: {self.hidden_size}, expected a multiple of its {heads} heads")
+        return self
+
+
+class VisionGeometry(_Layers):
+    """Shape of the vision tower; names are those of CLIPVisionConfig."""
+
     num_hidden_layers: int = Field(ge=2)
     """Layers in the checkpoint; the last one never runs."""
-    num_attention_heads: int = Field(ge=1)
-    """Heads of a layer."""
     image_size: int = Field(ge=1)
     """Side of a tile in pixels."""
     patch_size: int = Field(ge=1)
     """Side of a patch in pixels."""
 
     @model_validator(mode="after")
-    def _divides(self) -> VisionGeometry:
-        if self.hidden_size % self.num_attention_heads:
-            heads = self.num_attention_heads
-            raise ValueError(f"hidden_size: {self.hidden_size}, expected a multiple of its {heads} heads")
+    def _patches_divide(self) -> Self:
         if self.image_size % (2 * self.patch_size):
             raise ValueError(
                 f"image_size: {self.image_size}, expected a multiple of twice the patch_size {self.patch_size}"
@@ -73,29 +84,18 @@ class VisionGeometry(Strict):
         return self
 
 
-class Geometry(Strict):
+class Geometry(_Layers):
     """Layer sizes of a model, enough to plan it without its weights; names are those of the published config.json."""
 
     vocab_size: int = Field(ge=1)
     """Rows of the embedding and of the head."""
-    hidden_size: int = Field(ge=1)
-    """Width of a token."""
-    intermediate_size: int = Field(ge=1)
-    """Width of the gated feed-forward layer."""
-    num_hidden_layers: int = Field(ge=1)
-    """Decoder layers."""
-    num_attention_heads: int = Field(ge=1)
-    """Query heads of a layer."""
     num_key_value_heads: int = Field(ge=1)
     """Key and value heads of a layer."""
     vision: VisionGeometry
     """The vision tower."""
 
     @model_validator(mode="after")
-    def _divides(self) -> Geometry:
-        if self.hidden_size % self.num_attention_heads:
-            heads = self.num_attention_heads
-            raise ValueError(f"hidden_size: {self.hidden_size}, expected a multiple of its {heads} heads")
+    def _key_value_heads_divide(self) -> Self:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads: {self.num_attention_heads}, expected a multiple of num_key_value_heads"

@@ -117,7 +117,7 @@ def score(run: ResolvedRun, dataset: str, evaluated: str) -> ScoreSettings:
 def demo_base(run: ResolvedRun) -> FinetuneSettings:
     """Training of the demo's base model, by the same script as every row."""
     assert run.demo is not None
-    demo, base = run.demo, run.demo.base
+    demo = run.demo
     return FinetuneSettings(
         model_name_or_path=f"{demo.folder}/random",
         data_dir=run.data_folder(demo.mixture),
@@ -128,11 +128,7 @@ def demo_base(run: ResolvedRun) -> FinetuneSettings:
         gradient_checkpointing=False,
         zero_stage=0,
         expect_device="cpu",
-        batch_size=base.batch_size,
-        micro_batch_size=base.micro_batch_size,
-        epochs=base.epochs,
-        learning_rate=base.learning_rate,
-        num_crops=base.num_crops,
         seed=demo.seed,
         tqdm=False,
+        **demo.base.model_dump(exclude={"processes"}),
     )
