@@ -146,16 +146,21 @@ def decode_line(line: bytes) -> Any:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
 
 
+def _text_field_problem(values: dict[str, Any], key: str, field: str) -> str | None:
+    if key not in values:
+        return f"field `{field}`: missing; expected a string"
+    expected = text_problem(values[key])
+    return f"field `{field}`: got {shown(values[key])}; expected {expected}" if expected else None
+
+
 def _turn_problem(where: str, turn: object) -> str | None:
     if type(turn) is not dict:
         return f"field `{where}`: got {shown(turn)}; expected an object"
     for key in turn.keys() - _TURN_KEYS:
         return f"field `{where}.{key}`: unknown; expected images, system, user, assistant, answers"
     for key in ("user", "assistant"):
-        if key not in turn:
-            return f"field `{where}.{key}`: missing; expected a string"
-        if expected := text_problem(turn[key]):
-            return f"field `{where}.{key}`: got {shown(turn[key])}; expected {expected}"
+        if problem := _text_field_problem(turn, key, f"{where}.{key}"):
+            return problem
     if "system" in turn and (expected := text_problem(turn["system"])):
         return f"field `{where}.system`: got {shown(turn['system'])}; expected {expected}"
     images = turn.get("images", [])
@@ -184,10 +189,10 @@ def record_problem(record: object) -> str | None:
     for key in record.keys() - _RECORD_KEYS:
         return f"field `{key}`: unknown; expected id, source, conversations, meta"
     for key in ("id", "source"):
-        if key not in record:
-            return f"field `{key}`: missing; expected a string"
-        if expected := text_problem(record[key]) or ("no line break" if "\n" in record[key] else None):
-            return f"field `{key}`: got {shown(record[key])}; expected {expected}"
+        if problem := _text_field_problem(record, key, key):
+            return problem
+        if "\n" in record[key]:
+            return f"field `{key}`: got {shown(record[key])}; expected no line break"
     meta = record.get("meta", {})
     if type(meta) is not dict or any(text_problem(value, empty=True) for value in meta.values()):
         return f"field `meta`: got {shown(meta)}; expected an object of texts"
