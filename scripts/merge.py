@@ -38,8 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     import torch
 
-    from phi3v.model.adapters import base_of, merge
-    from phi3v.model.card import write_card
+    from phi3v.model.adapters import base_of, merge, write_card
     from phi3v.provenance.manifest import parent_file
 
     try:

@@ -7,8 +7,7 @@ import pytest
 from golden.helpers import tiny_folder, tiny_model
 
 from phi3v.model import Phi3VForCausalLM
-from phi3v.model.adapters import add_lora, save_adapter
-from phi3v.model.card import model_card
+from phi3v.model.adapters import add_lora, model_card, save_adapter
 from phi3v.provenance.manifest import parent_file, write_manifest
 
 

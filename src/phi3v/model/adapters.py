@@ -1,4 +1,7 @@
-"""LoRA and QLoRA: add, load, merge. With `phi3v.model.lora` the only module that knows PEFT and bitsandbytes."""
+"""LoRA and QLoRA: add, load, merge, and the merged model's card.
+
+With `phi3v.model.lora` the only module that knows PEFT and bitsandbytes.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import jinja2
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,6 +21,8 @@ from phi3v.model.compat import keep_nf4_unpacked
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.processing import Phi3VProcessor
+from phi3v.provenance.manifest import Manifest, read_json
+from phi3v.settings import FinetuneSettings, Role, fields_with
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -308,3 +314,36 @@ def _compare(before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -> d
             f"(logit deviation {scale:.3g}, {agreement:.1%} of top tokens agree); nothing was written."
         )
     return report
+
+
+# Card -----------------------------------------------------------------------------------------------------------------
+
+
+def model_card(name: str, base: str, manifest: Manifest | None, merge_report: dict[str, float] | None) -> str:
+    """The card (card.md) as Markdown with its YAML head; without a manifest it states that the training is not recorded.
+
+    Folders are named by their last part, and user and host stay out: a card is published.
+    """
+    found = (manifest or {}).get("settings") or {}
+    order = dict.fromkeys([*fields_with(FinetuneSettings, *Role), *sorted(found)])
+    settings = {key: _cell(key, found[key]) for key in order if found.get(key) is not None}
+    environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)  # noqa: S701 - Markdown, not HTML
+    template = environment.from_string(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
+    return template.render(name=name, base=base, manifest=manifest, settings=settings, merge=merge_report)
+
+
+def _cell(key: str, value: object) -> str:
+    """A setting's value for the table; of folders only the last part."""
+    if key.endswith(("_dir", "_path")):
+        return Path(str(value)).name
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def write_card(
+    folder: str | Path, base: str | Path, manifest: Path | None, merge_report: dict[str, float] | None = None
+) -> Path:
+    """Write FOLDER/README.md; raises ValueError for a manifest that is no JSON object."""
+    content = None if manifest is None else cast(Manifest, read_json(manifest))
+    path = Path(folder) / "README.md"
+    path.write_text(model_card(Path(folder).resolve().name, Path(base).name, content, merge_report), encoding="utf-8")
+    return path

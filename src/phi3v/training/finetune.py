@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from phi3v.model.adapters import base_of
-from phi3v.model.card import write_card
+from phi3v.model.adapters import base_of, write_card
 from phi3v.model.fused import compiled_kernels
 from phi3v.model.modeling import size_of
 from phi3v.model.runtime import Observer, attention_note, device_name, linear4bit
