@@ -47,6 +47,15 @@ rule accuracy:
         [row_results(job) for job in RUN.accuracy],
 
 
+rule predictions:
+    """Answers for the pictures without labels that the run's `predictions` name."""
+    input:
+        [
+            f"{RESULTS}/predictions/{name}/manifest.json"
+            for name in RUN.settings.predictions
+        ],
+
+
 rule speed:
     """Every speed row."""
     input:

@@ -1,5 +1,6 @@
 """Whole evaluations with a tiny model: batched against one by one, over processes, killed and resumed, the control."""
 
+import csv
 import json
 import os
 import shutil
@@ -51,10 +52,10 @@ def write_data(folder: Path, count: int, images: int = 1, metric: str = "accurac
     return folder
 
 
-def run_script(root: Path, *flags: object, processes: int = 0, **options) -> subprocess.Popen:
+def run_script(root: Path, *flags: object, processes: int = 0, script: str = "evaluate", **options) -> subprocess.Popen:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     environment = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, str(root / "scripts" / "evaluate.py"), *map(str, flags)]
+    command = [sys.executable, *launch, str(root / "scripts" / f"{script}.py"), *map(str, flags)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
@@ -412,3 +413,134 @@ def test_the_official_splits_have_their_authors_metrics(checkpoint, tmp_path):
     assert found["docvqa_official"]["more"]["official_anls"]["score"] >= found["docvqa_official"]["score"]
     # Pictures 0 and 1 are trained on, in another folder and under other names.
     assert [found[name]["leaked"] for name in found] == [2, 2, 2]
+
+
+def predict_flags(checkpoint: Path, *flags: object) -> list[object]:
+    common = [
+        "--model_name_or_path",
+        checkpoint,
+        "--fp32",
+        "--max_new_tokens",
+        48,
+        "--batch_size_per_gpu",
+        1,
+        "--no-tqdm",
+    ]
+    return [*common, "--num_crops", 2, *flags]
+
+
+def test_a_table_is_answered_and_a_killed_run_ends_with_the_same_files(root, checkpoint, tmp_path):
+    data = write_data(tmp_path / "data", 24, images=2)
+    rows = [
+        {
+            "file": f"{i}-0.png",
+            "second": f"{i}-1.png",
+            "q": "what colour is this ?",
+            "number": f"n{i}",
+            "shop": "a" if i % 2 else "b",
+        }
+        for i in range(24)
+    ]
+    rows[3]["file"] = "nowhere.png"
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ["image=file", "question=q", "id=number"]
+    flags = predict_flags(
+        checkpoint, "--table", tmp_path / "new.jsonl", "--images_dir", data / "images", "--columns", *columns
+    )
+    output = finish(run_script(root, *flags, "--output_dir", tmp_path / "whole", script="predict"))
+    assert "23 answers" in output and "1 not taken" in output
+    (rejected,) = (tmp_path / "whole/data/rejected.jsonl").read_text().splitlines()
+    assert "nowhere.png" in json.loads(rejected)["reason"]
+    process = run_script(root, *flags, "--output_dir", tmp_path / "killed", script="predict")
+    deadline = time.monotonic() + 300
+    while not any(path.stat().st_size > 300 for path in (tmp_path / "killed/partial").glob("*.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed/answers.csv").exists()
+    finish(run_script(root, *flags, "--output_dir", tmp_path / "killed", script="predict", processes=2))
+    for file in ("answers.jsonl", "answers.csv"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+    records = [json.loads(line) for line in (tmp_path / "whole/answers.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == [f"n{i}" for i in range(24) if i != 3]
+    assert records[0]["images"] == ["0-0.png"] and records[0]["question"] == "what colour is this ?"
+    assert all(0 < record["probability"] <= 1 and record["tokens"] >= 1 for record in records)
+
+
+def test_a_folder_is_answered_and_the_files_that_are_not_taken_are_named(checkpoint, tmp_path):
+    from phi3v.evaluation.predict import predict, predict_all
+    from phi3v.settings import PredictSettings
+
+    data = write_data(tmp_path / "data", 3)
+    scans = tmp_path / "scans"
+    (data / "images").rename(scans)
+    (scans / "sub").mkdir()
+    (scans / "2-0.png").rename(scans / "sub/ünder; score.png")
+    (scans / "notes.txt").write_text("no picture")
+    (scans / "Thumbs.db").write_text("junk")
+    ask = {
+        "model_name_or_path": str(checkpoint),
+        "fp32": True,
+        "question": "what colour is this ?",
+        "num_crops": 2,
+        "max_new_tokens": 3,
+    }
+    settings = PredictSettings(folder=str(scans), output_dir=str(tmp_path / "out"), **ask)
+    assert "3 answers" in predict_all(settings)
+    with (tmp_path / "out/answers.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == ["0-0.png", "1-0.png", "sub/ünder; score.png"]
+    for row in rows:
+        assert row["answer"] == predict(PredictSettings(image=[str(scans / row["image"])], **ask))
+        assert row["cut"] == json.dumps(row["tokens"] == "3")
+    (rejected,) = (tmp_path / "out/data/rejected.jsonl").read_text().splitlines()
+    assert "notes.txt" in rejected
+    # An answered folder is not converted again; a new picture makes it new.
+    before = (tmp_path / "out/data/dataset.json").stat().st_mtime_ns
+    predict_all(settings)
+    assert (tmp_path / "out/data/dataset.json").stat().st_mtime_ns == before
+    (scans / "9.png").write_bytes((scans / "0-0.png").read_bytes())
+    assert "4 answers" in predict_all(settings)
+
+
+def test_fields_of_json_answers_are_columns(tmp_path):
+    from phi3v.evaluation.predict import _write
+    from phi3v.evaluation.questions import Question
+
+    answers = ['{"total": 12.5, "shop": "Café, \\"A\\""}', "no JSON", '{"shop": null, "items": [1, {"a": "b"}]}']
+    questions = [Question(f"q{i}", (f"predict/{i}.png",), "?", "?", ()) for i in range(3)]
+    drafts = {
+        f"q{i}": {"id": f"q{i}", "prediction": text, "tokens": 5, "choice": None, "probability": 0.5}
+        for i, text in enumerate(answers)
+    }
+    drafts["q1"]["cut"] = True
+    assert _write(tmp_path, tmp_path, questions, drafts) == 1
+    with (tmp_path / "answers.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["id", "image", "question", "answer", "answer.total", "answer.shop", "answer.items", "tokens", "cut", "probability"],
+        ["q0", "0.png", "?", answers[0], "12.5", 'Café, "A"', "", "5", "false", "0.5"],
+        ["q1", "1.png", "?", "no JSON", "", "", "", "5", "true", "0.5"],
+        ["q2", "2.png", "?", answers[2], "", "null", '[1, {"a": "b"}]', "5", "false", "0.5"],
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[0])["fields"]["total"] == 12.5
+
+
+def test_the_probability_is_the_geometric_mean_of_the_tokens(checkpoint):
+    import torch
+
+    from phi3v.evaluation.generate import Predictor
+    from phi3v.settings import Compute
+
+    predictor = Predictor.load(checkpoint, Compute(fp32=True), torch.device("cpu"), max_new_tokens=6)
+    prompt = "<|user|>\nwhat colour<|end|>\n<|assistant|>\n"
+    (found,) = predictor.answer(predictor.prepare([prompt], [[]]))
+    ids, logs = predictor.prepare([prompt], [[]])["input_ids"], []
+    with torch.inference_mode():
+        for _ in range(found.tokens):  # one token at a time, without a cache
+            logits = predictor.model(input_ids=ids, use_cache=False).logits[0, -1].float()
+            logits[predictor.model.config.image_token_id] = float("-inf")
+            logs.append(logits.log_softmax(0).max().item())
+            ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
+    assert found.probability == pytest.approx(2.718281828459045 ** (sum(logs) / len(logs)), rel=1e-4)

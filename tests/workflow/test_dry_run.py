@@ -174,7 +174,7 @@ def huge(root, tmp_path):
     """A run whose dataset would fill any disk."""
     datasets = yaml.safe_load((root / "config/datasets.yaml").read_text())
     datasets["docvqa_mini"]["workload"]["picture_bytes"] = 1e15
-    datasets["docvqa_mini"]["splits"]["train"]["options"] = {"of": "this test"}
+    datasets["docvqa_mini"]["splits"]["train"]["options"] = {"turns": "all"}
     (tmp_path / "datasets.yaml").write_text(yaml.safe_dump(datasets))
     values = yaml.safe_load((root / "config/config.yaml").read_text())
     values |= {"name": "huge", "rows": {"accuracy": ["phi35-docvqa_mini-full-bf16"], "speed": []}}
@@ -213,3 +213,35 @@ def test_without_slurms_commands_a_start_is_refused_and_a_dry_run_is_not(root, t
     assert code != 0
     assert "could not be asked for jobs of an earlier Snakemake, nothing was started\nsqueue was not found" in output
     assert "Traceback" not in output
+
+
+def test_predictions_answer_new_pictures_with_a_trained_row(snakemake, root, tmp_path):
+    row = "phi3-docvqa-lora-bf16"
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans/a.png").write_bytes(b"")
+    (tmp_path / "new.csv").write_text("photo,prompt\n")
+    values = yaml.safe_load((root / "config/config.yaml").read_text())
+    values["predictions"] = {
+        "scans": {
+            "row": row,
+            "folder": str(tmp_path / "scans"),
+            "question": "What is the total?",
+            "max_new_tokens": 99,
+        },
+        "table": {"row": row, "table": str(tmp_path / "new.csv"), "columns": {"image": "photo", "question": "prompt"}},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    code, output = snakemake("predictions", "-n", "-p", "--configfile", str(tmp_path / "run.yaml"))
+    assert code == 0, output
+    found = planned(output)
+    assert (found["finetune"], found["predict"]) == (1, 2) and "evaluate" not in found
+    scans, table = sorted(line for line in output.splitlines() if "scripts/predict.py" in line)
+    if "--table" in scans:
+        scans, table = table, scans
+    assert f"--model_name_or_path results/published/train/{row}/final" in scans and "--max_new_tokens 99" in scans
+    assert "--question 'What is the total?'" in scans and "--output_dir results/published/predictions/scans" in scans
+    assert "--columns image=photo question=prompt" in table
+    values["predictions"]["scans"]["row"] = "nothing"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    code, output = snakemake("predictions", "-n", "--configfile", str(tmp_path / "run.yaml"))
+    assert code != 0 and "predictions.scans.row" in output

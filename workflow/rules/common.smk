@@ -88,6 +88,7 @@ wildcard_constraints:
     row="[A-Za-z0-9_.@=+-]+",
     key="[A-Za-z0-9_.-]+",
     baseline="[A-Za-z0-9_.-]+",
+    prediction="[A-Za-z0-9_.-]+",
     evaluated="((base|official)/)?[A-Za-z0-9_.-]+",
 
 
@@ -157,6 +158,8 @@ def job_of(wildcards):
     """The job that the wildcards name: a row's own, or the first of those that start from a baseline."""
     if "row" in wildcards.keys():
         return RUN.job(wildcards.row)
+    if "prediction" in wildcards.keys():
+        return RUN.job(RUN.settings.predictions[wildcards.prediction].row)
     return BASELINES[wildcards.baseline]
 
 
@@ -191,14 +194,15 @@ def cpus(kind):
     return on_job(lambda job: planned(job.row.row, kind).cpus)
 
 
+def job_command(job, script, settings_of, launch=launch, **more):
+    """A job's command line without the pipe to the log."""
+    flags = settings.flags(settings_of(RUN, job, **more))
+    return f"{launch(job)} {SCRIPTS}/{script}.py {shlex.join(flags)}"
+
+
 def command(script, settings_of, launch=launch, **more):
-    """Params of a row's job: its command line without the pipe to the log."""
-
-    def line(job):
-        flags = settings.flags(settings_of(RUN, job, **more))
-        return f"{launch(job)} {SCRIPTS}/{script}.py {shlex.join(flags)}"
-
-    return on_job(line)
+    """Params of a row's job: its command line."""
+    return on_job(lambda job: job_command(job, script, settings_of, launch, **more))
 
 
 def tables_digest():

@@ -110,3 +110,34 @@ rule score:
         "score {wildcards.evaluated}"
     shell:
         "python {params.scripts}/score.py {params.flags} 2>&1 | tee {log}"
+
+
+def to_answer(wildcards):
+    """The table, or every file of the folder, that a prediction answers."""
+    entry = RUN.settings.predictions[wildcards.prediction]
+    if entry.table:
+        return entry.table
+    return [
+        str(path) for path in sorted(Path(entry.folder).rglob("*")) if path.is_file()
+    ]
+
+
+use rule evaluate_base as predict with:
+    input:
+        to_answer,
+        trained=on_job(lambda job: f"{RESULTS}/train/{job.row.row}/manifest.json"),
+    output:
+        f"{RESULTS}/predictions/{{prediction}}/manifest.json",
+        f"{RESULTS}/predictions/{{prediction}}/answers.jsonl",
+        f"{RESULTS}/predictions/{{prediction}}/answers.csv",
+    log:
+        f"{RESULTS}/logs/predictions/{{prediction}}.log",
+    benchmark:
+        f"{RESULTS}/logs/predictions/{{prediction}}.tsv"
+    params:
+        omp=on_job(threads_each),
+        command=lambda wildcards: job_command(
+            job_of(wildcards), "predict", jobs.predict, name=wildcards.prediction
+        ),
+    message:
+        "answer {wildcards.prediction}"

@@ -146,20 +146,20 @@ def decode_line(line: bytes) -> Any:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
 
 
-def _text_field_problem(values: dict[str, Any], key: str, field: str) -> str | None:
+def _text_field_problem(values: dict[str, Any], key: str, field: str, empty: bool = False) -> str | None:
     if key not in values:
         return f"field `{field}`: missing; expected a string"
-    expected = text_problem(values[key])
+    expected = text_problem(values[key], empty)
     return f"field `{field}`: got {shown(values[key])}; expected {expected}" if expected else None
 
 
-def _turn_problem(where: str, turn: object) -> str | None:
+def _turn_problem(where: str, turn: object, unlabelled: bool) -> str | None:
     if type(turn) is not dict:
         return f"field `{where}`: got {shown(turn)}; expected an object"
     for key in turn.keys() - _TURN_KEYS:
         return f"field `{where}.{key}`: unknown; expected images, system, user, assistant, answers"
     for key in ("user", "assistant"):
-        if problem := _text_field_problem(turn, key, f"{where}.{key}"):
+        if problem := _text_field_problem(turn, key, f"{where}.{key}", empty=unlabelled and key == "assistant"):
             return problem
     if "system" in turn and (expected := text_problem(turn["system"])):
         return f"field `{where}.system`: got {shown(turn['system'])}; expected {expected}"
@@ -182,8 +182,8 @@ def _turn_problem(where: str, turn: object) -> str | None:
     return None
 
 
-def record_problem(record: object) -> str | None:
-    """What is wrong with a decoded line (first field that is wrong), or None."""
+def record_problem(record: object, unlabelled: bool = False) -> str | None:
+    """What is wrong with a decoded line (first field that is wrong), or None. unlabelled: answers may be empty."""
     if type(record) is not dict:
         return f"got {shown(record)}; expected an object"
     for key in record.keys() - _RECORD_KEYS:
@@ -199,19 +199,21 @@ def record_problem(record: object) -> str | None:
     turns = record.get("conversations")
     if type(turns) is not list or not turns:
         return f"field `conversations`: got {shown(turns)}; expected a list of turns"
-    return next(filter(None, (_turn_problem(f"conversations[{k}]", turn) for k, turn in enumerate(turns))), None)
+    return next(
+        filter(None, (_turn_problem(f"conversations[{k}]", turn, unlabelled) for k, turn in enumerate(turns))), None
+    )
 
 
-def parse_line(line: bytes, where: str) -> Conversation:
+def parse_line(line: bytes, where: str, unlabelled: bool = False) -> Conversation:
     """One line (with or without its line end) as a Conversation. Raises DataError; `where` (file:line) comes first in
-    its message."""
+    its message. unlabelled: answers may be empty."""
     if len(line) > MAX_LINE_BYTES:
         raise DataError(f"{where}: {len(line)} bytes; expected a line of at most {MAX_LINE_BYTES}")
     try:
         record = decode_line(line)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from None
-    if problem := record_problem(record):
+    if problem := record_problem(record, unlabelled):
         raise DataError(f"{where}: {problem}")
     return parse_record(record)
 
@@ -246,19 +248,22 @@ def raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         yield number, line
 
 
-def read_conversations(path: str | Path) -> Iterator[Conversation]:
+def read_conversations(path: str | Path, unlabelled: bool = False) -> Iterator[Conversation]:
     """Every example of a jsonl, one at a time. Raises DataError at the first wrong line, and when there is none at
-    all."""
+    all. unlabelled: answers may be empty."""
     number = 0
     with open(path, "rb") as file:
         for number, line in raw_lines(file):
-            yield parse_line(line, f"{path}:{number}")
+            yield parse_line(line, f"{path}:{number}", unlabelled)
     if not number:
         raise DataError(f"{path}: empty; expected one JSON object a line")
 
 
-def format_line(conversation: Conversation) -> bytes:
-    """A line of the jsonl with its line end: fields in one order, text as UTF-8, so equal examples are equal bytes."""
+def format_line(conversation: Conversation, unlabelled: bool = False) -> bytes:
+    """A line of the jsonl with its line end: fields in one order, text as UTF-8, so equal examples are equal bytes.
+
+    unlabelled: answers may be empty. Raises DataError.
+    """
     turns = []
     for turn in conversation.turns:
         system = {"system": turn.system} if turn.system else {}
@@ -274,7 +279,7 @@ def format_line(conversation: Conversation) -> bytes:
     record: dict[str, object] = {"id": conversation.id, "source": conversation.source, "conversations": turns}
     if conversation.meta:
         record["meta"] = conversation.meta
-    if problem := record_problem(record):
+    if problem := record_problem(record, unlabelled):
         raise DataError(f"example {shown(conversation.id)}: {problem}")
     return json.dumps(record, ensure_ascii=False, separators=(", ", ": ")).encode("utf-8") + b"\n"
 

@@ -248,7 +248,8 @@ def _line(
         turns.append(Turn(tuple(images), turn.user, turn.answers[0] if turn.answers else "", answers, turn.system))
     own = sample.id != source.inputs.row_id(number) and source.format not in recipe.FORMATS
     name = ids.unique(sample.id, split) if own else sample.id
-    return format_line(Conversation(name, source.inputs.source, tuple(turns), sample.meta))
+    made = Conversation(name, source.inputs.source, tuple(turns), sample.meta)
+    return format_line(made, source.inputs.options.unlabelled)
 
 
 def _convert_split(

@@ -203,11 +203,17 @@ def multiple_choice(prediction: str, answer: str) -> float:
     return float(said is not None and said == choice_letter(answer))
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not JSON")
+    return value
+
+
 def json_object(text: str) -> dict[str, object] | None:
     """The JSON object of an answer, in a Markdown fence or not; None if it is none."""
     inner = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
     try:
-        value = json.loads(inner[1] if inner else text)
+        value = json.loads(inner[1] if inner else text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -1,18 +1,58 @@
-"""One question about your own pictures."""
+"""Answers for pictures without labels: one question on standard output, or a table or folder as answers.jsonl and answers.csv.
+
+A table or folder is converted like any dataset, to OUTPUT/data; rows and files that cannot be taken are named in
+OUTPUT/data/rejected.jsonl. The questions are then answered like those of an evaluation: in batches, by all processes, and a run that was
+killed continues.
+"""
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
+import json
+import shutil
+import time
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from phi3v.data.conversations import DataError, Turn, prompt_text, text_problem
+from phi3v.data.convert import convert_files
+from phi3v.data.folder import Pictures, split_file
 from phi3v.data.pictures import open_rgb
+from phi3v.data.rows import is_junk
 from phi3v.evaluation.generate import Predictor, weights_folder
+from phi3v.evaluation.metrics import json_object
+from phi3v.evaluation.predictions import Draft, json_lines
+from phi3v.evaluation.questions import Question, read_questions
+from phi3v.evaluation.run import DEFAULT_NEW_TOKENS, Pass, answer_passes, answers_fingerprint, join, shared_weights
 from phi3v.model.runtime import compute_device
-from phi3v.settings import PredictSettings
+from phi3v.provenance.manifest import digest_file, write_atomically, write_manifest
+from phi3v.settings import OptionValue, PredictSettings
+
+SPLIT = "predict"
+
+
+class Answered(TypedDict):
+    """A line of answers.jsonl."""
+
+    id: str
+    images: list[str]
+    """Paths as the table or folder has them."""
+    question: str
+    answer: str
+    fields: dict[str, object] | None
+    """The answer's JSON object; None if it is none."""
+    tokens: int
+    cut: bool
+    """It reached max_new_tokens."""
+    probability: float
+    """Geometric mean of the probabilities of its tokens: 1 means that each was certain, whatever the length."""
+    meta: NotRequired[dict[str, str]]
 
 
 def predict(settings: PredictSettings) -> str:
-    """The answer of a checkpoint or adapter.
+    """The answer of a checkpoint or adapter to one question.
 
     Raises DataError: a missing picture, a file that is no picture, control tokens in the question; SettingsError: the device cannot do it
     (phi3v.model.runtime.compute_device).
@@ -25,8 +65,125 @@ def predict(settings: PredictSettings) -> str:
     pictures = [open_rgb(Path(name), name) for name in settings.image]
     device = compute_device(settings)
     folder = weights_folder(settings.model_name_or_path)
-    predictor = Predictor.load(folder, settings, device, settings.max_new_tokens or 64, settings.num_crops)
+    predictor = Predictor.load(
+        folder, settings, device, settings.max_new_tokens or DEFAULT_NEW_TOKENS, settings.num_crops
+    )
     # The picture marks stand in front of the question, as in training.
     prompt = prompt_text(Turn(tuple(settings.image), settings.question, ""))
     (answer,) = predictor.answer(predictor.prepare([prompt], [pictures]))
     return answer.text
+
+
+def predict_all(settings: PredictSettings) -> str:
+    """Answer a table or folder into output_dir; returns a line about it (empty in other processes than the first).
+
+    Raises DataError: no such table or folder, or nothing in it that can be answered; SettingsError as `predict`.
+    """
+    started, output = time.perf_counter(), Path(settings.output_dir)
+    source = Path(settings.table or settings.folder)
+    if not (source.is_dir() if settings.folder else source.exists()):
+        raise DataError(f"{source}: no such {'folder' if settings.folder else 'table'}")
+    processes = join(settings)
+    if processes.rank == 0:
+        _convert(settings, output)
+    processes.wait()
+    data = output / "data"
+    questions, pictures = read_questions(data, SPLIT, unlabelled=True), Pictures(data)
+    model = shared_weights(settings.model_name_or_path, processes)
+    fingerprint = answers_fingerprint(settings, model, digest_file(split_file(data, SPLIT)))
+    each = Pass("predict", output, questions, pictures, fingerprint)
+    line = ""
+    for _, drafts, _ in answer_passes([each], model, settings, processes):
+        root = Path(settings.folder or settings.images_dir or source.parent)
+        cut = _write(output, root, questions, drafts)
+        write_manifest(
+            output,
+            kind="predict",
+            settings=settings,
+            inputs={"model": str(model), "questions": str(split_file(data, SPLIT))},
+            seed=None,
+            seconds=time.perf_counter() - started,
+            device=processes.title,
+        )
+        rejected = data / "rejected.jsonl"
+        left_out = rejected.read_bytes().count(b"\n") if rejected.is_file() else 0
+        line = f"{output}/answers.csv: {len(questions)} answers, {cut} cut; {left_out} not taken"
+        line += f", with reasons in {rejected}\n" if left_out else "\n"
+    processes.leave()
+    return line
+
+
+def _convert(settings: PredictSettings, output: Path) -> None:
+    """Make OUTPUT/data of the table or folder, unless it is there already. A file counts as changed if its size did."""
+    output.mkdir(parents=True, exist_ok=True)
+    columns = dict(column.split("=", 1) for column in settings.columns)
+    root = Path(settings.images_dir) if settings.images_dir else None
+    if settings.folder:
+        root, table = Path(settings.folder), output / "files.jsonl"
+        paths = [path for path in sorted(root.rglob("*")) if path.is_file() and output not in path.parents]
+        files = [path.relative_to(root) for path in paths]
+        rows = [
+            {"id": str(name), "image": [str(name)], "question": settings.question}
+            for name in files
+            if not is_junk(name)
+        ]
+        if not rows:
+            raise DataError(f"--folder {root}: no file; expected pictures")
+        write_atomically(table, json_lines(rows))
+        facts = [(root / str(row["id"])).stat().st_size for row in rows]
+    else:
+        table, facts = Path(settings.table), []
+        if settings.question:
+            columns["question"] = settings.question
+    made_of = hashlib.sha256(json.dumps([digest_file(table), facts, columns, str(root)]).encode()).hexdigest()
+    mark, data = output / "data.sha256", output / "data"
+    if mark.is_file() and mark.read_text() == made_of:
+        return
+    mark.unlink(missing_ok=True)
+    shutil.rmtree(data, ignore_errors=True)
+    options: dict[str, OptionValue] = {"unlabelled": True, "columns": {**columns}}
+    convert_files("table", table, data, SPLIT, root, name=table.stem, options=options, on_error="skip")
+    write_atomically(mark, made_of)
+
+
+def _source(path: str, root: Path) -> str:
+    """A picture's path as the table or folder has it: conversion may add the suffix of its own format."""
+    name = path.removeprefix(f"{SPLIT}/")
+    original = name.rpartition(".")[0]
+    return original if not (root / name).exists() and original and (root / original).exists() else name
+
+
+def _write(output: Path, root: Path, questions: list[Question], drafts: dict[str, Draft]) -> int:
+    """answers.jsonl and answers.csv in the source's order; returns how many answers are cut."""
+    records: list[Answered] = []
+    names: dict[str, None] = {}
+    for question in questions:
+        draft = drafts[question.id]
+        record: Answered = {
+            "id": question.id,
+            "images": [_source(path, root) for path in question.images],
+            "question": question.user,
+            "answer": draft["prediction"],
+            "fields": json_object(draft["prediction"]),
+            "tokens": draft["tokens"],
+            "cut": draft.get("cut", False),
+            "probability": draft["probability"],
+        }
+        if question.meta:
+            record["meta"] = question.meta
+        records.append(record)
+        names.update(dict.fromkeys(record["fields"] or ()))
+    write_atomically(output / "answers.jsonl", json_lines(records))
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    judged = ("tokens", "cut", "probability")
+    table.writerow(["id", "image", "question", "answer", *(f"answer.{name}" for name in names), *judged])
+    for record in records:
+        values = [(record["fields"] or {}).get(name, "") for name in names]
+        table.writerow(
+            [record["id"], ";".join(record["images"]), record["question"], record["answer"]]
+            + [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
+            + [record["tokens"], json.dumps(record["cut"]), record["probability"]]
+        )
+    write_atomically(output / "answers.csv", text.getvalue())
+    return sum(record["cut"] for record in records)

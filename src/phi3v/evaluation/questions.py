@@ -32,12 +32,15 @@ class Question:
     """What the source says of the example."""
 
 
-def read_questions(data_dir: str | Path, split: str) -> list[Question]:
-    """A question per example of a split, in its order. Raises DataError: no such split, bad line, an id twice, a missing picture."""
+def read_questions(data_dir: str | Path, split: str, unlabelled: bool = False) -> list[Question]:
+    """A question per example of a split, in its order. unlabelled: answers may be empty.
+
+    Raises DataError: no such split, bad line, an id twice, a missing picture.
+    """
     path, pictures = split_file(data_dir, split), Pictures(data_dir)
     questions: list[Question] = []
     lines: dict[str, int] = {}
-    for number, example in enumerate(read_conversations(path), 1):
+    for number, example in enumerate(read_conversations(path, unlabelled), 1):
         if example.id in lines:
             raise DataError(
                 f"{path}:{number}: field `id`: got {example.id!r}, already on line {lines[example.id]}; expected unique ids"

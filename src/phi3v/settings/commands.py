@@ -5,6 +5,7 @@ Names and defaults are those of the recipe's scripts where they have them; the r
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -417,9 +418,32 @@ class PredictSettings(Answering):
     """scripts/predict.py"""
 
     question: str = ""
-    """What is asked about --image or each picture of --folder; the pictures are put in front of it."""
+    """What is asked about --image or each picture of --folder, or of a table without a question column; pictures come first."""
     image: list[str] = []
     """Picture files of one question, in order; the answer goes to standard output."""
+    table: Annotated[str, Role.IDENTITY] = ""
+    """Rows to answer, each with a picture and a question: csv, tsv, json, jsonl or parquet."""
+    columns: list[str] = []
+    """What the table's columns are, ROLE=COLUMN each: image=photo question=prompt id=number."""
+    images_dir: Annotated[str, Role.IDENTITY] = ""
+    """Where the table's picture paths start; left out: beside the table."""
+    folder: Annotated[str, Role.IDENTITY] = ""
+    """Folder whose pictures are answered, with its subfolders."""
+    output_dir: Annotated[str, Role.IDENTITY] = ""
+    """Where answers.jsonl and answers.csv of a table or folder go."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PredictSettings:
+        given = [name for name in ("image", "table", "folder") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: expected one of image, table and folder")
+        if not self.question and not self.table:
+            raise ValueError("question: missing; expected what is asked about the pictures")
+        if given in (["table"], ["folder"]) and not self.output_dir:
+            raise ValueError("output_dir: missing; expected where the answers go")
+        if wrong := [column for column in self.columns if not re.fullmatch(r"\w+=.+", column, re.DOTALL)]:
+            raise ValueError(f"columns: got {wrong[0]!r}; expected ROLE=COLUMN, such as image=photo")
+        return self
 
 
 class ReportSettings(Command):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from phi3v.settings.commands import (
     EvaluateSettings,
     FinetuneSettings,
+    PredictSettings,
     ScoreSettings,
     SpeedSettings,
     own_settings,
@@ -111,6 +112,29 @@ def score(run: ResolvedRun, dataset: str, evaluated: str) -> ScoreSettings:
         metrics=run.datasets[dataset].metrics,
         group_by=run.datasets[dataset].group_by,
         seed=run.settings.seed,
+    )
+
+
+def predict(run: ResolvedRun, job: Job, name: str) -> PredictSettings:
+    """Answers of the trained row to the pictures of an entry of the run's `predictions`."""
+    entry, how = run.settings.predictions[name], run.settings.evaluation
+    return PredictSettings.model_validate(
+        {
+            **entry.model_dump(include={"table", "images_dir", "folder", "question"}),
+            "model_name_or_path": f"{run.results}/train/{job.row.row}/final",
+            "output_dir": f"{run.results}/predictions/{name}",
+            "columns": [f"{role}={column}" for role, column in entry.columns.items()],
+            "num_crops": job.num_crops,
+            "batch_size_per_gpu": how.batch_size_per_gpu,
+            "max_new_tokens": entry.max_new_tokens
+            or run.datasets[job.row.dataset].max_new_tokens
+            or how.max_new_tokens,
+            "expect_device": _device(run.hardware[job.pool.device]),
+            "num_workers": run.settings.num_workers,
+            "tqdm": False,
+            "flash_attention": job.row.flash_attention,
+            job.row.dtype: True,
+        }
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from phi3v.settings.base import (
     Role,
@@ -93,6 +93,31 @@ class Evaluation(Strict):
     """Evaluate the trained model also with the pictures swapped among the examples."""
 
 
+class Prediction(Strict):
+    """Pictures without labels that a trained row answers: `snakemake predictions`."""
+
+    row: str
+    """Accuracy row whose trained model answers."""
+    table: str = ""
+    """Rows to answer, each with a picture and a question: csv, tsv, json, jsonl or parquet."""
+    columns: dict[str, str] = {}
+    """What the table's columns are: `{image: photo, question: prompt, id: number}`."""
+    images_dir: str = ""
+    """Where the table's picture paths start; empty: beside the table."""
+    folder: str = ""
+    """Folder whose pictures are answered, with its subfolders."""
+    question: str = ""
+    """What is asked about each picture of the folder, or of a table without a question column."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest answer in tokens; empty: that of the row's evaluation."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Prediction:
+        if bool(self.table) == bool(self.folder):
+            raise ValueError("expected a table or a folder")
+        return self
+
+
 class SpeedMeasurement(Strict):
     """How a speed row is timed."""
 
@@ -154,6 +179,8 @@ class Run(Strict):
     overrides: dict[str, dict[str, Any]] = {}
     """Row pattern to fields: every departure of this run from the tables, shown in the report."""
     evaluation: Evaluation = Evaluation()
+    predictions: dict[Name, Prediction] = {}
+    """Answers for new pictures, by name; `snakemake predictions` writes them to results/NAME/predictions/."""
     speed: SpeedMeasurement = SpeedMeasurement()
     num_workers: WorkersOrAuto = "auto"
     """Data loading processes of each training process; auto: one less than its CPUs on a GPU, at most 8, none on a CPU."""
@@ -314,6 +341,8 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
         for path, row, departures in rows:
             if any(_matches(row.row, pattern) for pattern in selected):
                 getattr(run, kind).extend(_jobs(where, run, path, row, departures, row_files))
+    for name, prediction in settings.predictions.items():
+        check_known(where, f"predictions.{name}.row", prediction.row, [job.row.row for job in run.accuracy])
     if unused:
         raise SettingsError(f"{where}: field `overrides`: pattern {sorted(unused)[0]!r} matches no row of the tables")
     return run
