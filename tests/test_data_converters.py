@@ -313,7 +313,7 @@ def test_whatever_an_item_is_it_is_taken_or_refused(name: str, item: dict, tmp_p
     try:
         found = list(FORMATS[name](inputs))
     except DataError as error:
-        assert "column `messages`: missing" in str(error)  # noqa: PT017
+        assert "column" in str(error) or "expected a JSON object with" in str(error)  # noqa: PT017
     else:
         assert all(isinstance(sample, Sample | Rejection) for sample in found)
 

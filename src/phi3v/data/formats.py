@@ -172,9 +172,10 @@ def _values(inputs: Inputs, rows: Rows, roles: Iterable[str], needed: Iterable[s
         sources = [sources] if isinstance(sources, str) else sources
         found[role] = [_value(source, role, known, where) for source in sources if source]
     for role in [role for role in roles if role not in inputs.options.columns]:
-        own = [name for name in ROLES[role] if name in {other.strip().casefold() for other in known}]
+        folded = {name.strip().casefold() for name in known}
+        own = [name for name in ROLES[role] if name in folded]
         found[role] = [Value(own[0], other=own[-1])] if own else [given[role]] if role in given else []
-        if not own and role in needed and role not in given and known:
+        if not own and role in needed and known and not (role in given or (role == "answer" and "answers" in folded)):
             raise DataError(
                 f"{where}: column `{role}`: missing; expected {', '.join(needed)}; got {', '.join(known)} (option "
                 f"`columns` says what they are: `{role}: NAME`){near(role, known)}"
@@ -294,10 +295,15 @@ def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[
 def table(inputs: Inputs) -> Samples:
     """Rows of CSV, TSV, JSON, jsonl, parquet, a hub or saved data set: columns image, question, answer, or `columns`."""
     needed = ("image", "question") if inputs.options.unlabelled else ("image", "question", "answer")
-    if "answers" in inputs.options.columns:
-        needed = needed[:2]
     values, rows = _values(inputs, read_rows(inputs), QUESTION_ROLES, needed)
     return each_row(rows, _build_question(inputs, values))
+
+
+def docvqa_official(inputs: Inputs) -> Samples:
+    """DocVQA's val_v1.0.json: {"data": [{questionId, question, image, answers}, …]} with the documents/ folder."""
+    columns = {"question": "{question}\nAnswer briefly.", "answer": [], "id": "docvqa-{questionId}"}
+    options = inputs.options.model_copy(update={"field": "data", "columns": columns})
+    return table(replace(inputs, options=options))
 
 
 SPLIT_FOLDERS = ("train", "val", "validation", "valid", "dev", "test")
@@ -539,6 +545,7 @@ FORMATS: dict[str, Callable[[Inputs], Samples]] = {
     "imagefolder": imagefolder,
     "image_folder": imagefolder,
     "conversations": conversations,
+    "docvqa_official": docvqa_official,
     **recipe.FORMATS,
 }
 

@@ -24,7 +24,6 @@ from phi3v.data.rows import (
     Rows,
     Sample,
     SampleTurn,
-    accepted_answers,
     each_row,
     json_rows,
     parquet_rows,
@@ -57,17 +56,32 @@ def without_markers(text: str) -> str:
     return text
 
 
-def _bytes_picture(value: object, where: str, field: str) -> Picture:
+def _parquet(inputs: Inputs, columns: list[str]) -> Rows:
+    """Rows of all files, numbered over all of them."""
+    numbers = itertools.count()
+    return itertools.chain.from_iterable(parquet_rows(path, numbers, columns) for path in inputs.files)
+
+
+def _picture(value: object, where: str, field: str) -> Picture:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes) or not data:
         raise DataError(f"{where}: field `{field}.bytes`: got {shown(data)}; expected the picture's encoded bytes")
     return Picture(data)
 
 
-def _parquet(inputs: Inputs, columns: list[str]) -> Rows:
-    """Rows of all files, numbered over all of them."""
-    numbers = itertools.count()
-    return itertools.chain.from_iterable(parquet_rows(path, numbers, columns) for path in inputs.files)
+def docvqa_mini(inputs: Inputs) -> Samples:
+    """The mini DocVQA set: `image` {bytes, path}, `query` {en, …}, `answers`: all are accepted, the first trains."""
+
+    def build(where: str, number: int, row: Row) -> Sample:
+        query, answers = row["query"], row["answers"]
+        question = some_text(query.get("en") if isinstance(query, dict) else query, where, "query.en")
+        if not isinstance(answers, list) or not answers:
+            raise DataError(f"{where}: field `answers`: got {shown(answers)}; expected a list of accepted answers")
+        texts = dict.fromkeys(some_text(answer, where, f"answers[{k}]") for k, answer in enumerate(answers))
+        turn = SampleTurn((_picture(row["image"], where, "image"),), f"{question}\nAnswer briefly.", tuple(texts))
+        return Sample(where, inputs.row_id(number), (turn,))
+
+    return each_row(_parquet(inputs, ["image", "query", "answers"]), build)
 
 
 def cauldron(inputs: Inputs) -> Samples:
@@ -82,7 +96,7 @@ def cauldron(inputs: Inputs) -> Samples:
             raise DataError(f"{where}: field `images`: got {shown(images)}; expected a list of pictures")
         if not isinstance(texts, list) or not texts:
             raise DataError(f"{where}: field `texts`: got {shown(texts)}; expected a list of questions and answers")
-        pictures = tuple(_bytes_picture(image, where, f"images[{index}]") for index, image in enumerate(images))
+        pictures = tuple(_picture(image, where, f"images[{index}]") for index, image in enumerate(images))
         turns = []
         for index, text in enumerate(texts):
             if not isinstance(text, dict):
@@ -93,20 +107,6 @@ def cauldron(inputs: Inputs) -> Samples:
         return Sample(where, inputs.row_id(number), tuple(turns))
 
     return each_row(_parquet(inputs, ["images", "texts"]), build)
-
-
-def docvqa_mini(inputs: Inputs) -> Samples:
-    """The mini DocVQA set: `image` {bytes, path}, `query` {en, …}, `answers`: all are accepted, the first trains."""
-
-    def build(where: str, number: int, row: Row) -> Sample:
-        query = row["query"]
-        question = some_text(query.get("en") if isinstance(query, dict) else query, where, "query.en")
-        answers = accepted_answers(row["answers"], where)
-        picture = _bytes_picture(row["image"], where, "image")
-        turn = SampleTurn((picture,), f"{question}\nAnswer briefly.", answers)
-        return Sample(where, inputs.row_id(number), (turn,))
-
-    return each_row(_parquet(inputs, ["image", "query", "answers"]), build)
 
 
 def nlvr2_official(inputs: Inputs) -> Samples:
@@ -138,18 +138,6 @@ def hateful_memes_official(inputs: Inputs) -> Samples:
         return Sample(where, f"meme-{item.get('id')}", (SampleTurn((picture,), prompt, ("Yes" if label else "No",)),))
 
     return each_row(json_rows(inputs.only(".jsonl", ".json"), itertools.count()), build)
-
-
-def docvqa_official(inputs: Inputs) -> Samples:
-    """DocVQA's val_v1.0.json: {"data": [{questionId, question, image, answers}, …]} with the documents/ folder."""
-
-    def build(where: str, number: int, item: Row) -> Sample:
-        answers = accepted_answers(item.get("answers"), where)
-        picture = picture_under(inputs.images_dir, item.get("image"), where, "image")
-        user = f"{some_text(item.get('question'), where, 'question')}\nAnswer briefly."
-        return Sample(where, f"docvqa-{item.get('questionId', number)}", (SampleTurn((picture,), user, answers),))
-
-    return each_row(json_rows(inputs.only(".json"), itertools.count(), "data"), build)
 
 
 def ucf101(inputs: Inputs) -> Samples:
@@ -245,5 +233,4 @@ FORMATS: dict[str, Callable[[Inputs], Samples]] = {
     "ucf101": ucf101,
     "nlvr2_official": nlvr2_official,
     "hateful_memes_official": hateful_memes_official,
-    "docvqa_official": docvqa_official,
 }

@@ -205,13 +205,6 @@ def some_text(value: object, where: str, field_name: str) -> str:
     return value.strip()
 
 
-def accepted_answers(value: object, where: str) -> tuple[str, ...]:
-    """The different texts of a list of answers, in order. Raises DataError."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: field `answers`: got {shown(value)}; expected a list of accepted answers")
-    return tuple(dict.fromkeys(some_text(answer, where, f"answers[{k}]") for k, answer in enumerate(value)))
-
-
 @functools.lru_cache(maxsize=1000)
 def _real(root: Path) -> str:
     return os.path.realpath(root)
@@ -518,38 +511,34 @@ def unpack(archive: Path, folder: Path, wanted: Callable[[str], bool]) -> Iterat
     """Unpack the wanted files of a tar (compressed or not) into a folder; yields their names in the archive's order.
 
     A member that leaves the folder, a link or a device stops everything (DataError), wanted or not: such an archive is
-    not what it claims to be.
+    not what it claims to be. (tarfile.data_filter is not in Python 3.11.2, which Debian 12 has, and takes links.)
     """
     total, seen = 0, set[str]()
     try:
         with tarfile.open(archive, "r|*") as file:
             for member in file:
-                where = f"{archive}: member {shown(member.name)}"
-                # tarfile.data_filter is not in Python 3.11.2, which Debian 12 has, and takes links.
                 path = PurePosixPath(member.name)
-                if path.is_absolute() or ".." in path.parts or not (member.isreg() or member.isdir()):
-                    raise DataError(
-                        f"{where}: an absolute path, `..`, a link or a device; expected files and folders inside it only"
-                    )
                 name = path.as_posix()
-                if not member.isreg() or not wanted(name):
+                expected = ""
+                if path.is_absolute() or ".." in path.parts or not (member.isreg() or member.isdir()):
+                    expected = "files and folders inside it only, no absolute path, `..`, link or device"
+                elif member.isdir() or not wanted(name):
                     continue
-                if name in seen:
-                    raise DataError(f"{where}: there twice; expected each once")
+                elif name in seen:
+                    expected = "each file once"
+                elif total + member.size > MAX_UNPACKED_BYTES or member.size > shutil.disk_usage(folder).free:
+                    expected = f"less than its {total + member.size} bytes so far, and enough free space"
+                if expected:
+                    raise DataError(f"{archive}: member {shown(member.name)}; expected {expected}")
                 seen.add(name)
                 total += member.size
-                if total > MAX_UNPACKED_BYTES or member.size > shutil.disk_usage(folder).free:
-                    raise DataError(f"{where}: {total} bytes unpacked so far; expected less, and enough free space")
-                target = folder / name
-                target.parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 content = file.extractfile(member)
                 assert content is not None, "a regular member has content"
-                with open(target, "xb") as out:
+                with open(folder / name, "xb") as out:
                     shutil.copyfileobj(content, out, 1 << 20)
                 yield name
-    except (tarfile.TarError, EOFError, zlib.error, UnicodeError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, UnicodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, tarfile.TarError):
+            raise  # gzip and xz report damaged data as an OSError without a number; this one is the disk's
         raise DataError(f"{archive}: not a whole tar archive: {error}") from None
-    except OSError as error:
-        if error.errno is None:  # gzip and xz report damaged data as an OSError without a number
-            raise DataError(f"{archive}: not a whole tar archive: {error}") from None
-        raise
