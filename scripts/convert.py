@@ -35,7 +35,9 @@ def arguments() -> argparse.Namespace:
         choices=["stop", "skip"],
         help="rows that cannot be taken (default: as the entry says, else stop)",
     )
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="clips decoded at a time (default: 2)")
+    parser.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="pictures and clips decoded at a time (default: 2)"
+    )
     entry = parser.add_argument_group("an entry of a datasets file")
     entry.add_argument("--datasets", nargs="+", default=["config/datasets.yaml"], metavar="FILE", help="datasets files")
     entry.add_argument("--dataset", metavar="NAME", help="entry to convert")

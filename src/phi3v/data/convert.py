@@ -13,7 +13,9 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TextIO
@@ -34,12 +36,13 @@ from phi3v.data.conversations import (
 from phi3v.data.fetch import FAILURES, fetch_urls, locked_files, url_file
 from phi3v.data.folder import LENGTHS, Description, SplitEntry, describe, record_picture
 from phi3v.data.formats import FORMATS, ROWS, as_text, column
-from phi3v.data.pictures import PictureOptions, read_pictures
+from phi3v.data.pictures import PictureOptions, StoredPicture, read_pictures
 from phi3v.data.rows import Inputs, Picture, Rejection, Sample, may_name_urls
 from phi3v.provenance.manifest import digest_file, write_json
 from phi3v.settings import CONVERTER_VERSION, FORMAT_OPTIONS, Dataset, Division, OptionValue, Split, validate
 
 OnError = Literal["stop", "skip"]
+Pages = Iterator[Future[list[StoredPicture]]]
 
 MAX_NAME_BYTES = 255
 """Of a file or folder on nearly every file system."""
@@ -166,13 +169,16 @@ class PictureWriter:
             path.unlink()
         self.written -= len(self.of_row)
 
-    def write(self, picture: Picture, number: int, place: int, where: str) -> list[str]:
-        """Store a picture, or the pages of one, and return the paths relative to images/. Raises DataError.
+    def read(self, picture: Picture, where: str) -> list[StoredPicture]:
+        """The decoded pages of a picture. Raises DataError."""
+        data = self._fetched(picture.data, where) if isinstance(picture.data, str) else picture.data
+        return read_pictures(data, where, self.options, picture.page)
+
+    def write(self, picture: Picture, pages: list[StoredPicture], number: int, place: int, where: str) -> list[str]:
+        """Store the pages of a picture and return their paths relative to images/. Raises DataError.
 
         number, place: source row and position in it, for the picture's name.
         """
-        data = self._fetched(picture.data, where) if isinstance(picture.data, str) else picture.data
-        pages = read_pictures(data, where, self.options, picture.page)
         paths: list[str] = []
         for page, stored in enumerate(pages, picture.page or 1):
             marked = f"{picture.name}.{page}" if picture.name and (picture.page or len(pages) > 1) else picture.name
@@ -232,8 +238,30 @@ class OwnIds:
         return self.unique(f"{split}-{name}" if uses == 2 else f"{split}-{name}-{uses - 1}", split)
 
 
+def _read_ahead(source: SplitSource, writer: PictureWriter) -> Iterator[tuple[int, Sample | Rejection, Pages]]:
+    """(row number, sample, its pictures' pages) in order; threads decode the pictures of the next samples meanwhile.
+
+    Decoding leaves Python's lock, so threads serve; two samples a thread keep memory flat.
+    """
+    waiting: deque[tuple[int, Sample | Rejection, Pages]] = deque()
+    with ThreadPoolExecutor(source.inputs.workers) as pool:
+        for number, sample in source.samples:
+            turns = () if isinstance(sample, Rejection) else sample.turns[:1] if source.first_turn else sample.turns
+            pictures = [picture for turn in turns for picture in turn.pictures]
+            waiting.append((number, sample, iter([pool.submit(writer.read, each, sample.where) for each in pictures])))
+            if len(waiting) > 2 * source.inputs.workers:
+                yield waiting.popleft()
+        yield from waiting
+
+
 def _line(
-    sample: Sample | Rejection, number: int, split: str, source: SplitSource, writer: PictureWriter, ids: OwnIds
+    sample: Sample | Rejection,
+    pages: Pages,
+    number: int,
+    split: str,
+    source: SplitSource,
+    writer: PictureWriter,
+    ids: OwnIds,
 ) -> bytes:
     """The line of a sample, its pictures written. Raises DataError."""
     if isinstance(sample, Rejection):
@@ -242,7 +270,7 @@ def _line(
     for turn in sample.turns[:1] if source.first_turn else sample.turns:
         images: list[str] = []
         for picture in turn.pictures:
-            images += writer.write(picture, number, place + len(images), sample.where)
+            images += writer.write(picture, next(pages).result(), number, place + len(images), sample.where)
         place += len(images)
         answers = turn.answers if len(turn.answers) > 1 else ()
         turns.append(Turn(tuple(images), turn.user, turn.answers[0] if turn.answers else "", answers, turn.system))
@@ -263,11 +291,11 @@ def _convert_split(
     # A bar on a terminal, a line every half minute in a log.
     delay, pause = (0.0, 0.1) if sys.stderr.isatty() else (30.0, 30.0)
     with open(work / name, "wb") as file, open(work / f"{split}.sha256", "w", encoding="utf-8") as record:
-        for number, sample in tqdm(
-            source.samples, desc=f"converting {split}", unit="row", delay=delay, mininterval=pause
+        for number, sample, pages in tqdm(
+            _read_ahead(source, writer), desc=f"converting {split}", unit="row", delay=delay, mininterval=pause
         ):
             try:
-                line = _line(sample, number, split, source, writer, ids)
+                line = _line(sample, pages, number, split, source, writer, ids)
             except DataError as error:
                 reason = str(error).removeprefix(f"{sample.where}: ")
                 if on_error == "stop":

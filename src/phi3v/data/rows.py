@@ -122,7 +122,7 @@ class Inputs:
     scratch: Path = Path("scratch")
     """Empty folder for unpacked files, removed afterwards."""
     workers: int = 1
-    """Clips decoded side by side."""
+    """Pictures and clips decoded side by side."""
     only_urls: bool = False
     """Only the URLs of pictures are wanted: clips are not decoded."""
     untaken: dict[str, str] = field(default_factory=dict)
