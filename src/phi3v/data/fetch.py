@@ -214,6 +214,27 @@ def local_files(url: str) -> tuple[Path, list[str]]:
     return root, names
 
 
+def local_contents(url: str, cache: Path) -> str:
+    """Digest of the names and contents of a local URL's files; "missing" if there is none.
+
+    cache: a JSON file of earlier digests. Size, time and inode only tell which files need not be hashed again.
+    """
+    try:
+        root, names = local_files(url)
+    except SourceError:
+        return "missing"
+    known = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
+    found = {}
+    for path in ((root / name).resolve() for name in names):
+        facts = [path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino]
+        old = known.get(str(path), [])
+        found[str(path)] = old if old[:3] == facts else [*facts, digest_file(path)]
+    if {**known, **found} != known:
+        write_json(cache, {**known, **found})
+    contents = [[name, facts[3]] for name, facts in zip(names, found.values(), strict=True)]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
+
+
 def _sorted_error(error: Exception, what: str) -> Exception:
     """A passing failure as Transient, a final one as SourceError that names what to do, any other unchanged."""
     import aiohttp
