@@ -232,6 +232,12 @@ receipts:
     )
     examples = sorted((e for some in found.values() for e in some), key=lambda e: e.id)
     assert [json.loads(example.turns[0].assistant) for example in examples] == fields
+    # The rest of the way: a tiny model makes one step with them.
+    from training_fixtures import train_here, write_model
+
+    write_model(Path("model"))
+    trained = train_here(Path(), Path("trained"), data_dir="out", max_steps=1, batch_size=2, micro_batch_size=1)
+    assert (trained / "final").is_dir()
     assert examples[0].turns[0].assistant.startswith('{"lines": ["2 x Brot\\n1 x Käse", "Trinkgeld"], "paid": true,')
     lines = [json.loads(line) for line in Path("out/rejected.jsonl").read_text().splitlines()]
     assert {(line["where"], line["reason"]) for line in lines} == {
