@@ -199,6 +199,16 @@ def test_chats_of_other_trainers(folder: Path) -> None:
     assert (found.turns[0].user, found.turns[0].assistant, len(found.images)) == ("Which?", "x", 2)
 
 
+def test_pairs_of_a_question_and_an_answer(folder: Path) -> None:
+    row = {
+        "system": "s",
+        "conversation": [{"human": "<image>a", "assistant": "b"}, {"human": "c", "assistant": "d"}],
+        "images": ["a.png"],
+    }
+    (found,) = converted("sharegpt", write(folder / "rows.jsonl", row))
+    assert [(turn.system, turn.user, turn.assistant) for turn in found.turns] == [("s", "a", "b"), ("", "c", "d")]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

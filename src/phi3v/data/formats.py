@@ -476,6 +476,9 @@ def messages(inputs: Inputs) -> Samples:
             listed = _listed(value.of(row, where))
             if not isinstance(listed, list) or not listed:
                 raise DataError(f"{where}: field `{value.column}`: got {shown(listed)}; expected a list of messages")
+            if all(isinstance(pair, dict) and pair.keys() <= SPEAKERS.keys() for pair in listed):
+                # ms-swift's form of sharegpt: {human: question, assistant: answer}
+                listed = [{"from": speaker, "value": text} for pair in listed for speaker, text in pair.items()]
             for index, message in enumerate(listed):
                 field = f"{value.column}[{index}]"
                 spoken.append((field, *_message(inputs, message, where, field)))
