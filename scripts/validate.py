@@ -44,7 +44,13 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Parse the command line and print what is wrong."""
     given = arguments()
-    checks, problems, shared = validate_folder(given.data_dir, given.level, given.workers)
+    processor = None
+    if given.model:
+        from phi3v.model.processing import Phi3VProcessor
+
+        processor = Phi3VProcessor.from_pretrained(given.model)
+    tile_size = processor.image_processor.tile_size if processor else 336
+    checks, problems, shared = validate_folder(given.data_dir, given.level, given.workers, tile_size)
     if given.allow_leaks:
         problems.forget("leak: ")
     for line in problems.lines():
@@ -55,11 +61,9 @@ def main() -> int:
     for pair, count in shared.items():
         print(f"{pair}: {count} pictures in common", file=sys.stderr)
     print(f"{given.data_dir}: {problems.total or 'no'} problems", file=sys.stderr)
-    if given.model and not problems.total:
+    if processor and not problems.total:
         from phi3v.data.lengths import write_statistics
-        from phi3v.model.processing import Phi3VProcessor
 
-        processor = Phi3VProcessor.from_pretrained(given.model)
         print(*write_statistics(given.data_dir, processor, given.num_crops), sep="\n", file=sys.stderr)
     return 1 if problems.total else 0
 

@@ -12,13 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3v.data import conversations
-from phi3v.data.check import _LINE
 from phi3v.data.conversations import (
     Conversation,
     DataError,
     Turn,
     answer_text,
-    decode_line,
     format_line,
     image_path_problem,
     parse_line,
@@ -202,19 +200,6 @@ def test_the_schema_and_the_reader_agree(value: object) -> None:
         assert schema_says
     elif schema_says:
         assert re.search(r"answers\[0\]|expected some text|surrogates|line break", problem), problem
-
-
-@settings(max_examples=300, deadline=None)
-@given(RECORD, st.booleans())
-def test_the_fast_pattern_accepts_only_what_the_reader_accepts(value: dict, ascii_only: bool) -> None:
-    line = json.dumps(value, ensure_ascii=ascii_only) + "\n"
-    if _LINE.fullmatch(line):
-        assert record_problem(decode_line(line.encode())) is None
-
-
-def test_the_fast_pattern_takes_what_the_writer_writes() -> None:
-    turns = (Turn(("a b/é.png", "c.1.png"), 'A "b"\n\\x/?', "y", ("y", "z"), "Be brief."), Turn((), "more?", "q"))
-    assert _LINE.fullmatch(format_line(Conversation("id 1", "s", turns)).decode())
 
 
 @settings(max_examples=200, deadline=None)

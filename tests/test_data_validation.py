@@ -164,6 +164,7 @@ def test_pictures_that_do_not_decode_or_are_too_thin(tmp_path: Path) -> None:
     found = problems(data)
     assert "train.jsonl:1: image '1.png': cannot be decoded" in found[0]
     assert "train.jsonl:2: image '2.png': 1000 x 1 pixels; expected sides within" in found[1]
+    assert len(list(validate_folder(data, "images", tile_size=1000)[1].lines())) == len(found) - 1
 
 
 def test_a_picture_in_two_splits_is_a_leak_even_when_encoded_anew(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import os
 import re
-import stat
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -40,27 +39,6 @@ from phi3v.data.processes import process_pool
 Level = Literal["shape", "paths", "images"]
 
 KEPT_OF_A_KIND = 20
-
-# A line as the converter writes it, whole: fields in their order, so no key can be there twice; no `<`, so no control
-# token; only the short escapes, so no surrogates. Whatever does not match is not wrong, only looked at the slow way.
-_CHARACTER = r'[^"\\<\x00-\x1f]'
-_PLAIN = rf'[^"\\<\s\x00-\x1f]{_CHARACTER}*'
-_TEXT = rf'{_PLAIN}(?:\\["\\/bfnrt]{_CHARACTER}*)*'
-_PATH = r'"[\w-][\w. -]*(?:/[\w-][\w. -]*)*"'
-
-
-def _turn_pattern(group: int) -> str:
-    images = rf'"images": \[(?:{_PATH}(?:, {_PATH})*)?\]'
-    answers = rf'(?:, "answers": \["\{group}"(?:, "{_TEXT}")*\])?'
-    return rf'\{{{images}(?:, "system": "{_TEXT}")?, "user": "{_TEXT}", "assistant": "({_TEXT})"{answers}\}}'
-
-
-_LINE = re.compile(
-    rf'\{{"id": "({_PLAIN})", "source": "{_PLAIN}", "conversations": '
-    rf"\[{_turn_pattern(2)}(?:, {_turn_pattern(3)})*\]\}}\n"
-)
-# Quotes inside texts are escaped, so this finds the image lists of a matching line and nothing else.
-_IMAGES = re.compile(r'"images": \[([^\]]+)\]')
 
 
 class Problems:
@@ -110,118 +88,47 @@ def _kind(problem: str) -> str:
     return re.sub(r"\d+", "N", text)
 
 
-def check_lines(path: Path, problems: Problems, with_paths: bool, ids: set[str] | None = None) -> SplitCheck:
+def check_lines(path: Path, problems: Problems, with_paths: bool, ids: set[str]) -> SplitCheck:
     """Shape of every line and uniqueness of ids; with_paths also gathers the pictures. ids: those of other splits."""
     found = SplitCheck(path.name)
-    seen = set() if ids is None else ids
-    match, images_of, add_id = _LINE.match, _IMAGES.findall, seen.add
-    pictures = found.pictures
-    number = 0
-    for first, block in _blocks(path):
-        number = first - 1
-        position, end = 0, len(block)
-        while position < end:
-            number += 1
-            fast = match(block, position)
-            if fast is None:
-                stop = block.find("\n", position) + 1 or end
-                _slow_line(block[position:stop], number, found, problems, seen, with_paths)
-                position = stop
+    with open(path, "rb") as file:
+        for found.examples, line in raw_lines(file):
+            where = f"{found.file}:{found.examples}"
+            if len(line) > MAX_LINE_BYTES:
+                problems.add("line too long", f"{where}: more than {MAX_LINE_BYTES} bytes; expected a shorter line")
                 continue
-            known = len(seen)
-            add_id(fast[1])
-            if len(seen) == known:
-                problems.add("id: not unique", f"{path}:{number}: field `id`: got {shown(fast[1])}; expected it once")
+            try:
+                record = decode_line(line)
+                problem = record_problem(record)
+            except ValueError as error:
+                problem = str(error)
+            if problem:
+                problems.add(_kind(problem), f"{where}: {problem}")
+                continue
+            if record["id"] in ids:
+                problems.add("id: not unique", f"{where}: field `id`: got {shown(record['id'])}; expected it once")
+            ids.add(record["id"])
             if with_paths:
-                for names in images_of(block, position, fast.end()):
-                    for name in names[1:-1].split('", "'):
-                        if name not in pictures:
-                            pictures[name] = number
-                            if len(name) > 1024:
-                                problems.add("image path", f"{path}:{number}: image path of {len(name)} characters")
-            position = fast.end()
-    found.examples = number
-    if not number:
+                for turn in record["conversations"]:
+                    for name in turn.get("images", ()):
+                        found.pictures.setdefault(name, found.examples)
+    if not found.examples:
         problems.add("empty file", f"{path}: empty; expected one JSON object a line")
     return found
 
 
-def _blocks(path: Path) -> Iterator[tuple[int, str]]:
-    """(number of its first line, whole lines as text); a block that is not UTF-8 or has an overlong line comes line by
-    line."""
-    with open(path, "rb") as file:
-        number, rest = 1, b""
-        while block := file.read(1 << 20):
-            block = rest + block
-            cut = block.rfind(b"\n") + 1
-            if not cut and len(block) > MAX_LINE_BYTES:
-                file.seek(file.tell() - len(block))
-                line = next(raw_lines(file))[1]
-                yield number, line[: MAX_LINE_BYTES + 1].decode("utf-8", "surrogateescape")
-                number, rest = number + 1, b""
-                continue
-            block, rest = block[:cut], block[cut:]
-            if block:
-                # Bytes that are not UTF-8 become lone surrogates, which the slow way turns back and names.
-                yield number, block.decode("utf-8", "surrogateescape")
-                number += block.count(b"\n")
-        if rest:
-            yield number, rest.decode("utf-8", "surrogateescape")
-
-
-def _slow_line(line: str, number: int, found: SplitCheck, problems: Problems, seen: set[str], with_paths: bool) -> None:
-    where = f"{found.file}:{number}"
-    data = line.encode("utf-8", "surrogateescape")
-    if len(data) > MAX_LINE_BYTES:
-        problems.add("line too long", f"{where}: more than {MAX_LINE_BYTES} bytes; expected a shorter line")
-        return
-    try:
-        record = decode_line(data)
-    except ValueError as error:
-        problems.add(_kind(str(error)), f"{where}: {error}")
-        return
-    if problem := record_problem(record):
-        problems.add(_kind(problem), f"{where}: {problem}")
-        return
-    if record["id"] in seen:
-        problems.add("id: not unique", f"{where}: field `id`: got {shown(record['id'])}; expected it once")
-    seen.add(record["id"])
-    if with_paths:
-        for turn in record["conversations"]:
-            for name in turn.get("images", ()):
-                found.pictures.setdefault(name, number)
-
-
-def check_paths(images: Path, found: SplitCheck, problems: Problems) -> None:
-    """Every picture is a file inside `images`, links included; those that are not are dropped from `found`."""
-    root = os.path.realpath(images)
-    folders: dict[str, bool] = {}
-    lstat, is_file = os.lstat, stat.S_ISREG
-    wrong = []
-    for name, number in found.pictures.items():
-        folder = name.rpartition("/")[0]
-        plain = folders.get(folder)
-        if plain is None:
-            plain = folders[folder] = os.path.realpath(f"{root}/{folder}") == f"{root}/{folder}".rstrip("/")
+def check_paths(pictures: Pictures, found: SplitCheck, problems: Problems) -> None:
+    """Every picture is a file inside images/, links included; those that are not are dropped from `found`."""
+    for name, number in list(found.pictures.items()):
         try:
-            if plain and is_file(lstat(f"{root}/{name}").st_mode):
-                continue
-        except (OSError, ValueError):
-            pass  # _path_problem finds the reason
-        if reason := _path_problem(root, name):
-            problems.add(f"image: {reason}", f"{found.file}:{number}: image {shown(name)}: {reason} in {images}")
-            wrong.append(name)
-    for name in wrong:
-        del found.pictures[name]
-
-
-def _path_problem(root: str, name: str) -> str | None:
-    file = os.path.realpath(f"{root}/{name}")
-    if not file.startswith(root + os.sep):
-        return "is a link that leaves the folder"
-    if not os.path.exists(file):
-        return "no such file"
-    return None if os.path.isfile(file) else "not a file"
+            file = pictures.file(name, "")
+            reason = "" if os.path.isfile(file) else "not a file" if os.path.exists(file) else "no such file"
+        except DataError:
+            reason = "is a link that leaves the folder"
+        if reason:
+            message = f"{found.file}:{number}: image {shown(name)}: {reason} in {pictures.data_dir / 'images'}"
+            problems.add(f"image: {reason}", message)
+            del found.pictures[name]
 
 
 def check_picture(pictures: Pictures, path: str) -> tuple[str, bytes, int, int]:
@@ -235,12 +142,14 @@ def check_picture(pictures: Pictures, path: str) -> tuple[str, bytes, int, int]:
         return str(error).removeprefix(f"picture: image {path!r}: "), b"", 0, 0
 
 
-def check_images(data_dir: Path, checks: dict[str, SplitCheck], problems: Problems, workers: int) -> dict[str, int]:
+def check_images(
+    pictures: Pictures, checks: dict[str, SplitCheck], problems: Problems, workers: int, tile_size: int
+) -> dict[str, int]:
     """Every picture decodes; the same pixels in two splits are a leak. Returns {"SPLIT and SPLIT": shared pictures}."""
     jobs = [(split, name) for split, found in checks.items() for name in found.pictures]
     owners: dict[str, dict[bytes, str]] = {split: {} for split in checks}
     with process_pool(workers) as pool:
-        results = pool.map(partial(check_picture, Pictures(data_dir)), [path for _, path in jobs], chunksize=16)
+        results = pool.map(partial(check_picture, pictures), [path for _, path in jobs], chunksize=16)
         bar = tqdm(results, total=len(jobs), desc="decoding", unit="picture", disable=None)
         for (split, name), (problem, digest, width, height) in zip(jobs, bar, strict=True):
             where = f"{checks[split].file}:{checks[split].pictures[name]}: image {shown(name)}"
@@ -248,8 +157,8 @@ def check_images(data_dir: Path, checks: dict[str, SplitCheck], problems: Proble
                 problems.add("image does not decode", f"{where}: {problem}")
                 continue
             owners[split][digest] = name
-            if problem := thin_problem(width, height):
-                problems.add("image too thin", f"{where}: {problem}")
+            if thin := thin_problem(width, height, tile_size):
+                problems.add("image too thin", f"{where}: {thin}")
     shared: dict[str, int] = {}
     for one, other in itertools.combinations(checks, 2):
         lines, mine, theirs = checks[other].pictures, owners[one], owners[other]
@@ -267,9 +176,12 @@ def check_images(data_dir: Path, checks: dict[str, SplitCheck], problems: Proble
 
 
 def validate_folder(
-    data_dir: str | Path, level: Level = "images", workers: int = 1
+    data_dir: str | Path, level: Level = "images", workers: int = 1, tile_size: int = 336
 ) -> tuple[dict[str, SplitCheck], Problems, dict[str, int]]:
-    """(what each split holds, everything that is wrong, shared pictures of two splits). Raises DataError: no data."""
+    """(what each split holds, everything that is wrong, shared pictures of two splits). Raises DataError: no data.
+
+    tile_size: the model's, in pixels; a picture whose sides differ by a larger factor can vanish in it.
+    """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such folder; expected one with images/ and a jsonl for each split")
@@ -291,21 +203,17 @@ def validate_folder(
             problems.add("number of examples", message)
     if level == "shape" or not any(found.pictures for found in checks.values()):
         return checks, problems, {}
+    pictures = Pictures(data_dir)
     for found in checks.values():
-        check_paths(data_dir / "images", found, problems)
+        check_paths(pictures, found, problems)
     if level != "images":
         return checks, problems, {}
     for split, found in checks.items():
         try:
-            check_unchanged(data_dir, split, Pictures(data_dir).digests(found.pictures))
+            check_unchanged(data_dir, split, pictures.digests(found.pictures))
         except DataError as error:
             problems.add("pictures changed", str(error))
-    return checks, problems, check_images(data_dir, checks, problems, workers)
-
-
-def content_digest(data: bytes) -> bytes:
-    """What stands for a picture's bytes."""
-    return hashlib.sha256(data).digest()
+    return checks, problems, check_images(pictures, checks, problems, workers, tile_size)
 
 
 def in_training(paths: Iterable[str], own: Pictures, train: Iterable[Conversation], theirs: Pictures) -> set[str]:
@@ -314,7 +222,7 @@ def in_training(paths: Iterable[str], own: Pictures, train: Iterable[Conversatio
     Of the training pictures only those are read that are as long as one of the paths'. Raises DataError if one of the
     paths' is not there.
     """
-    digests = {path: content_digest(own.bytes_of(path, "leakage")) for path in sorted(set(paths))}
+    digests = {path: hashlib.sha256(own.bytes_of(path, "leakage")).digest() for path in sorted(set(paths))}
     sizes = {own.stored_bytes(path, "leakage") for path in digests}
     seen: set[bytes] = set()
     done: set[str] = set()
@@ -323,7 +231,7 @@ def in_training(paths: Iterable[str], own: Pictures, train: Iterable[Conversatio
             try:
                 if path not in done and theirs.stored_bytes(path, example.id) in sizes:
                     done.add(path)
-                    seen.add(content_digest(theirs.bytes_of(path, example.id)))
+                    seen.add(hashlib.sha256(theirs.bytes_of(path, example.id)).digest())
             except DataError:
                 continue  # a picture that cannot be read cannot have been trained on
     return {path for path, digest in digests.items() if digest in seen}
