@@ -339,6 +339,21 @@ def test_longer_examples_that_are_left_out_decide_nothing(converted):
     assert (planned.lengths, planned.longest_tokens) == ("counted", 2048)
 
 
+def test_a_bound_of_tokens_holds_for_the_longest_micro_batch(converted):
+    (converted()[1] / "statistics.json").write_text(json.dumps({"train": converted.counts}))
+
+    def tokens(**overrides):
+        run, _ = converted(**overrides)
+        return setup_of(run, run.job(converted.row), converted.root)[0].peak_work.tokens
+
+    assert tokens(micro_batch_size=4) == 4 * 10389
+    assert tokens(micro_batch_size=4, finetune={"max_tokens_per_micro_batch": 25000}) == 2 * 10389
+    assert tokens(micro_batch_size=4, finetune={"max_tokens_per_micro_batch": 4096}) == 10389
+    packed = {"batching": "packed", "tokens_per_pack": 16384}
+    assert tokens(finetune=packed, gradient_checkpointing=True) == pytest.approx(16384)
+    assert tokens(finetune=packed | {"tokens_per_pack": 4096}, gradient_checkpointing=True) == 10389
+
+
 def test_an_example_that_is_too_long_is_named_with_the_max_length_that_fits(converted):
     counts = converted.counts | {"longest": {"tokens": 100_000, "tiles": 2, "labels": 90_000}}
     run, folder = converted(with_workload=True)

@@ -497,7 +497,7 @@ def _seeded(root, results: Path, row: str, seeds: list[int], shares: list[float]
     """A row of the published run with several seeds, evaluated with these shares of right answers; None: not evaluated."""
     values = load_run(root / "config/config.yaml", root).settings.model_dump(exclude={"demo"})
     run = load_run({**values, "overrides": {row: {"seeds": seeds}}}, root)
-    for job, share in zip(run.by_table_row()[row], shares, strict=True):
+    for job, share in zip(run.targets()[row], shares, strict=True):
         if share is not None:
             write_row(results, job, [], run.datasets[job.row.dataset].metric, n, (0.3, share, 0.4))
     return run, next(line for line in build_tables(run, results).accuracy if line.row.row == row)

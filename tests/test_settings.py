@@ -380,6 +380,12 @@ def test_qlora_is_lora_however_the_settings_are_made(adapters):
         (["--bf16", "--fp16"], "expected one of bf16, fp16, fp32"),
         (["--lerning_rate", "1"], "unrecognized arguments: --lerning_rate"),
         (["--batch_size", "many"], "field `batch_size`: got 'many'"),
+        (["--wd", "x"], "field `weight_decay` (given as --wd): got 'x'"),
+        (["--weight_decay", "x"], "field `weight_decay`: got 'x'"),
+        (
+            ["--batch_size_per_gpu=auto", "--batching", "packed"],
+            "micro_batch_size (given as --batch_size_per_gpu): auto, with",
+        ),
     ],
 )
 def test_wrong_command_line_exits(flags, said, capsys):
@@ -440,15 +446,15 @@ def test_a_table_saved_by_a_spreadsheet_with_a_byte_order_mark(tree):
 def test_a_row_with_seeds_is_a_job_for_each(tree):
     run = tree(overrides={"phi35-nlvr2-lora-*": {"seeds": [42, 43, "44"]}})
     row = "phi35-nlvr2-lora-bf16"
-    jobs = run.by_table_row()[row]
+    jobs = run.targets()[row]
     assert [(job.row.row, job.seed, job.table_row) for job in jobs] == [
         (row, 42, row), (f"{row}-seed43", 43, row), (f"{row}-seed44", 44, row)
     ]  # fmt: skip
     assert {job.baseline for job in jobs} == {jobs[0].baseline}
     assert run.job(f"{row}-seed43").seed == 43
-    assert {len(jobs) for name, jobs in run.by_table_row().items() if name != row} == {1}
+    assert {len(jobs) for name, jobs in run.targets().items() if name != row} == {1}
     # Another run seed: none of the row's is the run's, so each has an id of its own.
-    others = tree(seed=7, overrides={"phi35-nlvr2-lora-*": {"seeds": [42, 43]}}).by_table_row()
+    others = tree(seed=7, overrides={"phi35-nlvr2-lora-*": {"seeds": [42, 43]}}).targets()
     assert [job.row.row for job in others[row]] == [f"{row}-seed42", f"{row}-seed43"]
     assert others["phi35-nlvr2-full-bf16"][0].seed == 7
 
@@ -462,8 +468,8 @@ def test_seeds_in_a_table_cell(tree):
     ]
     path.write_text("\n".join(table) + "\n")
     run = tree()
-    assert [job.seed for job in run.by_table_row()["phi35-nlvr2-full-bf16"]] == [1, 2]
-    assert [job.seed for job in run.by_table_row()["phi35-nlvr2-frozen-bf16"]] == [42]
+    assert [job.seed for job in run.targets()["phi35-nlvr2-full-bf16"]] == [1, 2]
+    assert [job.seed for job in run.targets()["phi35-nlvr2-frozen-bf16"]] == [42]
 
 
 @pytest.mark.parametrize(

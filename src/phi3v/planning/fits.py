@@ -122,7 +122,9 @@ def setup_of(run: ResolvedRun, job: Job, root: Path = Path(), counted: bool = Tr
     mean, longest = mean_and_longest(load, geometry, job.num_crops)
     own = own_settings(row, f"row `{row.row}`")
     setup = _setup(row, geometry, run.hardware[job.pool.device], (mean, longest), job.nodes, job.processes_per_node)
-    setup = replace(setup, zero_stage=own.zero_stage)
+    packed = own.batching == "packed"
+    bound = own.tokens_per_pack if packed else own.max_tokens_per_micro_batch
+    setup = replace(setup, zero_stage=own.zero_stage, token_bound=bound, packed=packed)
     found = _counted(row.dataset, run.datasets[row.dataset], geometry, job.num_crops, root) if counted else None
     if found:
         # The time of a dataset with a workload stays comparable before and after its conversion.

@@ -18,6 +18,7 @@ products count, as in PyTorch's FlopCounterMode (Chowdhery et al. 2022, PaLM, ap
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -131,6 +132,10 @@ class Setup:
     optimizer: Optimizer = "adamw"
     zero_stage: int = 2
     """DeepSpeed ZeRO stage of full fine-tuning with adamw; 0: plain data parallel."""
+    token_bound: int | None = None
+    """Most tokens of a micro-batch of several examples (max_tokens_per_micro_batch); of a pack if `packed`."""
+    packed: bool = False
+    """Whether examples are joined up to the bound, whatever the micro-batch."""
     lengths: Literal["estimated", "counted"] = "estimated"
     """Whether `longest` is an example of the converted data, or follows from the dataset's entry."""
 
@@ -143,6 +148,12 @@ class Setup:
     def accumulation(self) -> float:
         """Micro-steps of an optimizer step on each device."""
         return self.batch_size / (self.devices * self.micro_batch)
+
+    @property
+    def peak_work(self) -> Work:
+        """The most of a micro-batch: its size times the longest example, which alone may exceed the bound."""
+        fitting = max(1.0, self.token_bound / self.longest.tokens) if self.token_bound else float(self.micro_batch)
+        return self.longest.scaled(fitting if self.packed else min(self.micro_batch, math.floor(fitting)))
 
     @property
     def adapters(self) -> bool:

@@ -235,7 +235,7 @@ def _buckets(setup: Setup) -> float:
 
 def memory(setup: Setup) -> Memory:
     """Bytes of the setup on one device, for its longest example times the micro-batch."""
-    geometry, work = setup.geometry, setup.longest.scaled(setup.micro_batch)
+    geometry, work = setup.geometry, setup.peak_work
     tower, decoder, between = _towers(setup, work)
     gradients = GRADIENT_BYTES * setup.trained / (1 if setup.replicated else setup.devices)
     if setup.optimizer == "adamw_offload":

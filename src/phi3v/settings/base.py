@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -85,19 +85,26 @@ def check_known(where: str, field: str, value: str, known: Iterable[str]) -> Non
         raise SettingsError(f"{where}: field `{field}`: got {value!r}: expected one of {', '.join(sorted(known))}")
 
 
-def explain(error: ValidationError, where: str) -> SettingsError:
-    """One line per problem: where, field, value, what was expected."""
+def explain(error: ValidationError, where: str, typed: Mapping[str, str] | None = None) -> SettingsError:
+    """One line per problem: where, field, value, what was expected.
+
+    typed: field to the other name under which it was given, which stands beside its own.
+    """
+    other = {name: f" (given as {alias})" for name, alias in (typed or {}).items()}
     lines = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"])
         expected = item["msg"].removeprefix("Value error, ")
+        name = expected.partition(":")[0]
+        if not field and name in other:
+            expected = expected.replace(name, f"{name}{other[name]}", 1)
         if item["type"] == "extra_forbidden":
             expected = "unknown field; no such setting"
         elif item["type"] == "missing":
             lines.append(f"{where}: field `{field}`: missing; expected a value")
             continue
         value = _IN_URL.sub("***@", repr(item["input"]))
-        at = f"field `{field}`: got {value}: " if field else ""
+        at = f"field `{field}`{other.get(field, '')}: got {value}: " if field else ""
         lines.append(f"{where}: {at}{expected}")
     return SettingsError("\n".join(lines))
 

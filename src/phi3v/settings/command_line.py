@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pydantic_settings
-from pydantic import ValidationError
+from pydantic import AliasChoices, ValidationError
 
 from phi3v.settings.base import Bare, Role, explain, fields_with
 
@@ -100,6 +100,18 @@ def _add_argument(settings: type[Command], parser: argparse.ArgumentParser) -> C
     return add
 
 
+def _typed(settings: type[Command], arguments: list[str]) -> dict[str, str]:
+    """Field to the flag that was typed for it, where that is an alias."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    return {
+        name: f"--{choice}"
+        for name, field in settings.model_fields.items()
+        if isinstance(field.validation_alias, AliasChoices)
+        for choice in field.validation_alias.choices
+        if choice != name and f"--{choice}" in given
+    }
+
+
 def parse(settings: type[C], description: str | None, arguments: list[str] | None = None) -> C:
     """The settings of a command line, a flag for each field; a wrong one prints usage and reason, and exits with 2."""
     parser = argparse.ArgumentParser(
@@ -114,7 +126,9 @@ def parse(settings: type[C], description: str | None, arguments: list[str] | Non
     try:
         return pydantic_settings.CliApp.run(settings, arguments, cli_settings_source=source)
     except ValidationError as error:
-        parser.error(str(explain(error, "command line")))
+        parser.error(
+            str(explain(error, "command line", _typed(settings, sys.argv[1:] if arguments is None else arguments)))
+        )
     except pydantic_settings.SettingsError as error:
         parser.error(f"command line: {error}")
 

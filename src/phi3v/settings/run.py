@@ -265,14 +265,7 @@ class ResolvedRun(BaseModel):
         name = self.datasets[job.row.dataset].official
         return name if name and self.datasets[name].missing_source(root) is None else None
 
-    def by_table_row(self) -> dict[str, list[Job]]:
-        """Id of each line of the tables to its jobs: one, or one for each of its seeds, in their order."""
-        grouped: dict[str, list[Job]] = {}
-        for job in (*self.accuracy, *self.speed):
-            grouped.setdefault(job.table_row, []).append(job)
-        return grouped
-
-    def targets(self, rules: Iterable[str]) -> dict[str, list[Job]]:
+    def targets(self, rules: Iterable[str] = ()) -> dict[str, list[Job]]:
         """Name of each target to its jobs: a row's id to those of all its seeds and of its grid, a seed's id to its own.
 
         rules: names that the workflow's rules have already. Raises SettingsError for a row of such a name.
