@@ -589,6 +589,26 @@ def test_the_official_split_is_a_column_of_its_own(root, tmp_path, monkeypatch):
     assert ours.official.status == ""
 
 
+def test_scores_of_the_users_functions_need_their_own_manifest(root, tmp_path):
+    known = yaml.safe_load((root / "config/datasets.yaml").read_text())
+    del known["docvqa"]["metric"]
+    known["docvqa"]["metrics"] = [f"{tmp_path}/own.py:score"]
+    (tmp_path / "own.py").write_text("")
+    (tmp_path / "datasets.yaml").write_text(yaml.safe_dump(known))
+    values = load_run(root / "config/config.yaml", root).settings.model_dump(mode="json", exclude={"demo"})
+    values["files"]["datasets"] = [str(tmp_path / "datasets.yaml")]
+    run, results = load_run(values, root), tmp_path / "results/published"
+    job = run.job(ROW)
+    write_row(results, job, [], "own", 200, (0.3, 0.8, 0.4))
+    line = line_of(run, results)
+    assert (line.state.status, line.state.reason, line.passes) == ("not run yet", "scoring has not run yet", {})
+    for folder in (ROW, f"base/{job.baseline}"):
+        shutil.copytree(results / "evaluate" / folder, results / "score" / folder)
+    line = line_of(run, results)
+    assert line.state.status == "done" and set(line.passes) == {"before", "after", "control"}
+    assert {work.folder for work in line.works} > {results / "score" / ROW, results / "score/base" / job.baseline}
+
+
 def test_rejected_rows_leakage_and_statistics_are_in_the_data_part(root, changed, monkeypatch):
     monkeypatch.chdir(root)
     run, results = changed

@@ -30,7 +30,9 @@ PROFILES = [
     ("https://w3id.org/workflowhub/workflow-ro-crate/1.0", "Workflow RO-Crate", "1.0"),
 ]
 WORKFLOW_FILES = ("Snakefile", "workflow/rules/*.smk", "LICENSE")
-SCRIPTS = {"train": "finetune.py", "evaluate": "evaluate.py", "speed": "speed.py", "report": "report.py"}
+SCRIPTS = {
+    "train": "finetune.py", "evaluate": "evaluate.py", "score": "score.py", "speed": "speed.py", "report": "report.py",
+}  # fmt: skip
 # What a job leaves that is small: manifests and their neighbours.
 SMALL = ("*.json", "*.tsv", "*.md", "index.html", "before/*.json", "after/*.json", "control/*.json")
 SHA256 = "https://w3id.org/ro/terms/workflow-run#sha256"

@@ -79,6 +79,8 @@ class AccuracyLine(Line):
     evaluate: Work = field(default_factory=Work)
     evaluate_official: Work = field(default_factory=Work)
     """The evaluation on the authors' own split, the second protocol."""
+    scoring: dict[str, Work] = field(default_factory=dict)
+    """The scoring of these evaluations by functions of the user's, by the evaluation's folder; empty if there are none."""
     training: Training = field(default_factory=Training)
     passes: dict[str, Pass] = field(default_factory=dict)
     """before, after, control; official is after training, on the authors' own split."""
@@ -93,7 +95,7 @@ class AccuracyLine(Line):
 
     @property
     def works(self) -> list[Work]:
-        return [self.baseline, self.train, self.evaluate, self.evaluate_official]
+        return [self.baseline, self.train, self.evaluate, self.evaluate_official, *self.scoring.values()]
 
     @property
     def jobs(self) -> list[AccuracyLine]:
@@ -249,14 +251,18 @@ class _Reader:
         official = self.run.datasets[row.dataset].official
 
         def add(name: str, work: Work, part: str, dataset: str, problems: list[str]) -> None:
+            scored = work
+            if self.run.datasets[dataset].own_metrics:
+                folder = str(work.folder.relative_to(self.root / "evaluate"))
+                if folder not in line.scoring:
+                    line.scoring[folder] = self.work("score", folder, problems)
+                scored = line.scoring[folder]
+
             def read() -> Pass:
                 check_owner(work, row.row, dataset)
-                folder = work.folder
-                if self.run.datasets[dataset].own_metrics:  # scored after the evaluation, by functions of the user's
-                    folder = self.root / "score" / folder.relative_to(self.root / "evaluate")
-                return self.read_pass(folder / part)
+                return self.read_pass(scored.folder / part)
 
-            if work.manifest is not None and (found := attempt(problems, read)) is not None:
+            if work.manifest and scored.manifest and (found := attempt(problems, read)) is not None:
                 line.passes[name] = found
 
         add("before", line.baseline, "before", row.dataset, problems)
@@ -373,7 +379,8 @@ def _accuracy_state(line: AccuracyLine) -> State:
     if line.problems:
         return State("damaged", line.problems[0])
     if line.train.manifest is not None:
-        return _work_state("evaluation", line.evaluate)
+        scoring = line.scoring.get(line.row.row) if line.evaluate.manifest else None
+        return _work_state("scoring", scoring) if scoring else _work_state("evaluation", line.evaluate)
     if line.train.log is None and line.training.curve:
         return State("did not finish", f"training stopped after step {line.training.curve[-1].get('step')}")
     if line.train.log is None and line.baseline.manifest is None and line.baseline.log is not None:
