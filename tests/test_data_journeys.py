@@ -271,3 +271,15 @@ def test_groups_never_straddle_splits_and_labels_keep_their_shares(test: float) 
     assert drawn[0] != drawn[1]
     with pytest.raises(DataError, match=r"split\.group: no column `whom`; expected one of image, who, label"):
         divide("table", inputs, Division(val=0.1, group="whom"))
+
+
+PAGES = ("product-prices", "formulae-to-latex", "gauge-readings", "chest-x-rays", "receipts")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_entry_of_a_page_is_valid(page: str) -> None:
+    text = (Path(__file__).parents[1] / f"docs/how-to/{page}.md").read_text()
+    entry = text.partition("```yaml\n")[2].partition("```")[0]
+    assert len(entry.strip().splitlines()) <= 15
+    ((name, values),) = yaml.safe_load(entry).items()
+    assert "train" in validate(Dataset, values, name).splits
