@@ -219,6 +219,40 @@ def test_a_merged_model_beside_the_adapter(folders, tmp_path, capfd):
     assert (out / "merged" / "README.md").is_file()
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_checkpoint_of_a_running_job_answers_like_its_export(folders, tmp_path, monkeypatch, lora):
+    import shutil
+
+    from phi3v.data.conversations import DataError
+    from phi3v.evaluation.generate import Predictor
+    from phi3v.model.adapters import load_for_inference
+    from phi3v.settings import Compute
+    from phi3v.training.loop import Loop
+
+    original = Loop.save
+
+    def save(self):
+        original(self)
+        self.writer.finish()
+        name = f"checkpoint-{self.state.step}"
+        shutil.copytree(tmp_path / "checkpoints" / name, tmp_path / "kept" / name)
+        self.module.save_pretrained(tmp_path / "exported")
+
+    monkeypatch.setattr(Loop, "save", save)
+    train(folders, tmp_path, fp32=True, use_lora=lora, batch_size_per_gpu=8, save_steps=2)
+    exported = dict(load_for_inference(tmp_path / "exported", torch.float32).named_parameters())
+    (checkpoint,) = (tmp_path / "kept").iterdir()
+    loaded = Predictor.load(checkpoint, Compute(fp32=True), torch.device("cpu"), 4)
+    found = dict(loaded.model.named_parameters())
+    assert found.keys() == exported.keys() and all(torch.equal(found[name], exported[name]) for name in found)
+    base = dict(load_for_inference(folders[0], torch.float32).named_parameters())
+    assert any(not torch.equal(found[name], base[name]) for name in found)
+    assert loaded.processor.image_processor.num_crops == loaded.num_crops
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(DataError, match=r"checkpoint-2: no .*settings.json beside it; expected"):
+        Predictor.load(checkpoint, Compute(fp32=True), torch.device("cpu"), 4)
+
+
 def test_a_merge_that_fails_costs_the_steps_since_the_last_checkpoint(folders, tmp_path, monkeypatch, capfd):
     from phi3v.training import checkpoints, export
 

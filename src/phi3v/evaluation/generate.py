@@ -22,7 +22,9 @@ from phi3v.model.adapters import base_of, is_adapter, load_for_inference
 from phi3v.model.compat import widen_float16_products
 from phi3v.model.processing import Phi3VProcessor
 from phi3v.model.runtime import TORCH_DTYPE, attention_implementation
-from phi3v.settings import Compute, Model, SettingsError, model_key, read_entries
+from phi3v.provenance.manifest import read_json
+from phi3v.settings import Compute, FinetuneSettings, Model, SettingsError, model_key, read_entries, validate
+from phi3v.training.checkpoints import TRAINING
 
 END_TOKENS = ("<|end|>", "<|endoftext|>", "</s>")
 """Marks that end an answer: 32007, 32000 and 2 of the published tokenizer. Each must stop, or answers run to the limit."""
@@ -142,6 +144,31 @@ class _Watch:
         return scores
 
 
+def _of_training_job(folder: Path, settings: Compute, device: torch.device) -> tuple[PreTrainedModel, Path]:
+    """The model of TRAIN/checkpoints/checkpoint-N, adapters folded into their unquantised base, and that base's folder."""
+    from phi3v.training.job import load_model
+
+    file = folder.resolve().parents[1] / "settings.json"
+    weights = torch.load(folder / TRAINING, map_location="cpu", weights_only=True, mmap=True).get("weights")
+    if weights is None or not file.is_file():
+        found = "its weights are in ZeRO's shards" if weights is None else f"no {file} beside it"
+        raise DataError(f"{folder}: {found}; expected a folder that scripts/export_zero.py made of it")
+    values = read_json(file)
+    values |= {"use_lora": values["use_lora"] or values["use_qlora"], "use_qlora": False, "memory_limit_gb": None}
+    values |= {"gradient_checkpointing": False, "recompute_every": 1}
+    values |= settings.model_dump(include=set(Compute.model_fields))
+    job = validate(FinetuneSettings, values, str(file))
+    model = load_model(job, device)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+    if job.use_lora:
+        model = model.merge_and_unload()
+    model.config.use_cache = True
+    return model.to(device=device, dtype=TORCH_DTYPE[settings.dtype]).eval(), Path(job.model_name_or_path)
+
+
 @dataclass(frozen=True)
 class Predictor:
     """A model in eval mode with its processor: prompts and pictures to answers."""
@@ -159,12 +186,19 @@ class Predictor:
     def load(
         cls, folder: Path, settings: Compute, device: torch.device, max_new_tokens: int, num_crops: int | None = None
     ) -> Predictor:
-        """From a checkpoint folder, or an adapter folder on its base. num_crops: None takes the checkpoint's."""
+        """From a checkpoint folder, an adapter folder on its base, or checkpoints/checkpoint-N of a training job.
+
+        num_crops: None takes the checkpoint's. Raises DataError for a checkpoint-N that cannot be read by itself.
+        """
         disable_progress_bar()
         widen_float16_products(device, TORCH_DTYPE[settings.dtype])
         attention = attention_implementation(settings, device)
-        model = load_for_inference(folder, TORCH_DTYPE[settings.dtype], attention, device)
-        processor = Phi3VProcessor.from_pretrained(base_of(folder) if is_adapter(folder) else folder)
+        if (folder / TRAINING).is_file():
+            model, base = _of_training_job(folder, settings, device)
+        else:
+            model = load_for_inference(folder, TORCH_DTYPE[settings.dtype], attention, device)
+            base = base_of(folder) if is_adapter(folder) else folder
+        processor = Phi3VProcessor.from_pretrained(base)
         return cls(model, processor, num_crops or processor.image_processor.num_crops, max_new_tokens)
 
     @property
