@@ -7,7 +7,7 @@ OUTPUT/PASS/ gets predictions.jsonl and metrics.json. my_metrics.py holds `def s
 a number from 0 to 1 for each line of predictions.jsonl.
 """
 
-from phi3v.evaluation.metrics import rescore
+from phi3v.evaluation.scoring import rescore
 from phi3v.settings import ScoreSettings, parse, run_script
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3v.data.conversations import DataError
-from phi3v.evaluation import metrics, statistics
+from phi3v.evaluation import metrics, scoring, statistics
 from phi3v.settings import ScoreSettings
 from phi3v.settings.entries import METRICS
 
@@ -102,7 +102,7 @@ def test_error_rates_equal_jiwers(pairs):
         scores = [metrics.score(name, prediction, [answer]) for prediction, answer in pairs]
         assert scores == pytest.approx([1 - min(1, rate(answer, prediction)) for prediction, answer in pairs])
         records = [record(p, a, score=s) for (p, a), s in zip(pairs, scores, strict=True)]
-        more = metrics.summarise(records, [name], 0)["more"]
+        more = scoring.summarise(records, [name], 0)["more"]
         (found,) = more.values()
         assert found["score"] == pytest.approx(100 * rate(true, said), abs=1e-4)
 
@@ -219,10 +219,10 @@ def test_json_fields_equal_donuts_f1_and_direct_counts(pairs):
         assert f1 == pytest.approx(donut_f1(said, true))
         records.append(record(*texts, score=f1))
     if not any(said or true for said, true in pairs) or not any(
-        map(metrics._json_leaves, [r["answers"][0] for r in records])
+        map(metrics.json_leaves, [r["answers"][0] for r in records])
     ):
         return
-    fields = metrics.summarise(records, ["json_fields"], 0)["more"]["fields"]
+    fields = scoring.summarise(records, ["json_fields"], 0)["more"]["fields"]
     assert fields["invalid"] == 0
     for name, found in fields["fields"].items():
         lists = [[Counter(np.atleast_1d(value.get(name, [])).tolist()) for value in pair] for pair in pairs]
@@ -238,7 +238,7 @@ def test_json_answers_are_read_in_a_fence_and_invalid_ones_are_counted():
     scores = [metrics.score("json_fields", prediction, [answer]) for prediction in predictions]
     assert scores == pytest.approx([1, 0, 0, 5 / 6])  # six pairs, of which one is wrong
     records = [record(p, answer, score=s) for p, s in zip(predictions, scores, strict=True)]
-    more = metrics.summarise(records, ["json_fields"], 0)["more"]
+    more = scoring.summarise(records, ["json_fields"], 0)["more"]
     assert more["fields"]["invalid"] == 2
     assert more["fields"]["fields"]["total"] == {"accuracy": 25.0, "f1": pytest.approx(200 / 6, abs=1e-3), "n": 4}
     assert more["micro_f1"]["score"] == pytest.approx(100 * 22 / 36, abs=1e-3)
@@ -260,10 +260,10 @@ def test_auroc_equals_the_share_of_pairs_in_order():
 def test_consistency_counts_sentences_that_are_right_throughout():
     ids = ["dev-1-0-0", "dev-1-1-0", "dev-1-0-1", "dev-2-0-0"]
     records = [record("yes", "yes", id=i, score=float(s)) for i, s in zip(ids, [1, 0, 1, 1], strict=True)]
-    more = metrics.summarise(records, ["accuracy"], 0)["more"]
+    more = scoring.summarise(records, ["accuracy"], 0)["more"]
     assert more["consistency"]["score"] == pytest.approx(100 * 2 / 3, abs=1e-4)
     records[0]["id"] = "val-17"
-    assert "consistency" not in metrics.summarise(records, ["accuracy"], 0)["more"]
+    assert "consistency" not in scoring.summarise(records, ["accuracy"], 0)["more"]
 
 
 def test_confusion_has_a_column_for_answers_that_are_no_class():
@@ -278,7 +278,7 @@ def test_several_metrics_and_groups_have_their_intervals():
     for said, true, kind in rows:
         scores = [metrics.score(name, said, [true]) for name in names]
         records.append(record(said, true, score=scores[0], scores={"cer": scores[1]}, meta={"kind": kind}))
-    summary = metrics.summarise(records, names, 0, "kind")
+    summary = scoring.summarise(records, names, 0, "kind")
     assert (summary["metric"], summary["score"], summary["n"]) == ("accuracy", 50.0, 4)
     assert summary["more"]["cer"]["score"] == pytest.approx(100 * (1 + 2 / 3 + 1 + 0) / 4, abs=1e-3)
     assert list(summary["groups"]) == ["colour", "number"]
@@ -294,7 +294,7 @@ def write_result(folder, predictions: list[str]):
         for at, said in enumerate(predictions)
     ]
     (folder / "after/predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    summary = metrics.summarise(lines, ["accuracy"], 42) | {"left_out": 0, "leaked": 1}
+    summary = scoring.summarise(lines, ["accuracy"], 42) | {"left_out": 0, "leaked": 1}
     (folder / "after/metrics.json").write_text(json.dumps(summary))
     (folder / "control").mkdir()
     (folder / "control/metrics.json").write_text(json.dumps({"not_applicable": "one picture"}))
@@ -307,7 +307,7 @@ def test_a_function_of_the_users_scores_the_predictions(tmp_path, capsys):
     function.write_text("def half(predictions):\n    return [len(p['prediction']) / 10 for p in predictions]\n")
     own = f"{function}:half"
     settings = {"input_dir": str(source), "output_dir": str(tmp_path / "scored"), "compare": str(source / "after")}
-    (found,) = metrics.rescore(ScoreSettings(metrics=[own, "accuracy"], **settings)).values()
+    (found,) = scoring.rescore(ScoreSettings(metrics=[own, "accuracy"], **settings)).values()
     assert (found["metric"], found["n"], found["leaked"]) == (own, 4, 1)
     assert found["score"] == pytest.approx(100 * (3 + 2 + 4 + 5) / 40)
     assert found["interval"] == [round(bound, 4) for bound in statistics.bootstrap([0.3, 0.2, 0.4, 0.5], 42)]
@@ -335,7 +335,7 @@ def test_wrong_scores_of_a_users_function_are_named(tmp_path, body, message):
     for name, expected in ((f"{tmp_path}/own.py:score", message), (f"{tmp_path}/own.py:other", "has no function other"),
                            (f"{tmp_path}/none.py:score", "no such file")):  # fmt: skip
         with pytest.raises(DataError, match=expected):
-            metrics.rescore(ScoreSettings(input_dir=str(source), metrics=[name]))
+            scoring.rescore(ScoreSettings(input_dir=str(source), metrics=[name]))
 
 
 def test_wrong_names_of_metrics_are_refused_with_the_names_that_exist():

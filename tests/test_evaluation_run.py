@@ -147,7 +147,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_file(root, checkpoin
 
 
 def test_parts_of_other_settings_are_not_taken_over(checkpoint, tmp_path):
-    from phi3v.evaluation.predictions import Partial
+    from phi3v.evaluation.questions import Partial
 
     data = write_data(tmp_path / "data", 3)
     stale = Partial(tmp_path / "out/after", "0123456789abcdef-after", 0)

@@ -23,8 +23,7 @@ from phi3v.data.pictures import open_rgb
 from phi3v.data.rows import is_junk
 from phi3v.evaluation.generate import Predictor, weights_folder
 from phi3v.evaluation.metrics import json_object
-from phi3v.evaluation.predictions import Draft, json_lines
-from phi3v.evaluation.questions import Question, read_questions
+from phi3v.evaluation.questions import Draft, Question, json_lines, read_questions
 from phi3v.evaluation.run import DEFAULT_NEW_TOKENS, Pass, answer_passes, answers_fingerprint, join, shared_weights
 from phi3v.model.runtime import compute_device
 from phi3v.provenance.manifest import digest_file, write_atomically, write_manifest

@@ -26,16 +26,20 @@ from phi3v.data.conversations import DataError
 from phi3v.data.folder import Pictures, check_unchanged, describe, split_file
 from phi3v.data.processes import loader_workers
 from phi3v.evaluation.generate import Answer, Predictor, choice_of, is_hub_id, weights_folder
-from phi3v.evaluation.metrics import Summary, normalise, score, summarise
-from phi3v.evaluation.predictions import Draft, Partial, Record, json_lines
+from phi3v.evaluation.metrics import normalise, score
 from phi3v.evaluation.questions import (
+    Draft,
+    Partial,
     Question,
+    Record,
+    json_lines,
     leaked,
     plan_batches,
     prompt_lengths,
     read_questions,
     swap_pictures,
 )
+from phi3v.evaluation.scoring import Summary, summarise
 from phi3v.model.runtime import attention_note, compute_device
 from phi3v.provenance.manifest import digest_file, digest_weights, write_atomically, write_json, write_manifest
 from phi3v.settings import Compute, Dataset, EvaluateSettings, Role, fields_with

@@ -22,7 +22,7 @@ from PIL import Image
 
 from phi3v.data.conversations import DataError
 from phi3v.data.pictures import open_rgb
-from phi3v.evaluation.predictions import Record
+from phi3v.evaluation.questions import Record
 from phi3v.planning.fits import MEAN_TOKENS, PADDED_TILES, runnable
 from phi3v.planning.flops import FORMULA
 from phi3v.planning.memory import GB

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from phi3v.data.conversations import DataError
 from phi3v.evaluation import statistics
-from phi3v.evaluation.predictions import Record, scored_lines
+from phi3v.evaluation.questions import Record, scored_lines
 from phi3v.provenance.manifest import Manifest, ResultError, read_json, scrub
 from phi3v.settings import Dataset, SettingsError, dataset_key, validate
 
