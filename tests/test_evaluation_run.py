@@ -502,6 +502,15 @@ def test_a_folder_is_answered_and_the_files_that_are_not_taken_are_named(checkpo
     assert (tmp_path / "out/data/dataset.json").stat().st_mtime_ns == before
     (scans / "9.png").write_bytes((scans / "0-0.png").read_bytes())
     assert "4 answers" in predict_all(settings)
+    # Pictures that changed places are answered again.
+    (scans / "0-0.png").rename(scans / "x")
+    (scans / "1-0.png").rename(scans / "0-0.png")
+    (scans / "x").rename(scans / "1-0.png")
+    predict_all(settings)
+    with (tmp_path / "out/answers.csv").open(newline="") as file:
+        swapped = {row["image"]: row for row in csv.DictReader(file)}
+    assert rows[1]["probability"] != rows[0]["probability"]
+    assert float(swapped["0-0.png"]["probability"]) == pytest.approx(float(rows[1]["probability"]), rel=1e-3)
 
 
 def test_fields_of_json_answers_are_columns(tmp_path):

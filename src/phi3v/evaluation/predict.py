@@ -89,7 +89,9 @@ def predict_all(settings: PredictSettings) -> str:
     data = output / "data"
     questions, pictures = read_questions(data, SPLIT, unlabelled=True), Pictures(data)
     model = shared_weights(settings.model_name_or_path, processes)
-    fingerprint = answers_fingerprint(settings, model, digest_file(split_file(data, SPLIT)))
+    digests = pictures.digests(image for question in questions for image in question.images)
+    facts = [digest_file(split_file(data, SPLIT)), *digests.values()]
+    fingerprint = processes.from_first(lambda: answers_fingerprint(settings, model, facts))
     each = Pass("predict", output, questions, pictures, fingerprint)
     line = ""
     for _, drafts, _ in answer_passes([each], model, settings, processes):

@@ -147,7 +147,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Summary]:
     inputs: dict[str, Path] = {"model": model, "data": data_dir, "split": split_file(data_dir, settings.split)}
     digests = pictures.digests(image for question in questions for image in question.images)
     check_unchanged(data_dir, settings.split, digests)
-    data = f"{digest_file(inputs['split'])} {sorted(digests.values())}"
+    data = [digest_file(inputs["split"]), *digests.values()]
     fingerprint = processes.from_first(lambda: answers_fingerprint(settings, model, data))
     if processes.rank == 0:
         (output / "manifest.json").unlink(missing_ok=True)
@@ -201,8 +201,8 @@ def _with_the_datas(settings: EvaluateSettings) -> EvaluateSettings:
     return settings.model_copy(update=own)
 
 
-def answers_fingerprint(settings: Answering, model: Path, data: str) -> str:
-    """Digest of what the answers depend on: contents of the model's files and of the data (`data`), and settings.
+def answers_fingerprint(settings: Answering, model: Path, data: list[str]) -> str:
+    """Digest of what the answers depend on: contents of the model's files, digests of the data, and settings.
 
     Not the code: a `git pull` keeps the answers that are there. The manifest names the commit of the last part.
     """
