@@ -260,6 +260,8 @@ def test_image_folders_with_metadata_and_a_text_each(tmp_path: Path) -> None:
     for name in ("train/a.jfif", "train/b.jpg", "validation/c.jpg"):
         (source / name).write_bytes(picture_bytes(len(name)))
         (source / name).with_suffix(".txt").write_text(f"Text of {name}\n")
+    (source / "LICENSE").write_text("free")
+    (source / "train/list.jsonl").write_text("{}")
     (source / "train/metadata.csv").write_text("file_name,question,kind\na.jfif,What?,x\nb.jpg,Who?,y\nnone.jpg,?,z\n")
     columns = {"answer": "text"}
     found = converted("imagefolder", source, columns=columns)
@@ -268,7 +270,7 @@ def test_image_folders_with_metadata_and_a_text_each(tmp_path: Path) -> None:
         ("Who?", "Text of train/b.jpg"),
     ]
     rejected = [json.loads(line)["where"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
-    assert rejected == ["train/none.jpg"]
+    assert rejected == ["LICENSE", "train/list.jsonl", "train/none.jpg"]
     (val,) = converted("imagefolder", source, "val", columns={**columns, "question": "Describe it."})
     assert val.turns[0].assistant == "Text of validation/c.jpg"
 

@@ -242,7 +242,7 @@ receipts:
     lines = [json.loads(line) for line in Path("out/rejected.jsonl").read_text().splitlines()]
     assert {(line["where"], line["reason"]) for line in lines} == {
         ("fields/extra.json", "no picture of that name"),
-        ("scans/clip.mp4", "video/mp4 by its suffix; expected a picture"),
+        ("scans/clip.mp4", "video/mp4; expected a picture"),
     }
     assert json.loads(Path("out/dataset.json").read_text())["splits"]["train"]["untaken"] == 2
 

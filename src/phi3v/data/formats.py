@@ -317,6 +317,12 @@ def _metadata(inputs: Inputs, path: Path) -> Iterator[tuple[str, str, Row]]:
         yield (path.relative_to(inputs.root).parent / as_text(row.get("file_name"))).as_posix(), where, row
 
 
+def _kind(path: Path) -> str:
+    """What a file without a known suffix may be: text, or a picture."""
+    with open(path, "rb") as file:
+        return "text/plain" if file.read(512).isascii() else "image/"
+
+
 def _beside(files: dict[str, list[Path]], picture: Path, suffix: str) -> Path | None:
     """The file of a picture's name and another suffix: in its folder, or else the only one."""
     wanted = picture.with_suffix(suffix)
@@ -333,7 +339,7 @@ def folder_rows(inputs: Inputs) -> tuple[Rows, list[str]]:
     untaken: dict[str, str] = {}
     for path in inputs.files:
         name = path.relative_to(inputs.root)
-        kind = types.guess_type(path.name.lower())[0] or "image/"
+        kind = types.guess_type(path.name.lower())[0] or _kind(path)
         if path.stem == "metadata" and path.suffix in (*TABLES, ".jsonl", ".parquet"):
             for picture, where, found in _metadata(inputs, path):
                 extra[picture], untaken[picture] = found, f"{where} names it; no such picture"
@@ -344,7 +350,7 @@ def folder_rows(inputs: Inputs) -> tuple[Rows, list[str]]:
         elif kind.startswith("image/") or kind == "application/pdf":
             names += [] if is_junk(name) else [name]
         elif not is_junk(name):
-            untaken[str(name)] = f"{kind} by its suffix; expected a picture"
+            untaken[str(name)] = f"{kind}; expected a picture"
     only_splits = all(len(name.parts) == 2 and name.parts[0] in SPLIT_FOLDERS for name in names)
     placed = []
     for name in names:
