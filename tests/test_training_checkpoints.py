@@ -85,6 +85,8 @@ def test_damage_to_any_file_is_seen_and_named(tmp_path):
         ({**SETTINGS, "model": "n"}, 2, True, "written with other settings: model 'm', now 'n'"),
         (SETTINGS, 4, True, "written by 2 processes, now 4"),
         (SETTINGS, 4, False, ""),
+        ({**SETTINGS, "use_rslora": False, "lora_targets": []}, 2, True, ""),
+        ({**SETTINGS, "use_rslora": True}, 2, True, "use_rslora False, now True"),
     ],
 )
 def test_another_jobs_checkpoint_is_not_gone_on_from(tmp_path, settings, processes, sharded, reason):

@@ -161,6 +161,9 @@ def why_not(path: Path, settings: dict[str, object], processes: int, sharded: bo
             f"{path}: its layout is version {version}, this release reads version {VERSION}. Nothing was changed: finish "
             "that run with the release that started it, choose another --output_dir, or delete the folder to start anew"
         )
+    # A release without a setting trained as its default does.
+    fields = FinetuneSettings.model_fields
+    written = {name: fields[name].default for name in settings if name in fields} | written
     changed = [name for name in settings if written.get(name) != settings[name]]
     if changed:
         name = changed[0]
