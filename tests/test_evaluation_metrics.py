@@ -218,10 +218,6 @@ def test_json_fields_equal_donuts_f1_and_direct_counts(pairs):
         f1 = metrics.score("json_fields", texts[0], [texts[1]])
         assert f1 == pytest.approx(donut_f1(said, true))
         records.append(record(*texts, score=f1))
-    if not any(said or true for said, true in pairs) or not any(
-        map(metrics.json_leaves, [r["answers"][0] for r in records])
-    ):
-        return
     fields = scoring.summarise(records, ["json_fields"], 0)["more"]["fields"]
     assert fields["invalid"] == 0
     for name, found in fields["fields"].items():
@@ -242,6 +238,13 @@ def test_json_answers_are_read_in_a_fence_and_invalid_ones_are_counted():
     assert more["fields"]["invalid"] == 2
     assert more["fields"]["fields"]["total"] == {"accuracy": 25.0, "f1": pytest.approx(200 / 6, abs=1e-3), "n": 4}
     assert more["micro_f1"]["score"] == pytest.approx(100 * 22 / 36, abs=1e-3)
+
+
+def test_json_fields_of_answers_that_are_no_json_are_zero_and_counted():
+    records = [record("total: 5", "total: 5", score=metrics.score("json_fields", "total: 5", ["total: 5"]))]
+    summary = scoring.summarise(records, ["json_fields"], 0)
+    assert summary["score"] == 0 and summary["more"]["micro_f1"] == {"score": 0.0, "interval": [0.0, 0.0]}
+    assert summary["more"]["fields"] == {"invalid": 1, "fields": {}}
 
 
 def test_auroc_equals_the_share_of_pairs_in_order():

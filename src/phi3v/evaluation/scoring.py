@@ -128,12 +128,10 @@ def summarise(records: Sequence[Record], metrics: Sequence[str], seed: int, grou
 
 
 def _ratio(parts: Sequence[float], wholes: Sequence[float], seed: int) -> Figure:
-    """100 times the sum of the parts over the sum of the wholes, with an interval over the examples."""
+    """100 times the sum of the parts over the sum of the wholes, with an interval over the examples; 0 of nothing is 0."""
 
     def ratio(part: np.ndarray, whole: np.ndarray) -> float:
-        if not whole.sum():
-            raise ValueError("nothing to divide by")
-        return 100.0 * float(part.sum() / whole.sum())
+        return 100.0 * float(part.sum() / max(whole.sum(), 1))
 
     interval = statistics.bootstrap_paired(ratio, parts, wholes, seed)
     return _rounded(ratio(np.asarray(parts), np.asarray(wholes)), interval)
@@ -251,6 +249,7 @@ def rescore(settings: ScoreSettings) -> dict[str, Summary]:
         for at, record in enumerate(records):
             main, *others = settings.metrics
             record["score"] = scores[main][at]
+            record.pop("scores", None)
             if others:
                 record["scores"] = {name: scores[name][at] for name in others}
         summary = summarise(records, settings.metrics, settings.seed, settings.group_by)
