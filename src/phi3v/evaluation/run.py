@@ -140,7 +140,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Summary]:
     data_dir, output = Path(settings.data_dir), Path(settings.output_dir)
     if not data_dir.is_dir():
         raise FileNotFoundError(f"--data_dir {data_dir}: no such folder; expected images/ and a jsonl for each split")
-    settings = _with_the_datas(settings)
+    settings = _with_data_defaults(settings)
     questions, pictures = read_questions(data_dir, settings.split), Pictures(data_dir)
     processes = join(settings)
     model = shared_weights(settings.model_name_or_path, processes)
@@ -184,7 +184,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Summary]:
     return summaries
 
 
-def _with_the_datas(settings: EvaluateSettings) -> EvaluateSettings:
+def _with_data_defaults(settings: EvaluateSettings) -> EvaluateSettings:
     """The settings with the data folder's values where they leave something out."""
     index = describe(settings.data_dir)
     metrics = settings.metrics or index.get("metrics") or ([index["metric"]] if "metric" in index else [])

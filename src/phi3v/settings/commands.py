@@ -361,7 +361,7 @@ class Answering(Compute):
     model_name_or_path: Annotated[str, Role.IDENTITY]
     """Checkpoint folder, adapter folder (which names its base), or hub id OWNER/NAME, also OWNER/NAME@REVISION."""
     num_crops: int | None = Field(None, ge=1, le=64)
-    """Largest number of tiles of an image; left out: the data folder's, else 16."""
+    """Largest number of tiles of an image; left out: the data folder's, else 16; predict.py: the checkpoint's."""
     batch_size_per_gpu: Annotated[int, Role.EQUIVALENT] = Field(8, ge=1)
     """Prompts generated together by one process."""
     max_new_tokens: int | None = Field(None, ge=1)
