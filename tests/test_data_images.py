@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import sys
 import zlib
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from data_examples import picture_bytes
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from phi3v.data.conversations import DataError
-from phi3v.data.pictures import PictureOptions, StoredPicture, displayed_size, open_rgb, read_pictures
+from phi3v.data.pictures import PictureOptions, StoredPicture, displayed_size, open_rgb, read_pictures, sample_frames
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -69,6 +71,144 @@ def test_16_bit_grey_keeps_its_shades() -> None:
     ramp = np.linspace(0, 65535, 256, dtype=np.uint16)[:, None].repeat(16, 1)
     grey = np.asarray(open_rgb(encoded(Image.fromarray(ramp), "PNG"), "x"))[:, 0, 0]
     assert grey.tolist() == (ramp[:, 0] // 256).tolist()
+
+
+def test_transparency_stands_on_white() -> None:
+    logo = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    logo.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    logo.putpixel((7, 7), (0, 0, 0, 128))
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([9, 9, 9, 10, 20, 30])
+    palette.info["transparency"] = 1
+    for picture in (logo, logo.convert("LA"), palette):
+        seen = open_rgb(encoded(picture, "PNG"), "x")
+        assert seen.getpixel((6, 2)) == (255, 255, 255)
+    assert open_rgb(encoded(logo, "PNG"), "x").getpixel((2, 2)) == (0, 0, 0)
+    assert open_rgb(encoded(logo, "PNG"), "x").getpixel((7, 7)) == (127, 127, 127)
+
+
+def test_12_bits_in_a_16_bit_file_are_scaled_by_their_range_when_asked() -> None:
+    xray = encoded(Image.fromarray(np.linspace(100, 4095, 64, dtype=np.uint16).reshape(8, 8)), "PNG")
+    plain = read(xray)
+    assert plain.original
+    assert "from 100 to 4095 of 0 to 65535; option pixel_range: real" in plain.warning
+    assert open_rgb(plain.data, "x").getextrema()[0] == (0, 15)
+    scaled = read(xray, pixel_range="real")
+    assert scaled.warning == ""
+    assert open_rgb(scaled.data, "x").getextrema()[0] == (0, 255)
+    floats = encoded(Image.fromarray(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)), "TIFF")
+    with pytest.raises(DataError, match=r"x: pixels from -1 to 1; .* option pixel_range: real"):
+        read(floats)
+    assert open_rgb(read(floats, pixel_range="real").data, "x").getextrema()[0] == (0, 255)
+
+
+def test_a_stream_whose_checksums_are_right_is_decoded_too() -> None:
+    plain = encoded(Image.effect_noise((64, 64), 80), "PNG")
+    start = plain.index(b"IDAT") - 4
+    (length,) = struct.unpack_from(">I", plain, start)
+    body = bytearray(plain[start + 8 : start + 8 + length])
+    body[length // 2 : length // 2 + 40] = bytes(40)
+    chunk = b"IDAT" + bytes(body)
+    damaged = plain[: start + 4] + chunk + struct.pack(">I", zlib.crc32(chunk)) + plain[start + 12 + length :]
+    with pytest.raises(DataError, match="row 1: damaged or truncated PNG"):
+        read(damaged, "row 1")
+
+
+def test_pages_of_a_tiff_and_of_a_pdf() -> None:
+    sheets = [Image.new("RGB", (40, 60), colour) for colour in ("red", "green", "blue")]
+    for kind in ("TIFF", "PDF"):
+        data = encoded(sheets[0], kind, save_all=True, append_images=sheets[1:])
+        colours = [open_rgb(page.data, "x").getpixel((10, 10)) for page in read_pictures(data, "x")]
+        assert [max(range(3), key=colour.__getitem__) for colour in colours] == [0, 1, 2]
+        (second,) = read_pictures(data, "x", page=2)
+        assert open_rgb(second.data, "x").getpixel((10, 10)) == colours[1]
+        with pytest.raises(DataError, match="x: page 4; expected 1 to 3"):
+            read_pictures(data, "x", page=4)
+    with pytest.raises(DataError, match="page 2 of a PNG; expected a TIFF or PDF"):
+        read_pictures(picture_bytes(1, "PNG"), "x", page=2)
+
+
+def test_a_picture_over_the_limit_is_scaled_down_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phi3v.data.pictures.MAX_PIXELS", 5000)
+    for kind, suffix in (("JPEG", ".jpg"), ("PNG", ".png"), ("WEBP", ".png")):
+        data = picture_bytes(1, kind, (120, 90))
+        with pytest.raises(DataError, match="120 x 90 pixels; expected at most 5000 in all; option max_pixels"):
+            read(data)
+        stored = read(data, max_pixels=3000)
+        assert stored.suffix == suffix
+        assert open_rgb(stored.data, "x").size == (63, 47)
+
+
+def test_a_long_text_is_no_reason_to_refuse_a_png() -> None:
+    text = (b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * 2_000_000))
+    assert read(png_with(Image.new("RGB", (8, 8)), [text], False)).original
+
+
+def test_heic_opens_and_its_damage_and_a_missing_reader_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    (tmp_path / "x.heic").write_bytes(encoded(Image.new("RGB", (64, 48), "red"), "HEIF"))
+    assert open_rgb(read(tmp_path / "x.heic").data, "x").size == (64, 48)
+    (tmp_path / "cut.heic").write_bytes((tmp_path / "x.heic").read_bytes()[:28] + bytes(90))
+    with pytest.raises(DataError, match=r"row 1: cut.heic: .*HEIF"):
+        read(tmp_path / "cut.heic", "row 1")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setitem(sys.modules, "pypdfium2", None)
+    with pytest.raises(DataError, match=r"pip install 'phi3v\[heif\]'"):
+        read(tmp_path / "x.heic")
+    with pytest.raises(DataError, match=r"pip install 'phi3v\[pdf\]'"):
+        read(b"%PDF-1.7")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "a failed download"),
+        (bytes(128) + b"DICM", "DICOM"),
+        (b"PK\3\4" + bytes(40), "an archive"),
+        (b"\x1aE\xdf\xa3" + bytes(40), "a video"),
+    ],
+)
+def test_what_is_no_picture_is_called_by_its_name(data: bytes, expected: str) -> None:
+    with pytest.raises(DataError, match=f"not a picture that can be read: .*{expected}"):
+        read(data)
+
+
+def clip(path: Path, frames: int = 16) -> Path:
+    """A clip of 96 x 64 whose left half is white."""
+    with av.open(str(path), "w", format={".m4v": "mp4", ".wmv": "asf"}.get(path.suffix)) as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        pixels = np.zeros((64, 96, 3), np.uint8)
+        pixels[:, :48] = 255
+        for _ in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode())
+    return path
+
+
+def test_a_clip_is_known_by_its_content_and_follows_its_display_matrix(tmp_path: Path) -> None:
+    for suffix in (".m4v", ".wmv", ".mkv"):
+        assert open_rgb(sample_frames(clip(tmp_path / f"a{suffix}"))[0], "x").size == (96, 64)
+    whole = clip(tmp_path / "a.mp4").read_bytes()
+    one, upright = struct.pack(">i", 1 << 16), struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = bytes(4) + one + bytes(4) + struct.pack(">i", -(1 << 16)) + bytes(16) + struct.pack(">i", 1 << 30)
+    track = whole.index(b"tkhd")
+    place = whole.index(upright, track)
+    (tmp_path / "turned.mp4").write_bytes(whole[:place] + turned + whole[place + 36 :])
+    frame = open_rgb(sample_frames(tmp_path / "turned.mp4")[0], "x")
+    assert frame.size == (64, 96)
+    assert frame.getpixel((32, 10))[0] > 200 > 50 > frame.getpixel((32, 85))[0]  # left became the top
+    (tmp_path / "cut.mp4").write_bytes(whole[: whole.index(b"moov")])
+    with pytest.raises(DataError, match=r"cut.mp4: does not decode: cut short, damaged, or no video"):
+        sample_frames(tmp_path / "cut.mp4")
+    (tmp_path / "a.png").write_bytes(picture_bytes(1, "PNG"))
+    with pytest.raises(DataError, match=r"a.png: not a video; expected AVI"):
+        sample_frames(tmp_path / "a.png")
 
 
 def test_an_animation_is_its_first_frame() -> None:
