@@ -240,7 +240,7 @@ def test_urls_of_rows_are_fetched_once_and_failures_have_reasons(tmp_path: Path,
     hub.repositories[""] |= {"p/1.JPG": b"one", "p/2": b"two"}
     hub.faults = {"1.JPG": [503, "cut"], "busy": [500] * 3}
     good = [f"{hub.address}/p/1.JPG?size=1", f"{hub.address}/p/2"]
-    bad = [f"{hub.address}/none.png", f"{hub.address}/busy", "pictures/a.png"]
+    bad = [f"{hub.address}/none.png", f"{hub.address}/busy", "pictures/a.png", "http://[bad/x.png"]
     files, failures = fetch_urls([good[0], *bad, *good], tmp_path)
     assert [files[url].read_bytes() for url in good] == [b"one", b"two"]
     assert files[good[0]].suffix == ".jpg"

@@ -250,25 +250,23 @@ def _sorted_error(error: Exception, what: str) -> Exception:
         status, wait = error.status, error.headers.get("Retry-After") if error.headers else None
     if status is not None and (status in (408, 429) or status >= 500):
         return Transient(f"HTTP {status}", float(wait) if wait and wait.isdigit() else None)
-    final: tuple[tuple[bool, str], ...] = (
-        (isinstance(error, hub.OfflineModeIsEnabled), f"not in the cache; {OFFLINE}"),
-        (isinstance(error, hub.GatedRepoError), "gated: accept its terms on its page and set HF_TOKEN"),
-        (isinstance(error, hub.RevisionNotFoundError), "no such revision; expected a commit, branch or tag"),
-        (
-            isinstance(error, hub.RepositoryNotFoundError),
-            "no such repository, or not visible without a token (HF_TOKEN)",
-        ),
-        (isinstance(error, hub.EntryNotFoundError), "no such file in the repository or its cache"),
-        (status == 401, "HTTP 401: not allowed without a token: set HF_TOKEN"),
-        (status == 403, "HTTP 403: not allowed: accept the terms on the page of the source and set HF_TOKEN"),
-        (status == 404, "HTTP 404: not found: check the address and the revision"),
-        (status is not None, f"HTTP {status}: refused"),
-        (isinstance(error, FileNotFoundError) and not error.errno, "HTTP 404: not found: check the address"),
-        (isinstance(error, PermissionError) and not error.errno, "not allowed: check the credentials of this storage"),
-    )
-    for known, message in final:
-        if known:
-            return SourceError(f"{what}: {message}")
+    reasons: dict[type[Exception], str] = {
+        hub.OfflineModeIsEnabled: f"not in the cache; {OFFLINE}",
+        hub.GatedRepoError: "gated: accept its terms on its page and set HF_TOKEN",
+        hub.RevisionNotFoundError: "no such revision; expected a commit, branch or tag",
+        hub.RepositoryNotFoundError: "no such repository, or not visible without a token (HF_TOKEN)",
+        hub.EntryNotFoundError: "no such file in the repository or its cache",
+        FileNotFoundError: "not found (HTTP 404 or no such object): check the address",
+        PermissionError: "not allowed: check the credentials of this storage",
+    }
+    statuses = {401: "needs a token: set HF_TOKEN", 403: "accept the terms on the page of the source and set HF_TOKEN"}
+    statuses |= {404: "not found: check the address and the revision"}
+    from_disk = isinstance(error, OSError) and error.errno  # of this machine
+    reason = next((text for known, text in reasons.items() if isinstance(error, known) and not from_disk), None)
+    if reason is None and status is not None:
+        reason = f"HTTP {status}: {statuses.get(status, 'refused')}"
+    if reason:
+        return SourceError(f"{what}: {reason}")
     network = (hub.FileMetadataError, aiohttp.ClientError, ConnectionError, TimeoutError)
     if isinstance(error, network) or type(error).__module__.startswith("httpx2"):
         return Transient(f"{type(error).__name__}: {error}")
@@ -543,7 +541,7 @@ def fetch(
 def url_file(cache: Path, url: str) -> Path:
     """Where `fetch_urls` stores a URL's file, whether it is there or not."""
     name = hashlib.sha256(url.encode()).hexdigest()
-    suffix = re.search(r"\.[A-Za-z0-9]{1,5}$", urlsplit(url).path)
+    suffix = re.search(r"\.[A-Za-z0-9]{1,5}$", re.split("[?#]", url)[0])
     return cache / name[:2] / f"{name[2:34]}{suffix[0].lower() if suffix else ''}"
 
 
@@ -575,9 +573,12 @@ def fetch_urls(
             target.parent.mkdir(parents=True, exist_ok=True)
             _with_retries(lambda: system.get_file(path, str(part), callback=Limit()), url, most=3)
             os.replace(part, target)
-        except SourceError as error:
+        except OSError:  # this machine's disk
+            raise
+        except Exception as error:
+            return str(error).removeprefix(f"{url}: ").removeprefix(f"source {url!r}: ") or type(error).__name__
+        finally:
             part.unlink(missing_ok=True)
-            return str(error).removeprefix(f"{url}: ").removeprefix(f"source {url!r}: ")
         return ""
 
     cache.mkdir(parents=True, exist_ok=True)
