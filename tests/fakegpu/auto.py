@@ -42,7 +42,7 @@ class Chosen:
     interval: int
     """Every which layer is recomputed; 0: none."""
     probes: list[dict[str, float | None]]
-    """batch_size_per_gpu, recompute_every and peak_bytes (None where the GPU ran out of memory) of each real pass."""
+    """micro_batch_size, recompute_every and peak_bytes (None where the GPU ran out of memory) of each real pass."""
     capacity: float
     """Bytes that the search may use."""
     live_before: int

@@ -23,7 +23,7 @@ def test_nothing_of_the_search_stays_alive(found: list[Chosen], at: int) -> None
 @pytest.mark.parametrize("at", range(len(SEARCHES)))
 def test_the_chosen_way_fits(found: list[Chosen], at: int) -> None:
     chosen = found[at]
-    way = {"batch_size_per_gpu": chosen.size, "recompute_every": chosen.interval}
+    way = {"micro_batch_size": chosen.size, "recompute_every": chosen.interval}
     (peak,) = [probe["peak_bytes"] for probe in chosen.probes if way.items() <= probe.items()]
     assert peak is not None and peak <= chosen.capacity
 
@@ -34,5 +34,5 @@ def test_more_memory_takes_larger_micro_batches(found: list[Chosen]) -> None:
 
 
 def test_a_search_survives_running_out_of_memory(found: list[Chosen]) -> None:
-    """The planner expects no bytes at all, so the first passes end in out-of-memory errors."""
+    """The planner expects a hundredth of the bytes, so the first passes end in out-of-memory errors."""
     assert None in [probe["peak_bytes"] for probe in found[-1].probes]
