@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -454,6 +456,9 @@ def test_damaged_archives_and_clips(tmp_path: Path) -> None:
 def test_a_clip_that_ends_its_decoder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = ucf_archive(tmp_path, {"train": 2})
     monkeypatch.setattr(recipe, "sample_frames", lambda *_: os._exit(7))
+    # A fork inherits the function above.
+    forked = multiprocessing.get_context("fork")
+    monkeypatch.setattr(recipe, "process_pool", lambda workers: ProcessPoolExecutor(workers, forked))
     with pytest.raises(DataError, match=r"a process ended while it decoded a clip; --workers 1 tells which"):
         converted(tmp_path / "out", "ucf101", archive, workers=2)
     assert not tree(tmp_path / "out")

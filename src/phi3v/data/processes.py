@@ -35,10 +35,13 @@ def loader_workers(asked: int | Literal["auto"], cuda: bool) -> int:
 
 
 def process_pool(workers: int, start: Callable[..., None] | None = None, *arguments: object) -> ProcessPoolExecutor:
-    """A pool of forked processes; each calls start(*arguments) first, which is inherited and not sent."""
-    return ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), initializer=_begin, initargs=(start, arguments)
-    )
+    """A pool of processes; each calls start(*arguments) first, which is inherited and not sent.
+
+    Without a `start` they are new interpreters: a fork would copy locks that threads of libraries (pyarrow, tqdm,
+    ffmpeg) hold at that moment, and wait for them for ever.
+    """
+    context = multiprocessing.get_context("fork" if start else "spawn")
+    return ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(start, arguments))
 
 
 def _begin(start: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:
