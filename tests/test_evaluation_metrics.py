@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from phi3v.data.conversations import DataError
 from phi3v.evaluation import metrics, scoring, statistics
@@ -254,6 +255,7 @@ def test_auroc_equals_the_share_of_pairs_in_order():
         probability = np.round(np.clip(rng.random(80) * 0.7 + truth * 0.25, 0, 1), digits)
         pairs = [(p > n) + (p == n) / 2 for p in probability[truth] for n in probability[~truth]]
         assert metrics.auroc(truth, probability) == pytest.approx(100 * np.mean(pairs))
+        assert metrics.auroc(truth, probability) == pytest.approx(100 * roc_auc_score(truth, probability), rel=1e-13)
     with pytest.raises(ValueError, match="one class only"):
         metrics.auroc([True] * 3, [0.1, 0.2, 0.3])
     with pytest.raises(ValueError, match="NaN"):

@@ -16,6 +16,7 @@ from typing import TypedDict
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
+from scipy import stats
 
 Score = Callable[[str, str], float]
 """Score of a prediction by one accepted answer."""
@@ -222,11 +223,15 @@ def auroc(truth: Sequence[bool] | np.ndarray, probability: Sequence[float] | np.
 
     truth: positive or not; probability: of the positive answer. Raises ValueError if one of the classes is missing.
     """
-    from sklearn.metrics import roc_auc_score
-
-    if len(set(np.asarray(truth).tolist())) < 2:
+    positive, values = np.asarray(truth, bool), np.asarray(probability, np.float64)
+    if positive.all() or not positive.any():
         raise ValueError("truth: one class only; expected positive and negative examples")
-    return 100.0 * float(roc_auc_score(truth, probability))
+    if np.isnan(values).any():
+        raise ValueError("probability: NaN; expected numbers")
+    # Mann and Whitney 1947: the share of (positive, negative) pairs in order, ties as half, from the positives' ranks.
+    n = int(positive.sum())
+    above = float(stats.rankdata(values)[positive].sum()) - n * (n + 1) / 2
+    return 100.0 * above / (n * (positive.size - n))
 
 
 def consistency(groups: Sequence[str], correct: Sequence[bool]) -> tuple[int, int]:
