@@ -493,6 +493,26 @@ def test_clips_come_out_the_same_however_many_are_decoded_at_a_time(tmp_path: Pa
     assert tree(tmp_path / "other") == tree(tmp_path / "two")
 
 
+def test_large_and_small_pictures_of_rows_keep_their_order_and_faults(tmp_path: Path) -> None:
+    rows = cauldron_rows(12, pictures=2)
+    for number, row in enumerate(rows):
+        row["images"][number % 2]["bytes"] = picture_bytes(number, "PNG", (200, 150))
+    rows[3]["images"][0]["bytes"] = rows[3]["images"][0]["bytes"][:99]
+    large = rows[5]["images"][1]["bytes"]
+    rows[5]["images"][1]["bytes"] = large[:-30]
+    assert len(large) > convert.SMALL_BYTES
+    source = write_parquet(tmp_path / "a.parquet", rows)
+    for workers in (1, 4):
+        examples = converted(tmp_path / str(workers), "cauldron", source, workers=workers, on_error="skip")
+        assert [example.id for example in examples] == [
+            f"demo-train-{row:08d}" for row in range(12) if row not in (3, 5)
+        ]
+        for example in examples:
+            stored = [(tmp_path / str(workers) / "images" / name).read_bytes() for name in example.images]
+            assert stored == [image["bytes"] for image in rows[int(example.id[-8:])]["images"]]
+    assert tree(tmp_path / "1") == tree(tmp_path / "4")
+
+
 DATASET = {
     "title": "T", "metric": "anls", "turns": "draw",
     "splits": {

@@ -67,6 +67,17 @@ def test_modes_come_out_as_a_viewer_shows_them() -> None:
     assert open_rgb(one_bit, "x").getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_a_frame_that_was_encoded_here_is_not_decoded_again_but_keeps_to_the_limits() -> None:
+    cut = picture_bytes(1, "JPEG", (400, 300))[:-2000]
+    (stored,) = read_pictures(cut, "x", decoded=True)
+    assert stored == StoredPicture(cut, ".jpg", True)
+    with pytest.raises(DataError, match="damaged or truncated JPEG"):
+        read_pictures(cut, "x")
+    thin = encoded(Image.new("RGB", (2, 1000)), "JPEG")
+    with pytest.raises(DataError, match="2 x 1000 pixels"):
+        read_pictures(thin, "x", decoded=True)
+
+
 def test_16_bit_grey_keeps_its_shades() -> None:
     ramp = np.linspace(0, 65535, 256, dtype=np.uint16)[:, None].repeat(16, 1)
     grey = np.asarray(open_rgb(encoded(Image.fromarray(ramp), "PNG"), "x"))[:, 0, 0]

@@ -6,6 +6,7 @@ leaves the old content. Equal sources give equal bytes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -14,8 +15,8 @@ import shutil
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TextIO
@@ -42,7 +43,11 @@ from phi3v.provenance.manifest import digest_file, write_json
 from phi3v.settings import CONVERTER_VERSION, FORMAT_OPTIONS, Dataset, Division, OptionValue, Split, validate
 
 OnError = Literal["stop", "skip"]
-Pages = Iterator[Future[list[StoredPicture]]]
+Pages = Iterator[Callable[[], list[StoredPicture]]]
+"""What waits for the pages of each picture of a row, or decodes them."""
+
+SMALL_BYTES = 2**14
+"""Handing a picture of fewer bytes to a thread takes longer than decoding it."""
 
 MAX_NAME_BYTES = 255
 """Of a file or folder on nearly every file system."""
@@ -162,6 +167,8 @@ class PictureWriter:
     warnings: list[str] = field(default_factory=list)
     of_row: dict[Path, bytes] = field(default_factory=dict)
     """Files of the row under way, and their content."""
+    folders: set[Path] = field(default_factory=set)
+    """Folders that are there."""
 
     def forget_row(self) -> None:
         """The row under way is not taken: remove its pictures."""
@@ -172,7 +179,7 @@ class PictureWriter:
     def read(self, picture: Picture, where: str) -> list[StoredPicture]:
         """The decoded pages of a picture. Raises DataError."""
         data = self._fetched(picture.data, where) if isinstance(picture.data, str) else picture.data
-        return read_pictures(data, where, self.options, picture.page)
+        return read_pictures(data, where, self.options, picture.page, picture.decoded)
 
     def write(self, picture: Picture, pages: list[StoredPicture], number: int, place: int, where: str) -> list[str]:
         """Store the pages of a picture and return their paths relative to images/. Raises DataError.
@@ -185,7 +192,9 @@ class PictureWriter:
             path = self._path(marked, stored.suffix, number, place + len(paths), where)
             paths.append(path)
             target = self.images / path
-            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.parent not in self.folders:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.folders.add(target.parent)
             if stored.warning:
                 self.warnings.append(f"{where}: {stored.warning}")
             if target.exists():
@@ -202,10 +211,15 @@ class PictureWriter:
     def _fetched(self, url: str, where: str) -> Path:
         path = url_file(self.urls, url)
         if not path.is_file():
-            failures = self.urls / FAILURES
-            known = json.loads(failures.read_text(encoding="utf-8")) if failures.is_file() else {}
-            raise DataError(f"{where}: picture {url}: not fetched: {known.get(url, 'run scripts/download.py again')}")
+            reason = self.failures.get(url, "run scripts/download.py again")
+            raise DataError(f"{where}: picture {url}: not fetched: {reason}")
         return path
+
+    @functools.cached_property
+    def failures(self) -> dict[str, str]:
+        """Reasons of the URLs that could not be fetched, read once: there may be hundreds of thousands."""
+        path = self.urls / FAILURES
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def _path(self, name: str, suffix: str, number: int, place: int, where: str) -> str:
         name = name or f"{number // 1000:05d}/{number:08d}-{place}{suffix}"
@@ -244,11 +258,18 @@ def _read_ahead(source: SplitSource, writer: PictureWriter) -> Iterator[tuple[in
     Decoding leaves Python's lock, so threads serve; two samples a thread keep memory flat.
     """
     waiting: deque[tuple[int, Sample | Rejection, Pages]] = deque()
+
+    def pages(picture: Picture, where: str) -> Callable[[], list[StoredPicture]]:
+        inline = picture.decoded or (isinstance(picture.data, bytes) and len(picture.data) < SMALL_BYTES)
+        if inline or source.inputs.workers == 1:
+            return functools.partial(writer.read, picture, where)
+        return pool.submit(writer.read, picture, where).result
+
     with ThreadPoolExecutor(source.inputs.workers) as pool:
         for number, sample in source.samples:
             turns = () if isinstance(sample, Rejection) else sample.turns[:1] if source.first_turn else sample.turns
             pictures = [picture for turn in turns for picture in turn.pictures]
-            waiting.append((number, sample, iter([pool.submit(writer.read, each, sample.where) for each in pictures])))
+            waiting.append((number, sample, iter([pages(each, sample.where) for each in pictures])))
             if len(waiting) > 2 * source.inputs.workers:
                 yield waiting.popleft()
         yield from waiting
@@ -270,7 +291,7 @@ def _line(
     for turn in sample.turns[:1] if source.first_turn else sample.turns:
         images: list[str] = []
         for picture in turn.pictures:
-            images += writer.write(picture, next(pages).result(), number, place + len(images), sample.where)
+            images += writer.write(picture, next(pages)(), number, place + len(images), sample.where)
         place += len(images)
         answers = turn.answers if len(turn.answers) > 1 else ()
         turns.append(Turn(tuple(images), turn.user, turn.answers[0] if turn.answers else "", answers, turn.system))
@@ -440,8 +461,9 @@ def _digest(listing: list[list[str | int]]) -> str:
 def dataset_sources(name: str, dataset: Dataset, source_dir: str | Path, workers: int = 2) -> dict[str, SplitSource]:
     """Each split of an entry, from what scripts/download.py fetched into source_dir. Raises DataError."""
     sources: dict[str, SplitSource] = {}
+    locked = functools.cache(functools.partial(locked_files, source_dir))  # local files are read whole to compare them
     for split, entry in dataset.splits.items():
-        folder, files, lock = locked_files(source_dir, entry.url, entry.revision)
+        folder, files, lock = locked(entry.url, entry.revision)
         digest = _digest([[file.path, file.size, file.sha256] for file in lock.files])
         options = entry.parsed_options()
         if dataset.group_by and "columns" in FORMAT_OPTIONS[entry.format]:

@@ -233,7 +233,7 @@ def clip_frames(inputs: Inputs, value: object, where: str) -> list[list[Picture]
         if not isinstance(clip.data, Path):
             raise DataError(f"{where}: field `video`: got {shown(clip.data)}; expected a path")
         frames = [] if inputs.only_urls else sample_frames(clip.data, inputs.options.frames)
-        clips.append([Picture(data, f"{clip.name}.{index}.jpg") for index, data in enumerate(frames)])
+        clips.append([Picture(data, f"{clip.name}.{index}.jpg", decoded=True) for index, data in enumerate(frames)])
     return clips
 
 

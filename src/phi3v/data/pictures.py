@@ -146,9 +146,15 @@ class StoredPicture:
 
 
 def read_pictures(
-    source: bytes | Path, where: str, options: PictureOptions = PictureOptions(), page: int | None = None
+    source: bytes | Path,
+    where: str,
+    options: PictureOptions = PictureOptions(),
+    page: int | None = None,
+    decoded: bool = False,
 ) -> list[StoredPicture]:
     """The pictures of an encoded file: every page of a TIFF or PDF, or page `page` (from 1); else one.
+
+    decoded: the JPEG was encoded here, so that its header alone is looked at.
 
     Raises DataError that names the file, the format seen and the fault: no picture, damaged or cut, too many pixels.
     """
@@ -171,9 +177,10 @@ def read_pictures(
         small, deep = _scaled_size(image.size, options), image.mode[0] in "IF"
         kept = kind in KEPT and small == image.size and not (deep and options.pixel_range == "real")
         if kept and not deep:
-            # An eighth of the size reads every byte of a JPEG, in half the time.
-            image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-            image.load()
+            if not decoded:
+                # An eighth of the size reads every byte of a JPEG, in half the time.
+                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+                image.load()
             return [StoredPicture(source, KEPT[kind], True)]
         image.draft(None, small)
         stored = _stored(_rgb(image, where, options), KEPT.get(kind, ".png"), options)

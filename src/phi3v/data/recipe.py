@@ -165,7 +165,7 @@ def ucf101(inputs: Inputs) -> Samples:
             yield Rejection("/".join(key), jpegs.removeprefix(f"{clips[key]}: "))
             continue
         stem = PurePosixPath(clip).stem
-        pictures = tuple(Picture(data, f"{label}/{stem}.{index}.jpg") for index, data in enumerate(jpegs))
+        pictures = tuple(Picture(data, f"{label}/{stem}.{index}.jpg", decoded=True) for index, data in enumerate(jpegs))
         yield Sample("/".join(key), f"{split}-{number:010d}", (SampleTurn(pictures, prompt, (label,)),))
     shutil.rmtree(inputs.scratch, ignore_errors=True)
 

@@ -72,6 +72,8 @@ class Picture:
     """Its path under images/SPLIT; empty: the writer numbers it."""
     page: int | None = None
     """Page of a TIFF or PDF, from 1; None: all of them."""
+    decoded: bool = False
+    """Whether `data` were encoded here from decoded pixels: a frame of a clip."""
 
 
 @dataclass(frozen=True, slots=True)
