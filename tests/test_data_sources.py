@@ -237,19 +237,19 @@ def test_a_missing_package_of_an_object_store_names_the_extra(tmp_path: Path, mo
 
 
 def test_urls_of_rows_are_fetched_once_and_failures_have_reasons(tmp_path: Path, hub: HubServer) -> None:
-    hub.repositories[""] |= {"p/1.JPG": b"one", "p/2": b"two"}
+    hub.repositories[""] |= {"p/1.JPG": b"one", "p/2": b"two", "p/3.part": b"three", "p/a::b": b"four", "p/a": b"no"}
     hub.faults = {"1.JPG": [503, "cut"], "busy": [500] * 3}
-    good = [f"{hub.address}/p/1.JPG?size=1", f"{hub.address}/p/2"]
+    good = [f"{hub.address}/p/{name}" for name in ("1.JPG?size=1", "2", "3.part", "a::b")]
     bad = [f"{hub.address}/none.png", f"{hub.address}/busy", "pictures/a.png", "http://[bad/x.png"]
     files, failures = fetch_urls([good[0], *bad, *good], tmp_path)
-    assert [files[url].read_bytes() for url in good] == [b"one", b"two"]
+    assert [files[url].read_bytes() for url in good] == [b"one", b"two", b"three", b"four"]
     assert files[good[0]].suffix == ".jpg"
     assert list(failures) == bad
     assert (
         "404" in failures[bad[0]] and "HTTP 500; tried 3 times" in failures[bad[1]] and "https://" in failures[bad[2]]
     )
     assert json.loads((tmp_path / "failures.json").read_text()) == failures
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob(".*.part"))
     # Once more: only what is missing is asked for.
     hub.repositories[""]["none.png"] = b"late"
     asked = len(hub.requests)

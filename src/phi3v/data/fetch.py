@@ -311,7 +311,8 @@ def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         if local_source(url) is not None:
             raise ValueError
-        return url_to_fs(url, **(web if protocol in ("http", "https") else {}))
+        # fsspec takes what follows `::` for another URL, and would fetch the start alone.
+        return url_to_fs(url.replace("::", "%3A%3A"), **(web if protocol in ("http", "https") else {}))
     except ImportError as error:
         raise SourceError(
             f"source {url!r}: {error}; the extra `cloud` has what s3://, gs:// and az:// need: pip install 'phi3v[cloud]'"
@@ -567,7 +568,7 @@ def fetch_urls(
         target = url_file(cache, url)
         if target.exists():
             return ""
-        part = target.with_suffix(".part")
+        part = target.with_name(f".{target.name}.part")
         try:
             system, path = _filesystem(url)
             target.parent.mkdir(parents=True, exist_ok=True)
