@@ -6,9 +6,13 @@ import ctypes
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from typing import Literal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from typing import Literal, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that a process gets when its parent ends."""
@@ -42,6 +46,23 @@ def process_pool(workers: int, start: Callable[..., None] | None = None, *argume
     """
     context = multiprocessing.get_context("fork" if start else "spawn")
     return ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(start, arguments))
+
+
+def read_ahead(
+    pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[tuple[Item, Future[Result]]]:
+    """(item, its result) in order, of which the pool makes the next ones meanwhile: `ahead` of them, so memory stays flat."""
+    waiting = deque[tuple[Item, Future[Result]]]()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        for _, result in waiting:
+            result.cancel()
 
 
 def _begin(start: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:

@@ -6,16 +6,16 @@ Their jsonl, ids and picture names are the recipe's; the digests of published re
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from phi3v.data.conversations import DataError, shown
 from phi3v.data.pictures import sample_frames
-from phi3v.data.processes import process_pool
+from phi3v.data.processes import process_pool, read_ahead
 from phi3v.data.rows import (
     Inputs,
     Picture,
@@ -48,12 +48,7 @@ def classes_prompt(kind: str, classes: list[str]) -> str:
 
 def without_markers(text: str) -> str:
     """The text without `<image>` marks at its ends: pictures stand before the text by the jsonl's own rule."""
-    text = text.strip()
-    while text.startswith("<image>"):
-        text = text.removeprefix("<image>").lstrip()
-    while text.endswith("<image>"):
-        text = text.removesuffix("<image>").rstrip()
-    return text
+    return re.sub(r"^(?:<image>\s*)+|(?:\s*<image>)+$", "", text.strip())
 
 
 def _parquet(inputs: Inputs, columns: list[str]) -> Rows:
@@ -196,28 +191,19 @@ def _clips(inputs: Inputs) -> dict[tuple[str, str, str], Path]:
 
 
 def _decoded(paths: list[Path], frames: int, workers: int) -> Iterator[list[bytes] | str]:
-    """The frames of each clip, in order, or why there are none.
-
-    Processes, not threads: writing JPEG holds the interpreter. A short queue keeps memory flat.
-    """
+    """The frames of each clip, in order, or why there are none. Processes: writing JPEG holds the interpreter."""
+    decode, path = partial(_decode_clip, frames=frames), paths[0]
     if workers == 1:
-        yield from (_decode_clip(path, frames) for path in paths)
+        yield from map(decode, paths)
         return
     with process_pool(workers) as pool:
-        pending: deque[tuple[Path, Future[list[bytes] | str]]] = deque()
         try:
-            for path in paths:
-                pending.append((path, pool.submit(_decode_clip, path, frames)))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft()[1].result()
-            while pending:
-                yield pending.popleft()[1].result()
+            for path, clip in read_ahead(pool, decode, paths, 2 * workers):  # noqa: B007
+                yield clip.result()
         except BrokenProcessPool:
-            near = ", ".join(path.name for path, _ in pending)
-            raise DataError(f"a process ended while it decoded a clip; --workers 1 tells which (near {near})") from None
-        finally:
-            for _, future in pending:
-                future.cancel()
+            raise DataError(
+                f"a process ended while it decoded a clip; --workers 1 tells which (near {path.name})"
+            ) from None
 
 
 def _decode_clip(path: Path, frames: int) -> list[bytes] | str:

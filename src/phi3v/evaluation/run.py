@@ -12,9 +12,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 
 from phi3v.data.conversations import DataError
 from phi3v.data.folder import Pictures, check_unchanged, describe, split_file
-from phi3v.data.processes import loader_workers
+from phi3v.data.processes import loader_workers, read_ahead
 from phi3v.evaluation.generate import Answer, Predictor, choice_of, is_hub_id, weights_folder
 from phi3v.evaluation.metrics import normalise, score
 from phi3v.evaluation.questions import (
@@ -330,14 +331,10 @@ def _prefetched(
             yield batch, _inputs(batch, pictures, predictor)
         return
     with ThreadPoolExecutor(workers) as pool:
-        waiting: list[tuple[list[Question], Future[dict[str, torch.Tensor]]]] = []
-        for batch in batches:
-            waiting.append((batch, pool.submit(_inputs, batch, pictures, predictor)))
-            if len(waiting) > workers:
-                ready, future = waiting.pop(0)
-                yield ready, future.result()
-        for ready, future in waiting:
-            yield ready, future.result()
+        for batch, inputs in read_ahead(
+            pool, partial(_inputs, pictures=pictures, predictor=predictor), batches, workers
+        ):
+            yield batch, inputs.result()
 
 
 def _answer_within_memory(
