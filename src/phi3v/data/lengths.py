@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from phi3v.data.dataset import ConversationDataset
 from phi3v.data.folder import LENGTHS, splits_of
 from phi3v.data.processes import process_pool
 from phi3v.planning.geometry import num_image_tokens, tile_layout
-from phi3v.provenance.manifest import digest_file, write_json
+from phi3v.provenance.manifest import digest_file, write_atomically, write_json
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -161,7 +162,10 @@ def counts(dataset: ConversationDataset, processes: int | None = None) -> np.nda
         found = _read(file, len(dataset))
         if found is None:
             found = count(dataset, processes)
-            _write(file, found)
+            content = io.BytesIO()
+            np.save(content, found)
+            with contextlib.suppress(OSError):  # a full or read-only disk: the file only saves time
+                write_atomically(file, content.getvalue())
     return found
 
 
@@ -202,16 +206,9 @@ def count(dataset: ConversationDataset, processes: int = 1) -> np.ndarray:
     if processes == 1 or len(parts) < 2:
         return np.concatenate([_count_part(part, dataset) for part in parts])
     # The tokenizer's own threads would not survive the fork, and these processes are enough.
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        with process_pool(min(processes, len(parts)), _keep, dataset) as pool:
-            return np.concatenate(list(pool.map(_count_part, parts)))
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with process_pool(min(processes, len(parts)), _keep, dataset) as pool:
+        return np.concatenate(list(pool.map(_count_part, parts)))
 
 
 _KEPT: list[ConversationDataset] = []
@@ -223,18 +220,14 @@ def _keep(dataset: ConversationDataset) -> None:
 
 
 def _count_part(part: tuple[int, int], dataset: ConversationDataset | None = None) -> np.ndarray:
-    dataset = _KEPT[0] if dataset is None else dataset
+    dataset = dataset or _KEPT[0]
     choose = max if dataset.turns == "draw" else sum
-    rows = [
-        (
-            choose(turn.total for turn in own),
-            max(turn.answer for turn in own),
-            len(own),
-            choose(turn.pictures for turn in own),
-            choose(turn.shrunk for turn in own),
+    rows = []
+    for own in counted(dataset, *part):
+        total, pictures, shrunk = (
+            choose(facts) for facts in zip(*((t.total, t.pictures, t.shrunk) for t in own), strict=True)
         )
-        for own in counted(dataset, *part)
-    ]
+        rows.append((total, max(turn.answer for turn in own), len(own), pictures, shrunk))
     return np.array(rows, np.int32)
 
 
@@ -273,18 +266,6 @@ def _read(file: Path, examples: int) -> np.ndarray | None:
     except (OSError, ValueError, EOFError):
         return None
     return found if found.shape == (examples, 5) and found.dtype == np.int32 else None
-
-
-def _write(file: Path, values: np.ndarray) -> None:
-    """A file that appears whole or, on a full or read-only disk, not at all: it only saves time."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as out:
-            np.save(out, values)
-        os.replace(part, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:
@@ -328,22 +309,21 @@ def split_statistics(dataset: ConversationDataset) -> SplitStatistics:
 def plot(statistics: dict[str, SplitStatistics]) -> str:
     """Histograms of tokens, the splits side by side, as SVG."""
     parts: list[str] = []
-    left = 0
-    for split, values in statistics.items():
+    for place, (split, values) in enumerate(statistics.items()):
         counts, edges = values["histogram"]["counts"], values["histogram"]["edges"]
-        title = f"{escape(split)}: {values['examples']} examples"
-        parts.append(f'<g transform="translate({left},0)"><text x="10" y="16">{title}</text>')
-        parts.append(f'<text x="10" y="32" fill="#555">{values["tokens"]["mean"]:g} tokens on average</text>')
-        for place, count in enumerate(counts):
-            height = 100 * count / max(counts)
-            bar = f'x="{10 + 10 * place}" y="{145 - height:.1f}" width="9" height="{height:.1f}"'
-            parts.append(f'<rect {bar} fill="#3b6ea5"/>')
+        heights = [100 * count / max(counts) for count in counts]
+        bars = (
+            f'<rect x="{10 + 10 * at}" y="{145 - height:.1f}" width="9" height="{height:.1f}" fill="#3b6ea5"/>'
+            for at, height in enumerate(heights)
+        )
         parts.append(
+            f'<g transform="translate({270 * place},0)">'
+            f'<text x="10" y="16">{escape(split)}: {values["examples"]} examples</text>'
+            f'<text x="10" y="32" fill="#555">{values["tokens"]["mean"]:g} tokens on average</text>{"".join(bars)}'
             f'<text x="10" y="162">{edges[0]:g}</text><text x="250" y="162" text-anchor="end">{edges[-1]:g}</text></g>'
         )
-        left += 270
-    style = 'height="170" font-family="sans-serif" font-size="12"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{left}" {style}>{"".join(parts)}</svg>\n'
+    size = f'width="{270 * len(parts)}" height="170" font-family="sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>\n'
 
 
 def write_statistics(data_dir: str | Path, processor: ProcessorMixin, num_crops: int | None = None) -> list[str]:
