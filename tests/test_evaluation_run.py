@@ -147,16 +147,12 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_file(root, checkpoin
 
 
 def test_parts_of_other_settings_are_not_taken_over(checkpoint, tmp_path):
-    from phi3v.evaluation.questions import Partial
+    from phi3v.evaluation.questions import Answer, Partial, read_questions
 
     data = write_data(tmp_path / "data", 3)
     stale = Partial(tmp_path / "out/after", "0123456789abcdef-after", 0)
-    stale.append(
-        [
-            {"id": f"val-{i:04d}", "prediction": "stale", "tokens": 1, "choice": None, "probability": 1.0}
-            for i in range(3)
-        ]
-    )
+    stale.append((question, Answer("stale", 1, 1.0)) for question in read_questions(data, "val"))
+    assert stale.read()["val-0002"].prediction == "stale"
     evaluate_here(checkpoint, data, tmp_path / "out")
     assert "stale" not in (tmp_path / "out/after/predictions.jsonl").read_text()
 
@@ -311,7 +307,7 @@ def test_a_model_that_would_say_the_picture_token_goes_on(checkpoint):
     )
     (found,) = predictor.answer(predictor.prepare(["<|user|>\nwhat<|end|>\n<|assistant|>\n"], [[]]))
     assert found.tokens >= 1
-    assert "<|image|>" not in found.text
+    assert "<|image|>" not in found.prediction
 
 
 def test_a_hub_id_comes_through_the_lock_and_never_again(root, checkpoint, tmp_path, monkeypatch):
@@ -515,16 +511,12 @@ def test_a_folder_is_answered_and_the_files_that_are_not_taken_are_named(checkpo
 
 def test_fields_of_json_answers_are_columns(tmp_path):
     from phi3v.evaluation.predict import _write
-    from phi3v.evaluation.questions import Question
+    from phi3v.evaluation.questions import Answer, Question
 
     answers = ['{"total": 12.5, "shop": "Café, \\"A\\""}', "no JSON", '{"shop": null, "items": [1, {"a": "b"}]}']
     questions = [Question(f"q{i}", (f"predict/{i}.png",), "?", "?", ()) for i in range(3)]
-    drafts = {
-        f"q{i}": {"id": f"q{i}", "prediction": text, "tokens": 5, "choice": None, "probability": 0.5}
-        for i, text in enumerate(answers)
-    }
-    drafts["q1"]["cut"] = True
-    assert _write(tmp_path, tmp_path, questions, drafts) == 1
+    given = {f"q{i}": Answer(text, 5, 0.5, cut=i == 1) for i, text in enumerate(answers)}
+    assert _write(tmp_path, tmp_path, questions, given) == 1
     with (tmp_path / "answers.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from phi3v.data.conversations import DataError
 from phi3v.data.fetch import LOCK, fetch, locked_files
+from phi3v.evaluation.questions import Answer
 from phi3v.model.adapters import base_of, is_adapter, load_for_inference
 from phi3v.model.compat import widen_float16_products
 from phi3v.model.processing import Phi3VProcessor
@@ -72,21 +73,6 @@ def weights_folder(name: str, root: Path = Path(), may_fetch: bool = True) -> Pa
         fetch([(model.url, model.revision)], folder, kind="model", flat=True)
     locked_files(folder, model.url, model.revision)
     return folder
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One prompt's answer."""
-
-    text: str
-    tokens: int
-    """Generated tokens, including the one that ended it."""
-    probability: float
-    """Geometric mean of the probabilities of its tokens."""
-    cut: bool
-    """It reached max_new_tokens before it ended."""
-    choice: float | None = None
-    """P(positive) / (P(positive) + P(negative)) of the first token."""
 
 
 @dataclass(frozen=True)
@@ -242,12 +228,12 @@ class Predictor:
         best = torch.stack(watch.best, dim=1).double().cpu()  # [B, new]
         shares: list[float] | list[None] = [None] * len(new)
         if self.choice and watch.first is not None:
-            shares = self.choice.share(watch.first)
+            shares = [round(share, 6) for share in self.choice.share(watch.first)]
         answers = []
         for row, own, share in zip(new, best, shares, strict=True):
             stop = next((i for i, token in enumerate(row) if token in ends), len(row))
             text = tokenizer.decode(row[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
             tokens = min(stop + 1, len(row))
-            probability = math.exp(own[:tokens].mean())
+            probability = round(math.exp(own[:tokens].mean()), 6)
             answers.append(Answer(text, tokens, probability, stop == len(row) == self.max_new_tokens, share))
         return answers

@@ -23,7 +23,7 @@ from phi3v.data.pictures import open_rgb
 from phi3v.data.rows import is_junk
 from phi3v.evaluation.generate import Predictor, weights_folder
 from phi3v.evaluation.metrics import json_object
-from phi3v.evaluation.questions import Draft, Question, json_lines, read_questions
+from phi3v.evaluation.questions import Answer, Question, json_lines, read_questions
 from phi3v.evaluation.run import DEFAULT_NEW_TOKENS, Pass, answer_passes, answers_fingerprint, join, shared_weights
 from phi3v.model.runtime import compute_device
 from phi3v.provenance.manifest import digest_file, write_atomically, write_manifest
@@ -70,7 +70,7 @@ def predict(settings: PredictSettings) -> str:
     # The picture marks stand in front of the question, as in training.
     prompt = prompt_text(Turn(tuple(settings.image), settings.question, ""))
     (answer,) = predictor.answer(predictor.prepare([prompt], [pictures]))
-    return answer.text
+    return answer.prediction
 
 
 def predict_all(settings: PredictSettings) -> str:
@@ -94,9 +94,9 @@ def predict_all(settings: PredictSettings) -> str:
     fingerprint = processes.from_first(lambda: answers_fingerprint(settings, model, facts))
     each = Pass("predict", output, questions, pictures, fingerprint)
     line = ""
-    for _, drafts, _ in answer_passes([each], model, settings, processes):
+    for _, answers, _ in answer_passes([each], model, settings, processes):
         root = Path(settings.folder or settings.images_dir or source.parent)
-        cut = _write(output, root, questions, drafts)
+        cut = _write(output, root, questions, answers)
         write_manifest(
             output,
             kind="predict",
@@ -154,21 +154,21 @@ def _source(path: str, root: Path) -> str:
     return original if not (root / name).exists() and original and (root / original).exists() else name
 
 
-def _write(output: Path, root: Path, questions: list[Question], drafts: dict[str, Draft]) -> int:
+def _write(output: Path, root: Path, questions: list[Question], answers: dict[str, Answer]) -> int:
     """answers.jsonl and answers.csv in the source's order; returns how many answers are cut."""
     records: list[Answered] = []
     names: dict[str, None] = {}
     for question in questions:
-        draft = drafts[question.id]
+        answer = answers[question.id]
         record: Answered = {
             "id": question.id,
             "images": [_source(path, root) for path in question.images],
             "question": question.user,
-            "answer": draft["prediction"],
-            "fields": json_object(draft["prediction"]),
-            "tokens": draft["tokens"],
-            "cut": draft.get("cut", False),
-            "probability": draft["probability"],
+            "answer": answer.prediction,
+            "fields": json_object(answer.prediction),
+            "tokens": answer.tokens,
+            "cut": answer.cut,
+            "probability": answer.probability,
         }
         if question.meta:
             record["meta"] = question.meta

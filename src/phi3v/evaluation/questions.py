@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
@@ -129,16 +129,19 @@ def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-class Draft(TypedDict):
-    """A line of a part: an answer before it is scored."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A greedy answer, before it is scored."""
 
-    id: str
     prediction: str
     tokens: int
-    choice: float | None
+    """Generated tokens, including the one that ended it."""
     probability: float
-    cut: NotRequired[bool]
-    """The answer reached max_new_tokens."""
+    """Geometric mean of the probabilities of its tokens."""
+    cut: bool = False
+    """It reached max_new_tokens before it ended."""
+    choice: float | None = None
+    """P(positive) / (P(positive) + P(negative)) of the first token."""
 
 
 class Record(TypedDict):
@@ -170,14 +173,15 @@ class Partial:
         self.folder, self.fingerprint = folder / "partial", fingerprint
         self.path = self.folder / f"{fingerprint}.{rank}.jsonl"
 
-    def read(self) -> dict[str, Draft]:
+    def read(self) -> dict[str, Answer]:
         """Answers by example id; skips a line that a killed process left half written."""
-        found: dict[str, Draft] = {}
+        found: dict[str, Answer] = {}
         for path in sorted(self.folder.glob(f"{self.fingerprint}.*.jsonl")):
             for line in path.read_bytes().splitlines(keepends=True):
                 if line.endswith(b"\n"):
                     record = json.loads(line)
-                    found[record["id"]] = record
+                    name = record.pop("id")
+                    found[name] = Answer(**record)
         return found
 
     def trim(self) -> None:
@@ -185,11 +189,11 @@ class Partial:
         if self.path.is_file():
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
-    def append(self, drafts: Iterable[Draft]) -> None:
+    def append(self, batch: Iterable[tuple[Question, Answer]]) -> None:
         """Add the answers of one batch; they are on the disk when this returns."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            file.write(json_lines(drafts).encode("utf-8"))
+            file.write(json_lines({"id": question.id, **asdict(answer)} for question, answer in batch).encode())
             file.flush()
             os.fsync(file.fileno())
 

@@ -26,10 +26,10 @@ from transformers import PreTrainedModel
 from phi3v.data.conversations import DataError
 from phi3v.data.folder import Pictures, check_unchanged, describe, split_file
 from phi3v.data.processes import loader_workers, read_ahead
-from phi3v.evaluation.generate import Answer, Predictor, choice_of, is_hub_id, weights_folder
-from phi3v.evaluation.metrics import normalise, score
+from phi3v.evaluation.generate import Predictor, choice_of, is_hub_id, weights_folder
+from phi3v.evaluation.metrics import normalise
 from phi3v.evaluation.questions import (
-    Draft,
+    Answer,
     Partial,
     Question,
     Record,
@@ -40,7 +40,7 @@ from phi3v.evaluation.questions import (
     read_questions,
     swap_pictures,
 )
-from phi3v.evaluation.scoring import Summary, summarise
+from phi3v.evaluation.scoring import Summary, set_scores, summarise
 from phi3v.model.runtime import attention_note, compute_device
 from phi3v.provenance.manifest import digest_file, digest_weights, write_atomically, write_json, write_manifest
 from phi3v.settings import Compute, Dataset, EvaluateSettings, Role, fields_with
@@ -167,10 +167,10 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Summary]:
             each = replace(each, questions=swapped, left_out=len(left_out))
         passes.append(each)
     yes_no = {normalise(answer) for question in questions for answer in question.answers} == {"yes", "no"}
-    for each, drafts, timing in answer_passes(
+    for each, answers, timing in answer_passes(
         passes, model, settings, processes, yes_no, settings.row or settings.dataset
     ):
-        summaries[each.name] = _score(each, drafts, timing, settings)
+        summaries[each.name] = _score(each, answers, timing, settings)
     if processes.rank == 0:
         write_manifest(
             output,
@@ -218,7 +218,7 @@ def answers_fingerprint(settings: Answering, model: Path, data: list[str]) -> st
 
 def answer_passes(
     passes: list[Pass], model: Path, settings: Answering, processes: Processes, yes_no: bool = False, title: str = ""
-) -> Iterator[tuple[Pass, dict[str, Draft], Timing]]:
+) -> Iterator[tuple[Pass, dict[str, Answer], Timing]]:
     """Answer what is open of each pass; yields it with all its answers by id and its timing, in process 0 alone.
 
     The model is loaded once, and only if something is open; the timing is empty where nothing was.
@@ -244,17 +244,17 @@ def answer_passes(
             timing["load_seconds"] = load_seconds
             processes.wait()
         if processes.rank == 0:
-            drafts = part.read()
-            if missing := [question.id for question in each.questions if question.id not in drafts]:
+            answers = part.read()
+            if missing := [question.id for question in each.questions if question.id not in answers]:
                 raise DataError(f"{part.folder}: no answer to {len(missing)} questions, the first {missing[0]!r}")
-            yield each, drafts, timing
+            yield each, answers, timing
         processes.wait()
 
 
 def _answer(
     each: Pass,
     part: Partial,
-    done: dict[str, Draft],
+    done: dict[str, Answer],
     predictor: Predictor,
     settings: Answering,
     processes: Processes,
@@ -274,7 +274,7 @@ def _answer(
     with _progress(title, sum(map(len, mine)), settings.tqdm, silent=processes.rank != 0) as progress:
         for batch, inputs in _prefetched(mine, each.pictures, predictor, workers):
             answers = _answer_within_memory(batch, inputs, each.pictures, predictor)
-            part.append(_draft(question, answer) for question, answer in zip(batch, answers, strict=True))
+            part.append(zip(batch, answers, strict=True))
             progress.update(len(batch))
     hook.remove()
     seconds = time.perf_counter() - started
@@ -355,21 +355,13 @@ def _answer_within_memory(
     ]
 
 
-def _draft(question: Question, answer: Answer) -> Draft:
-    choice = None if answer.choice is None else round(answer.choice, 6)
-    draft: Draft = {
-        "id": question.id,
-        "prediction": answer.text,
-        "tokens": answer.tokens,
-        "choice": choice,
-        "probability": round(answer.probability, 6),
-    }
-    return {**draft, "cut": True} if answer.cut else draft
-
-
-def _score(each: Pass, drafts: dict[str, Draft], timing: Timing, settings: EvaluateSettings) -> Summary:
+def _score(each: Pass, answers: dict[str, Answer], timing: Timing, settings: EvaluateSettings) -> Summary:
     """Write predictions.jsonl in the dataset's order, metrics.json, and timing.json if something was answered."""
-    records = [_record(question, drafts[question.id], settings.metrics) for question in each.questions]
+    records = [_record(question, answers[question.id]) for question in each.questions]
+    set_scores(records, settings.metrics)
+    for record, question in zip(records, each.questions, strict=True):
+        if question.meta:
+            record["meta"] = question.meta
     summary = summarise(records, settings.metrics, settings.seed, settings.group_by)
     summary["left_out"] = each.left_out
     if each.name != "control" and settings.split != "train":
@@ -377,7 +369,7 @@ def _score(each: Pass, drafts: dict[str, Draft], timing: Timing, settings: Evalu
     write_atomically(each.folder / "predictions.jsonl", json_lines(records))
     write_json(each.folder / "metrics.json", summary)
     if timing:
-        timing["generated_tokens"] = sum(drafts[question.id]["tokens"] for question in each.questions)
+        timing["generated_tokens"] = sum(answers[question.id].tokens for question in each.questions)
         write_json(each.folder / "timing.json", timing)
     low, high = summary["interval"]
     print(
@@ -387,23 +379,17 @@ def _score(each: Pass, drafts: dict[str, Draft], timing: Timing, settings: Evalu
     return summary
 
 
-def _record(question: Question, draft: Draft, metrics: list[str]) -> Record:
-    prediction = draft["prediction"]
-    main, *others = (round(score(name, prediction, question.answers), 6) for name in metrics)
+def _record(question: Question, answer: Answer) -> Record:
     record: Record = {
         "id": question.id,
         "prompt": question.user,
         "images": list(question.images),
         "answers": list(question.answers),
-        "prediction": prediction,
-        "score": main,
+        "prediction": answer.prediction,
+        "score": 0.0,
     }
-    if draft["choice"] is not None:
-        record["p_yes"] = draft["choice"]
-    if draft.get("cut"):
+    if answer.choice is not None:
+        record["p_yes"] = answer.choice
+    if answer.cut:
         record["cut"] = True
-    if others:
-        record["scores"] = dict(zip(metrics[1:], others, strict=True))
-    if question.meta:
-        record["meta"] = question.meta
     return record

@@ -225,6 +225,16 @@ def _scores(metric: str, records: Sequence[Record]) -> list[float]:
     return [score(metric, record["prediction"], record["answers"]) for record in records]
 
 
+def set_scores(records: Sequence[Record], metrics: Sequence[str]) -> None:
+    """Set the records' score by the main metric and their scores by the others. Raises what own_scores raises."""
+    columns = [[round(value, 6) for value in _scores(name, records)] for name in metrics]
+    for record, (main, *others) in zip(records, zip(*columns, strict=True), strict=True):
+        record["score"] = main
+        record.pop("scores", None)
+        if others:
+            record["scores"] = dict(zip(metrics[1:], others, strict=True))
+
+
 def _read(path: Path) -> list[Record]:
     with path.open("rb") as file:
         return [json.loads(line) for line in file]
@@ -245,13 +255,7 @@ def rescore(settings: ScoreSettings) -> dict[str, Summary]:
             write_json(folder / "metrics.json", before)
             continue
         records = _read(path.with_name("predictions.jsonl"))
-        scores = {name: [round(s, 6) for s in _scores(name, records)] for name in settings.metrics}
-        for at, record in enumerate(records):
-            main, *others = settings.metrics
-            record["score"] = scores[main][at]
-            record.pop("scores", None)
-            if others:
-                record["scores"] = {name: scores[name][at] for name in others}
+        set_scores(records, settings.metrics)
         summary = summarise(records, settings.metrics, settings.seed, settings.group_by)
         if "left_out" in before:
             summary["left_out"] = before["left_out"]
