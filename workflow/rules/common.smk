@@ -23,6 +23,7 @@ sys.path.insert(0, SOURCE)
 from phi3v import settings
 from phi3v.cluster.check import fit
 from phi3v.cluster.site import CPU, SITE_FILE, Site, load_site
+from phi3v.data.fetch import local_contents
 from phi3v.planning.fits import runnable
 from phi3v.planning.resources import check_room
 from phi3v.planning.resources import resources as planned_resources
@@ -106,6 +107,31 @@ def local_source(url):
     """The path of a file: URL, which another rule may make; nothing for what comes from the network."""
     path = settings.local_source(url)
     return [] if path is None or "*" in url else [path]
+
+
+def sources_of(wildcards):
+    """Local sources of a dataset. A user's own are compared by content (contents_of), so their times do not matter."""
+    entry = RUN.datasets[DATASET_KEYS[wildcards.key]]
+    return [
+        ancient(path) if url in entry.users_urls else path
+        for url in entry.urls
+        for path in local_source(url)
+    ]
+
+
+def contents_of(wildcards):
+    """Digest of a user's files, so that an edited one repeats the download and what follows."""
+    return [
+        local_contents(url, Path("results/data/.digests.json"))
+        for url in RUN.datasets[DATASET_KEYS[wildcards.key]].users_urls
+    ]
+
+
+def scored_dataset(wildcards):
+    """The dataset of an evaluation: ROW, base/KEY or official/ROW."""
+    kind, _, name = wildcards.evaluated.rpartition("/")
+    job = BASELINES[name] if kind == "base" else RUN.job(name)
+    return RUN.official(job) if kind == "official" else job.row.dataset
 
 
 def row_results(job):

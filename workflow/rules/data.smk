@@ -1,46 +1,8 @@
-from phi3v.data.fetch import local_contents
-
-
+# Snakemake does not record parameters that take `input`: the list of settings files differs between runs that share an
+# entry, and must not repeat its work.
 localrules:
     download_data,
     download_model,
-
-
-def users_sources(key):
-    """URLs of a dataset's local files that no rule makes (those lie under results/)."""
-    urls = {split.url for split in RUN.datasets[DATASET_KEYS[key]].splits.values()}
-    return sorted(
-        url
-        for url in urls
-        if not (settings.local_source(url) or "results/").startswith("results/")
-    )
-
-
-def sources_of(wildcards):
-    """Local sources. A user's own are compared by content (contents_of), so their times do not matter."""
-    own = users_sources(wildcards.key)
-    urls = {
-        split.url for split in RUN.datasets[DATASET_KEYS[wildcards.key]].splits.values()
-    }
-    return [
-        ancient(path) if url in own else path
-        for url in sorted(urls)
-        for path in local_source(url)
-    ]
-
-
-def contents_of(wildcards):
-    """Digest of a user's files, so that an edited one repeats the download and what follows."""
-    return [
-        local_contents(url, Path("results/data/.digests.json"))
-        for url in users_sources(wildcards.key)
-    ]
-
-
-def entry_of(wildcards):
-    """What a dataset's conversion depends on; not the files of settings, which differ between runs that share it."""
-    entry = RUN.datasets[DATASET_KEYS[wildcards.key]]
-    return entry.model_dump_json(exclude={"title", "licence", "workload", "official"})
 
 
 rule download_data:
@@ -65,10 +27,11 @@ rule download_data:
         scripts=SCRIPTS,
         dataset=lambda wildcards: DATASET_KEYS[wildcards.key],
         contents=contents_of,
+        files=lambda wildcards, input: RUN.settings.files.datasets,
     message:
         "download {params.dataset}"
     shell:
-        "python {params.scripts}/download.py --datasets {RUN.settings.files.datasets:q} --dataset {params.dataset}"
+        "python {params.scripts}/download.py --datasets {params.files:q} --dataset {params.dataset}"
         " --output_dir results/data/{wildcards.key}/source 2>&1 | tee {log}"
 
 
@@ -93,10 +56,11 @@ rule download_model:
     params:
         scripts=SCRIPTS,
         model=lambda wildcards: MODEL_KEYS[wildcards.key],
+        files=lambda wildcards, input: RUN.settings.files.models,
     message:
         "download {params.model}"
     shell:
-        "python {params.scripts}/download.py --models {RUN.settings.files.models:q} --model {params.model}"
+        "python {params.scripts}/download.py --models {params.files:q} --model {params.model}"
         " --output_dir results/models/{wildcards.key} 2>&1 | tee {log}"
 
 
@@ -121,9 +85,12 @@ rule convert:
     params:
         scripts=SCRIPTS,
         dataset=lambda wildcards: DATASET_KEYS[wildcards.key],
-        entry=entry_of,
+        entry=lambda wildcards: RUN.datasets[
+            DATASET_KEYS[wildcards.key]
+        ].conversion_entry,
+        files=lambda wildcards, input: RUN.settings.files.datasets,
     message:
         "convert {params.dataset} to the conversations jsonl"
     shell:
-        "python {params.scripts}/convert.py --datasets {RUN.settings.files.datasets:q} --dataset {params.dataset}"
+        "python {params.scripts}/convert.py --datasets {params.files:q} --dataset {params.dataset}"
         " --source_dir results/data/{wildcards.key}/source --output_dir results/data/{wildcards.key} --workers {threads} 2>&1 | tee {log}"

@@ -69,20 +69,11 @@ use rule evaluate_base as evaluate_official with:
         "evaluate {wildcards.row} on the official split"
 
 
-def scored_dataset(evaluated):
-    """The dataset of an evaluation: ROW, base/KEY or official/ROW."""
-    kind, _, name = evaluated.rpartition("/")
-    job = BASELINES[name] if kind == "base" else RUN.job(name)
-    return RUN.official(job) if kind == "official" else job.row.dataset
-
-
 rule score:
     """Score predictions by functions of the user's, outside the job that holds the GPUs."""
     input:
         f"{RESULTS}/evaluate/{{evaluated}}/manifest.json",
-        functions=lambda wildcards: RUN.datasets[
-            scored_dataset(wildcards.evaluated)
-        ].own_metrics,
+        functions=lambda wildcards: RUN.datasets[scored_dataset(wildcards)].own_metrics,
     output:
         f"{RESULTS}/score/{{evaluated}}/manifest.json",
     log:
@@ -101,9 +92,7 @@ rule score:
         scripts=SCRIPTS,
         flags=lambda wildcards: shlex.join(
             settings.flags(
-                jobs.score(
-                    RUN, scored_dataset(wildcards.evaluated), wildcards.evaluated
-                )
+                jobs.score(RUN, scored_dataset(wildcards), wildcards.evaluated)
             )
         ),
     message:
@@ -112,19 +101,9 @@ rule score:
         "python {params.scripts}/score.py {params.flags} 2>&1 | tee {log}"
 
 
-def to_answer(wildcards):
-    """The table, or every file of the folder, that a prediction answers."""
-    entry = RUN.settings.predictions[wildcards.prediction]
-    if entry.table:
-        return entry.table
-    return [
-        str(path) for path in sorted(Path(entry.folder).rglob("*")) if path.is_file()
-    ]
-
-
 use rule evaluate_base as predict with:
     input:
-        to_answer,
+        lambda wildcards: RUN.settings.predictions[wildcards.prediction].files,
         trained=on_job(lambda job: f"{RESULTS}/train/{job.row.row}/manifest.json"),
     output:
         f"{RESULTS}/predictions/{{prediction}}/manifest.json",

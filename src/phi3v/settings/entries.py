@@ -320,6 +320,21 @@ class Dataset(Strict):
         return [name.rpartition(":")[0] for name in self.metrics if ":" in name]
 
     @property
+    def urls(self) -> list[str]:
+        """Where its splits come from, each once."""
+        return sorted({split.url for split in self.splits.values()})
+
+    @property
+    def users_urls(self) -> list[str]:
+        """Local files that no rule makes; those of a rule lie under results/."""
+        return [url for url in self.urls if not (local_source(url) or "results/").startswith("results/")]
+
+    @property
+    def conversion_entry(self) -> str:
+        """What its conversion depends on, as JSON."""
+        return self.model_dump_json(exclude={"title", "licence", "workload", "official"})
+
+    @property
     def conversion_threads(self) -> int:
         """Processes that make its conversion faster: clips are decoded, anything else is copied."""
         return 4 if any(split.format == "ucf101" for split in self.splits.values()) else 1

@@ -117,6 +117,13 @@ class Prediction(Strict):
             raise ValueError("expected a table or a folder")
         return self
 
+    @property
+    def files(self) -> list[str]:
+        """The table, or every file of the folder."""
+        if self.table:
+            return [self.table]
+        return [str(path) for path in sorted(Path(self.folder).rglob("*")) if path.is_file()]
+
 
 class SpeedMeasurement(Strict):
     """How a speed row is timed."""
