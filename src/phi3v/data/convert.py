@@ -364,16 +364,13 @@ def convert(
     name: str,
     splits: dict[str, SplitSource],
     output_dir: str | Path,
-    turns: str,
-    metric: str,
-    num_crops: int | None,
+    facts: Description,
     on_error: OnError = "stop",
     keep_other_splits: bool = False,
-    scoring: Description | None = None,
 ) -> Description:
     """Convert splits into output_dir and return dataset.json's content.
 
-    scoring: further fields of dataset.json that evaluation reads.
+    facts: how the examples train and are scored, for dataset.json.
     on_error: "stop" at the first row that cannot be taken, or "skip" it: it is listed in rejected.jsonl and counted.
     keep_other_splits: splits already there stay (conversion of one split by hand); else they go.
     Raises DataError, or OSError (a full disk): then nothing of the output folder has changed.
@@ -382,37 +379,31 @@ def convert(
     output_dir.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(output_dir, {split: jsonl_name(source.format, split) for split, source in splits.items()})
     previous = describe(output_dir) if keep_other_splits else {}
+    entries, origins = {**previous.get("splits", {})}, {**previous.get("source", {})}
+    ids = OwnIds([output_dir / entry["file"] for split, entry in entries.items() if split not in splits])
     work = output_dir / ".converting"
     shutil.rmtree(work, ignore_errors=True)
     (work / "images").mkdir(parents=True)
-    results: dict[str, SplitEntry] = {}
-    ids = OwnIds(
-        [output_dir / entry["file"] for split, entry in previous.get("splits", {}).items() if split not in splits]
-    )
     try:
         with open(work / "rejected.jsonl", "w", encoding="utf-8") as log:
             for split, source in splits.items():
                 scratch = work / "scratch" / split
                 scratch.mkdir(parents=True)
                 source = replace(source, inputs=replace(source.inputs, scratch=scratch))
-                results[split] = _convert_split(split, source, work, on_error, log, ids)
+                entries[split] = _convert_split(split, source, work, on_error, log, ids)
+                origins[split] = source.origin()
                 shutil.rmtree(scratch, ignore_errors=True)
-        entries = {**previous.get("splits", {}), **results}
-        origins = {**previous.get("source", {}), **{split: source.origin() for split, source in splits.items()}}
         dataset: Description = {
             "name": name,
             "converter": ",".join(dict.fromkeys(str(origin["format"]) for origin in origins.values())),
             "converter_version": CONVERTER_VERSION,
             "source": origins,
-            "turns": turns,
-            "metric": metric,
-            "num_crops": num_crops,
-            **(scoring or {}),
+            **facts,
             "splits": entries,
             "rejected": sum(entry.get("rejected", 0) for entry in entries.values()),
-            "leakage": leakage({split: work if split in results else output_dir for split in entries}, entries),
+            "leakage": leakage({split: work if split in splits else output_dir for split in entries}, entries),
         }
-        _move_into_place(work, output_dir, results, bool(previous))
+        _move_into_place(work, output_dir, {split: entries[split] for split in splits}, bool(previous))
         write_json(output_dir / "dataset.json", dataset, indent=2)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -437,12 +428,9 @@ def _move_into_place(work: Path, output_dir: Path, results: dict[str, SplitEntry
     shutil.rmtree(output_dir / LENGTHS, ignore_errors=True)
     (output_dir / "images").mkdir(exist_ok=True)
     for split, result in results.items():
-        old = output_dir / "images" / split
-        if old.exists():
-            shutil.rmtree(old)
-        if (work / "images" / split).exists():
-            os.replace(work / "images" / split, old)
-        for name in (result["file"], f"{split}.sha256"):
+        shutil.rmtree(output_dir / "images" / split, ignore_errors=True)
+        names = (f"images/{split}", result["file"], f"{split}.sha256")
+        for name in names if (work / names[0]).exists() else names[1:]:
             os.replace(work / name, output_dir / name)
     log, rejected = work / "rejected.jsonl", output_dir / "rejected.jsonl"
     if keep and rejected.exists():
@@ -471,17 +459,9 @@ def dataset_sources(name: str, dataset: Dataset, source_dir: str | Path, workers
             meta = [*([meta] if isinstance(meta, str) else meta), dataset.group_by]
             options = options.model_copy(update={"columns": {**options.columns, "meta": list(dict.fromkeys(meta))}})
         inputs = Inputs(files, folder, options.split or split, name, options, workers=workers)
-        source = SplitSource(
-            entry.format,
-            inputs,
-            entry.url,
-            lock.resolved or entry.revision,
-            digest,
-            entry.options,
-            entry.rows,
-            (options.turns or dataset.turns) == "first",
-            Path(source_dir) / "urls",
-        )
+        revision, first = lock.resolved or entry.revision, (options.turns or dataset.turns) == "first"
+        urls = Path(source_dir) / "urls"
+        source = SplitSource(entry.format, inputs, entry.url, revision, digest, entry.options, entry.rows, first, urls)
         if dataset.split is None:
             sources[split] = source
         else:
@@ -522,18 +502,15 @@ def convert_dataset(
 
     on_error: None: as the entry states.
     """
-    splits = dataset_sources(name, dataset, source_dir, workers)
-    on_error = on_error or dataset.on_error
-    scoring: Description = {}
+    facts: Description = {"turns": dataset.turns, "metric": dataset.metric, "num_crops": dataset.num_crops}
     if len(dataset.metrics) > 1:
-        scoring["metrics"] = dataset.metrics
+        facts["metrics"] = dataset.metrics
     if dataset.group_by:
-        scoring["group_by"] = dataset.group_by
+        facts["group_by"] = dataset.group_by
     if dataset.max_new_tokens:
-        scoring["max_new_tokens"] = dataset.max_new_tokens
-    return convert(
-        name, splits, output_dir, dataset.turns, dataset.metric, dataset.num_crops, on_error, scoring=scoring
-    )
+        facts["max_new_tokens"] = dataset.max_new_tokens
+    splits = dataset_sources(name, dataset, source_dir, workers)
+    return convert(name, splits, output_dir, facts, on_error or dataset.on_error)
 
 
 def convert_files(
@@ -552,10 +529,8 @@ def convert_files(
     workers: int = 2,
 ) -> Description:
     """Convert a file or folder by hand into one split; other splits of output_dir stay. Raises DataError."""
-    name = name or Path(output_dir).resolve().name
-    given = dict(options or {})
-    asked = {"url": str(source), "format": format_name, "rows": rows, "options": given}
-    entry = validate(Split, asked, "command line")
+    name, given = name or Path(output_dir).resolve().name, dict(options or {})
+    entry = validate(Split, {"url": str(source), "format": format_name, "rows": rows, "options": given}, "command line")
     if not source.exists():
         raise DataError(f"--input: {source}: no such file or folder")
     if source.is_dir():
@@ -568,6 +543,7 @@ def convert_files(
         parsed = parsed.model_copy(update={"images_dir": str(images_dir.resolve())})
     inputs = Inputs(files, root, parsed.split or split, name, parsed, workers=workers)
     cache = Path(output_dir) / ".urls"
-    part = SplitSource(format_name, inputs, str(source), None, digest, given, rows, turns == "first", cache)
-    fetch_pictures({split: part})
-    return convert(name, {split: part}, output_dir, turns, metric, num_crops, on_error, True)
+    splits = {split: SplitSource(format_name, inputs, str(source), None, digest, given, rows, turns == "first", cache)}
+    fetch_pictures(splits)
+    facts: Description = {"turns": turns, "metric": metric, "num_crops": num_crops}
+    return convert(name, splits, output_dir, facts, on_error, keep_other_splits=True)
