@@ -18,6 +18,7 @@ import string
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from phi3v.data import recipe
@@ -256,6 +257,10 @@ def _choices(options: object, answer: object, where: str) -> tuple[str, str]:
     return lines, given.strip("().").upper()
 
 
+def _first(values: dict[str, list[Value]], row: Row, where: str, role: str) -> object:
+    return values[role][0].of(row, where) if values[role] else None
+
+
 def _meta(values: dict[str, list[Value]], row: Row, where: str) -> dict[str, str]:
     return {value.column: as_text(value.of(row, where)) for value in values["meta"]}
 
@@ -264,9 +269,7 @@ def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[
     """How a row of roles becomes a sample of one turn."""
 
     def build(where: str, number: int, row: Row) -> Sample:
-        def first(role: str) -> object:
-            return values[role][0].of(row, where) if values[role] else None
-
+        first = partial(_first, values, row, where)
         pictures = [p for value in values["image"] for p in pictures_of(inputs, value.of(row, where), where)]
         for value in values["video"]:
             pictures += itertools.chain(*clip_frames(inputs, value.of(row, where), where))
@@ -398,37 +401,38 @@ def imagefolder(inputs: Inputs) -> Samples:
     return each_row(rows, _build_question(inputs, values))
 
 
-MARK = re.compile(r"(<image>|<video>)")
+MARK = re.compile("(<image>|<video>)")
+Part = tuple[str, list[Picture] | None]
+"""(text, None), or (a mark, the pictures that it stands for; None: the row's next)."""
 
 
-def _message(inputs: Inputs, message: object, where: str, field: str) -> tuple[str, str, list[list[Picture] | None]]:
-    """(speaker, text with a mark for each picture, what each mark stands for; None: the row's next). Raises DataError."""
+def _message(inputs: Inputs, message: object, where: str, field: str) -> tuple[str, list[Part]]:
+    """(speaker, text and marks in order). Raises DataError."""
     kind = SPEAKERS.get(str(message.get("from") or message.get("role"))) if isinstance(message, dict) else None
     if kind is None or not isinstance(message, dict):
         raise DataError(f"{where}: field `{field}.from`: got {shown(message)}; expected human, gpt or system")
     content = message.get("value") if message.get("value") is not None else message.get("content")
     if not isinstance(content, list):
-        text = content if content == "" and kind == "system" else some_text(content, where, f"{field}.value")
-        return kind, text.strip(), [None] * len(MARK.findall(text))
-    pieces, marks = list[str](), list[list[Picture] | None]()
+        text = "" if content == "" and kind == "system" else some_text(content, where, f"{field}.value")
+        return kind, [(piece, None) for piece in MARK.split(text)]
+    parts: list[Part] = []
     for place, part in enumerate(content):
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         name = str(part.get("type")).removeprefix("input_").removeprefix("output_") if isinstance(part, dict) else ""
+        parts += [("\n", None)] if place else []
         if name == "text":
-            pieces.append(as_text(part.get("text")))
-            marks += [None] * len(MARK.findall(pieces[-1]))
+            parts += [(piece, None) for piece in MARK.split(as_text(part.get("text")))]
         elif name in ("image", "image_url"):
             own = {key: value for key, value in part.items() if key != "type" and value and not isinstance(value, int)}
-            pieces.append("<image>")
-            marks.append(pictures_of(inputs, own, where, f"{field}.content[{place}]") if own else None)
+            parts.append(("<image>", pictures_of(inputs, own, where, f"{field}.content[{place}]") if own else None))
         elif name == "video":
-            pieces.append("<video>")
-            marks.append(next(iter(clip_frames(inputs, part.get("video") or part.get("path"), where)), None))
+            clips = clip_frames(inputs, part.get("video") or part.get("path"), where)
+            parts.append(("<video>", clips[0] if clips else None))
         else:
             raise DataError(
                 f"{where}: field `{field}.content[{place}]`: got {shown(part)}; expected type text, image, image_url or video"
             )
-    return kind, "\n".join(pieces), marks
+    return kind, parts
 
 
 @dataclass
@@ -439,27 +443,22 @@ class _Talk:
     clips: deque[list[Picture]]
     placed: int = 0
 
-    def turn(self, text: str, marks: list[list[Picture] | None], first: list[Picture]) -> tuple[list[Picture], str]:
+    def turn(self, parts: list[Part], first: list[Picture]) -> tuple[list[Picture], str]:
         """(pictures, text) of a question. Marks around the text go; one inside it becomes "image N", because the
         pictures of a turn stand before its text."""
-        pictures, pieces = first, list[tuple[bool, str]]()
+        pictures, text = first, ""
         self.placed += len(first)
-        own = iter(marks)
-        for piece in MARK.split(text):
+        for piece, found in parts:
             if not MARK.fullmatch(piece):
-                pieces.append((not piece.strip(), piece))
+                text += piece
                 continue
-            found = next(own)
             if found is None:
                 found = [self.images.popleft()] if piece == "<image>" else self.clips.popleft()
             pictures += found
             self.placed += len(found)
-            pieces.append((True, f"image {self.placed}" if piece == "<image>" else ""))
-        while pieces and pieces[0][0]:
-            del pieces[0]
-        while pieces and pieces[-1][0]:
-            del pieces[-1]
-        return pictures, "".join(piece for _, piece in pieces).strip() or "Describe what you see."
+            text += f"\0image {self.placed}\0" if piece == "<image>" else "\0\0"
+        text = re.sub(r"^(?:\s|\0[^\0]*\0)+|(?:\s|\0[^\0]*\0)+$", "", text)
+        return pictures, text.replace("\0", "") or "Describe what you see."
 
 
 def messages(inputs: Inputs) -> Samples:
@@ -477,7 +476,7 @@ def messages(inputs: Inputs) -> Samples:
             talk.images += pictures_of(inputs, value.of(row, where), where)
         for value in values["video"]:
             talk.clips += clip_frames(inputs, value.of(row, where), where)
-        spoken = list[tuple[str, str, str, list[list[Picture] | None]]]()
+        spoken = list[tuple[str, str, list[Part]]]()
         for value in values["messages"]:
             listed = _listed(value.of(row, where))
             if not isinstance(listed, list) or not listed:
@@ -488,36 +487,32 @@ def messages(inputs: Inputs) -> Samples:
             for index, message in enumerate(listed):
                 field = f"{value.column}[{index}]"
                 spoken.append((field, *_message(inputs, message, where, field)))
-        wanted = Counter(
-            mark
-            for _, _, text, own in spoken
-            for mark, found in zip(MARK.findall(text), own, strict=True)
-            if found is None
-        )
+        wanted = Counter(piece for _, _, parts in spoken for piece, found in parts if found is None)
         for mark, there in (("<image>", talk.images), ("<video>", talk.clips)):
             if wanted[mark] > len(there):
                 raise DataError(f"{where}: {wanted[mark]} {mark} marks; expected as many as pictures ({len(there)})")
         first = [talk.images.popleft() for _ in range(len(talk.images) - wanted["<image>"])]
         first += itertools.chain(*(talk.clips.popleft() for _ in range(len(talk.clips) - wanted["<video>"])))
-        system, turns = as_text(next((value.of(row, where) for value in values["system"]), None)), list[SampleTurn]()
+        system, turns = as_text(_first(values, row, where, "system")), list[SampleTurn]()
         question: tuple[list[Picture], str] | None = None
-        for field, speaker, text, marks in spoken:
+        for field, speaker, parts in spoken:
+            text, marked = "".join(piece for piece, _ in parts), any(MARK.fullmatch(piece) for piece, _ in parts)
             if speaker == "system" and question is None:
                 system = text
             elif speaker == "user" and question is None:
-                question = talk.turn(text, marks, [] if turns else first)
-            elif speaker == "assistant" and question is not None and not marks:
+                question = talk.turn(parts, [] if turns else first)
+            elif speaker == "assistant" and question is not None and not marked:
                 turns.append(SampleTurn(tuple(question[0]), question[1], (text,), system))
                 question, system = None, ""
             else:
-                expected = "no picture in an answer" if marks else "human and gpt in turn"
+                expected = "no picture in an answer" if marked else "human and gpt in turn"
                 raise DataError(f"{where}: field `{field}.from`: got {speaker}; expected {expected}")
         if question is not None and inputs.options.unlabelled:
             turns.append(SampleTurn(tuple(question[0]), question[1], (), system))
         elif question is not None or not turns:
             raise DataError(f"{where}: field `messages`: {len(spoken)} of them; expected an answer to every question")
-        own_id = as_text(next((value.of(row, where) for value in values["id"]), None))
-        return Sample(where, own_id or inputs.row_id(number), tuple(turns), _meta(values, row, where))
+        own_id = as_text(_first(values, row, where, "id")) or inputs.row_id(number)
+        return Sample(where, own_id, tuple(turns), _meta(values, row, where))
 
     return each_row(rows, build)
 
