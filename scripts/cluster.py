@@ -1,6 +1,6 @@
 """Look at a SLURM cluster before jobs wait a day in its queue, and at a run's jobs while they are there.
 
-    python scripts/cluster.py site                            # a first config/site.yaml from what the cluster says
+    python scripts/cluster.py site                            # a first config/site.yaml from the cluster's own answers
     python scripts/cluster.py check --config my.yaml          # does the run fit this cluster? a probe job a partition
     python scripts/cluster.py status --config my.yaml         # rows, jobs, steps, time left (make slurm-status)
     python scripts/cluster.py wait                            # until no job of this folder runs or waits

@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
         "--on-error",
         "--on_error",
         choices=["stop", "skip"],
-        help="rows that cannot be taken (default: as the entry says, else stop)",
+        help="rows that cannot be converted (default: the entry's, else stop)",
     )
     parser.add_argument(
         "--workers", type=int, default=2, metavar="N", help="pictures and clips decoded at a time (default: 2)"
@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
         "a WHAT given twice has several",
     )
     own.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="further argument of the converter"
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="further option of the format"
     )
     given = parser.parse_args()
     if bool(given.dataset) == bool(given.format):

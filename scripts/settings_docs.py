@@ -23,7 +23,8 @@ SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
         "Start with a copy of `config.yaml`; pass it as `snakemake --configfile my.yaml`. Editors check it against"
         " `workflow/schemas/run.schema.json`.",
         [
-            run.Run, run.Files, run.Pool, run.Selection, run.Evaluation, run.SpeedMeasurement, run.Demo, run.DemoBase,
+            run.Run, run.Files, run.Pool, run.Selection, run.Evaluation, run.Prediction, run.SpeedMeasurement, run.Demo,
+            run.DemoBase,
         ],
     ),
     (
@@ -44,13 +45,13 @@ SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
     ),
     (
         "A cluster: site.yaml",
-        "Start with a copy of `site.example.yaml`, or `python scripts/cluster.py site`; `scripts/cluster.py check` looks"
-        " whether the cluster agrees.",
+        "Start with a copy of `site.example.yaml`, or `python scripts/cluster.py site`; `scripts/cluster.py check`"
+        " compares it with the cluster.",
         [Site, Partition],
     ),
     (
         "Command lines: scripts/finetune.py, speed.py, evaluate.py, score.py, predict.py, report.py",
-        "What the workflow types is what a person types; `speed.py` takes all flags of `finetune.py` besides its own.",
+        "The workflow runs these commands, and you can type them yourself; `speed.py` takes all flags of `finetune.py` besides its own.",
         [
             commands.FinetuneSettings, commands.SpeedSettings, commands.EvaluateSettings, commands.ScoreSettings,
             commands.PredictSettings, commands.ReportSettings,

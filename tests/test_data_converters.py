@@ -459,7 +459,7 @@ def test_a_clip_that_ends_its_decoder_is_an_error(tmp_path: Path, monkeypatch: p
     # A fork inherits the function above.
     forked = multiprocessing.get_context("fork")
     monkeypatch.setattr(recipe, "process_pool", lambda workers: ProcessPoolExecutor(workers, forked))
-    with pytest.raises(DataError, match=r"a process ended while it decoded a clip; --workers 1 tells which"):
+    with pytest.raises(DataError, match=r"a process ended while it decoded a clip; --workers 1 shows which"):
         converted(tmp_path / "out", "ucf101", archive, workers=2)
     assert not tree(tmp_path / "out")
 
@@ -646,7 +646,7 @@ def test_a_full_disk_midway_leaves_the_old_folder(tmp_path: Path, monkeypatch: p
 def test_ones_own_files_in_the_output_folder_are_not_replaced(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "a.parquet", cauldron_rows(2))
     (tmp_path / "mine" / "images" / "train").mkdir(parents=True)
-    with pytest.raises(DataError, match="images/train: there already, and not written by this converter"):
+    with pytest.raises(DataError, match="images/train: exists, and the converter did not write it"):
         converted(tmp_path / "mine", "cauldron", source)
     converted(tmp_path / "mine", "cauldron", source, "val")
     assert (tmp_path / "mine" / "images" / "train").is_dir()

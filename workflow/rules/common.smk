@@ -65,7 +65,7 @@ if "apptainer" in DEPLOYMENT:
 elif "conda" in DEPLOYMENT and "rocm" in KINDS:
     raise WorkflowError(
         "hardware with AMD GPUs: no environment is locked for them; got --sdm conda, expected none or apptainer; nothing was "
-        "started. docs/reproducibility.md says how to make one"
+        "started. docs/reproducibility.md has the steps to make one"
     )
 
 DATASET_KEYS = {

@@ -294,6 +294,6 @@ def login_problems(folder: Path) -> list[Problem]:
     if shutil.which("snakemake", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}") is None:
         found.append(_error("snakemake was not found; expected it in this environment: make venv"))
     if (free := shutil.disk_usage(folder).free / 1e9) < 100:
-        text = f"{free:.0f} GB free; the published run wants more (snakemake -c1 plan)"
+        text = f"{free:.0f} GB free; the published run needs more (snakemake -c1 plan)"
         found.append(Problem("warning", f"{folder}: {text}"))
     return found

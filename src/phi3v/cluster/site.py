@@ -40,7 +40,7 @@ class Partition(Strict):
 
 
 class Site(Strict):
-    """config/site.yaml: what this cluster wants and has."""
+    """config/site.yaml: the cluster's own values."""
 
     account: Word = ""
     """Account that jobs are charged to; empty: the one SLURM takes by itself."""
@@ -56,9 +56,9 @@ class Site(Strict):
     scratch: Folder = ""
     """Folder on the machine's own disk: pictures are copied there before training; empty: read where they are."""
     offline: bool = False
-    """Machines have no network: nothing may look for it. Downloads run where Snakemake runs, always."""
+    """Compute nodes have no network, so libraries must not use it. Downloads run where Snakemake runs."""
     leave_seconds: int = Field(300, ge=10)
-    """A training job is told to save and leave so long before its time is over."""
+    """Seconds before its time limit at which a training job gets the signal to save and exit."""
 
     def of(self, device: str, partition: str = "") -> Partition:
         """The entry of a device; `partition`: the pool's own, which goes before it."""

@@ -4,9 +4,9 @@
       {"images": ["val/BabyCrawling/clip.0.jpg"], "user": "Classify the video …", "assistant": "BabyCrawling"}]}
 
 `images` are paths relative to DIR/images; a turn without pictures has an empty list (or none). Optional: `system`, an
-instruction that comes before the question, and `answers`, every accepted answer, of which `assistant` is the first. A line that is anything else is refused with file, line,
-field, value and what was expected. The format is described in docs/data.md and in
-workflow/schemas/conversations.schema.json.
+instruction before the question; `answers`, every accepted answer, of which `assistant` is the first; and `meta` of the
+example. Any other line is refused with file, line, field, value and what was expected. docs/data.md and
+workflow/schemas/conversations.schema.json describe the format.
 """
 
 from __future__ import annotations

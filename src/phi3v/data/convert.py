@@ -200,7 +200,7 @@ class PictureWriter:
             if target.exists():
                 if target.read_bytes() != stored.data:
                     raise DataError(
-                        f"{where}: picture {shown(path)}: another one of that name is there; expected names to differ"
+                        f"{where}: picture {shown(path)}: another picture has this name; expected different names"
                     )
                 continue
             target.write_bytes(stored.data)  # a copy: saving over the original must not change converted data
@@ -243,7 +243,7 @@ class OwnIds:
     counts: dict[str, int] | None = None
 
     def unique(self, name: str, split: str) -> str:
-        """The id itself; if it is there already, with the split in front, and then numbered."""
+        """The id itself; if another row has it, with the split in front, and then numbered."""
         if self.counts is None:
             self.counts = {example.id: 1 for path in self.others for example in read_conversations(path)}
         uses = self.counts[name] = self.counts.get(name, 0) + 1
@@ -418,7 +418,7 @@ def _refuse_foreign(output_dir: Path, names: dict[str, str]) -> None:
         for path in (output_dir / name, output_dir / "images" / split, output_dir / "dataset.json"):
             if path.exists() or path.is_symlink():
                 raise DataError(
-                    f"{path}: there already, and not written by this converter; expected a new or empty output folder"
+                    f"{path}: exists, and the converter did not write it; expected a new or empty output folder"
                 )
 
 

@@ -466,7 +466,7 @@ def _check_free_space(needed: Iterable[tuple[Path, int]]) -> None:
         free = shutil.disk_usage(folders[device]).free
         if size > free:
             raise SourceError(
-                f"{folders[device]}: {size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free; expected room for all "
+                f"{folders[device]}: {size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free; expected space for all "
                 "before the first byte is fetched"
             )
 

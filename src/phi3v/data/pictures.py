@@ -141,7 +141,7 @@ class StoredPicture:
     data: bytes
     suffix: str
     original: bool
-    """Whether `data` are the source's own bytes, so that its file may be linked."""
+    """Whether `data` are the source's own bytes."""
     warning: str = ""
 
 

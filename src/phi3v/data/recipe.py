@@ -202,7 +202,7 @@ def _decoded(paths: list[Path], frames: int, workers: int) -> Iterator[list[byte
                 yield clip.result()
         except BrokenProcessPool:
             raise DataError(
-                f"a process ended while it decoded a clip; --workers 1 tells which (near {path.name})"
+                f"a process ended while it decoded a clip; --workers 1 shows which (near {path.name})"
             ) from None
 
 

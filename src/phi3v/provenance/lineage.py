@@ -182,7 +182,7 @@ def export_crate(report: Path, folder: Path, root: Path = Path()) -> Path:
     if link.kind != "report":
         raise ResultError(f"{report}: got a result of kind {link.kind}; expected a report's folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "ro-crate-metadata.json").exists():
-        raise FileExistsError(f"{folder}: is there and is no crate; expected a new folder")
+        raise FileExistsError(f"{folder}: exists and is not a crate; expected a new folder")
     crate = ROCrate(version="1.1")
     crate.metadata.extra_terms["sha256"] = SHA256
     jobs: dict[str, Job] = {}

@@ -178,7 +178,7 @@ class FurtherOptions(Command):
     tokens_per_pack: Annotated[int, Role.EQUIVALENT] = Field(4096, ge=1)
     """Tokens of one packed forward pass at most; a longer example goes alone (ours)."""
     max_length: int | None = Field(None, ge=1)
-    """Longer training examples are left out, and counted; left out: no limit (ours)."""
+    """Longer training examples are skipped and counted; empty: no limit (ours)."""
     save_steps: Annotated[int, Role.RUNTIME] = Field(0, ge=0)
     """Checkpoint every so many optimizer steps; 0: none between (ours)."""
     save_minutes: Annotated[float, Role.RUNTIME] = Field(0, ge=0)
@@ -194,7 +194,7 @@ class FurtherOptions(Command):
     early_stopping_patience: int = Field(0, ge=0)
     """Stop after so many validations without a lower loss; 0: off; needs eval_steps (ours)."""
     merge: Annotated[bool, Role.RUNTIME] = False
-    """Also write OUTPUT_DIR/merged, the adapter folded into its base (ours)."""
+    """Also write OUTPUT_DIR/merged, the adapter merged into its base (ours)."""
     nan_patience: Annotated[int, Role.RUNTIME] = Field(3, ge=1)
     """Stop after so many optimizer steps in a row whose loss is not a number (ours)."""
     deterministic: Annotated[bool, Role.EQUIVALENT] = False
@@ -411,7 +411,7 @@ class ScoreSettings(Command):
     compare: Annotated[str, Role.RUNTIME] = ""
     """Folder of another pass on the same examples: the difference of each metric is printed with its interval."""
     seed: Annotated[Seed, Role.EQUIVALENT] = 42
-    """Of the intervals."""
+    """Seed of the bootstrap intervals."""
 
 
 class PredictSettings(Answering):

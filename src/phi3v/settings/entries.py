@@ -150,13 +150,13 @@ class Options(Strict):
     encoding: str = ""
     """Of a table; empty: UTF-8 or UTF-16, else cp1252 (table)."""
     delimiter: str = ""
-    """Of a table; empty: the one of comma, tab and semicolon that makes most of the header (table)."""
+    """Of a table; empty: the one of comma, tab and semicolon that splits the header into most columns (table)."""
     config: str = ""
     """Configuration of a hub dataset (table, messages)."""
     split: str = ""
     """Name of the split inside the source; empty: as the split is called here (every format)."""
     turns: Literal["", "all", "draw", "first"] = ""
-    """`first` keeps the first question of a row only; empty: as the dataset says (every format)."""
+    """`first` keeps the first question of a row only; empty: the dataset's `turns` (every format)."""
 
 
 _FILES = ("file", "images_dir", "split", "turns")
@@ -285,11 +285,11 @@ class Dataset(Strict):
     split: Division | None = None
     """Makes val (and test) of rows of `train`, for a source without splits; empty: the splits are as given."""
     on_error: Literal["stop", "skip"] = "stop"
-    """Source rows that cannot be taken: stop at the first, or skip them (rejected.jsonl names them, the report counts)."""
+    """Source rows that cannot be converted: stop at the first, or skip them (rejected.jsonl names them, the report counts)."""
     workload: Workload | None = None
     """For the planner; empty: counted from the converted folder, pictures taken for the largest grid."""
     official: str = ""
-    """Entry with the authors' own validation split, which is evaluated too where its files are there (second protocol)."""
+    """Entry with the authors' own validation split, which is evaluated too if its files are there (second protocol)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -336,7 +336,7 @@ class Dataset(Strict):
 
     @property
     def conversion_threads(self) -> int:
-        """Processes that make its conversion faster: clips are decoded, anything else is copied."""
+        """Decoding processes or threads of its conversion: several for clips, because each has many frames."""
         return 4 if any(split.format == "ucf101" for split in self.splits.values()) else 1
 
     def missing_source(self, root: Path = Path()) -> str | None:

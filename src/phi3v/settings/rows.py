@@ -118,7 +118,7 @@ class Training(Recipe, _Named):
     """In overrides: further settings of scripts/finetune.py by their names, as {eval_steps: 100, keep_best: true}; a
     value may be a grid."""
     published_doubted: Annotated[YesNo, Role.PUBLISHED] = False
-    """The published figure is very likely not what its row says; the note tells why, and no verdict is given."""
+    """The published figure is very likely not that of its row; the note gives the reason, and there is no verdict."""
     legacy_freezing: YesNo = False
     """Frozen rows only: freeze the text embedding as well, as the recipe's scripts did."""
 

@@ -72,7 +72,7 @@ class Files(Strict):
 
 
 class Selection(Strict):
-    """Rows by name or shell pattern. A row asked for by its exact name must be possible; a pattern takes what is."""
+    """Rows by name or shell pattern. A row with its exact name must be able to run; a pattern takes the rows that can."""
 
     accuracy: list[str] = ["*"]
     speed: list[str] = ["*"]
@@ -194,7 +194,7 @@ class Run(Strict):
     save_minutes: float = Field(30, ge=0)
     """Checkpoint of each training job after so many minutes: what a machine that fails may cost; 0: none."""
     demo: str | None = None
-    """File that says how synthetic sources and a tiny base model are made, for runs whose URLs point there."""
+    """File that describes how synthetic sources and a tiny base model are made, for runs whose URLs point there."""
 
 
 class Job(BaseModel):
