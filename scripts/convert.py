@@ -2,11 +2,10 @@
 """Convert a dataset to images/ and the conversations jsonl; dataset.json is written last.
 
 An entry of a datasets file, from what scripts/download.py fetched:
-    python scripts/convert.py --datasets config/datasets.yaml --dataset ucf101 --source_dir results/data/ucf101/source
-    \\
+    python scripts/convert.py --datasets config/datasets.yaml --dataset ucf101 --source_dir results/data/ucf101/source \\
         --output_dir results/data/ucf101
 
-One's own files, a split at a time (docs/data.md describes the formats):
+Your own files, one split at a time (docs/data.md describes the formats and docs/evaluation.md the metrics):
     python scripts/convert.py --format table --input my.tsv --images_dir pictures --split train --output_dir my_data
     python scripts/convert.py --format imagefolder --input pictures/val --split val --output_dir my_data
     python scripts/convert.py --format table --input vqa.json --output_dir my_data \\
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from phi3v.data.convert import convert_dataset, convert_files
 from phi3v.data.formats import FORMATS
-from phi3v.settings import Dataset, OptionValue, check_known, read_entries, run_script
+from phi3v.settings import METRICS, Dataset, OptionValue, check_known, read_entries, run_script
 
 
 def arguments() -> argparse.Namespace:
@@ -42,7 +41,7 @@ def arguments() -> argparse.Namespace:
     entry.add_argument("--datasets", nargs="+", default=["config/datasets.yaml"], metavar="FILE", help="datasets files")
     entry.add_argument("--dataset", metavar="NAME", help="entry to convert")
     entry.add_argument("--source_dir", metavar="DIR", help="output folder of scripts/download.py")
-    own = parser.add_argument_group("one's own files")
+    own = parser.add_argument_group("your own files")
     own.add_argument("--format", choices=list(FORMATS), help="what the files are")
     own.add_argument("--input", type=Path, metavar="PATH", help="table, json, archive, or folder")
     own.add_argument(
@@ -54,7 +53,7 @@ def arguments() -> argparse.Namespace:
         "--turns", choices=["all", "draw", "first"], default="all", help="how several turns train (default: all)"
     )
     own.add_argument(
-        "--metric", choices=["accuracy", "anls"], default="accuracy", help="score of an answer (default: accuracy)"
+        "--metric", choices=METRICS, default="accuracy", metavar="NAME", help="score of an answer (default: accuracy)"
     )
     own.add_argument("--num_crops", type=int, metavar="N", help="largest number of tiles of an image (default: 16)")
     own.add_argument("--rows", default=":", metavar="A:B", help="rows taken, as a Python slice")
@@ -66,9 +65,7 @@ def arguments() -> argparse.Namespace:
         help="what the columns are: image=img_id, question='What is shown?', answer='{title}: {price}'; "
         "a WHAT given twice has several",
     )
-    own.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="further option of the format"
-    )
+    own.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="further option of the format")
     given = parser.parse_args()
     if bool(given.dataset) == bool(given.format):
         parser.error("expected --dataset NAME --source_dir DIR, or --format FORMAT --input PATH")
@@ -83,7 +80,7 @@ def arguments() -> argparse.Namespace:
 
 
 def options(given: argparse.Namespace) -> dict[str, OptionValue]:
-    """The options of one's own files, `columns` among them."""
+    """The options of your own files, `columns` among them."""
     columns: dict[str, list[str]] = {}
     for pair in given.columns:
         name, _, source = pair.partition("=")
@@ -93,7 +90,7 @@ def options(given: argparse.Namespace) -> dict[str, OptionValue]:
 
 
 def convert(given: argparse.Namespace) -> None:
-    """An entry of a datasets file, or one's own files."""
+    """An entry of a datasets file, or your own files."""
     if given.dataset:
         known = read_entries(given.datasets, Dataset, Path())
         check_known("command line", "dataset", given.dataset, known)

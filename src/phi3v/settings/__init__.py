@@ -24,6 +24,7 @@ from phi3v.settings.commands import (
 from phi3v.settings.entries import (
     CONVERTER_VERSION,
     FORMAT_OPTIONS,
+    METRICS,
     Dataset,
     Division,
     Geometry,
