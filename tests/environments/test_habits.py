@@ -54,7 +54,7 @@ def test_a_documented_target_is_one_that_snakemake_takes(root):
     targets = set(re.findall(r"^rule (\w+):", rules, re.M))
     files = [
         root / "README.md",
-        *(root / "docs").glob("*.md"),
+        *(root / "docs").rglob("*.md"),
         *(root / "src").rglob("*.py"),
         *(root / "scripts").glob("*.py"),
     ]

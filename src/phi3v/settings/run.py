@@ -94,7 +94,7 @@ class Evaluation(Strict):
 
 
 class Prediction(Strict):
-    """Pictures without labels that a trained row answers: `snakemake predictions`."""
+    """Pictures without labels that a trained row answers (the target `predictions`)."""
 
     row: str
     """Accuracy row whose trained model answers."""
@@ -187,7 +187,7 @@ class Run(Strict):
     """Row pattern to fields: every departure of this run from the tables, shown in the report."""
     evaluation: Evaluation = Evaluation()
     predictions: dict[Name, Prediction] = {}
-    """Answers for new pictures, by name; `snakemake predictions` writes them to results/NAME/predictions/."""
+    """Answers for new pictures, by name; the target `predictions` writes them to results/NAME/predictions/."""
     speed: SpeedMeasurement = SpeedMeasurement()
     num_workers: WorkersOrAuto = "auto"
     """Data loading processes of each training process; auto: one less than its CPUs on a GPU, at most 8, none on a CPU."""
