@@ -337,3 +337,64 @@ def test_pages_of_a_document(folder: Path) -> None:
     assert Image.open(folder / "out/images" / second.images[0]).getpixel((0, 0)) in (100, (100, 100, 100))
     with pytest.raises(DataError, match="page"):
         converted("table", write(folder / "rows.jsonl", {**rows[1], "page": 4}))
+
+
+def test_columns_that_only_later_rows_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text-only chats often come first; the pictures of the chats after them must not get lost."""
+    rows = [chat(("user", f"q{k}"), ("assistant", "a")) for k in range(30)]
+    rows += [chat(("user", "<image>q"), ("assistant", "a"), images=["a.png"], id="seen")]
+    *texts, last = converted("messages", write(folder / "rows.jsonl", *rows))
+    assert (last.id, last.images) == ("seen", ("train/a.png",)) and not any(each.images for each in texts)
+    assert "31 examples, 1 pictures, 0 rejected; 30 examples without a picture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "expected"),
+    [
+        ("table", chat(("user", "q"), images=["a.png"]), "column `question`: missing; .*format `messages` reads"),
+        ("table", {"data": [{"image": "a.png"}]}, "column `image`: missing; .*option `field: data` reads the list"),
+        ("table", {"image": "a.png", "answer": "a"}, "`question: NAME`, or a text for every row"),
+        ("messages", {"image": "a.png", "question": "q"}, "column `messages`: missing; .*format `table` reads"),
+        ("table", {"image": "a.png", "question": "q", "answer": ""}, "field `answer`: got ''; .*option `unlabelled`"),
+        ("table", {"image": "none.png", "question": "q", "answer": "a"}, "no such file in .*option `images_dir`"),
+    ],
+)
+def test_a_refusal_names_what_would_take_the_row(folder: Path, kind: str, row: dict, expected: str) -> None:
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: .*{expected}"):
+        converted(kind, write(folder / "rows.jsonl", row))
+
+
+def test_when_every_row_is_rejected_the_first_reason_is_told(folder: Path) -> None:
+    path = write(folder / "rows.jsonl", {"image": "none.png", "question": "q", "answer": "a"})
+    with pytest.raises(DataError, match=r"no example \(1 rows rejected.*rows\.jsonl:1: field `image`: got 'none.png'"):
+        convert_files("table", path, folder.parent / "out", "train", on_error="skip")
+
+
+@pytest.mark.parametrize("split", ["../x", "a/b", "", ".."])
+def test_a_split_cannot_leave_the_output_folder(folder: Path, split: str) -> None:
+    path = write(folder / "rows.jsonl", {"question": "q", "answer": "a"})
+    with pytest.raises(DataError, match="split: got"):
+        converted("table", path, split, columns={"image": []})
+    assert not list(folder.parent.glob("x*"))
+
+
+def test_the_delimiter_as_a_shell_passes_it_on(folder: Path) -> None:
+    (folder / "rows.csv").write_text("image\tquestion, if any\tanswer\na.png\tq\ta\n")
+    (found,) = converted("table", folder / "rows.csv", delimiter=r"\t", columns={"question": "question, if any"})
+    assert found.turns[0].user == "q"
+    with pytest.raises(SettingsError, match="field `delimiter`: got ';;': expected one character"):
+        converted("table", folder / "rows.csv", delimiter=";;")
+
+
+def test_pictures_without_a_class_need_an_answer(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "cat/deep").mkdir(parents=True)
+    (source / "a.jpg").write_bytes(picture_bytes(1))
+    (source / "metadata.csv").write_text("file_name,text\na.jpg,one\n")
+    with pytest.raises(DataError, match=r"column `answer`: missing; .*got file_name, text"):
+        converted("imagefolder", source)
+    (source / "metadata.csv").unlink()
+    (source / "a.jpg").rename(source / "cat/a.jpg")
+    (source / "cat/deep/b.jpg").write_bytes(picture_bytes(2))
+    (found,) = converted("imagefolder", source)
+    assert found.turns[0].assistant == "cat" and "deep" not in found.turns[0].user

@@ -545,3 +545,14 @@ def test_the_probability_is_the_geometric_mean_of_the_tokens(checkpoint):
             logs.append(logits.log_softmax(0).max().item())
             ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
     assert found.probability == pytest.approx(2.718281828459045 ** (sum(logs) / len(logs)), rel=1e-4)
+
+
+def test_an_answer_about_pages_names_their_document(tmp_path):
+    from phi3v.evaluation.predict import _source
+
+    for name in ("scan.pdf", "a.b.png", "photo.heic"):
+        (tmp_path / name).touch()
+    stored = ("scan.pdf.2.png", "a.b.png", "photo.heic.png", "00000/00000003-0.png")
+    assert [_source(f"predict/{name}", tmp_path) for name in stored] == [
+        "scan.pdf", "a.b.png", "photo.heic", "00000/00000003-0.png",
+    ]  # fmt: skip

@@ -305,7 +305,7 @@ def _convert_split(
     split: str, source: SplitSource, work: Path, on_error: OnError, log: TextIO, ids: OwnIds
 ) -> SplitEntry:
     name = jsonl_name(source.format, split)
-    examples, rejected, digest = 0, 0, hashlib.sha256()
+    examples, rejected, bare, digest, first_reason = 0, 0, 0, hashlib.sha256(), ""
     asked = source.inputs.options
     pictures = PictureOptions(asked.pixel_range, asked.max_pixels, asked.dpi)
     writer = PictureWriter(work / "images", split, source.urls, pictures)
@@ -326,6 +326,7 @@ def _convert_split(
                     ) from None
                 writer.forget_row()
                 rejected += 1
+                first_reason = first_reason or f"; the first is {sample.where}: {reason}"
                 _log(log, split, sample.where, reason)
             else:
                 file.write(line)
@@ -333,6 +334,7 @@ def _convert_split(
                 for path, content in writer.of_row.items():
                     record_picture(record, path.relative_to(writer.images).as_posix(), content)
                 examples += 1
+                bare += b'"images": ["' not in line
             writer.of_row.clear()
         file.flush()
         os.fsync(file.fileno())
@@ -340,8 +342,12 @@ def _convert_split(
     for file_name, reason in untaken:
         _log(log, split, file_name, reason)
     if not examples:
-        raise DataError(f"{split}: no example ({rejected} rows rejected, rows {source.rows!r}); expected at least one")
-    print(f"{split}: {examples} examples, {writer.written} pictures, {rejected} rejected", file=sys.stderr)
+        raise DataError(
+            f"{split}: {source.url}: no example ({rejected} rows rejected, rows {source.rows!r}); expected at least one"
+            f"{first_reason}"
+        )
+    without = f"; {bare} examples without a picture" if bare else ""
+    print(f"{split}: {examples} examples, {writer.written} pictures, {rejected} rejected{without}", file=sys.stderr)
     for what, notes in (
         ("files not taken", [f"{file}: {reason}" for file, reason in untaken]),
         ("pictures with a warning", writer.warnings),
@@ -375,6 +381,9 @@ def convert(
     keep_other_splits: splits already there stay (conversion of one split by hand); else they go.
     Raises DataError, or OSError (a full disk): then nothing of the output folder has changed.
     """
+    for split in splits:
+        if image_path_problem(split) or "/" in split:
+            raise DataError(f"split: got {split!r}; expected a name that a folder can have")
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(output_dir, {split: jsonl_name(source.format, split) for split, source in splits.items()})

@@ -61,6 +61,9 @@ ROLES = {
 
 QUESTION_ROLES = tuple(role for role in ROLES if role != "messages")
 
+INSTEAD = {"image": "video", "answer": "answers"}
+"""A column that serves where a needed one is missing."""
+
 PEEK = 20
 """Rows whose columns decide what `columns` may name."""
 
@@ -172,16 +175,47 @@ def _values(inputs: Inputs, rows: Rows, roles: Iterable[str], needed: Iterable[s
             raise DataError(f"columns: got {role!r}; expected roles {', '.join(roles)}{near(role, list(found))}")
         sources = [sources] if isinstance(sources, str) else sources
         found[role] = [_value(source, role, known, where) for source in sources if source]
-    for role in [role for role in roles if role not in inputs.options.columns]:
-        folded = {name.strip().casefold() for name in known}
-        own = [name for name in ROLES[role] if name in folded]
-        found[role] = [Value(own[0], other=own[-1])] if own else [given[role]] if role in given else []
-        if not own and role in needed and known and not (role in given or (role == "answer" and "answers" in folded)):
+    seen = set(known)
+
+    def by_name() -> None:
+        """Columns that are a role without being named; a row may bring a new one."""
+        folded = {name.strip().casefold() for name in seen}
+        for role in found.keys() - inputs.options.columns.keys():
+            own, default = [name for name in ROLES[role] if name in folded], given.get(role)
+            if own and found[role] != [default]:
+                found[role] = [Value(own[0], other=own[-1])]
+            elif default and (default.pieces or default.column in seen):
+                found[role] = [default]
+
+    def later() -> Rows:
+        for place, number, row in rows:
+            if isinstance(row, dict) and not row.keys() <= seen:
+                seen.update(row)
+                by_name()
+            yield place, number, row
+
+    by_name()
+    for role in needed if known else ():
+        if not found[role] and role not in inputs.options.columns and not found.get(INSTEAD.get(role, "")):
             raise DataError(
                 f"{where}: column `{role}`: missing; expected {', '.join(needed)}; got {', '.join(known)} (option "
-                f"`columns` says what they are: `{role}: NAME`){near(role, known)}"
+                f"`columns` says what they are: `{role}: NAME`{_hint(role, first)}){near(role, known)}"
             )
-    return found, itertools.chain(first, rows)
+    return found, itertools.chain(first, later())
+
+
+def _hint(role: str, rows: list[tuple[str, int, Row | DataError]]) -> str:
+    """What else may be meant by rows without a column."""
+    row = next(row for _, _, row in rows if isinstance(row, dict))
+    chats = [name for name in row if name.casefold() in ROLES["messages"]]
+    if role == "messages":
+        return "; format `table` reads questions and answers"
+    if chats:
+        return f"; format `messages` reads the chats of `{chats[0]}`"
+    lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if lists and len(rows) == 1:
+        return f"; option `field: {lists[0]}` reads the list in it"
+    return ", or a text for every row" if role in ("question", "answer") else ""
 
 
 def _listed(value: object) -> object:
@@ -275,7 +309,7 @@ def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[
             pictures += itertools.chain(*clip_frames(inputs, value.of(row, where), where))
         if inputs.only_urls:
             return Sample(where, "", (SampleTurn(tuple(pictures), "", ()),))
-        if page := as_text(first("page")):
+        if page := as_text(first("page")).removesuffix(".0"):  # what programs make of numbers beside empty cells
             if not page.isdecimal():
                 raise DataError(f"{where}: field `page`: got {shown(page)}; expected a number from 1")
             pictures = [replace(picture, page=int(page)) for picture in pictures]
@@ -288,7 +322,10 @@ def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[
         listed = others if isinstance(others, list) else as_text(others).split("|")
         answers = tuple(dict.fromkeys(filter(None, [answer, *map(as_text, listed)])))
         if not answers and not inputs.options.unlabelled:
-            some_text(answer, where, "answer")
+            raise DataError(
+                f"{where}: field `answer`: got {shown(first('answer'))}; expected some text (option `unlabelled` takes "
+                "rows without, for predictions)"
+            )
         turn = SampleTurn(tuple(pictures), question, answers, as_text(first("system")))
         return Sample(where, as_text(first("id")) or inputs.row_id(number), (turn,), _meta(values, row, where))
 
@@ -365,18 +402,19 @@ def folder_rows(inputs: Inputs) -> tuple[Rows, list[str]]:
     if not chosen:
         raise DataError(
             f"{inputs.root}: no pictures as NAME, CLASS/NAME or {inputs.split}/CLASS/NAME; {len(inputs.files)} files, "
-            f"splits {', '.join(sorted(splits))}"
+            f"splits {', '.join(filter(None, sorted(splits))) or 'none'}"
         )
     for split, _, name in placed:
         untaken.pop(str(name), None)
         for suffix in (".json", ".txt"):
             untaken.pop(str(_beside(files, name, suffix)), None)
         if split not in (wanted, *SPLIT_FOLDERS):
-            untaken[str(name)] = f"expected CLASS/NAME or {wanted}/CLASS/NAME"
+            untaken[str(name)] = f"expected CLASS/NAME or {wanted or inputs.split}/CLASS/NAME"
     inputs.untaken.update(untaken)
+    classes = sorted({label for split, label, _ in placed if label and split in (wanted, *SPLIT_FOLDERS)})
 
     def row(label: str, name: Path) -> Row | DataError:
-        path, found = inputs.root / name, dict[str, object](label=label)
+        path, found = inputs.root / name, dict[str, object](label=label) if classes else {}
         beside, text = _beside(files, name, ".json"), _beside(files, name, ".txt")
         try:
             content = json.loads((inputs.root / beside).read_bytes()) if beside else None
@@ -388,7 +426,7 @@ def folder_rows(inputs: Inputs) -> tuple[Rows, list[str]]:
         return found | extra.get(str(name), {}) | {"image": picture, "file_name": str(name)}
 
     rows = ((str(name), number, row(label, name)) for number, (label, name) in enumerate(chosen))
-    return rows, sorted({label for _, label, _ in placed if label})
+    return rows, classes
 
 
 def imagefolder(inputs: Inputs) -> Samples:
@@ -397,7 +435,8 @@ def imagefolder(inputs: Inputs) -> Samples:
     prompt = inputs.options.prompt or classes_prompt("image", ["{classes}"])
     prompt = prompt.replace("{classes}", ", ".join(classes))
     defaults = {"question": Value(prompt, ((prompt, None),)), "answer": Value("label")}
-    values, rows = _values(inputs, rows, QUESTION_ROLES, ("image", "question", "answer"), **defaults)
+    needed = ("image", "question") if inputs.options.unlabelled else ("image", "question", "answer")
+    values, rows = _values(inputs, rows, QUESTION_ROLES, needed, **defaults)
     return each_row(rows, _build_question(inputs, values))
 
 
@@ -510,7 +549,10 @@ def messages(inputs: Inputs) -> Samples:
         if question is not None and inputs.options.unlabelled:
             turns.append(SampleTurn(tuple(question[0]), question[1], (), system))
         elif question is not None or not turns:
-            raise DataError(f"{where}: field `messages`: {len(spoken)} of them; expected an answer to every question")
+            raise DataError(
+                f"{where}: field `messages`: {len(spoken)} of them; expected an answer to every question (option "
+                "`unlabelled` takes a last question without, for predictions)"
+            )
         own_id = as_text(_first(values, row, where, "id")) or inputs.row_id(number)
         return Sample(where, own_id, tuple(turns), _meta(values, row, where))
 

@@ -240,7 +240,7 @@ def picture_under(root: Path, path: object, where: str, field_name: str) -> Pict
         name = name[len(inside[0]) + 1 :]
     name = posixpath.normpath(name.replace("\\", "/")) if name else name
     if expected := image_path_problem(name):
-        raise DataError(f"{seen()}; expected {expected}")
+        raise DataError(f"{seen()}; expected {expected} (option `images_dir` names that folder, now {root})")
     file = f"{root}/{name}"
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):
@@ -252,7 +252,7 @@ def picture_under(root: Path, path: object, where: str, field_name: str) -> Pict
             wrong = PurePosixPath(unicodedata.normalize("NFC", name).casefold())
             known = _names((root / name).parent)
             like = known.get(wrong.name) or known.get(wrong.stem)
-            hint = f"; did you mean `{like}`?" if like else ""
+            hint = f"; did you mean `{like}`?" if like else " (option `images_dir` names another folder)"
             raise DataError(f"{seen()}: no such file in {root}{hint}") from None
     except OSError as error:  # a name that the file system cannot have
         raise DataError(f"{seen()}: {error.strerror}; expected a file in {root}") from None
@@ -443,7 +443,8 @@ def table_rows(path: Path, numbers: Iterator[int], encoding: str = "", delimiter
                         where,
                         number,
                         DataError(
-                            f"{len(cells)} fields, delimiter {delimiter!r}; expected {len(header)} as the header"
+                            f"{len(cells)} fields, delimiter {delimiter!r}; expected {len(header)} as the header "
+                            "(option `delimiter`)"
                         ),
                     )
                 elif any(cells):  # a spreadsheet may leave lines empty, and name columns "" or twice

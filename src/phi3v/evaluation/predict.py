@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -148,10 +149,11 @@ def _convert(settings: PredictSettings, output: Path) -> None:
 
 
 def _source(path: str, root: Path) -> str:
-    """A picture's path as the table or folder has it: conversion may add the suffix of its own format."""
+    """A picture's path as the table or folder has it: conversion may add a page's number and the suffix of its format."""
     name = path.removeprefix(f"{SPLIT}/")
-    original = name.rpartition(".")[0]
-    return original if not (root / name).exists() and original and (root / original).exists() else name
+    without = name.rpartition(".")[0]
+    candidates = (name, without, re.sub(r"\.\d+$", "", without))
+    return next((each for each in candidates if each and (root / each).exists()), name)
 
 
 def _write(output: Path, root: Path, questions: list[Question], answers: dict[str, Answer]) -> int:
@@ -162,7 +164,7 @@ def _write(output: Path, root: Path, questions: list[Question], answers: dict[st
         answer = answers[question.id]
         record: Answered = {
             "id": question.id,
-            "images": [_source(path, root) for path in question.images],
+            "images": list(dict.fromkeys(_source(path, root) for path in question.images)),
             "question": question.user,
             "answer": answer.prediction,
             "fields": json_object(answer.prediction),

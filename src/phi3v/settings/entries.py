@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from phi3v.settings.base import Strict, explain
 
@@ -119,6 +119,20 @@ class Model(Strict):
     """Layer sizes for the planner; empty: read from config.json where the url is a folder that exists."""
 
 
+def _delimiter(mark: object) -> object:
+    """One character; `\\t`, as a shell passes it on, is a tab."""
+    mark = "\t" if mark == r"\t" else mark
+    if isinstance(mark, str) and (len(mark) > 1 or mark in ('"', "\n", "\r")):
+        raise ValueError("expected one character that separates cells, such as ; or | or \\t")
+    return mark
+
+
+def _rows(rows: object) -> object:
+    if isinstance(rows, str) and not re.fullmatch(r"\d*:\d*", rows):
+        raise ValueError("expected FIRST:END, rows counted from 0, such as `500:`, `:100` or `100:200`")
+    return rows
+
+
 class Options(Strict):
     """What `options` of a split may hold; each format takes the ones that name it."""
 
@@ -149,7 +163,7 @@ class Options(Strict):
     """JSON field that holds the list of rows (table, messages)."""
     encoding: str = ""
     """Of a table; empty: UTF-8 or UTF-16, else cp1252 (table)."""
-    delimiter: str = ""
+    delimiter: Annotated[str, BeforeValidator(_delimiter)] = ""
     """Of a table; empty: the one of comma, tab and semicolon that splits the header into most columns (table)."""
     config: str = ""
     """Configuration of a hub dataset (table, messages)."""
@@ -191,7 +205,7 @@ class Split(Strict):
         "docvqa_mini", "ucf101", "nlvr2_official", "hateful_memes_official", "docvqa_official",
     ]  # fmt: skip
     """What the files are (docs/data.md describes each)."""
-    rows: Annotated[str, Field(pattern=r"^\d*:\d*$")] = ":"
+    rows: Annotated[str, Field(pattern=r"^\d*:\d*$"), BeforeValidator(_rows)] = ":"
     """Rows taken, as a Python slice: `500:` is all but the first 500."""
     options: dict[str, OptionValue] = {}
     """Further facts about the files: see Options."""
