@@ -85,6 +85,21 @@ def test_packs_are_few_and_keep_to_the_budget():
         assert by_tokens <= packs <= by_tokens * 1.35 + 1
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 100) | st.sampled_from([50, 51]), min_size=1, max_size=30),
+    processes=st.integers(1, 4), bound=st.sampled_from([1, 40, 100]),
+)  # fmt: skip
+def test_no_pack_fewer_would_have_done(lengths, processes, bound):
+    plan = BatchPlan(len(lengths), len(lengths), 1, processes, 0, "packed", lengths, max_tokens=bound)
+    members, packs = range(len(lengths)), len(plan.spread(range(len(lengths)))[0])
+    for count in range(1, packs):  # longest first into the emptiest, one count after the other
+        bins: list[list[int]] = [[] for _ in range(processes * count)]
+        for length in sorted((lengths[index] for index in members), reverse=True):
+            min(bins, key=sum).append(length)
+        assert any(len(each) > 1 and sum(each) > bound for each in bins)
+
+
 def test_an_example_longer_than_the_budget_is_a_pack_by_itself():
     plan = BatchPlan(4, 4, 1, 1, 0, "packed", [500, 10, 10, 10], max_tokens=100)
     packs = [sorted(pick.index for pick in batch) for batch in plan.epoch(0, 0)]

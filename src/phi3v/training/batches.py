@@ -11,6 +11,7 @@ a filler whose loss weighs nothing.
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -124,11 +125,10 @@ class BatchPlan:
         """The micro-batches of each process, as dataset indices: `members` each once; some lists may be empty."""
         micro_steps = self.micro_steps(len(members))
         if self.grouping == "packed":
-            packs = next(
-                packs
-                for count in range(1, micro_steps + 1)
-                if self._keeps_to_tokens(packs := self._packed(members, self.processes * count)) or count == micro_steps
-            )
+            for count in range(self._least_packs(members), micro_steps + 1):
+                packs = self._packed(members, self.processes * count)
+                if self._keeps_to_tokens(packs):
+                    break
             return [packs[rank :: self.processes] for rank in range(self.processes)]
         if self.grouping == "length":
             # Neighbours in length run at the same micro-step, so padding is short and so is waiting for others.
@@ -146,14 +146,21 @@ class BatchPlan:
             return slots
         return [[part for indices in own for part in self.split(indices) if part] for own in slots]
 
+    def _least_packs(self, members: Sequence[int]) -> int:
+        """Packs of a process that no division can do without: by tokens, and because two of over half never share one."""
+        assert self.max_tokens is not None
+        tokens = sum(min(self.lengths[index], self.max_tokens) for index in members)
+        large = sum(2 * self.lengths[index] > self.max_tokens for index in members)
+        return math.ceil(max(tokens / self.max_tokens, large) / self.processes)
+
     def _packed(self, members: Sequence[int], bins: int) -> list[list[int]]:
         """Longest first into the emptiest of `bins`: within 4/3 of the best largest bin (Graham 1969); fullest first."""
         packs: list[list[int]] = [[] for _ in range(bins)]
-        filled = [0] * bins
+        emptiest = [(0, number) for number in range(bins)]
         for index in sorted(members, key=lambda index: (-self.lengths[index], index)):
-            place = min(range(bins), key=lambda number: (filled[number], number))
+            filled, place = emptiest[0]
             packs[place].append(index)
-            filled[place] += self.lengths[index]
+            heapq.heapreplace(emptiest, (filled + self.lengths[index], place))
         return sorted(packs, key=lambda pack: -sum(self.lengths[index] for index in pack))
 
     def _keeps_to_tokens(self, packs: list[list[int]]) -> bool:
