@@ -394,6 +394,26 @@ def test_rows_are_planned_with_their_zero_stage(run):
     assert seconds[0] <= seconds[1] <= seconds[2] < seconds[3]
 
 
+@pytest.mark.parametrize(
+    ("name", "finetune", "groups"),
+    [
+        ("phi35-nlvr2-full-bf16", {"freeze_decoder": True}, {"clip", "projector", "separators"}),
+        ("phi3-docvqa-lora-bf16", {"lora_targets": ["img_projection"]}, {"adapters"}),
+    ],
+)
+def test_rows_that_train_less_need_less_memory(run, name, finetune, groups):
+    job = run.job(name)
+    row = job.row.model_copy(update={"finetune": finetune, "micro_batch_size": 1, "gradient_checkpointing": True})
+    whole, part = plan_job(run, job), plan_job(run, job.model_copy(update={"row": row}))
+    assert {group for group, trained in part.trainable.items() if trained} == groups
+    assert sum(part.trainable.values()) < sum(whole.trainable.values()) / 10
+    setup, _ = setup_of(run, job.model_copy(update={"row": row}))
+    held = "adapters" if setup.adapters else "optimizer"
+    everything = replace(setup, frozen=frozenset(), lora_targets=())
+    share = setup.trained / everything.trained
+    assert memory(setup).resting[held] == pytest.approx(memory(everything).resting[held] * share)
+
+
 def test_disk(run, tmp_path):
     plan = plan_run(run, tmp_path)
     assert plan.disk["models"] == pytest.approx(2 * 8.29, abs=0.1)

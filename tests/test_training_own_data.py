@@ -11,6 +11,7 @@ import pytest
 import torch
 from training_fixtures import train_here, weights, write_base
 
+from phi3v.planning.geometry import geometry_from_config, trainable_parameters
 from phi3v.settings import FinetuneSettings, SettingsError, validate
 from phi3v.training.loop import Loop
 from phi3v.training.memory import OutOfMemoryError
@@ -107,6 +108,10 @@ def test_only_what_is_asked_for_trains(base, tmp_path, values, trained):
     census = json.loads((out / "census.json").read_text())["groups"]
     assert {name for name, group in census.items() if group["trainable"]} == trained
     assert {name for name, group in census.items() if group["with_gradient"]} == trained
+    asked = validate(FinetuneSettings, json.loads((out / "settings.json").read_text()), "test")
+    geometry = geometry_from_config(json.loads((base / "model" / "config.json").read_text()))
+    planned = trainable_parameters(geometry, asked.method, asked.lora_rank, asked.frozen_groups, asked.lora_targets)
+    assert sum(planned.values()) == sum(group["trainable"] for group in census.values())
 
 
 def test_rslora_scales_by_the_root_of_the_rank(base, tmp_path):

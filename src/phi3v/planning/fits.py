@@ -124,7 +124,15 @@ def setup_of(run: ResolvedRun, job: Job, root: Path = Path(), counted: bool = Tr
     setup = _setup(row, geometry, run.hardware[job.pool.device], (mean, longest), job.nodes, job.processes_per_node)
     packed = own.batching == "packed"
     bound = own.tokens_per_pack if packed else own.max_tokens_per_micro_batch
-    setup = replace(setup, zero_stage=own.zero_stage, token_bound=bound, packed=packed)
+    frozen = own.frozen_groups if own.freeze_decoder else frozenset[str]()
+    setup = replace(
+        setup,
+        zero_stage=own.zero_stage,
+        token_bound=bound,
+        packed=packed,
+        frozen=frozen,
+        lora_targets=tuple(own.lora_targets),
+    )
     found = _counted(row.dataset, run.datasets[row.dataset], geometry, job.num_crops, root) if counted else None
     if found:
         # The time of a dataset with a workload stays comparable before and after its conversion.
@@ -301,8 +309,9 @@ def can_run(setup: Setup) -> bool:
 
 
 def with_method(setup: Setup, method: Method) -> Setup:
-    """The setup with another method; adapters have the recipe's rank if it has none."""
-    return replace(setup, method=method, rank=(setup.rank or LORA_RANK) if "lora" in method else 0)
+    """The setup with another method, which trains all that it can; adapters have the recipe's rank if it has none."""
+    rank = (setup.rank or LORA_RANK) if "lora" in method else 0
+    return replace(setup, method=method, rank=rank, frozen=frozenset(), lora_targets=())
 
 
 def other_methods(setup: Setup) -> list[Fit]:

@@ -19,6 +19,7 @@ products count, as in PyTorch's FlopCounterMode (Chowdhery et al. 2022, PaLM, ap
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -136,6 +137,11 @@ class Setup:
     """Most tokens of a micro-batch of several examples (max_tokens_per_micro_batch); of a pack if `packed`."""
     packed: bool = False
     """Whether examples are joined up to the bound, whatever the micro-batch."""
+    frozen: frozenset[str] = frozenset()
+    """Groups that the method would train but the row does not (freeze_decoder). Memory counts it; time and FLOP are
+    those of the method."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the layers with adapters; empty: all. As above."""
     lengths: Literal["estimated", "counted"] = "estimated"
     """Whether `longest` is an example of the converted data, or follows from the dataset's entry."""
 
@@ -183,7 +189,13 @@ class Setup:
     @property
     def trained(self) -> int:
         """Parameters that the optimizer holds, of all devices together."""
-        return sum(trainable_parameters(self.geometry, self.trains_by, self.rank).values())
+        return sum(self.trainable().values())
+
+    def trainable(self, frozen: Collection[str] = ()) -> dict[str, int]:
+        """The same by group; frozen: further groups that do not train."""
+        return trainable_parameters(
+            self.geometry, self.trains_by, self.rank, self.frozen | set(frozen), self.lora_targets
+        )
 
     @property
     def with_gradient(self) -> int:

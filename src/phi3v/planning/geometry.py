@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,35 +102,45 @@ def parameters(geometry: Geometry) -> dict[str, int]:
     }
 
 
-def adapter_parameters(geometry: Geometry, rank: int, vision: bool = True) -> int:
-    """LoRA parameters of the recipe's targets: rank x (inputs + outputs) each.
+def adapter_parameters(
+    geometry: Geometry, rank: int, frozen: Collection[str] = (), targets: Collection[str] = ()
+) -> int:
+    """LoRA parameters: rank x (inputs + outputs) of each linear layer.
 
-    The decoder's four projections and the head; with `vision` also the tower's six in every layer that runs and the
-    projector's two.
+    Those of the decoder, the head, the projector, and the tower's layers that run. frozen: groups without adapters.
+    targets: names of the layers that have one (--lora_targets); empty: all.
     """
-    decoder = sum(i + o for i, o in decoder_layer_linears(geometry).values()) * geometry.num_hidden_layers
-    head = geometry.hidden_size + geometry.vocab_size
-    layers = geometry.vision.num_hidden_layers - 1
-    tower = sum(i + o for i, o in clip_layer_linears(geometry.vision).values()) * layers
-    projector = sum(i + o for i, o in projector_linears(geometry))
-    return rank * (decoder + head + (tower + projector if vision else 0))
+    layers = [("decoder", geometry.num_hidden_layers, decoder_layer_linears(geometry))]
+    layers += [("clip", geometry.vision.num_hidden_layers - 1, clip_layer_linears(geometry.vision))]
+    layers += [("projector", 1, {"img_projection": shape}) for shape in projector_linears(geometry)]
+    layers += [("head", 1, {"lm_head": (geometry.hidden_size, geometry.vocab_size)})]
+    return rank * sum(
+        count * sum(shape)
+        for group, count, linears in layers
+        if group not in frozen
+        for name, shape in linears.items()
+        if not targets or name in targets
+    )
 
 
 def trainable_parameters(
-    geometry: Geometry, method: str, rank: int | None = None, legacy_freezing: bool = False
+    geometry: Geometry,
+    method: str,
+    rank: int | None = None,
+    frozen: Collection[str] = (),
+    lora_targets: Collection[str] = (),
 ) -> dict[str, int]:
     """Parameters that the optimizer holds, by group (zero if a group is frozen).
 
     method: full, frozen, lora or qlora. The tower's last layer and the norm after it never run and are never trained.
-    legacy_freezing: the text embedding is frozen as well.
+    frozen: further groups. lora_targets: names of the layers with adapters; empty: all.
     """
     held = parameters(geometry)
     vision = geometry.vision
     held["clip"] -= clip_layer_parameters(vision) + 2 * vision.hidden_size
     if method in ("lora", "qlora"):
-        return dict.fromkeys(held, 0) | {"adapters": adapter_parameters(geometry, rank or 0)}
-    frozen = {"clip", "projector", "separators"} if method == "frozen" else set()
-    frozen |= {"embedding"} if legacy_freezing else set()
+        return dict.fromkeys(held, 0) | {"adapters": adapter_parameters(geometry, rank or 0, frozen, lora_targets)}
+    frozen = {*frozen, *(("clip", "projector", "separators") if method == "frozen" else ())}
     return {group: 0 if group in frozen else count for group, count in held.items()} | {"adapters": 0}
 
 

@@ -204,7 +204,7 @@ def _weights(setup: Setup) -> float:
 
 def _casts(setup: Setup) -> bool:
     """Whether float32 weights are cast to the compute type under autocast: full fine-tuning without ZeRO."""
-    return setup.replicated and not setup.adapters
+    return setup.replicated and not setup.adapters and setup.dtype != "fp32"
 
 
 def _resting(setup: Setup) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from phi3v.planning.fits import left_out, misfit, named, published_setup, setup_of, what_fits
 from phi3v.planning.flops import utilisation
-from phi3v.planning.geometry import parameters, trainable_parameters
+from phi3v.planning.geometry import parameters
 from phi3v.planning.memory import Verdict, published_memory
 from phi3v.planning.resources import (
     Resources,
@@ -203,7 +203,7 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path()) -> Planned:
         dtype=row.dtype,
         flash_attention=row.flash_attention,
         parameters=parameters(setup.geometry),
-        trainable=trainable_parameters(setup.geometry, setup.trains_by, setup.rank, row.legacy_freezing),
+        trainable=setup.trainable(["embedding"] if row.legacy_freezing else []),
         memory_gb=need.parts(),
         longest_tokens=round(setup.longest.tokens),
         lengths=setup.lengths,

@@ -53,12 +53,12 @@ def check_settings(settings: FinetuneSettings, device: torch.device) -> None:
 
 
 def check_automatic(settings: FinetuneSettings, processes: int, device: torch.device) -> None:
-    """Raises SettingsError if `auto` would search with a memory plan that is not the job's: it counts shards of ZeRO 2."""
+    """Raises SettingsError for `auto` with whole optimizer states on several GPUs, whose memory nobody has measured."""
     whole = settings.method in ("full", "frozen") and settings.zero_stage < 2 and settings.optimizer == "adamw"
     if settings.is_probed and whole and processes > 1 and device.type == "cuda":
         raise SettingsError(
-            f"command line: field `zero_stage`: got {settings.zero_stage} with auto on {processes} GPUs, whose optimizer "
-            "states auto takes for shards of ZeRO 2; expected --zero_stage 2, or a number for --batch_size_per_gpu and "
+            f"command line: field `zero_stage`: got {settings.zero_stage} with auto on {processes} GPUs, whose memory "
+            "has not been measured without shards; expected --zero_stage 2, or a number for --batch_size_per_gpu and "
             "yes or no for gradient checkpointing"
         )
 

@@ -26,7 +26,7 @@ import torch
 
 from phi3v.data.dataset import Example, collate
 from phi3v.model import Phi3VConfig
-from phi3v.model.runtime import TORCH_DTYPE, device_name, uses_zero, weight_dtype
+from phi3v.model.runtime import TORCH_DTYPE, device_name, uses_zero
 from phi3v.planning.fits import Choice, choices, fastest_first, micro_batches
 from phi3v.planning.flops import Setup
 from phi3v.planning.geometry import geometry_from_config
@@ -254,13 +254,11 @@ def _setup(settings: FinetuneSettings, config: Phi3VConfig, longest: Example, de
     # The formulas ask for the kind of device alone; its memory is measured here.
     kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
     nowhere = Hardware(title="", kind=kind, bf16=True, flash_attention=True, quantisation=True, source="")
-    # The planner counts 8-bit optimizers' casts; other float32 weights under autocast it takes for a float32 job.
-    casts = weight_dtype(settings) == torch.float32 and "8bit" not in settings.optimizer
     return Setup(
         geometry,
         nowhere,
         settings.method,
-        "fp32" if casts else settings.dtype,
+        settings.dtype,
         settings.flash_attention,
         work,
         work,
@@ -270,6 +268,9 @@ def _setup(settings: FinetuneSettings, config: Phi3VConfig, longest: Example, de
         rank=settings.lora_rank if settings.use_lora else 0,
         recompute=1.0 if settings.recompute is None else settings.recompute,
         optimizer=settings.optimizer,
+        zero_stage=settings.zero_stage,
+        frozen=settings.frozen_groups,
+        lora_targets=tuple(settings.lora_targets),
     )
 
 
