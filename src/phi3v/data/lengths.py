@@ -186,8 +186,8 @@ def summary_lines(
     ]
     if few := int(shrunk.sum()):
         lines.append(
-            f"warning: {name}: {few:,} of {pictures.sum():,} pictures are scaled to less than half their width; more than "
-            f"num_crops {dataset.num_crops} keeps more (first: line {int(shrunk.argmax()) + 1})"
+            f"warning: {name}: {few:,} of {pictures.sum():,} pictures are scaled to less than half their width; a larger "
+            f"num_crops (now {dataset.num_crops}) keeps more of them (first: line {int(shrunk.argmax()) + 1})"
         )
     if max_length is not None and (many := int((tokens > max_length).sum())):
         lines.append(f"warning: {name}: {many:,} examples of more than max_length {max_length:,} tokens are left out")
