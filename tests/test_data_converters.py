@@ -637,7 +637,7 @@ def test_a_full_disk_midway_leaves_the_old_folder(tmp_path: Path, monkeypatch: p
             raise OSError(errno.ENOSPC, "No space left on device")
         return ["train/x.jpg"]
 
-    monkeypatch.setattr(convert.PictureWriter, "write", full)
+    monkeypatch.setattr(convert.SplitWriter, "write", full)
     with pytest.raises(OSError, match="No space left"):
         converted(tmp_path / "out", "cauldron", source)
     assert tree(tmp_path / "out") == before

@@ -80,10 +80,13 @@ class SplitSource:
         """(place in the source, sample) of the rows that are taken."""
         rows = row_slice(self.rows)
         found = itertools.islice(enumerate(FORMATS[self.format](self.inputs)), rows.start, rows.stop)
-        if self.chosen is None:
-            return found
-        parts = divide(self.format, self.inputs, self.chosen[0], rows)
-        return (item for item, part in zip(found, parts, strict=True) if part == self.chosen[1])
+        parts = divide(self.format, self.inputs, self.chosen[0], rows) if self.chosen else itertools.repeat("")
+        for (number, sample), part in zip(found, parts, strict=self.chosen is not None):
+            if self.chosen and part != self.chosen[1]:
+                continue
+            if self.first_turn and isinstance(sample, Sample):
+                sample = replace(sample, turns=sample.turns[:1])
+            yield number, sample
 
     def origin(self) -> dict[str, object]:
         """What dataset.json states of it."""
@@ -156,13 +159,31 @@ def jsonl_name(format_name: str, split: str) -> str:
 
 
 @dataclass
-class PictureWriter:
-    """Writes the pictures of a split under images/SPLIT of the working folder."""
+class OwnIds:
+    """Ids that the source gives its rows, made unique over all splits of the folder."""
 
-    images: Path
+    others: list[Path]
+    """Splits that stay."""
+    counts: dict[str, int] | None = None
+
+    def unique(self, name: str, split: str) -> str:
+        """The id itself; if another row has it, with the split in front, and then numbered."""
+        if self.counts is None:
+            self.counts = {example.id: 1 for path in self.others for example in read_conversations(path)}
+        uses = self.counts[name] = self.counts.get(name, 0) + 1
+        if uses == 1:
+            return name
+        return self.unique(f"{split}-{name}" if uses == 2 else f"{split}-{name}-{uses - 1}", split)
+
+
+@dataclass
+class SplitWriter:
+    """Writes the pictures of a split under images/SPLIT of the working folder, and makes its lines."""
+
     split: str
-    urls: Path
-    options: PictureOptions
+    source: SplitSource
+    images: Path
+    ids: OwnIds
     written: int = 0
     warnings: list[str] = field(default_factory=list)
     of_row: dict[Path, bytes] = field(default_factory=dict)
@@ -179,7 +200,25 @@ class PictureWriter:
     def read(self, picture: Picture, where: str) -> list[StoredPicture]:
         """The decoded pages of a picture. Raises DataError."""
         data = self._fetched(picture.data, where) if isinstance(picture.data, str) else picture.data
-        return read_pictures(data, where, self.options, picture.page, picture.decoded)
+        asked = self.source.inputs.options
+        options = PictureOptions(asked.pixel_range, asked.max_pixels, asked.dpi)
+        return read_pictures(data, where, options, picture.page, picture.decoded)
+
+    def line(self, number: int, sample: Sample | Rejection, pages: Pages) -> bytes:
+        """The line of a sample, its pictures written. Raises DataError."""
+        if isinstance(sample, Rejection):
+            raise DataError(f"{sample.where}: {sample.reason}")
+        inputs, place, turns = self.source.inputs, 0, []
+        for turn in sample.turns:
+            images: list[str] = []
+            for picture in turn.pictures:
+                images += self.write(picture, next(pages)(), number, place + len(images), sample.where)
+            place += len(images)
+            answers = turn.answers if len(turn.answers) > 1 else ()
+            turns.append(Turn(tuple(images), turn.user, turn.answers[0] if turn.answers else "", answers, turn.system))
+        own = sample.id != inputs.row_id(number) and self.source.format not in recipe.FORMATS
+        name = self.ids.unique(sample.id, self.split) if own else sample.id
+        return format_line(Conversation(name, inputs.source, tuple(turns), sample.meta), inputs.options.unlabelled)
 
     def write(self, picture: Picture, pages: list[StoredPicture], number: int, place: int, where: str) -> list[str]:
         """Store the pages of a picture and return their paths relative to images/. Raises DataError.
@@ -209,7 +248,7 @@ class PictureWriter:
         return paths
 
     def _fetched(self, url: str, where: str) -> Path:
-        path = url_file(self.urls, url)
+        path = url_file(self.source.urls, url)
         if not path.is_file():
             reason = self.failures.get(url, "run scripts/download.py again")
             raise DataError(f"{where}: picture {url}: not fetched: {reason}")
@@ -218,7 +257,7 @@ class PictureWriter:
     @functools.cached_property
     def failures(self) -> dict[str, str]:
         """Reasons of the URLs that could not be fetched, read once: there may be hundreds of thousands."""
-        path = self.urls / FAILURES
+        path = self.source.urls / FAILURES
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def _path(self, name: str, suffix: str, number: int, place: int, where: str) -> str:
@@ -234,25 +273,7 @@ class PictureWriter:
         return path
 
 
-@dataclass
-class OwnIds:
-    """Ids that the source gives its rows, made unique over all splits of the folder."""
-
-    others: list[Path]
-    """Splits that stay."""
-    counts: dict[str, int] | None = None
-
-    def unique(self, name: str, split: str) -> str:
-        """The id itself; if another row has it, with the split in front, and then numbered."""
-        if self.counts is None:
-            self.counts = {example.id: 1 for path in self.others for example in read_conversations(path)}
-        uses = self.counts[name] = self.counts.get(name, 0) + 1
-        if uses == 1:
-            return name
-        return self.unique(f"{split}-{name}" if uses == 2 else f"{split}-{name}-{uses - 1}", split)
-
-
-def _read_ahead(source: SplitSource, writer: PictureWriter) -> Iterator[tuple[int, Sample | Rejection, Pages]]:
+def _read_ahead(source: SplitSource, writer: SplitWriter) -> Iterator[tuple[int, Sample | Rejection, Pages]]:
     """(row number, sample, its pictures' pages) in order; threads decode the pictures of the next samples meanwhile.
 
     Decoding leaves Python's lock, so threads serve; two samples a thread keep memory flat.
@@ -267,38 +288,12 @@ def _read_ahead(source: SplitSource, writer: PictureWriter) -> Iterator[tuple[in
 
     with ThreadPoolExecutor(source.inputs.workers) as pool:
         for number, sample in source.samples:
-            turns = () if isinstance(sample, Rejection) else sample.turns[:1] if source.first_turn else sample.turns
-            pictures = [picture for turn in turns for picture in turn.pictures]
-            waiting.append((number, sample, iter([pages(each, sample.where) for each in pictures])))
+            turns = sample.turns if isinstance(sample, Sample) else ()
+            decoded = [pages(picture, sample.where) for turn in turns for picture in turn.pictures]
+            waiting.append((number, sample, iter(decoded)))
             if len(waiting) > 2 * source.inputs.workers:
                 yield waiting.popleft()
         yield from waiting
-
-
-def _line(
-    sample: Sample | Rejection,
-    pages: Pages,
-    number: int,
-    split: str,
-    source: SplitSource,
-    writer: PictureWriter,
-    ids: OwnIds,
-) -> bytes:
-    """The line of a sample, its pictures written. Raises DataError."""
-    if isinstance(sample, Rejection):
-        raise DataError(f"{sample.where}: {sample.reason}")
-    place, turns = 0, []
-    for turn in sample.turns[:1] if source.first_turn else sample.turns:
-        images: list[str] = []
-        for picture in turn.pictures:
-            images += writer.write(picture, next(pages)(), number, place + len(images), sample.where)
-        place += len(images)
-        answers = turn.answers if len(turn.answers) > 1 else ()
-        turns.append(Turn(tuple(images), turn.user, turn.answers[0] if turn.answers else "", answers, turn.system))
-    own = sample.id != source.inputs.row_id(number) and source.format not in recipe.FORMATS
-    name = ids.unique(sample.id, split) if own else sample.id
-    made = Conversation(name, source.inputs.source, tuple(turns), sample.meta)
-    return format_line(made, source.inputs.options.unlabelled)
 
 
 def _convert_split(
@@ -306,9 +301,7 @@ def _convert_split(
 ) -> SplitEntry:
     name = jsonl_name(source.format, split)
     examples, rejected, bare, digest, first_reason = 0, 0, 0, hashlib.sha256(), ""
-    asked = source.inputs.options
-    pictures = PictureOptions(asked.pixel_range, asked.max_pixels, asked.dpi)
-    writer = PictureWriter(work / "images", split, source.urls, pictures)
+    writer = SplitWriter(split, source, work / "images", ids)
     # A bar on a terminal, a line every half minute in a log.
     delay, pause = (0.0, 0.1) if sys.stderr.isatty() else (30.0, 30.0)
     with open(work / name, "wb") as file, open(work / f"{split}.sha256", "w", encoding="utf-8") as record:
@@ -316,7 +309,7 @@ def _convert_split(
             _read_ahead(source, writer), desc=f"converting {split}", unit="row", delay=delay, mininterval=pause
         ):
             try:
-                line = _line(sample, pages, number, split, source, writer, ids)
+                line = writer.line(number, sample, pages)
             except DataError as error:
                 reason = str(error).removeprefix(f"{sample.where}: ")
                 if on_error == "stop":
