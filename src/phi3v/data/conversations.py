@@ -220,21 +220,17 @@ def parse_line(line: bytes, where: str, unlabelled: bool = False) -> Conversatio
 
 def parse_record(record: dict[str, Any]) -> Conversation:
     """A decoded line that has no problem."""
-    return Conversation(
-        record["id"],
-        record["source"],
-        tuple(
-            Turn(
-                tuple(turn.get("images", ())),
-                turn["user"],
-                turn["assistant"],
-                tuple(turn.get("answers", ())),
-                turn.get("system", ""),
-            )
-            for turn in record["conversations"]
-        ),
-        record.get("meta", {}),
+    turns = (
+        Turn(
+            tuple(turn.get("images", ())),
+            turn["user"],
+            turn["assistant"],
+            tuple(turn.get("answers", ())),
+            turn.get("system", ""),
+        )
+        for turn in record["conversations"]
     )
+    return Conversation(record["id"], record["source"], tuple(turns), record.get("meta", {}))
 
 
 def raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -264,18 +260,13 @@ def format_line(conversation: Conversation, unlabelled: bool = False) -> bytes:
 
     unlabelled: answers may be empty. Raises DataError.
     """
-    turns = []
-    for turn in conversation.turns:
-        system = {"system": turn.system} if turn.system else {}
-        fields: dict[str, object] = {
-            "images": list(turn.images),
-            **system,
-            "user": turn.user,
-            "assistant": turn.assistant,
-        }
-        if turn.answers:
-            fields["answers"] = list(turn.answers)
-        turns.append(fields)
+    turns = [
+        {"images": list(turn.images)}
+        | ({"system": turn.system} if turn.system else {})
+        | {"user": turn.user, "assistant": turn.assistant}
+        | ({"answers": list(turn.answers)} if turn.answers else {})
+        for turn in conversation.turns
+    ]
     record: dict[str, object] = {"id": conversation.id, "source": conversation.source, "conversations": turns}
     if conversation.meta:
         record["meta"] = conversation.meta

@@ -140,8 +140,6 @@ class StoredPicture:
 
     data: bytes
     suffix: str
-    original: bool
-    """Whether `data` are the source's own bytes."""
     warning: str = ""
 
 
@@ -181,10 +179,10 @@ def read_pictures(
                 # An eighth of the size reads every byte of a JPEG, in half the time.
                 image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
-            return [StoredPicture(source, KEPT[kind], True)]
+            return [StoredPicture(source, KEPT[kind])]
         image.draft(None, small)
         stored = _stored(_rgb(image, where, options), KEPT.get(kind, ".png"), options)
-        return [StoredPicture(source, KEPT[kind], True, stored.warning) if kept else stored]
+        return [StoredPicture(source, KEPT[kind], stored.warning) if kept else stored]
 
 
 @contextlib.contextmanager
@@ -265,7 +263,7 @@ def _stored(image: Image.Image, suffix: str, options: PictureOptions) -> StoredP
     buffer = io.BytesIO()
     # Of a photograph, PNG's level 6 takes six times the time and saves a seventh of the bytes.
     image.save(buffer, "JPEG" if suffix == ".jpg" else "PNG", quality=JPEG_QUALITY, compress_level=1)
-    return StoredPicture(buffer.getvalue(), suffix, False, image.info.get("warning", ""))
+    return StoredPicture(buffer.getvalue(), suffix, image.info.get("warning", ""))
 
 
 def _page_numbers(pages: int, page: int | None, where: str) -> range:
@@ -426,9 +424,7 @@ def _upright_jpeg(frame: av.VideoFrame) -> bytes:
         a, b, _, c, d, *_ = np.sign(np.frombuffer(matrix, np.int32)).tolist()
         if turn := _TURNS.get((a, b, c, d)):
             image = image.transpose(turn)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
+    return _stored(image, ".jpg", _STORED).data
 
 
 def _decode(path: Path, keep: set[int]) -> tuple[int, dict[int, bytes]]:
