@@ -333,7 +333,8 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
             for row, departures in _overridden(where, table_row, settings.overrides, unused, row_files)
         ]
         for pattern in selected:
-            if not any(_matches(row.row, pattern) for _, row, _ in rows):
+            # The default takes every row; a run may have tables of one kind only.
+            if not any(_matches(row.row, pattern) for _, row, _ in rows) and (pattern != "*" or not any(tables.values())):
                 raise SettingsError(
                     f"{where}: field `rows.{kind}`: got {pattern!r}: matches no row; expected a row id or a pattern of "
                     f"{', '.join(getattr(settings.files, kind)) or 'a table (none is named in files)'}"
