@@ -334,7 +334,8 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
         ]
         for pattern in selected:
             # The default takes every row; a run may have tables of one kind only.
-            if not any(_matches(row.row, pattern) for _, row, _ in rows) and (pattern != "*" or not any(tables.values())):
+            nothing_needed = pattern == "*" and any(tables.values())
+            if not nothing_needed and not any(_matches(row.row, pattern) for _, row, _ in rows):
                 raise SettingsError(
                     f"{where}: field `rows.{kind}`: got {pattern!r}: matches no row; expected a row id or a pattern of "
                     f"{', '.join(getattr(settings.files, kind)) or 'a table (none is named in files)'}"
