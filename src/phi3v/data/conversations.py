@@ -158,11 +158,9 @@ def _turn_problem(where: str, turn: object, unlabelled: bool) -> str | None:
         return f"field `{where}`: got {shown(turn)}; expected an object"
     for key in turn.keys() - _TURN_KEYS:
         return f"field `{where}.{key}`: unknown; expected images, system, user, assistant, answers"
-    for key in ("user", "assistant"):
+    for key in ("user", "assistant", *(["system"] if "system" in turn else [])):
         if problem := _text_field_problem(turn, key, f"{where}.{key}", empty=unlabelled and key == "assistant"):
             return problem
-    if "system" in turn and (expected := text_problem(turn["system"])):
-        return f"field `{where}.system`: got {shown(turn['system'])}; expected {expected}"
     images = turn.get("images", [])
     if type(images) is not list:
         return f"field `{where}.images`: got {shown(images)}; expected a list of paths"

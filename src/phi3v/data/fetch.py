@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -351,9 +352,8 @@ def _plan_files(url: str, folder: Path, workers: int) -> Plan:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         # A part of an earlier try continues if the server still has the same file.
-        part = target.with_name(
-            f".{name.rpartition('/')[2]}.{hashlib.sha256(_tag(remotes[name]).encode()).hexdigest()[:8]}.part"
-        )
+        tag = hashlib.sha256(_tag(remotes[name]).encode()).hexdigest()[:8]
+        part = target.with_name(f".{target.name}.{tag}.part")
         _with_retries(lambda: _append(system, remotes[name], part), f"{url}: {name}")
         os.replace(part, target)
         for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
@@ -454,19 +454,17 @@ def _plan_hub(url: str, revision: str | None, kind: Kind, folder: Path, workers:
     return needed, run
 
 
-def _check_free_space(needed: Iterable[tuple[Path, int]]) -> None:
+def _check_free_space(needed: list[tuple[Path, int]]) -> None:
     """Room for every file of every source, before the first byte: (folder, bytes). Raises SourceError."""
-    sizes: dict[int, int] = {}
-    folders: dict[int, Path] = {}
+    folders, sizes = dict[int, Path](), Counter[int]()
     for folder, size in needed:
         device = os.stat(folder).st_dev
-        folders.setdefault(device, folder)
-        sizes[device] = sizes.get(device, 0) + size
+        folders[device] = folder
+        sizes[device] += size
     for device, size in sizes.items():
-        free = shutil.disk_usage(folders[device]).free
-        if size > free:
+        if size > (free := shutil.disk_usage(folders[device]).free):
             raise SourceError(
-                f"{folders[device]}: {size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free; expected space for all "
+                f"{folders[device]}: {size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free; expected room for all "
                 "before the first byte is fetched"
             )
 
@@ -527,7 +525,7 @@ def fetch(
             hub = url.startswith("hf://")
             plan = _plan_hub(url, commit, kind, folder, workers) if hub else _plan_files(url, folder, workers)
             plans[url, revision] = folder, plan
-    _check_free_space(pair for _, (needed, _) in plans.values() for pair in needed)
+    _check_free_space([pair for _, (needed, _) in plans.values() for pair in needed])
     for key, (folder, (_, run)) in plans.items():
         commit, files = run()
         if key in pins:

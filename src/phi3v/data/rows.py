@@ -8,7 +8,6 @@ files of samples.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import difflib
 import fnmatch
@@ -226,21 +225,18 @@ def picture_under(root: Path, path: object, where: str, field_name: str) -> Pict
     Absolute paths, `./` and `\\` are taken if the file is inside root; a name that a Mac wrote in decomposed letters
     matches the composed ones.
     """
-
-    def seen() -> str:
-        return f"{where}: field `{field_name}`: got {shown(path)}"
-
+    seen = f"{where}: field `{field_name}`: got {shown(path)}"
     if not isinstance(path, str):
-        raise DataError(f"{seen()}; expected a string")
+        raise DataError(f"{seen}; expected a string")
     name, own = path.removeprefix("file://"), _real(root)
     if name.startswith("/"):
         inside = [base for base in (os.path.abspath(root), own) if name.startswith(f"{base}/")]
         if not inside:
-            raise DataError(f"{seen()}; expected a relative path, or one inside {root} (or another images_dir)")
+            raise DataError(f"{seen}; expected a relative path, or one inside {root} (or another images_dir)")
         name = name[len(inside[0]) + 1 :]
     name = posixpath.normpath(name.replace("\\", "/")) if name else name
     if expected := image_path_problem(name):
-        raise DataError(f"{seen()}; expected {expected} (option `images_dir` names that folder, now {root})")
+        raise DataError(f"{seen}; expected {expected} (option `images_dir` names that folder, now {root})")
     file = f"{root}/{name}"
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):
@@ -253,12 +249,12 @@ def picture_under(root: Path, path: object, where: str, field_name: str) -> Pict
             known = _names((root / name).parent)
             like = known.get(wrong.name) or known.get(wrong.stem)
             hint = f"; did you mean `{like}`?" if like else " (option `images_dir` names another folder)"
-            raise DataError(f"{seen()}: no such file in {root}{hint}") from None
+            raise DataError(f"{seen}: no such file in {root}{hint}") from None
     except OSError as error:  # a name that the file system cannot have
-        raise DataError(f"{seen()}: {error.strerror}; expected a file in {root}") from None
+        raise DataError(f"{seen}: {error.strerror}; expected a file in {root}") from None
     folder, base = os.path.split(file)
     if not (os.path.realpath(file) if os.path.islink(file) else f"{_real(Path(folder))}/{base}").startswith(f"{own}/"):
-        raise DataError(f"{seen()}: a link out of {root}; expected a file inside it")
+        raise DataError(f"{seen}: a link out of {root}; expected a file inside it")
     return Picture(Path(file), name)
 
 
@@ -381,19 +377,17 @@ def _encoding(path: Path) -> str:
     """UTF-8 or UTF-16 by mark or content, else Western European as spreadsheets write it, with a notice."""
     with open(path, "rb") as file:
         start = file.read(4)
-        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return "utf-16"
-        if b"\0" in start:
-            return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        try:
-            decoder.decode(start)
-            while block := file.read(BLOCK):
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            print(f"{path}: not UTF-8; read as cp1252 (option `encoding` names another)", file=sys.stderr)
-            return "cp1252"
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    if b"\0" in start:
+        return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as text:
+            while text.read(BLOCK):
+                pass
+    except UnicodeDecodeError:
+        print(f"{path}: not UTF-8; read as cp1252 (option `encoding` names another)", file=sys.stderr)
+        return "cp1252"
     return "utf-8-sig"
 
 

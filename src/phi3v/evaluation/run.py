@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -267,7 +266,9 @@ def _answer(
     mine = open_batches[processes.rank :: processes.world]
     started = time.perf_counter()
     dtypes: set[str] = set()
-    hook = _first_decoder_layer(predictor.model).register_forward_hook(
+    layers = [module for name, module in predictor.model.named_modules() if name.endswith("layers.0")]
+    first_decoder_layer = layers[-1] if layers else predictor.model
+    hook = first_decoder_layer.register_forward_hook(
         lambda _module, _inputs, output: dtypes.add(_dtype(output[0] if isinstance(output, tuple) else output))
     )
     workers = loader_workers(settings.num_workers, processes.device.type == "cuda")
@@ -297,11 +298,6 @@ def _answer(
 
 def _dtype(computed: torch.Tensor | PreTrainedModel) -> str:
     return str(computed.dtype).removeprefix("torch.")
-
-
-def _first_decoder_layer(model: nn.Module) -> nn.Module:
-    layers = [module for name, module in model.named_modules() if name.endswith("layers.0")]
-    return layers[-1] if layers else model
 
 
 def _progress(title: str, total: int, bar: bool, silent: bool) -> tqdm:
