@@ -540,6 +540,20 @@ def test_an_entry_from_fetch_to_folder_is_repeatable(tmp_path: Path, monkeypatch
     assert tree(tmp_path / "out") == first
 
 
+@pytest.mark.parametrize(
+    ("change", "converts"),
+    [
+        ({"metrics": ["anls", "cer", "my.py:score"], "max_new_tokens": 9, "num_crops": 4, "title": "U"}, False),
+        ({"group_by": "shop"}, True),
+        ({"turns": "all"}, True),
+        ({"on_error": "skip"}, True),
+    ],
+)
+def test_what_evaluation_is_told_does_not_repeat_a_conversion(change: dict[str, object], converts: bool) -> None:
+    plain, other = (Dataset.model_validate({**DATASET, **values}) for values in ({}, change))
+    assert (plain.conversion_entry != other.conversion_entry) == converts
+
+
 def test_what_an_entry_says_of_bad_rows_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = cauldron_rows(8, pictures=2)

@@ -345,8 +345,12 @@ class Dataset(Strict):
 
     @property
     def conversion_entry(self) -> str:
-        """What its conversion depends on, as JSON."""
-        return self.model_dump_json(exclude={"title", "licence", "workload", "official"})
+        """What its conversion depends on, as JSON: another metric must not convert, and so train, again.
+
+        What evaluation is told (dataset.json keeps a copy for use by hand) is left out.
+        """
+        told = {"metric", "metrics", "max_new_tokens", "num_crops"}
+        return self.model_dump_json(exclude={"title", "licence", "workload", "official", *told})
 
     @property
     def conversion_threads(self) -> int:
