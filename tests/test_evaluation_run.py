@@ -509,6 +509,31 @@ def test_a_folder_is_answered_and_the_files_that_are_not_taken_are_named(checkpo
     assert float(swapped["0-0.png"]["probability"]) == pytest.approx(float(rows[1]["probability"]), rel=1e-3)
 
 
+def test_pictures_of_a_table_that_changed_or_came_later_are_taken_again(tmp_path):
+    from phi3v.evaluation.predict import _convert
+    from phi3v.settings import PredictSettings
+
+    table, out = tmp_path / "new.tsv", tmp_path / "out"
+    settings = PredictSettings(model_name_or_path="x", fp32=True, table=str(table), output_dir=str(out))
+
+    def converted() -> int:
+        _convert(settings, out)
+        return (out / "data/dataset.json").stat().st_mtime_ns
+
+    table.write_text("image\tquestion\na.png\twhat?\nb.png\twhat?\n")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    converted()
+    assert not (out / "data/images/predict/b.png").exists()
+    Image.new("RGB", (8, 8), "lime").save(tmp_path / "b.png")
+    first = converted()
+    assert (out / "data/images/predict/b.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    os.utime(tmp_path / "a.png", (1, 1))
+    assert converted() == first
+    Image.new("RGB", (8, 8), "lime").save(tmp_path / "a.png")
+    assert converted() > first
+    assert (out / "data/images/predict/a.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+
+
 def test_fields_of_json_answers_are_columns(tmp_path):
     from phi3v.evaluation.predict import _write
     from phi3v.evaluation.questions import Answer, Question

@@ -225,11 +225,12 @@ def local_contents(url: str, cache: Path) -> str:
     except SourceError:
         return "missing"
     known = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
-    found = {}
-    for path in ((root / name).resolve() for name in names):
-        facts = [path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino]
-        old = known.get(str(path), [])
-        found[str(path)] = old if old[:3] == facts else [*facts, digest_file(path)]
+    found, folder = {}, os.path.realpath(root)
+    for path in (f"{folder}/{name}" for name in names):
+        seen = os.stat(path)
+        facts = [seen.st_size, seen.st_mtime_ns, seen.st_ino]
+        old = known.get(path, [])
+        found[path] = old if old[:3] == facts else [*facts, digest_file(Path(path))]
     if {**known, **found} != known:
         write_json(cache, {**known, **found})
     contents = [[name, facts[3]] for name, facts in zip(names, found.values(), strict=True)]

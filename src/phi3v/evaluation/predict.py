@@ -28,7 +28,7 @@ from phi3v.evaluation.questions import Answer, Question, json_lines, read_questi
 from phi3v.evaluation.run import DEFAULT_NEW_TOKENS, Pass, answer_passes, answers_fingerprint, join, shared_weights
 from phi3v.model.runtime import compute_device
 from phi3v.provenance.manifest import digest_file, write_atomically, write_manifest
-from phi3v.settings import OptionValue, PredictSettings
+from phi3v.settings import CONVERTER_VERSION, OptionValue, PredictSettings
 
 SPLIT = "predict"
 
@@ -81,7 +81,7 @@ def predict_all(settings: PredictSettings) -> str:
     """
     started, output = time.perf_counter(), Path(settings.output_dir)
     source = Path(settings.table or settings.folder)
-    if not (source.is_dir() if settings.folder else source.exists()):
+    if not (source.is_dir() if settings.folder else source.is_file()):
         raise DataError(f"{source}: no such {'folder' if settings.folder else 'table'}")
     processes = join(settings)
     if processes.rank == 0:
@@ -116,7 +116,10 @@ def predict_all(settings: PredictSettings) -> str:
 
 
 def _convert(settings: PredictSettings, output: Path) -> None:
-    """Make OUTPUT/data of the table or folder, unless it is there already. A file counts as changed if its size did."""
+    """Make OUTPUT/data of the table or folder, unless it is there already.
+
+    A picture counts as changed if its content did; where something of a table could not be taken, all is tried again.
+    """
     output.mkdir(parents=True, exist_ok=True)
     columns = dict(column.split("=", 1) for column in settings.columns)
     root = Path(settings.images_dir) if settings.images_dir else None
@@ -137,15 +140,29 @@ def _convert(settings: PredictSettings, output: Path) -> None:
         table, facts = Path(settings.table), []
         if settings.question:
             columns["question"] = settings.question
-    made_of = hashlib.sha256(json.dumps([digest_file(table), facts, columns, str(root)]).encode()).hexdigest()
     mark, data = output / "data.sha256", output / "data"
-    if mark.is_file() and mark.read_text() == made_of:
+
+    def made_of() -> str:
+        """Digest of what OUTPUT/data comes from, its pictures as they are now."""
+        pictures = _originals(data, root or table.parent)
+        made = [CONVERTER_VERSION, digest_file(table), facts, columns, str(root), pictures]
+        return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+
+    complete = settings.folder or not (data / "rejected.jsonl").exists()
+    if complete and mark.is_file() and mark.read_text() == made_of():
         return
     mark.unlink(missing_ok=True)
     shutil.rmtree(data, ignore_errors=True)
     options: dict[str, OptionValue] = {"unlabelled": True, "columns": {**columns}}
     convert_files("table", table, data, SPLIT, root, name=table.stem, options=options, on_error="skip")
-    write_atomically(mark, made_of)
+    write_atomically(mark, made_of())
+
+
+def _originals(data: Path, root: Path) -> dict[str, str]:
+    """sha256 of the files under root that the pictures of OUTPUT/data were made of."""
+    questions = read_questions(data, SPLIT, unlabelled=True)
+    names = sorted({_source(path, root) for question in questions for path in question.images})
+    return {name: digest_file(root / name) for name in names if (root / name).is_file()}
 
 
 def _source(path: str, root: Path) -> str:
