@@ -15,7 +15,7 @@ import yaml
 from data_examples import picture_bytes, write_parquet
 
 from phi3v.data.conversations import Conversation, DataError, read_conversations
-from phi3v.data.convert import convert_dataset, dataset_sources, fetch_pictures
+from phi3v.data.convert import convert_dataset, convert_files, dataset_sources, fetch_pictures
 from phi3v.data.fetch import fetch
 from phi3v.settings import Dataset, load_run, validate
 
@@ -103,6 +103,13 @@ prices:
     split = {"url": "file:hub", "format": "table", "options": options}
     convert_dataset("prices", validate(Dataset, {**dataset, "splits": {"train": split}}, "x"), "source", "out")
     assert Path("out/train.jsonl").read_bytes() == before
+
+
+def test_a_fetched_file_that_is_no_picture_is_named_by_its_address(web: str) -> None:
+    Path("web/page.png").write_text("<html>not found</html>")
+    Path("rows.csv").write_text(f"image,question,answer\n{web}/page.png,q,a\n")
+    with pytest.raises(DataError, match=rf"rows\.csv:2: {web}/page\.png: not a picture .*an HTML page"):
+        convert_files("table", Path("rows.csv"), "out", "train")
 
 
 def test_formulae_to_latex_from_parquet() -> None:

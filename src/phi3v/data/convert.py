@@ -202,7 +202,13 @@ class SplitWriter:
         data = self._fetched(picture.data, where) if isinstance(picture.data, str) else picture.data
         asked = self.source.inputs.options
         options = PictureOptions(asked.pixel_range, asked.max_pixels, asked.dpi)
-        return read_pictures(data, where, options, picture.page, picture.decoded)
+        try:
+            return read_pictures(data, where, options, picture.page, picture.decoded)
+        except DataError as error:
+            if not (isinstance(picture.data, str) and isinstance(data, Path)):
+                raise
+            # Of a fetched picture the row's URL says which one it is, not the cache's name.
+            raise DataError(str(error).replace(data.name, picture.data)) from None
 
     def line(self, number: int, sample: Sample | Rejection, pages: Pages) -> bytes:
         """The line of a sample, its pictures written. Raises DataError."""
