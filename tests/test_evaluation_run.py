@@ -292,6 +292,11 @@ def test_predict_answers_about_ones_own_pictures(checkpoint, tmp_path):
         predict(PredictSettings(**{**ask, "question": "<|image_1|> hm"}))
     with pytest.raises(FileNotFoundError, match="no such folder"):
         predict(PredictSettings(**{**ask, "model_name_or_path": "./nowhere"}))
+    with pytest.raises(FileNotFoundError, match=r"neither config.json nor adapter_config.json; .*final/"):
+        predict(PredictSettings(**{**ask, "model_name_or_path": str(data)}))
+    first, second = (Image.open(path).convert("RGB") for path in pictures)
+    first.save(tmp_path / "both.tiff", save_all=True, append_images=[second])
+    assert predict(PredictSettings(image=[str(tmp_path / "both.tiff")], **ask)) == record["prediction"]
 
 
 def test_a_model_that_would_say_the_picture_token_goes_on(checkpoint):

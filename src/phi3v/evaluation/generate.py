@@ -57,9 +57,14 @@ def weights_folder(name: str, root: Path = Path(), may_fetch: bool = True) -> Pa
 
     A hub id is fetched once into results/models with the lock and pins of every source, so a later fetch gives the same commit, byte for
     byte. may_fetch: fetch a hub id that is missing (of several processes only one may). Raises FileNotFoundError for a name that is neither
-    a folder nor a hub id, SourceError (a DataError) for weights that cannot be fetched or differ from their lock.
+    a folder of a model nor a hub id, SourceError (a DataError) for weights that cannot be fetched or differ from their lock.
     """
     if Path(name).is_dir():
+        if not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json", TRAINING)):
+            raise FileNotFoundError(
+                f"--model_name_or_path {name}: neither config.json nor adapter_config.json; expected a checkpoint or an "
+                "adapter, such as final/ of a training job"
+            )
         return Path(name)
     if not is_hub_id(name):
         raise FileNotFoundError(

@@ -20,7 +20,7 @@ from typing import NotRequired, TypedDict
 from phi3v.data.conversations import DataError, Turn, prompt_text, text_problem
 from phi3v.data.convert import convert_files
 from phi3v.data.folder import Pictures, split_file
-from phi3v.data.pictures import open_rgb
+from phi3v.data.pictures import open_rgb, read_pictures
 from phi3v.data.rows import is_junk
 from phi3v.evaluation.generate import Predictor, weights_folder
 from phi3v.evaluation.metrics import json_object
@@ -62,14 +62,15 @@ def predict(settings: PredictSettings) -> str:
     for name in settings.image:
         if not Path(name).is_file():
             raise DataError(f"--image {name}: no such file; expected a picture")
-    pictures = [open_rgb(Path(name), name) for name in settings.image]
+    pages = [page for name in settings.image for page in read_pictures(Path(name), name)]
+    pictures = [open_rgb(page.data, "--image") for page in pages]
     device = compute_device(settings)
     folder = weights_folder(settings.model_name_or_path)
     predictor = Predictor.load(
         folder, settings, device, settings.max_new_tokens or DEFAULT_NEW_TOKENS, settings.num_crops
     )
     # The picture marks stand in front of the question, as in training.
-    prompt = prompt_text(Turn(tuple(settings.image), settings.question, ""))
+    prompt = prompt_text(Turn(tuple(page.suffix for page in pages), settings.question, ""))
     (answer,) = predictor.answer(predictor.prepare([prompt], [pictures]))
     return answer.prediction
 
