@@ -12,10 +12,12 @@ import copy
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from phi3v.data.conversations import Conversation, DataError, Turn, answer_text, parse_line, prompt_text
@@ -169,20 +171,14 @@ def collate(examples: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.T
     examples, 3, S, S] and image_sizes [images of all examples, 2] in the order of the examples, absent if there are
     none.
     """
-    length = max(len(example["input_ids"]) for example in examples)
+    pad = partial(pad_sequence, batch_first=True)
+    answers = [example["labels"] != -100 for example in examples]
     batch = {
-        "input_ids": torch.full((len(examples), length), pad_token_id, dtype=torch.int64),
-        "attention_mask": torch.zeros(len(examples), length, dtype=torch.int64),
-        "labels": torch.full((len(examples), length), -100, dtype=torch.int64),
-        "loss_weights": torch.zeros(len(examples), length),
+        "input_ids": pad([example["input_ids"] for example in examples], padding_value=pad_token_id),
+        "attention_mask": pad([torch.ones_like(example["input_ids"]) for example in examples]),
+        "labels": pad([example["labels"] for example in examples], padding_value=-100),
+        "loss_weights": pad([answer / answer.sum().clamp(min=1) for answer in answers]),
     }
-    for row, example in enumerate(examples):
-        count = len(example["input_ids"])
-        batch["input_ids"][row, :count] = example["input_ids"]
-        batch["attention_mask"][row, :count] = 1
-        batch["labels"][row, :count] = example["labels"]
-        answer = example["labels"] != -100
-        batch["loss_weights"][row, :count] = answer / answer.sum().clamp(min=1)
     pictured = [example for example in examples if len(example["image_sizes"])]
     if pictured:
         batch["pixel_values"] = torch.cat([example["pixel_values"] for example in pictured])

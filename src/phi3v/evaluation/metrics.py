@@ -73,17 +73,14 @@ def edit_similarity(prediction: str, answer: str) -> float:
     return Levenshtein.normalized_similarity(prediction.strip(), answer.strip())
 
 
-def _edits(prediction: Sequence[str], answer: Sequence[str]) -> tuple[int, int]:
-    """(edits, length of the answer)."""
-    return Levenshtein.distance(prediction, answer), len(answer)
-
-
 def character_edits(prediction: str, answer: str) -> tuple[int, int]:
-    return _edits(prediction.strip(), answer.strip())
+    """(edits, characters of the answer)."""
+    return Levenshtein.distance(prediction.strip(), answer.strip()), len(answer.strip())
 
 
 def word_edits(prediction: str, answer: str) -> tuple[int, int]:
-    return _edits(prediction.split(), answer.split())
+    """(edits, words of the answer)."""
+    return Levenshtein.distance(prediction.split(), answer.split()), len(answer.split())
 
 
 def _without_errors(edits: Callable[[str, str], tuple[int, int]], prediction: str, answer: str) -> float:
