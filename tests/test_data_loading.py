@@ -204,6 +204,21 @@ def test_lengths_of_a_folder_made_by_hand_are_not_kept(data: Path, processor: Ph
     assert not (data / LENGTHS).exists()
 
 
+def test_processes_of_a_job_share_the_cores_where_each_counts(
+    data: Path, processor: Phi3VProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data / "dataset.json").unlink()
+    dataset, asked = ConversationDataset(data, "train", processor), list[int]()
+    found = count(dataset)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("phi3v.data.lengths.count", lambda dataset, processes: asked.append(processes) or found)
+    for processes in (16, 2):
+        lengths(dataset, processes)
+    assert asked == [4, 1]
+    summary_lines(dataset, found=found)
+    assert asked == [4, 1]
+
+
 def test_lengths_are_counted_where_nothing_can_be_kept(
     data: Path, processor: Phi3VProcessor, capsys: pytest.CaptureFixture
 ) -> None:

@@ -155,7 +155,8 @@ def counts(dataset: ConversationDataset, processes: int | None = None) -> np.nda
     processes = processes or len(os.sched_getaffinity(0))
     # Pictures of a folder made by hand may change while the jsonl stays; the converter's do not.
     if "source" not in dataset.description:
-        return count(dataset, processes)
+        # Every process of a job counts for itself, so those of a machine share its cores.
+        return count(dataset, max(1, processes // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     folder = dataset.data_dir / LENGTHS
     file = folder / f"{dataset.lines.path.stem}-{_key(dataset)}.npy"
     with _alone(folder):
@@ -170,14 +171,17 @@ def counts(dataset: ConversationDataset, processes: int | None = None) -> np.nda
 
 
 def summary_lines(
-    dataset: ConversationDataset, max_length: int | None = None, max_new_tokens: int | None = None
+    dataset: ConversationDataset,
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    found: np.ndarray | None = None,
 ) -> list[str]:
     """What a person should know of a split before training on it, a fact a line.
 
     max_length: examples of more tokens are left out; max_new_tokens: limit of an evaluation's answers (default: the data
-    folder's). Raises DataError for what cannot be read.
+    folder's); found: what `counts` gave, if it is there already. Raises DataError for what cannot be read.
     """
-    tokens, answers, turns, pictures, shrunk = counts(dataset).T
+    tokens, answers, turns, pictures, shrunk = (counts(dataset) if found is None else found).T
     longest, wordiest, name = int(tokens.argmax()), int(answers.argmax()), dataset.lines.path
     lines = [
         f"{name}: {len(tokens):,} examples, {turns.sum():,} turns, {pictures.sum():,} pictures, "

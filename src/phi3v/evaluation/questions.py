@@ -2,7 +2,7 @@
 
 Batches and the control's swap of pictures depend on the data alone, not on the number of processes. During a pass each process appends to
 PASS/partial/FINGERPRINT.RANK.jsonl, with fsync. A restart reads the parts of every process that have its own fingerprint (model, data,
-settings, code) and continues; it removes any other part.
+settings) and continues; it removes any other part.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Partial:
             os.fsync(file.fileno())
 
     def drop_others(self) -> None:
-        """Remove parts that belong to another model, dataset, setting or code."""
+        """Remove parts that belong to another model, dataset or setting."""
         for path in self.folder.glob("*.jsonl"):
             if not path.name.startswith(f"{self.fingerprint}."):
                 path.unlink()

@@ -121,9 +121,10 @@ def read_split(settings: FinetuneSettings, processor: Phi3VProcessor, split: str
 def training_examples(settings: FinetuneSettings, processor: Phi3VProcessor) -> PickedExamples:
     """The training split without examples beyond --max_length. Raises SettingsError if none is left."""
     dataset = read_split(settings, processor, "train")
-    tokens, kept = counts(dataset)[:, 0].tolist(), None
+    found = counts(dataset)
+    tokens, kept = found[:, 0].tolist(), None
     if is_first():
-        for line in summary_lines(dataset, settings.max_length):
+        for line in summary_lines(dataset, settings.max_length, found=found):
             say(line)
     if settings.max_length is not None:
         kept = [index for index, length in enumerate(tokens) if length <= settings.max_length]
