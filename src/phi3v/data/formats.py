@@ -448,11 +448,17 @@ Part = tuple[str, list[Picture] | None]
 def _message(inputs: Inputs, message: object, where: str, field: str) -> tuple[str, list[Part]]:
     """(speaker, text and marks in order). Raises DataError."""
     kind = SPEAKERS.get(str(message.get("from") or message.get("role"))) if isinstance(message, dict) else None
+    sharegpt = isinstance(message, dict) and "from" in message
     if kind is None or not isinstance(message, dict):
-        raise DataError(f"{where}: field `{field}.from`: got {shown(message)}; expected human, gpt or system")
+        key, expected = ("from", "human, gpt") if sharegpt else ("role", "user, assistant")
+        raise DataError(f"{where}: field `{field}.{key}`: got {shown(message)}; expected {expected} or system")
     content = message.get("value") if message.get("value") is not None else message.get("content")
     if not isinstance(content, list):
-        text = "" if content == "" and kind == "system" else some_text(content, where, f"{field}.value")
+        text = (
+            ""
+            if content == "" and kind == "system"
+            else some_text(content, where, f"{field}.{'value' if sharegpt else 'content'}")
+        )
         return kind, [(piece, None) for piece in MARK.split(text)]
     parts: list[Part] = []
     for place, part in enumerate(content):
