@@ -237,7 +237,7 @@ def llava_items(folder: Path) -> list[dict]:
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "<image>First?"},
         {"role": "assistant", "content": "cat"},
-        {"role": "user", "content": "Is <image> one too?"},
+        {"role": "user", "content": "Is <image> one\0 too?\0"},
         {"role": "assistant", "content": "no"},
     ]
     return [
@@ -260,7 +260,7 @@ def test_llava(tmp_path: Path, kind: str) -> None:
     assert one.images == ("train/train/cat/1.jpg",)
     assert (two.turns[0].system, two.turns[0].user, two.turns[1].system) == ("Be brief.", "First?", "")
     assert two.turns[0].images == ("train/train/cat/1.jpg",)
-    assert two.turns[1].user == "Is image 2 one too?"
+    assert two.turns[1].user == "Is image 2 one\0 too?\0"  # other characters stay as they are
     assert two.turns[1].images == ("train/train/dog/1.jpg",)
     assert len(three.images) == 8
     assert three.turns[0].user == "What happens?"

@@ -501,9 +501,11 @@ class _Talk:
                 found = [self.images.popleft()] if piece == "<image>" else self.clips.popleft()
             pictures += found
             self.placed += len(found)
-            text += f"\0image {self.placed}\0" if piece == "<image>" else "\0\0"
-        text = re.sub(r"^(?:\s|\0[^\0]*\0)+|(?:\s|\0[^\0]*\0)+$", "", text)
-        return pictures, text.replace("\0", "") or "Describe what you see."
+            # A text between marks holds none, so these stand for themselves alone.
+            text += f"<image>{self.placed}<image>" if piece == "<image>" else piece
+        ends = r"(?:\s|<image>\d+<image>|<video>)+"
+        text = re.sub(r"<image>(\d+)<image>", r"image \1", re.sub(rf"^{ends}|{ends}$", "", text))
+        return pictures, text.replace("<video>", "") or "Describe what you see."
 
 
 def messages(inputs: Inputs) -> Samples:
