@@ -7,6 +7,7 @@ import io
 import struct
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -141,6 +142,24 @@ def test_pages_of_a_tiff_and_of_a_pdf() -> None:
             read_pictures(data, "x", page=4)
     with pytest.raises(DataError, match="page 2 of a PNG; expected a TIFF or PDF"):
         read_pictures(picture_bytes(1, "PNG"), "x", page=2)
+
+
+def test_a_page_that_cannot_be_stored_keeps_no_other_thread_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("RGB", (40, 60), "red"), "PDF")
+
+    def fail(*arguments: object) -> None:
+        raise MemoryError
+
+    with ThreadPoolExecutor(2) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr("phi3v.data.pictures._stored", fail)
+            failed = pool.submit(read_pictures, data, "x")
+            assert isinstance(failed.exception(), MemoryError)  # its traceback keeps the frames of the reader
+        try:
+            for _ in range(2):
+                assert len(pool.submit(read_pictures, data, "x").result(timeout=10)) == 1
+        finally:
+            del failed
 
 
 def test_a_picture_over_the_limit_is_scaled_down_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:

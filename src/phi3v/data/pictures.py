@@ -112,8 +112,8 @@ _TURNS = {
 }
 """Signs of a display matrix's a, b, c, d (x' = a x + c y, y' = b x + d y) to what turns a frame upright."""
 
-_PDFIUM = threading.Lock()
-"""PDFium serves one thread at a time."""
+_PDFIUM = threading.RLock()
+"""PDFium serves one thread at a time, which may come to close a document that was abandoned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,12 +293,23 @@ def _pdf_pages(data: bytes, where: str, options: PictureOptions, page: int | Non
         import pypdfium2
     except ImportError:
         raise DataError(f"{where}: a PDF; expected pypdfium2 to draw its pages: pip install 'phi3v[pdf]'") from None
-    with _damage(f"{where}: a PDF that cannot be drawn"), _PDFIUM, pypdfium2.PdfDocument(data) as document:
-        for number in _page_numbers(len(document), page, where):
-            width, height = document[number].get_size()  # in 1/72 inch
-            _check_size(width, height, f"{where}: page {number + 1}", PictureOptions(max_ratio=options.max_ratio))
-            scale = min(options.dpi / 72, math.sqrt(MAX_PIXELS / (width * height)))
-            yield document[number].render(scale=scale).to_pil().convert("RGB")
+    with _damage(f"{where}: a PDF that cannot be drawn"):
+        with _PDFIUM:
+            document = pypdfium2.PdfDocument(data)
+        try:
+            with _PDFIUM:
+                pages = len(document)
+            for number in _page_numbers(pages, page, where):
+                with _PDFIUM:
+                    width, height = document[number].get_size()  # in 1/72 inch
+                    limits = PictureOptions(max_ratio=options.max_ratio)
+                    _check_size(width, height, f"{where}: page {number + 1}", limits)
+                    scale = min(options.dpi / 72, math.sqrt(MAX_PIXELS / (width * height)))
+                    image = document[number].render(scale=scale).to_pil().convert("RGB")
+                yield image  # without the lock: whoever encodes the page may fail and never come back
+        finally:
+            with _PDFIUM:
+                document.close()
 
 
 def _rgb(image: Image.Image, where: str, options: PictureOptions = _STORED) -> Image.Image:
