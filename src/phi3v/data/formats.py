@@ -158,9 +158,9 @@ def _value(source: str, role: str, known: list[str], where: str) -> Value:
     return Value(source, pieces)
 
 
-def _values(inputs: Inputs, rows: Rows, roles: Iterable[str], needed: Iterable[str], **given: Value) -> tuple[
-    dict[str, list[Value]], Rows
-]:  # fmt: skip
+def _values(
+    inputs: Inputs, rows: Rows, roles: Iterable[str], needed: Iterable[str], **given: Value
+) -> tuple[dict[str, list[Value]], Rows]:
     """(what each role holds, all rows): by the option `columns`, or by the columns' own names. Raises DataError.
 
     given: what a needed role holds if there is no such column.

@@ -273,9 +273,15 @@ class _Counting:
         return self.method == "full" or (self.adapters and self.vision_adapters)
 
     def linear(
-        self, inputs: int, outputs: int, rows: float, rank: int,
-        input_gradient: bool = True, recompute: float = 0.0, stops_here: bool = False,
-    ) -> Flops:  # fmt: skip
+        self,
+        inputs: int,
+        outputs: int,
+        rows: float,
+        rank: int,
+        input_gradient: bool = True,
+        recompute: float = 0.0,
+        stops_here: bool = False,
+    ) -> Flops:
         """A linear layer over `rows` rows. rank: of the adapter beside it, which runs before it; 0: none.
 
         recompute: share of the layers that run again in the backward pass. stops_here: the last product of its layer,
