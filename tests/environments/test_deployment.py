@@ -12,7 +12,7 @@ import small_run
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 GROUPS = {
-    "data": {"download_data", "download_model", "convert", "digits", "demo_sources"},
+    "data": {"download_data", "download_model", "convert", "digits", "demo_sources", "score"},
     "report": {"run_settings", "report", "plan_run"},
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ class Demo(Strict):
     sizes: dict[str, int]
     """Rows of each source file."""
     datasets: list[str] = []
-    """Datasets files with `texts` and `mixture`; a run need not name them again."""
+    """Datasets files with `texts` and `mixture`, beside this file; a run need not name them again."""
     texts: list[str] = Field(min_length=1)
     """Datasets whose training texts the tokenizer learns."""
     geometry: dict[str, int]
@@ -305,7 +306,8 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
     settings = validate(Run, config if isinstance(config, dict) else read_yaml(config), where)
     demo = validate(Demo, read_yaml(root / settings.demo), settings.demo) if settings.demo else None
     if demo:
-        datasets = list(dict.fromkeys([*settings.files.datasets, *demo.datasets]))
+        beside = [os.path.normpath(Path(settings.demo).parent / name) for name in demo.datasets]
+        datasets = list(dict.fromkeys([*settings.files.datasets, *beside]))
         files = settings.files.model_copy(update={"datasets": datasets})
         settings = settings.model_copy(update={"files": files})
     run = ResolvedRun(
