@@ -305,7 +305,7 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
     where = "configuration" if isinstance(config, dict) else str(config)
     settings = validate(Run, config if isinstance(config, dict) else read_yaml(config), where)
     demo = validate(Demo, read_yaml(root / settings.demo), settings.demo) if settings.demo else None
-    if demo:
+    if settings.demo and demo:
         beside = [os.path.normpath(Path(settings.demo).parent / name) for name in demo.datasets]
         datasets = list(dict.fromkeys([*settings.files.datasets, *beside]))
         files = settings.files.model_copy(update={"datasets": datasets})
