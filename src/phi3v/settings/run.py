@@ -307,7 +307,8 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
     demo = validate(Demo, read_yaml(root / settings.demo), settings.demo) if settings.demo else None
     if settings.demo and demo:
         beside = [os.path.normpath(Path(settings.demo).parent / name) for name in demo.datasets]
-        datasets = list(dict.fromkeys([*settings.files.datasets, *beside]))
+        named = {(root / name).resolve() for name in settings.files.datasets}
+        datasets = [*settings.files.datasets, *(name for name in beside if (root / name).resolve() not in named)]
         files = settings.files.model_copy(update={"datasets": datasets})
         settings = settings.model_copy(update={"files": files})
     run = ResolvedRun(
