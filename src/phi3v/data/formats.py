@@ -24,13 +24,12 @@ from pathlib import Path
 from phi3v.data import recipe
 from phi3v.data.conversations import DataError, parse_record, record_problem, shown
 from phi3v.data.pictures import sample_frames
-from phi3v.data.recipe import classes_prompt
+from phi3v.data.recipe import Samples, classes_prompt
 from phi3v.data.rows import (
     SPLIT_NAMES,
     TABLES,
     Inputs,
     Picture,
-    Rejection,
     Row,
     Rows,
     Sample,
@@ -43,8 +42,6 @@ from phi3v.data.rows import (
     some_text,
 )
 from phi3v.settings import Options
-
-Samples = Iterator[Sample | Rejection]
 
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "system": "system",

@@ -33,6 +33,7 @@ from phi3v.data.rows import (
 )
 
 Samples = Iterator[Sample | Rejection]
+"""What a format yields: its rows in order, those that cannot be taken included."""
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".webm")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
