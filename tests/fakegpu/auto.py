@@ -17,6 +17,8 @@ from unittest import mock
 
 from .measure import FullSizeJob, in_child, run_module, settings_of
 
+CONSTANTS = 3 * 512
+"""Bytes that the first pass makes and the model keeps: rotary frequencies, mean and deviation of pixels, a block each."""
 BATCH = 64
 """Examples of an optimizer step: micro-batches are its divisors."""
 
@@ -47,11 +49,12 @@ class Chosen:
     """Bytes that the search may use."""
     live_before: int
     live_after: int
-    """Allocated bytes after the search."""
+    """Allocated bytes after the search, without the adapters' copies in the compute type, which training keeps too."""
 
 
 def search(job: Search, folder: Path) -> Chosen:
     """Build the job in this process, which must have loaded the guard; `folder` is fullsize.write_folders'."""
+    from phi3v.model.lora import _Prepared
     from phi3v.training import micro_batch
     from phi3v.training.job import build
 
@@ -70,6 +73,10 @@ def search(job: Search, folder: Path) -> Chosen:
         try:
             return choose(*args, **more)
         finally:
+            for kept in gc.get_objects():
+                if type(kept) is _Prepared:
+                    vars(kept).clear()
+                    kept.__init__()
             gc.collect()
             live.append(gpu.memory.live)
 
