@@ -300,7 +300,7 @@ def test_a_final_refusal_is_not_tried_again(tmp_path: Path, hub: HubServer, stat
 
 def test_room_is_checked_before_the_first_byte(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: room.shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(SourceError, match="GB free"):
+    with pytest.raises(SourceError, match="MB free"):
         fetch([(f"{hub.address}/files/UCF.tar.gz", None)], tmp_path)
     assert hub.gets("UCF.tar.gz") == 0
 

@@ -465,7 +465,7 @@ def _check_free_space(needed: list[tuple[Path, int]]) -> None:
     for device, size in sizes.items():
         if size > (free := shutil.disk_usage(folders[device]).free):
             raise SourceError(
-                f"{folders[device]}: {size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free; expected room for all "
+                f"{folders[device]}: {size / 1e6:,.0f} MB to fetch, {free / 1e6:,.0f} MB free; expected room for all "
                 "before the first byte is fetched"
             )
 
