@@ -12,7 +12,7 @@ import yaml
 
 from phi3v.cluster import check
 from phi3v.cluster.check import GPU_PROBE, Request, probe, problems
-from phi3v.cluster.facts import Facts, PartitionFacts, devices_of, gpus, minutes, site_text
+from phi3v.cluster.facts import Facts, PartitionFacts, devices_of, gpus, look, minutes, site_text
 from phi3v.cluster.site import Partition, Site
 from phi3v.cluster.status import COMMENT, progress
 from phi3v.settings import Hardware, SettingsError, load_run, read_entries, validate
@@ -45,6 +45,45 @@ def test_times_as_slurm_writes_them(text, expected):
 )
 def test_gpus_of_a_gres_string(gres, expected):
     assert gpus(gres) == expected
+
+
+ANSWERS = {
+    "scontrol": """case "$*" in
+*config*) printf 'AccountingStorageEnforce = associations,limits,qos\\nMinJobAge = 300 sec\\n' ;;
+*partition*) echo PartitionName=gpu AllowAccounts=ALL Default=YES MaxTime=1-00:00:00 State=UP QoS=N/A GraceTime=0 ;;
+esac""",
+    "sinfo": "echo 'gpu|4|64|500000|gpu:a100:8|80gb,nvlink'",
+    "sacctmgr": "",
+}
+
+
+@pytest.fixture
+def clients(tmp_path, monkeypatch):
+    """clients(sacctmgr="echo x", …): SLURM's commands as shell text; those not given answer as ANSWERS."""
+
+    def write(**texts: str) -> None:
+        for name, text in {**ANSWERS, **texts}.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    return write
+
+
+@pytest.mark.parametrize("closed", ["", "echo 'sacctmgr: error: Access/permission denied' >&2; exit 1"])
+def test_accounting_that_users_may_not_read_forbids_nothing(clients, closed):
+    clients(sacctmgr=closed)
+    facts = look()
+    assert (facts.accounts, facts.qos, facts.default_account) == (None, None, "")
+    assert problems(Site(account="vision", qos="long"), facts, [request()]) == []
+
+
+def test_a_first_site_file_names_the_users_default_account(clients, root):
+    clients(sacctmgr='case "$*" in *assoc*) printf "alpha|normal\\nvision|normal,long\\n" ;; *) echo vision ;; esac')
+    facts = look()
+    assert (facts.accounts, facts.qos) == ({"alpha", "vision"}, {"normal", "long"})
+    text = site_text(facts, read_entries(["config/hardware.yaml"], Hardware, root))
+    assert "account: vision  # or alpha\n" in text
 
 
 def request(**changes) -> Request:

@@ -26,6 +26,8 @@ def test_a_first_site_file_is_one_that_the_check_accepts(runs, look):
     code, output = look("site")
     assert code == 0, output
     written = yaml.safe_load((runs.folder / "config/site.yaml").read_text())
+    # The user's default, not the first by alphabet (research).
+    assert written["account"] == "root"
     assert written["partitions"]["cpu"]["partition"] == "cpu"
     assert written["partitions"]["a100-80gb"] == {
         "partition": "gpu", "gpus_per_node": 8, "gpu_type": "a100", "cpus_per_gpu": 1, "max_runtime": 1440

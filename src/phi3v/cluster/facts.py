@@ -47,11 +47,13 @@ class Facts:
 
     partitions: dict[str, PartitionFacts]
     accounts: frozenset[str] | None
-    """The user's accounts; None: the cluster keeps no accounts."""
+    """The user's accounts; None: the cluster keeps no accounts, or users may not read them."""
     qos: frozenset[str] | None
-    """Quality-of-service names that the user may request; None: the cluster keeps none."""
+    """Quality-of-service names that the user may request; None: the cluster keeps none, or users may not read them."""
     min_job_age: int
     """Seconds for which squeue still lists an ended job."""
+    default_account: str = ""
+    """What SLURM charges if a job names no account; "" if unknown."""
 
     @property
     def default(self) -> PartitionFacts | None:
@@ -104,7 +106,9 @@ def look() -> Facts:
         if entry:
             partitions[entry["PartitionName"]] = _partition(entry, shapes.get(entry["PartitionName"], []))
     accounts, qos = _rights(config.get("AccountingStorageEnforce", "none"))
-    return Facts(partitions, accounts, qos, min_job_age=int(config.get("MinJobAge", "300").split()[0]))
+    default = _accounting("user", "defaultaccount")[:1] if accounts else []
+    age = int(config.get("MinJobAge", "300").split()[0])
+    return Facts(partitions, accounts, qos, age, default_account=default[0][0] if default else "")
 
 
 def _partition(entry: dict[str, str], shapes: list[list[str]]) -> PartitionFacts:
@@ -127,14 +131,20 @@ def _partition(entry: dict[str, str], shapes: list[list[str]]) -> PartitionFacts
     )
 
 
+def _accounting(what: str, fields: str) -> list[list[str]]:
+    """This user's lines of `sacctmgr show`; none if the cluster keeps no accounts or users may not read them."""
+    command = ["sacctmgr", "-nP", "show", what, f"user={getpass.getuser()}", f"format={fields}"]
+    try:
+        return [line.split("|") for line in ask(*command).splitlines() if line.strip()]
+    except ClusterError:
+        return []
+
+
 def _rights(enforced: str) -> tuple[frozenset[str] | None, frozenset[str] | None]:
-    """(accounts, qos) of this user; None for each that the cluster does not enforce."""
-    if "associations" not in enforced:
-        return None, None
-    lines = ask("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=account,qos").splitlines()
-    rows = [line.split("|") for line in lines if line.strip()]
+    """(accounts, qos) of this user; None for each that the cluster does not enforce or does not show."""
+    rows = _accounting("assoc", "account,qos") if "associations" in enforced else []
     allowed = frozenset(name for row in rows for name in row[1].split(",") if name)
-    return frozenset(row[0] for row in rows), allowed if "qos" in enforced else None
+    return frozenset(row[0] for row in rows) or None, (allowed or None) if "qos" in enforced else None
 
 
 def devices_of(gres_type: str, hardware: dict[str, Hardware]) -> list[str]:
@@ -150,7 +160,7 @@ def site_text(facts: Facts, hardware: dict[str, Hardware]) -> str:
     """config/site.yaml for this cluster; every choice that is left to the reader is a comment."""
     lines = ["# Written by scripts/cluster.py from what this cluster reports; fields: config/README.md, a cluster."]
     if facts.accounts:
-        first, *others = sorted(facts.accounts)
+        first, *others = sorted(facts.accounts, key=lambda name: (name != facts.default_account, name))
         lines.append(f"account: {first}" + (f"  # or {', '.join(others)}" if others else ""))
     lines.append("partitions:")
     # The longest jobs first.
