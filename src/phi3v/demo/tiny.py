@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.image_processing import Phi3VImageProcessor
 from phi3v.model.modeling import Phi3VForCausalLM
-from phi3v.model.processing import CHAT_TEMPLATE, Phi3VProcessor
+from phi3v.model.processing import CHAT_TEMPLATE, Phi3VProcessor, json_file
 
 # Published order of the special tokens behind the vocabulary; True: strips white space on its right.
 SPECIAL_TOKENS = (
@@ -28,6 +28,8 @@ SPECIAL_TOKENS = (
     ("<|user|>", False),
     ("<|image|>", True),
 )
+ADDITIONAL_SPECIAL_TOKENS = ["<|system|>", "<|end|>", "<|user|>", "<|end|>"]
+"""As the published special_tokens_map.json lists them."""
 
 UNKNOWN = "<unk>"
 NORMALIZER = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -90,7 +92,7 @@ def train_tokenizer(texts: Iterable[str], max_tokens: int = 2000) -> PreTrainedT
         str(index): {flag: getattr(token, flag) for flag in flags}
         for index, token in sorted(tokenizer.get_added_tokens_decoder().items())
     }
-    fast.published_config = {
+    published = {
         "add_bos_token": True,
         "add_eos_token": False,
         "added_tokens_decoder": added,
@@ -99,6 +101,12 @@ def train_tokenizer(texts: Iterable[str], max_tokens: int = 2000) -> PreTrainedT
         "processor_class": "Phi3VProcessor",
         "tokenizer_class": "LlamaTokenizer",
         **config,
+    }
+    special = {name: value for name, value in config.items() if name.endswith("_token")}
+    fast.published_files = {
+        "tokenizer.json": fast.backend_tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": json_file(published),
+        "special_tokens_map.json": json_file({"additional_special_tokens": ADDITIONAL_SPECIAL_TOKENS, **special}),
     }
     return fast
 

@@ -43,6 +43,8 @@ _NOT_TOKENIZER_ARGUMENTS = {
     "additional_special_tokens",
     "tokenizer_file",
 }
+# Written back as they were read: the tokenizers library of another version reads and writes another tokenizer.json.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -58,8 +60,15 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     arguments = {key: value for key, value in config.items() if key not in _NOT_TOKENIZER_ARGUMENTS}
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **arguments)
-    tokenizer.published_config = config
+    tokenizer.published_files = {
+        name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()
+    }
     return tokenizer
+
+
+def json_file(content: dict[str, object]) -> bytes:
+    """The bytes of a configuration file."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 class Phi3VProcessor(ProcessorMixin):
@@ -90,22 +99,19 @@ class Phi3VProcessor(ProcessorMixin):
         return cls(image_processor, load_tokenizer(folder))
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: object) -> list[str]:
-        """Write the files of a tokenizer that `load_tokenizer` read, and the processor's; returns their paths."""
+        """Write the tokenizer's files, byte for byte, and the processor's; returns their paths."""
         if push_to_hub:
             raise ValueError("push_to_hub: not offered here; scripts/merge.py --push_to_hub uploads a whole folder.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-        special = {f"{name}_token": getattr(self.tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
         files = {
-            "tokenizer_config.json": self.tokenizer.published_config,
-            "special_tokens_map.json": special,
-            "preprocessor_config.json": self.image_processor.to_dict(),
-            "processor_config.json": self.to_dict(),
+            **self.tokenizer.published_files,
+            "preprocessor_config.json": json_file(self.image_processor.to_dict()),
+            "processor_config.json": json_file(self.to_dict()),
         }
         for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return [str(folder / name) for name in ("tokenizer.json", *files)]
+            (folder / name).write_bytes(content)
+        return [str(folder / name) for name in files]
 
     def to_dict(self) -> dict[str, object]:
         """The publisher's processor_config.json."""
