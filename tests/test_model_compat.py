@@ -3,8 +3,10 @@
 A test named `..._is_still_needed` fails once the library does without: then delete the patch, its test and its calls.
 """
 
+import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -84,6 +86,35 @@ def test_widening_float16_products_is_still_needed():
     done = subprocess.run([sys.executable, "-c", IS_EXACT], capture_output=True, text=True, check=True)
     flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     assert done.stdout.strip() == "False" or flags & NATIVE
+
+
+KERNELS = """
+import sys
+from phi3v.model.adapters import add_lora, load_quantized
+
+assert not {"bitsandbytes", "peft"} & set(sys.modules)
+load_quantized(sys.argv[1])
+print("bitsandbytes" in sys.modules)
+"""
+
+
+def test_no_kernel_of_a_hub_is_run(tmp_path):
+    """A package `kernels` that is installed is not asked for one; without one, nothing is printed about it."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*repository, **version):\n    print('asked')\n")
+    code = "import bitsandbytes"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    plain = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    assert "asked" in plain.stdout or "avx512_bf16" not in flags
+    ours = [sys.executable, "-c", KERNELS, str(tiny_folder())]
+    done = subprocess.run(ours, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
+    assert "kernels" not in done.stderr
+
+
+def test_bitsandbytes_still_looks_for_a_kernel_on_a_hub():
+    source = metadata.distribution("bitsandbytes").locate_file("bitsandbytes/backends/cpu/ops.py")
+    assert "from kernels import get_kernel" in Path(str(source)).read_text(encoding="utf-8")
 
 
 def answers(packing: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from phi3v.model.compat import keep_nf4_unpacked
+from phi3v.model.compat import import_bitsandbytes, keep_nf4_unpacked
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.processing import Phi3VProcessor
@@ -73,6 +73,7 @@ def add_lora(
     the initial factors a function of it, without touching the caller's random state. Adapters are float32 on a
     quantised or half-precision base. Plain LoRA without dropout runs in `phi3v.model.lora`'s layers, all else in PEFT's.
     """
+    import_bitsandbytes()
     from peft import LoraConfig, get_peft_model
 
     from phi3v.model import lora
@@ -112,6 +113,7 @@ def load_quantized(
 
     Raises ImportError where bitsandbytes is missing.
     """
+    import_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -213,6 +215,7 @@ def _with_adapter(
     folder: str | Path, dtype: torch.dtype, attn: str, quantised_as: torch.dtype | None = None
 ) -> PeftModel:
     """The base with the adapter beside it, not folded in; `quantised_as`: see `merge`."""
+    import_bitsandbytes()
     from peft import PeftModel
 
     base = Phi3VForCausalLM.from_pretrained(base_of(folder), dtype=dtype, attn_implementation=attn)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -80,6 +83,22 @@ def _conv2d_backward(
         wanted,
     )
     return tuple(None if part is None else part.half() for part in wide)
+
+
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, if it is installed, without running a kernel of a hub repository; call before PEFT's import.
+
+    On CPUs with AVX-512 BF16 its import calls `kernels.get_kernel("kernels-community/…")` if the package `kernels` is
+    installed, else it logs a warning in every process. No setting turns it off (bitsandbytes/backends/cpu/ops.py). A None
+    in sys.modules is Python's way to say that a module cannot be imported (Python reference, 5.3.1).
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    hidden = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "kernels"}
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    with contextlib.suppress(ImportError):
+        import bitsandbytes  # noqa: F401
+    del sys.modules["kernels"]
+    sys.modules.update(hidden)
 
 
 def keep_nf4_unpacked(model: nn.Module) -> None:

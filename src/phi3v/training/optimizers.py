@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs
 from torch import nn
 
+from phi3v.model.compat import import_bitsandbytes
 from phi3v.model.runtime import uses_zero
 from phi3v.settings import FinetuneSettings
 from phi3v.training.census import census_group
@@ -87,6 +88,7 @@ def is_fused(settings: FinetuneSettings, kind: str) -> bool:
 
 def _eight_bit(groups: list[dict[str, Any]], rates: dict[str, Any], paged: bool) -> torch.optim.Optimizer:
     """bitsandbytes' AdamW with 8-bit states; a CPU has no paged memory and needs none."""
+    import_bitsandbytes()
     import bitsandbytes
 
     if not paged:
