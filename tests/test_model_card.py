@@ -46,6 +46,8 @@ def test_merge_script_writes_weights_processor_and_card(merge_main, run_folder, 
     assert card.startswith("---\nlicense: mit\n")
     assert f"base_model: {tiny_folder().name}" in card
     assert "| lora_rank | 4 |" in card
+    crops = json.loads((tmp_path / "mine" / "preprocessor_config.json").read_text())["num_crops"]
+    assert f"at most {crops} tiles" in card
     assert "| model_name_or_path | base |" in card
     assert "| note | a\\|b |" in card
     assert "| x |" not in card
@@ -71,4 +73,4 @@ def test_merge_script_refuses_in_one_line(merge_main, run_folder, tmp_path, caps
 
 def test_a_card_without_manifest_says_so(tmp_path):
     assert parent_file(tmp_path, ["manifest.json"]) is None
-    assert "how they came about is not recorded" in model_card("m", "base", None, None)
+    assert "how they came about is not recorded" in model_card("m", "base", None, None, num_crops=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,27 @@ def test_a_merged_model_beside_the_adapter(folders, tmp_path, capfd):
     assert (out / "merged" / "README.md").is_file()
 
 
+@pytest.mark.parametrize("how", [{}, {"use_lora": True, "merge": True}, {"use_qlora": True}])
+def test_what_is_saved_beside_the_weights(folders, tmp_path, how):
+    """Files of the base that training does not change, its number of crops, and readable by whom the umask lets read."""
+    before = os.umask(0o027)
+    try:
+        out = train(folders, tmp_path, fp32=True, batch_size_per_gpu=8, num_crops=6, recompute_every=1, **how)
+    finally:
+        os.umask(before)
+    for folder in [out / "final", *out.glob("merged")]:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "processor_config.json"):
+            assert (folder / name).read_bytes() == (folders[0] / name).read_bytes(), name
+        source = read(folders[0] / "preprocessor_config.json")
+        assert source["num_crops"] == 2
+        assert read(folder / "preprocessor_config.json") == source | {"num_crops": 6}
+        if not (folder / "adapter_config.json").is_file():
+            for name in ("config.json", "generation_config.json"):
+                assert read(folder / name) == read(folders[0] / name), name
+    modes = {path: path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {0o640}, modes
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_checkpoint_of_a_running_job_answers_like_its_export(folders, tmp_path, monkeypatch, lora):
     import shutil
@@ -247,7 +269,7 @@ def test_a_checkpoint_of_a_running_job_answers_like_its_export(folders, tmp_path
     assert found.keys() == exported.keys() and all(torch.equal(found[name], exported[name]) for name in found)
     base = dict(load_for_inference(folders[0], torch.float32).named_parameters())
     assert any(not torch.equal(found[name], base[name]) for name in found)
-    assert loaded.processor.image_processor.num_crops == loaded.num_crops
+    assert loaded.processor.image_processor.num_crops == loaded.num_crops == 16  # the data's, not the base's
     (tmp_path / "settings.json").unlink()
     with pytest.raises(DataError, match=r"checkpoint-2: no .*settings.json beside it; expected"):
         Predictor.load(checkpoint, Compute(fp32=True), torch.device("cpu"), 4)

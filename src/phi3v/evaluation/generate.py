@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from phi3v.data.conversations import DataError
 from phi3v.data.fetch import LOCK, fetch, locked_files
 from phi3v.evaluation.questions import Answer
-from phi3v.model.adapters import base_of, is_adapter, load_for_inference
+from phi3v.model.adapters import load_for_inference, processor_folder
 from phi3v.model.compat import widen_float16_products
 from phi3v.model.processing import Phi3VProcessor
 from phi3v.model.runtime import TORCH_DTYPE, attention_implementation
@@ -135,8 +135,8 @@ class _Watch:
         return scores
 
 
-def _of_training_job(folder: Path, settings: Compute, device: torch.device) -> tuple[PreTrainedModel, Path]:
-    """The model of TRAIN/checkpoints/checkpoint-N, adapters folded into their unquantised base, and that base's folder."""
+def _of_training_job(folder: Path, settings: Compute, device: torch.device) -> tuple[PreTrainedModel, Phi3VProcessor]:
+    """The model of TRAIN/checkpoints/checkpoint-N, adapters folded into their unquantised base, and its processor."""
     from phi3v.training.job import load_model
 
     file = folder.resolve().parents[1] / "settings.json"
@@ -156,8 +156,8 @@ def _of_training_job(folder: Path, settings: Compute, device: torch.device) -> t
             parameters[name].copy_(weight)
     if job.use_lora:
         model = model.merge_and_unload()
-    model.config.use_cache = True
-    return model.to(device=device, dtype=TORCH_DTYPE[settings.dtype]).eval(), Path(job.model_name_or_path)
+    processor = Phi3VProcessor.from_pretrained(job.model_name_or_path, num_crops=job.num_crops)
+    return model.to(device=device, dtype=TORCH_DTYPE[settings.dtype]).eval(), processor
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,10 @@ class Predictor:
         widen_float16_products(device, TORCH_DTYPE[settings.dtype])
         attention = attention_implementation(settings, device)
         if (folder / TRAINING).is_file():
-            model, base = _of_training_job(folder, settings, device)
+            model, processor = _of_training_job(folder, settings, device)
         else:
             model = load_for_inference(folder, TORCH_DTYPE[settings.dtype], attention, device)
-            base = base_of(folder) if is_adapter(folder) else folder
-        processor = Phi3VProcessor.from_pretrained(base)
+            processor = Phi3VProcessor.from_pretrained(processor_folder(folder))
         return cls(model, processor, num_crops or processor.image_processor.num_crops, max_new_tokens)
 
     @property

@@ -21,7 +21,7 @@ from phi3v.model.compat import import_bitsandbytes, keep_nf4_unpacked
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.processing import Phi3VProcessor
-from phi3v.provenance.manifest import Manifest, read_json
+from phi3v.provenance.manifest import Manifest, honour_umask, read_json
 from phi3v.settings import FinetuneSettings, Role, fields_with
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     PEFT would add the embedding and the head of the base (hundreds of megabytes) because lm_head has an adapter.
     """
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    honour_umask(Path(folder))
     base = Path(model.peft_config["default"].base_model_name_or_path or "")
     if (base / "config.json").is_file():
         mark = {"base": str(base), "weights": weights_mark(base)}
@@ -178,6 +179,13 @@ def base_of(adapter: str | Path) -> Path:
         f"{file}: base_model_name_or_path is {named!r}; expected an existing checkpoint folder (absolute, or relative "
         "to the working or the adapter's folder). Move the base back or correct the file."
     )
+
+
+def processor_folder(folder: str | Path) -> Path:
+    """Where a model's tokenizer and image processor are: its folder, or the base of an adapter that was saved without."""
+    if (Path(folder) / "tokenizer.json").is_file() or not is_adapter(folder):
+        return Path(folder)
+    return base_of(folder)
 
 
 def _check_base(adapter: Path, base: Path) -> None:
@@ -261,9 +269,8 @@ def merge(
     out = Path(out_folder)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: not empty; expected a new folder for the merged checkpoint.")
-    base = base_of(adapter_folder)
-    source = next((f for f in (Path(adapter_folder), base) if (f / "tokenizer.json").is_file()), None)
-    if source is None:
+    base, source = base_of(adapter_folder), processor_folder(adapter_folder)
+    if not (source / "tokenizer.json").is_file():
         raise ValueError(f"{base}: no tokenizer.json there nor in {adapter_folder}; expected processor files in one.")
     target = dtype or Phi3VConfig.from_pretrained(base).dtype or torch.bfloat16
     adapted = _with_adapter(adapter_folder, torch.float32, "sdpa", quantised_as).eval()
@@ -322,7 +329,9 @@ def _compare(before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -> d
 # Card -----------------------------------------------------------------------------------------------------------------
 
 
-def model_card(name: str, base: str, manifest: Manifest | None, merge_report: dict[str, float] | None) -> str:
+def model_card(
+    name: str, base: str, manifest: Manifest | None, merge_report: dict[str, float] | None, num_crops: int
+) -> str:
     """The card (card.md) as Markdown with its YAML head; without a manifest it states that the training is not recorded.
 
     Folders are named by their last part, and user and host stay out: a card is published.
@@ -332,7 +341,9 @@ def model_card(name: str, base: str, manifest: Manifest | None, merge_report: di
     settings = {key: _cell(key, found[key]) for key in order if found.get(key) is not None}
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)  # noqa: S701 - Markdown, not HTML
     template = environment.from_string(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
-    return template.render(name=name, base=base, manifest=manifest, settings=settings, merge=merge_report)
+    return template.render(
+        name=name, base=base, manifest=manifest, settings=settings, merge=merge_report, num_crops=num_crops
+    )
 
 
 def _cell(key: str, value: object) -> str:
@@ -348,5 +359,7 @@ def write_card(
     """Write FOLDER/README.md; raises ValueError for a manifest that is no JSON object."""
     content = None if manifest is None else cast(Manifest, read_json(manifest))
     path = Path(folder) / "README.md"
-    path.write_text(model_card(Path(folder).resolve().name, Path(base).name, content, merge_report), encoding="utf-8")
+    crops = int(read_json(path.with_name("preprocessor_config.json"))["num_crops"])
+    card = model_card(Path(folder).resolve().name, Path(base).name, content, merge_report, crops)
+    path.write_text(card, encoding="utf-8")
     return path

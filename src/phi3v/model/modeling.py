@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from phi3v.model.configuration import Phi3VConfig, token_ids
 from phi3v.model.fused import GatedMLP, RMSNorm
 from phi3v.model.layout import BatchLayout, lay_out
 from phi3v.model.vision import ImageEmbedding
+from phi3v.provenance.manifest import honour_umask
 
 EMBEDDING = "model.embed_tokens.weight"
 # The published modules hold the text embedding under a second name as well; files keep one of the two.
@@ -185,6 +187,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         """Write a checkpoint in the published layout, with the text embedding under the decoder's name."""
         # True, the default, would give the embedding the name back that it was loaded under.
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+        honour_umask(Path(save_directory))
 
     def _stop_at_every_end_token(self) -> None:
         """Let `generate` stop at each of the config's end tokens; published files name one of three."""

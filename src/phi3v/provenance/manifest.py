@@ -16,7 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
+import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -160,17 +160,23 @@ def digest_weights(folder: Path) -> str:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file or none: temporary name in the same folder, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def honour_umask(folder: Path) -> None:
+    """Give the safetensors files of a folder the permissions of any new file; their library makes them private (0600)."""
+    os.umask(mask := os.umask(0o077))
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, value: object, indent: int = 1) -> None:

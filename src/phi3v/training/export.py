@@ -16,6 +16,7 @@ from typing import Any
 from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.model.adapters import merge, save_adapter
 from phi3v.model.runtime import TORCH_DTYPE
+from phi3v.provenance.manifest import read_json
 from phi3v.training.checkpoints import CheckpointError, force_to_disk
 from phi3v.training.compat import prepare_deepspeed
 from phi3v.training.loop import Loop
@@ -31,7 +32,7 @@ def export_final(loop: Loop, folder: Path) -> None:
                 save_adapter(model, temporary)
             else:
                 model.save_pretrained(temporary, state_dict=state)
-            Phi3VProcessor.from_pretrained(loop.settings.model_name_or_path).save_pretrained(temporary)
+            loop.training.examples.dataset.processor.save_pretrained(temporary)
     loop.accelerator.wait_for_everyone()
 
 
@@ -64,7 +65,8 @@ def written_aside(folder: Path) -> Iterator[Path]:
 def export_zero_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str = "bf16") -> Path:
     """A ZeRO checkpoint as plain safetensors in the official layout, from its float32 master weights; needs no GPU.
 
-    checkpoint: a checkpoint-N folder. base: the folder that training started from (configuration, processor).
+    checkpoint: a checkpoint-N folder. base: the folder that training started from (configuration, processor). The
+    `num_crops` of the training's settings.json is saved with it.
     Raises ValueError if a rank's shard or a weight is missing, or OUT holds files already.
     """
     if out.exists() and any(out.iterdir()):
@@ -87,5 +89,7 @@ def export_zero_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str =
             f"expected those of {base}"
         )
     model.to(TORCH_DTYPE[dtype]).save_pretrained(out)
-    Phi3VProcessor.from_pretrained(base).save_pretrained(out)
+    settings = checkpoint.resolve().parents[1] / "settings.json"
+    num_crops = read_json(settings)["num_crops"] if settings.is_file() else None
+    Phi3VProcessor.from_pretrained(base, num_crops=num_crops).save_pretrained(out)
     return out

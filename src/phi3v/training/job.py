@@ -73,7 +73,6 @@ def load_model(settings: FinetuneSettings, device: torch.device) -> Any:
         model = Phi3VForCausalLM.from_pretrained(
             settings.model_name_or_path, dtype=dtype, attn_implementation=attention
         )
-    model.config.use_cache = False
     if settings.recompute is not None:
         micro_batch.recompute_layers(model, interval_of(settings.recompute))
     if settings.method in ("lora", "qlora"):
@@ -184,6 +183,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Lo
     processor = Phi3VProcessor.from_pretrained(settings.model_name_or_path)
     pad, cuda = processor.tokenizer.pad_token_id, device.type == "cuda"
     examples = training_examples(settings, processor)
+    settings = settings.model_copy(update={"num_crops": examples.dataset.num_crops})
     validation = None
     total, warmup = steps_of(settings, len(examples))
     if warmup < settings.warmup_steps:
