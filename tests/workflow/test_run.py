@@ -62,7 +62,8 @@ def test_a_failed_job_leaves_the_others_running_and_a_report_of_them(copy):
     assert "nowhere.parquet" in output
     # The command itself failed, though its output went through a pipe.
     assert "MissingOutputException" not in output
-    page = (results / "report/index.html").read_text()
+    page = (results / "report-partial/index.html").read_text()
+    assert "Partial report: 3 of 4 rows are done" in page
     assert BROKEN in page
     # The plan was made before anything else, and stands in the report beside what happened.
     planned_rows = {row["row"]: row for row in json.loads((results / "plan/plan.json").read_text())["rows"]}

@@ -1,3 +1,6 @@
+import shutil
+
+
 rule data_statistics:
     """Tokens, tiles and answer lengths of a dataset's examples, as its rows' models count them; for the report."""
     input:
@@ -86,8 +89,13 @@ rule report:
         " 2>&1 | tee {log}"
 
 
+# Not in the report's folder: as a target that is newer than everything, it would keep the next run from continuing.
+PARTIAL_REPORT = f"{RESULTS}/report-partial"
+
+
 onsuccess:
     if Path(rules.report.output.page).is_file():
+        shutil.rmtree(PARTIAL_REPORT, ignore_errors=True)
         print(f"Report: {rules.report.output.page}")
 
 
@@ -98,6 +106,6 @@ onerror:
             f"Some jobs failed; what finished stays in {RESULTS}. A report of it, with the reason for each missing row:"
         )
         shell(
-            f"python {SCRIPTS}/report.py --config {RESULTS}/config.json --results {RESULTS} --output_dir {RESULTS}/report"
-            f" || echo 'the report could not be built'"
+            f"python {SCRIPTS}/report.py --config {RESULTS}/config.json --results {RESULTS} --output_dir {PARTIAL_REPORT}"
+            f" --partial && echo 'Partial report: {PARTIAL_REPORT}/index.html' || echo 'the report could not be built'"
         )

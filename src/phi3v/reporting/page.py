@@ -59,7 +59,7 @@ def build_report(settings: ReportSettings) -> Tables:
     write_atomically(folder / "speed.tsv", columns.as_tsv(speed, columns.SPEED_COLUMNS))
     write_json(folder / "report.json", {**about, "accuracy": accuracy, "speed": speed})
     write_atomically(folder / "tables.md", as_markdown(tables))
-    write_atomically(folder / "index.html", Page(tables, results, code).render())
+    write_atomically(folder / "index.html", Page(tables, results, code, settings.partial).render())
     parents = {name: str(work.folder) for name, work in finished(tables, results).items()}
     write_manifest(
         folder,
@@ -117,10 +117,13 @@ class Thumbnails:
 
 
 class Page:
-    """index.html. results: results/NAME; pictures are looked for in results/data beside it. code: of this report."""
+    """index.html. results: results/NAME; pictures are looked for in results/data beside it. code: of this report.
 
-    def __init__(self, tables: Tables, results: Path, code: Commit) -> None:
-        self.tables, self.results, self.code = tables, results, code
+    partial: the run ended before all rows were done.
+    """
+
+    def __init__(self, tables: Tables, results: Path, code: Commit, partial: bool = False) -> None:
+        self.tables, self.results, self.code, self.partial = tables, results, code, partial
         self.thumbnails = Thumbnails()
         self.plots: dict[str, Figure] = {}
 
@@ -153,6 +156,7 @@ class Page:
             settings=tables.run.settings,
             tables=tables,
             code=self.code,
+            partial=self.partial,
             made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             style=_asset("style.css"),
             scripts=scripts,

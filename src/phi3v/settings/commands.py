@@ -455,6 +455,8 @@ class ReportSettings(Command):
     """The run's results; left out: results/NAME."""
     output_dir: str | None = None
     """Where the report goes; left out: RESULTS/report."""
+    partial: bool = False
+    """The run ended before all of its rows were done: the page says so."""
 
 
 def row_values(row: Training) -> dict[str, Any]:

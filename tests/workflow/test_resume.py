@@ -1,0 +1,57 @@
+"""The same command again always goes on: after a failed row, after Ctrl-C, and where outputs are gone."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import stand_in
+
+TRAIN = "results/stand/train"
+
+
+@pytest.fixture
+def copy(root, tmp_path):
+    return stand_in.make(root, tmp_path)
+
+
+def steps(folder, row):
+    """Step numbers of a row's finished training; a resumed one counts from 1 again."""
+    return json.loads((folder / TRAIN / row / "final/weights.json").read_text())
+
+
+def test_a_failed_row_is_reported_and_the_same_command_goes_on(copy):
+    (copy / "fail-one").touch()
+    code, output = stand_in.snakemake(copy)
+    assert code != 0
+    assert "one: fails as it was told to" in output
+    assert (copy / "results/stand/evaluate/two/manifest.json").is_file(), output
+    partial = copy / "results/stand/report-partial/index.html"
+    assert "Partial report: 0 of 2 rows are done" in partial.read_text()
+    assert not (copy / "results/stand/report").exists()
+
+    (copy / "fail-one").unlink()
+    code, output = stand_in.snakemake(copy)
+    assert code == 0, output
+    assert steps(copy, "one") == [1, 2, *range(1, 9)]
+    assert steps(copy, "two") == [*range(1, 11)]
+    assert (copy / "results/stand/report/index.html").is_file()
+    assert not partial.exists()
+    code, output = stand_in.snakemake(copy)
+    assert code == 0 and "Nothing to be done" in output
+
+
+def test_after_ctrl_c_the_same_command_goes_on(copy):
+    process = stand_in.start(copy)
+    checkpoint = copy / TRAIN / "one/checkpoints/steps.json"
+    while not checkpoint.is_file() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0, output
+    assert not (copy / TRAIN / "one/manifest.json").exists()
+    code, output = stand_in.snakemake(copy)
+    assert code == 0, output
+    assert steps(copy, "one").count(1) == 2
+    assert (copy / "results/stand/report/index.html").is_file()
