@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -284,8 +285,8 @@ def test_the_executors_comment_names_rule_and_row():
 def prologue(site: Site, then: str, **environment: str) -> tuple[int, str]:
     """(exit code, output) of a job's shell that goes on with `then`; `module` knows cuda alone."""
     text = f"""set -euo pipefail
-module() {{ [ "$2" = cuda/12.4 ] && echo loaded "$@" "$UNSET"; }}
-{site.prologue("scripts")} {then}"""
+module() {{ case "$*" in "load cuda/12.4"|"use "*) echo module "$@" "$UNSET"; export SET_BY=module ;; *) false ;; esac; }}
+{site.prologue("/repo/scripts")} {then}"""
     done = subprocess.run(
         ["bash", "-c", text], capture_output=True, text=True, env={"PATH": "/bin:/usr/bin", **environment}, check=False
     )
@@ -293,16 +294,39 @@ module() {{ [ "$2" = cuda/12.4 ] && echo loaded "$@" "$UNSET"; }}
 
 
 def test_what_is_set_up_in_front_of_a_jobs_command():
-    site = Site(modules=["cuda/12.4"], cache="/scratch/$USER/phi3v", scratch="/local", offline=True)
-    code, output = prologue(site, 'echo "$HF_HOME $TRITON_CACHE_DIR $PHI3V_SCRATCH $HF_HUB_OFFLINE"', USER="ada")
+    site = Site(setup=["module use '/my modules'"], modules=["cuda/12.4"], env={"SET_BY": "the site's file"})
+    code, output = prologue(site, 'echo "$SET_BY $PATH"')
     assert code == 0
     assert output.splitlines() == [
-        "loaded load cuda/12.4 ", "/scratch/ada/phi3v/huggingface /scratch/ada/phi3v/triton /local 1"
+        "module use /my modules ", "module load cuda/12.4 ", "the site's file /repo/scripts/slurm:/bin:/usr/bin"
     ]  # fmt: skip
     assert prologue(Site(modules=["cuda/13"]), "echo went on") == (1, "")
+    # The command of a rule in a container: modules are the node's.
+    assert prologue(Site(modules=["cuda/13"]), "echo went on", APPTAINER_CONTAINER="x.sif") == (0, "went on\n")
+
+
+def test_caches_are_everywhere_and_the_rest_is_in_jobs(monkeypatch):
+    for name in ("HF_HOME", "HF_TOKEN_PATH", "XDG_CACHE_HOME", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("USER", "ada")
+    site = Site(
+        cache="/scratch/$USER/phi3v", scratch="${TMPDIR}/phi3v", offline=True, env={"NCCL_SOCKET_IFNAME": "hsn"}
+    )
+    login, job = site.environment(in_job=False), site.environment(in_job=True)
+    assert login["HF_HOME"] == "/scratch/ada/phi3v/huggingface"
+    assert login["APPTAINER_CACHEDIR"] == "/scratch/ada/phi3v/apptainer"
+    # Logged in before the cache moved.
+    assert login["HF_TOKEN_PATH"] == str(Path.home() / ".cache/huggingface/token")
+    assert {name: job[name] for name in job.keys() - login.keys()} == {
+        "PHI3V_SCRATCH": "/tmp/phi3v", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+        "WANDB_MODE": "offline", "NCCL_SOCKET_IFNAME": "hsn",
+    }  # fmt: skip
     # A job without USER in its environment.
+    monkeypatch.delenv("USER")
     who = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-    assert prologue(Site(scratch="/local/$USER"), 'echo "$PHI3V_SCRATCH"') == (0, f"/local/{who}\n")
+    assert Site(scratch="/local/$USER").environment(in_job=True) == {"PHI3V_SCRATCH": f"/local/{who}"}
+    with pytest.raises(SettingsError, match=r"field `cache`: got '/s/\$NOWHERE': expected variables .* NOWHERE is not"):
+        Site(cache="/s/$NOWHERE").environment(in_job=False)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +342,9 @@ def test_nothing_of_a_site_file_starts_a_command_of_its_own(field, value):
     validate(Site, {"modules": ["gcc/12.2.0+mpi"], "cache": "/scratch/${USER}/x", "scratch": "$TMPDIR"}, "site.yaml")
 
 
-def test_torchrun_in_a_job_is_the_launcher_with_the_same_options(tmp_path):
+def test_torchrun_in_a_job_is_the_launcher_with_the_same_options(root, tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/torchrun").symlink_to(root / "scripts/slurm/torchrun")
     launcher = tmp_path / "torchrun_nodes.sh"
     launcher.write_text('#!/bin/bash\necho "$@"\n')
     launcher.chmod(0o755)

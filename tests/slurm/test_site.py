@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import yaml
-from cluster_run import SITE
+from cluster_run import SITE, environment_of
 
 GPU_POOL = [{"device": "a100-80gb", "per_node": 2, "nodes": 2, "stand_in": True}]
 
@@ -40,6 +42,43 @@ def test_a_first_site_file_is_one_that_the_check_accepts(runs, look):
     code, output = look("site")
     assert code == 1
     assert "exists and was left as it is" in output
+
+
+SHOW = """
+include: "Snakefile"
+
+localrules: show_here
+
+rule show_here:
+    output: "{run}.here"
+    shell: "env >{output}; type -P torchrun >>{output}"
+
+rule show_job:
+    output: "{run}.job"
+    shell: "env >{output}; type -P torchrun >>{output}"
+"""
+
+
+def test_snakemake_inside_a_job_keeps_the_network_and_moves_the_caches(runs, look):
+    """As the page recommends where login nodes end long processes: what is for jobs is for those that it submits."""
+    config = runs.configure("inside", ["phi35-docvqa-lora-bf16"])
+    (runs.folder / "Show").write_text(SHOW)
+    runs.site({**SITE, "offline": True, "cache": f"{runs.folder}/cache", "env": {"NCCL_SOCKET_IFNAME": "hsn"}})
+    command = [
+        "srun", "--mem=1000", "--chdir", str(runs.folder), sys.executable, "-m", "snakemake", "-s", "Show", "--profile", "slurm",
+        "--slurm-init-seconds-before-status-checks", "2", "--configfile", config, "--until", "show_here", "show_job", "--",
+        "seen.here", "seen.job",
+    ]  # fmt: skip
+    # The tests themselves are offline.
+    environment = {name: value for name, value in environment_of(runs.folder).items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    here, job = ((runs.folder / f"seen.{name}").read_text().splitlines() for name in ("here", "job"))
+    for seen in (here, job):
+        assert f"HF_HOME={runs.folder}/cache/huggingface" in seen
+    of_jobs = {"HF_HUB_OFFLINE=1", "NCCL_SOCKET_IFNAME=hsn", f"{runs.folder}/scripts/slurm/torchrun"}
+    assert of_jobs & {*here} == set()
+    assert of_jobs - {*job} == set()
 
 
 def site(**changes: Any) -> dict[str, Any]:

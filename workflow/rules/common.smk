@@ -35,12 +35,14 @@ ON_SLURM = "slurm_account" in (workflow.resource_settings.default_resources or {
 try:
     RUN = runnable(settings.load_run(dict(config)))
     SITE = load_site() if ON_SLURM else Site()
+    # Here and not in a rule's shell: Snakemake itself fills caches, and reads what Apptainer is told.
+    os.environ.update(SITE.environment(workflow.remote_exec))
 except settings.SettingsError as error:
     raise WorkflowError(f"wrong settings, nothing was started\n{error}")
 
 # The scripts import phi3v from this checkout, whichever environment they run in. It is part of each command, since
 # Snakemake takes PYTHONPATH from the environment where it activates conda.
-prologue = SITE.prologue(SCRIPTS) if ON_SLURM and "SLURM_JOB_ID" in os.environ else ""
+prologue = SITE.prologue(f"{ROOT}/scripts") if ON_SLURM and workflow.remote_exec else ""
 # Setting a shell prefix replaces Snakemake's `set -euo pipefail`, so repeat it.
 shell.prefix(
     f"set -euo pipefail; export PYTHONPATH={shlex.quote(SOURCE)}; {prologue}".replace(

@@ -1,7 +1,5 @@
 """What jobs get besides where they go to SLURM: the site's partitions and limits, a look at the cluster, retries."""
 
-import os
-
 from snakemake.jobs import Job as SnakemakeJob
 from snakemake.logging import logger
 from snakemake.resources import Resource
@@ -113,7 +111,7 @@ if ON_SLURM:
         for name, value in added.items():
             known.resources[name] = Resource(name, value)
     SnakemakeJob.restart_times = property(retries_of)
-    if "SLURM_JOB_ID" not in os.environ:
+    if workflow.is_main_process:
         look_at_cluster()
 
 

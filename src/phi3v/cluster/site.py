@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import re
+import shlex
+import socket
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from phi3v.settings import Strict, read_yaml, validate
+from phi3v.settings import SettingsError, Strict, read_yaml, validate
 
 SITE_FILE = "config/site.yaml"
 CPU = "cpu"
@@ -15,7 +20,17 @@ CPU = "cpu"
 # These land on command lines of sbatch, and in the shell of each job where $NAME is expanded.
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.@:/&|*,\[\]-]*$")]
 Module = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+:/@-]+$")]
+Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Line = Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]+$")]
 Folder = Annotated[str, StringConstraints(pattern=r"^([/$][A-Za-z0-9_./${}-]*)?$")]
+
+CACHES = {
+    "XDG_CACHE_HOME": "", "HF_HOME": "/huggingface", "TORCH_HOME": "/torch", "TRITON_CACHE_DIR": "/triton",
+    "TORCHINDUCTOR_CACHE_DIR": "/inductor", "TORCH_EXTENSIONS_DIR": "/extensions", "PIP_CACHE_DIR": "/pip",
+    "APPTAINER_CACHEDIR": "/apptainer",
+}  # fmt: skip
+"""Variable to its folder below `cache`."""
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline"}
 
 
 class Partition(Strict):
@@ -49,10 +64,15 @@ class Site(Strict):
     partitions: dict[str, Partition] = {}
     """Device of the hardware file to the partition of its machines; `cpu`: conversion, validation, report. A device
     that is not named, and whose pool names no slurm_partition either, goes to the cluster's default partition."""
+    setup: list[Line] = []
+    """Shell lines that each job runs first, such as `module use /apps/modules`."""
     modules: list[Module] = []
     """Environment modules that each job loads."""
+    env: dict[Variable, Line] = {}
+    """Environment variables of each job, such as NCCL_SOCKET_IFNAME; $USER and other variables are expanded."""
     cache: Folder = ""
-    """Folder for caches, off the home quota; $USER and other variables of the job are expanded."""
+    """Folder for caches, off the home quota, for jobs and for downloads on the login node; $USER and other variables are
+    expanded."""
     scratch: Folder = ""
     """Folder on the machine's own disk: pictures are copied there before training; empty: read where they are."""
     offline: bool = False
@@ -68,31 +88,55 @@ class Site(Strict):
             return named[0] if named else Partition(partition=partition)
         return entry or Partition(partition="")
 
-    def prologue(self, scripts: str) -> str:
-        """Shell text in front of each command inside a SLURM job: modules, caches, and torchrun as a step of the job.
+    def environment(self, in_job: bool) -> dict[str, str]:
+        """Variables for every process of the workflow: caches, and in a job the rest. Raises SettingsError.
 
-        scripts: folder of torchrun_nodes.sh. A step is what SLURM tells before the time is over; a command outside one would
-        only be ended.
+        in_job: this process runs a job on a node. $NAME is expanded here, so on that node.
         """
-        # Module commands use variables that may not be set.
-        lines = [f"set +u; module load {' '.join(self.modules)} || exit 1; set -u"] if self.modules else []
-        # Not every system sets it for a job, and an unset variable is an error.
-        if "USER" in self.cache + self.scratch:
-            lines.append('export USER="${USER:-$(id -un)}"')
+        found = {name: ("cache", f"{self.cache}{below}") for name, below in CACHES.items() if self.cache}
+        if in_job:
+            if self.scratch:
+                found["PHI3V_SCRATCH"] = ("scratch", self.scratch)
+            if self.offline:
+                found |= {name: ("offline", value) for name, value in OFFLINE.items()}
+            found |= {name: (f"env.{name}", value) for name, value in self.env.items()}
+        # Some systems do not set these.
+        known = {"USER": getpass.getuser(), "TMPDIR": "/tmp", **os.environ}  # noqa: S108 (where mktemp goes without it)
         if self.cache:
-            folders = {
-                "XDG_CACHE_HOME": "", "HF_HOME": "/huggingface", "TORCH_HOME": "/torch", "TRITON_CACHE_DIR": "/triton",
-                "TORCHINDUCTOR_CACHE_DIR": "/inductor", "TORCH_EXTENSIONS_DIR": "/extensions", "PIP_CACHE_DIR": "/pip",
-                "APPTAINER_CACHEDIR": "/apptainer",
-            }  # fmt: skip
-            lines += [f'export {name}="{self.cache}{below}"' for name, below in folders.items()]
-        if self.scratch:
-            lines.append(f'export PHI3V_SCRATCH="{self.scratch}"')
-        if self.offline:
-            lines.append("export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=offline")
-        # `torchrun --standalone --nproc_per_node=N script …` is what a person types, and what the rules print.
-        lines.append(f'torchrun() {{ {scripts}/torchrun_nodes.sh 1 "${{2#--nproc_per_node=}}" "${{@:3}}"; }}')
+            # The token of `hf auth login` stays where it is.
+            home = known.get("HF_HOME") or f"{known.get('XDG_CACHE_HOME') or Path.home() / '.cache'}/huggingface"
+            found["HF_TOKEN_PATH"] = ("cache", known.get("HF_TOKEN_PATH", f"{home}/token"))
+        return {name: _expand(field, value, known) for name, (field, value) in found.items()}
+
+    def prologue(self, scripts: str) -> str:
+        """Shell text in front of each command of a job: setup lines, modules, `env`, and torchrun as a step of the job.
+
+        scripts: folder of slurm/torchrun.
+        """
+        lines = [*self.setup, *([f"module load {' '.join(self.modules)} || exit 1"] if self.modules else [])]
+        if lines:
+            # Module commands use variables that may not be set. A container has neither them nor the modules.
+            inside = '"${APPTAINER_CONTAINER:-}${SINGULARITY_CONTAINER:-}"'
+            lines = [f"if [ -z {inside} ]; then set +u", *lines, "set -u", "fi"]
+        # A module may have set the same variables.
+        lines += [f"export {name}={shlex.quote(os.environ.get(name, value))}" for name, value in self.env.items()]
+        lines.append(f'export PATH={shlex.quote(scripts + "/slurm")}:"$PATH"')
         return "; ".join(lines) + "; "
+
+
+def _expand(field: str, value: str, known: dict[str, str]) -> str:
+    """The value with its $NAME and ${NAME} replaced; raises SettingsError for one that is not set."""
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in known:
+            raise SettingsError(
+                f"{SITE_FILE}: field `{field}`: got {value!r}: expected variables that are set, but {name} is not on "
+                f"{socket.gethostname()}"
+            )
+        return known[name]
+
+    return re.sub(r"\$(?:(\w+)|\{(\w+)\})", replaced, value)
 
 
 def load_site(path: str | Path = SITE_FILE) -> Site:
