@@ -1,9 +1,11 @@
 """A real SLURM of four nodes on this machine, thrown away afterwards: what the tests of this folder run on.
 
-python tests/slurm/cluster.py FOLDER     # starts it and waits for Enter, for looking around by hand
+python tests/slurm/cluster.py FOLDER     # starts it and waits for Enter, to use it by hand with SLURM_CONF as printed
 
+Each node has namespaces of its own: its own host name, mounts, and process ids, which mean nothing on another node.
 Everything lives in one folder: munge's key and socket, slurm.conf, the state and spool folders, the database, the logs.
-Needs root (for /etc/slurm; links to /dev/null stand for GPUs) and Debian's slurm-wlm, slurmdbd, munge, mariadb-server.
+Needs root (for the namespaces; links to /dev/null stand for GPUs) and Debian's slurm-wlm, slurmdbd, munge,
+mariadb-server.
 """
 
 from __future__ import annotations
@@ -19,13 +21,19 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
-
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-install-db", "sbatch")
-# Commands inside a job lose SLURM_CONF (the executor's job step keeps only the job's identity), so the file stands where
-# SLURM looks for it by itself.
-SYSTEM_CONF = Path("/etc/slurm/slurm.conf")
-CONF_FILES = ("slurm.conf", "gres.conf", "slurmdbd.conf")
+# Commands inside a job lose SLURM_CONF (the executor's job step keeps only the job's identity), so on a node the
+# configuration is where SLURM looks for it by itself.
+SYSTEM_CONF = Path("/etc/slurm")
+# Process 1 of a node: arguments are the node's name and the configuration's folder.
+NODE = f"""
+set -e
+hostname "$1"
+mount --bind "$2" {SYSTEM_CONF}
+mount --bind "$2/hosts" /etc/hosts
+exec slurmd -D -N "$1"
+"""
+NAMESPACES = ("unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child")
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 NODES, CPUS, GPUS = 4, 8, 8
 
@@ -52,7 +60,7 @@ SelectTypeParameters=CR_Core_Memory,CR_LLN
 SlurmdParameters=config_overrides
 GresTypes=gpu
 ReturnToService=2
-MinJobAge=300
+MinJobAge={min_job_age}
 KillWait={kill_wait}
 SlurmdTimeout={slurmd_timeout}
 SchedulerParameters=bf_interval=2,sched_min_interval=100000,requeue_delay=1,preempt_send_user_signal
@@ -60,18 +68,20 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MpiDefault=none
 SwitchType=switch/none
+NodeName=node[1-{nodes}] NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} RealMemory=512000 Gres=gpu:a100:{gpus}
+PartitionName=cpu Nodes=ALL Default=YES MaxTime=04:00:00 PriorityTier=10
+PartitionName=gpu Nodes=ALL MaxTime=1-00:00:00 PriorityTier=10
+PartitionName=short Nodes=ALL MaxTime={short} OverTimeLimit=0 PriorityTier=10
+PartitionName=spot Nodes=node4 MaxTime=04:00:00 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent Nodes=node4 MaxTime=04:00:00 PriorityTier=100 PreemptMode=OFF
+"""
+ACCOUNTING = """\
 AccountingStorageTRES=gres/gpu
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={dbd_port}
 AccountingStoragePass={dir}/munge.socket
 AccountingStorageEnforce=associations,limits,qos
-NodeName=node[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} RealMemory=512000 Gres=gpu:a100:{gpus}
-PartitionName=cpu Nodes=ALL Default=YES MaxTime=04:00:00 PriorityTier=10
-PartitionName=gpu Nodes=ALL MaxTime=1-00:00:00 PriorityTier=10
-PartitionName=short Nodes=ALL MaxTime={short} OverTimeLimit=0 PriorityTier=10
-PartitionName=spot Nodes=node4 MaxTime=04:00:00 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=urgent Nodes=node4 MaxTime=04:00:00 PriorityTier=100 PreemptMode=OFF
 """
 DBD = """\
 AuthType=auth/munge
@@ -95,20 +105,8 @@ def missing() -> str:
     if absent:
         return f"SLURM is not installed ({', '.join(absent)} missing): apt-get install slurm-wlm slurmdbd munge mariadb-server"
     if os.geteuid() != 0:
-        return "the SLURM test cluster needs root: its configuration stands in /etc/slurm while it is up"
-    if SYSTEM_CONF.is_symlink() and not _alive(SYSTEM_CONF.readlink().parent / "slurmctld.pid"):
-        return ""  # left by a test cluster that was killed
-    if SYSTEM_CONF.exists() or SYSTEM_CONF.is_symlink():
-        return f"{SYSTEM_CONF} exists: this machine belongs to a cluster already"
+        return "the SLURM test cluster needs root: each node has namespaces of its own"
     return ""
-
-
-def _alive(pid_file: Path) -> bool:
-    """Whether the process that a daemon's pid file names is there."""
-    try:
-        return Path(f"/proc/{int(pid_file.read_text())}").exists()
-    except (OSError, ValueError):
-        return False
 
 
 def end_with_parent() -> None:
@@ -130,17 +128,30 @@ def _free_ports(count: int) -> int:
 
 
 class Cluster:
-    """munged, mariadbd, slurmdbd, slurmctld and a slurmd a node, each a child of this process."""
+    """munged, mariadbd, slurmdbd, slurmctld and a slurmd per node, each a child of this process.
 
-    def __init__(self, folder: Path, short: str = "00:02:00", kill_wait: int = 30) -> None:
-        self.folder = folder
+    Without accounting there is no database: sacct and sacctmgr fail, and a job is forgotten `min_job_age` seconds after
+    its end.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        short: str = "00:02:00",
+        kill_wait: int = 30,
+        accounting: bool = True,
+        min_job_age: int = 300,
+    ) -> None:
+        self.folder, self.accounting = folder, accounting
+        self.conf = folder / "etc" / "slurm.conf"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.environment = {**os.environ, "PATH": f"{os.environ['PATH']}:{SBIN}"}
+        path = f"{os.environ['PATH']}:{SBIN}"
+        self.environment = {**os.environ, "PATH": path, "SLURM_CONF": str(self.conf)}
         first = _free_ports(NODES + 2)
         self.values = {
             "dir": folder, "host": socket.gethostname().partition(".")[0], "port": first, "dbd_port": first + 1,
             "first": first + 2, "last": first + 1 + NODES, "nodes": NODES, "cpus": CPUS, "gpus": GPUS, "short": short,
-            "kill_wait": kill_wait, "slurmd_timeout": 30,
+            "kill_wait": kill_wait, "slurmd_timeout": 30, "min_job_age": min_job_age,
         }  # fmt: skip
 
     def start(self) -> None:
@@ -148,22 +159,19 @@ class Cluster:
         reason = missing()
         if reason:
             raise RuntimeError(reason)
-        for name in ("state", "spool", "dev", "db"):
+        for name in ("etc", "state", "dev", "db", *(f"spool/node{n}" for n in range(1, NODES + 1))):
             (self.folder / name).mkdir(parents=True)
-        for name in (f"node{n}" for n in range(1, NODES + 1)):
-            (self.folder / "spool" / name).mkdir()
         for number in range(GPUS):
             (self.folder / "dev" / f"nvidia{number}").symlink_to("/dev/null")
-        (self.folder / "slurm.conf").write_text(CONF.format(**self.values))
         gres = f"NodeName=node[1-{NODES}] Name=gpu Type=a100 File={self.folder}/dev/nvidia[0-{GPUS - 1}]"
-        (self.folder / "gres.conf").write_text(f"AutoDetect=off\n{gres}\n")
-        (self.folder / "slurmdbd.conf").write_text(DBD.format(**self.values))
-        (self.folder / "slurmdbd.conf").chmod(0o600)
-        SYSTEM_CONF.parent.mkdir(exist_ok=True)
-        # The other files are looked for beside the one that the link names.
-        for name in CONF_FILES:
-            SYSTEM_CONF.with_name(name).unlink(missing_ok=True)
-            SYSTEM_CONF.with_name(name).symlink_to(self.folder / name)
+        names = " ".join(f"node{number}" for number in range(1, NODES + 1))
+        for name, text in {
+            "slurm.conf": CONF + (ACCOUNTING if self.accounting else ""), "slurmdbd.conf": DBD,
+            "gres.conf": f"AutoDetect=off\n{gres}\n", "hosts": f"127.0.0.1 localhost {{host}} {names}\n",
+        }.items():  # fmt: skip
+            (self.conf.parent / name).write_text(text.format(**self.values))
+        (self.conf.parent / "slurmdbd.conf").chmod(0o600)
+        SYSTEM_CONF.mkdir(exist_ok=True)
         try:
             self._start_daemons()
         except BaseException:
@@ -179,6 +187,17 @@ class Cluster:
             "munged", "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={munge}",
             f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munge.seed",
         )  # fmt: skip
+        if self.accounting:
+            self._start_database()
+        self.start_controller()
+        for number in range(1, NODES + 1):
+            self.start_node(f"node{number}")
+        self._until(
+            "slurmd", lambda: self.out("sinfo", "-h", "-N", "-p", "cpu", "-o", "%T").split() == ["idle"] * NODES
+        )
+
+    def _start_database(self) -> None:
+        folder = self.folder
         made = self._run(
             "mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={folder}/db", "--skip-test-db",
             "--auth-root-authentication-method=normal",
@@ -198,62 +217,26 @@ class Cluster:
         self._run("sacctmgr", "-i", "add", "cluster", "phi3v")
         self._run("sacctmgr", "-i", "add", "account", "research", "Cluster=phi3v")
         self._run("sacctmgr", "-i", "add", "user", "root", "Account=research")
-        self.start_controller()
-        for number in range(1, NODES + 1):
-            self.start_node(f"node{number}")
-        self._until(
-            "slurmd", lambda: self.out("sinfo", "-h", "-N", "-p", "cpu", "-o", "%T").split() == ["idle"] * NODES
-        )
 
     def start_controller(self) -> None:
         self._spawn("slurmctld", "slurmctld", "-D")
         self._until("slurmctld", lambda: self._run("scontrol", "ping").stdout.find("is UP") > 0)
 
     def start_node(self, name: str) -> None:
-        self._spawn(name, "slurmd", "-D", "-N", name)
+        self._spawn(name, *NAMESPACES, "sh", "-c", NODE, "node", name, str(self.conf.parent))
 
-    def kill(self, name: str, with_steps: bool = False) -> None:
-        """SIGKILL a daemon; with_steps: and, as a machine that loses power, every job process under it."""
+    def kill(self, name: str) -> None:
+        """SIGKILL a daemon. With a node's slurmd, its process 1, every job on it dies, as when a machine loses power."""
         process = self.processes.pop(name)
-        family: list[int] = []
-        if with_steps:
-            family = [
-                child for line in self.out("ps", "-eo", "pid=,args=").splitlines()
-                if "slurmstepd: [" in line and self._node_of(int(line.split()[0])) == name
-                for child in (int(line.split()[0]), *_descendants(int(line.split()[0])))
-            ]  # fmt: skip
         process.kill()
         process.wait()
-        for pid in family:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def _node_of(self, pid: int) -> str:
-        """Node of a slurmstepd: its working folder or open log belongs to one slurmd."""
-        for handle in Path(f"/proc/{pid}/fd").glob("*"):
-            with contextlib.suppress(OSError):
-                found = os.readlink(handle)
-                for number in range(1, NODES + 1):
-                    if f"spool/node{number}" in found or f"slurmd-node{number}.log" in found:
-                        return f"node{number}"
-        return ""
 
     def stop(self) -> None:
-        """End every job and daemon, whatever state they are in, and take the links away."""
-        if "slurmctld" in self.processes:
-            self._run("scancel", "--user=root", "--signal=KILL", "--full")
-            self._run("scancel", "--user=root")
-        for pid in _step_daemons(self.folder):
-            for child in (*_descendants(pid), pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-        # What a job left behind: without control groups SLURM loses sight of a process whose parent has gone.
-        job = f"phi3v:127.0.0.1:{self.values['port']}:"
-        for process in psutil.process_iter(["environ"]):
-            if (process.info["environ"] or {}).get("SLURM_WORKING_CLUSTER", "").startswith(job):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+        """End every node with its jobs, and every daemon, whatever state they are in."""
         for name in reversed(list(self.processes)):
+            if name.startswith("node"):
+                self.kill(name)
+                continue
             process = self.processes.pop(name)
             process.terminate()
             try:
@@ -261,10 +244,6 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for name in CONF_FILES:
-            link = SYSTEM_CONF.with_name(name)
-            if link.is_symlink() and link.readlink().parent == self.folder:
-                link.unlink()
 
     def out(self, *command: str) -> str:
         """What a client command prints; raises CalledProcessError."""
@@ -272,6 +251,10 @@ class Cluster:
         if done.returncode:
             raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
         return done.stdout
+
+    def on(self, nodes: str, *command: str) -> str:
+        """What a command prints that runs as root once on each of the nodes (node1, or node[1-4])."""
+        return self.out("srun", f"--nodelist={nodes}", "--ntasks-per-node=1", "--mem=1", *command)
 
     def jobs(self) -> dict[str, str]:
         """State by job id, of every job that the controller remembers."""
@@ -310,33 +293,11 @@ class Cluster:
             time.sleep(0.05)
 
 
-def _descendants(pid: int) -> list[int]:
-    found = []
-    for child in Path(f"/proc/{pid}/task/{pid}").glob("children"):
-        with contextlib.suppress(OSError):
-            for name in child.read_text().split():
-                found += [int(name), *_descendants(int(name))]
-    return found
-
-
-def _step_daemons(folder: Path) -> list[int]:
-    """slurmstepd processes that have a file of this cluster open."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):
-                if (entry / "comm").read_text().strip() == "slurmstepd" and any(
-                    str(folder) in os.readlink(handle) for handle in (entry / "fd").iterdir()
-                ):
-                    found.append(int(entry.name))
-    return found
-
-
 if __name__ == "__main__":
     cluster = Cluster(Path(sys.argv[1]).resolve())
     started = time.monotonic()
     cluster.start()
-    print(f"up in {time.monotonic() - started:.1f} s; logs in {cluster.folder}; Enter stops it", flush=True)
+    print(f"up in {time.monotonic() - started:.1f} s; SLURM_CONF={cluster.conf}; Enter stops it", flush=True)
     try:
         sys.stdin.read(1)
     finally:

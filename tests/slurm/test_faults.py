@@ -20,7 +20,7 @@ def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undi
     assert all(job for job, _ in jobs.values()), snakemake.output[-6000:]
     # Its daemon and every process die with a machine: one that is only marked DOWN registers again by itself.
     down = jobs["qlora"][1]
-    cluster.kill(down, with_steps=True)
+    cluster.kill(down)
     cluster.out("scontrol", "update", f"NodeName={down}", "State=DOWN", "Reason=test")
     cluster.out("scancel", jobs["full"][0])
     workers(f"faults/train/{ROW['frozen']}")[1].send_signal(signal.SIGKILL)

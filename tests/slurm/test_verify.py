@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import statistics
-import subprocess
 import time
 
 import psutil
@@ -57,7 +56,7 @@ def test_a_machine_that_loses_power(runs, cluster, until, undisturbed):
     """No signal, no save: SLURM finds the machine gone, requeues the job, and it goes on from the last checkpoint."""
     snakemake, row = start_training(runs, until, "power")
     job, node = job_of(cluster, row)
-    cluster.kill(node, with_steps=True)
+    cluster.kill(node)
     until("SLURM notices", lambda: cluster.jobs()[job] == "PENDING", seconds=240)
     cluster.out("scontrol", "update", f"JobId={job}", "StartTime=now")
     output = finish(snakemake)
@@ -110,14 +109,11 @@ def test_the_controller_restarts(runs, cluster, until, undisturbed):
     assert_complete(runs, "controller", [row])
 
 
-def test_scratch_and_a_full_one(runs, tmp_path, undisturbed):
+def test_scratch_and_a_full_one(runs, cluster, tmp_path, undisturbed):
     """Data is copied to the machine's own disk; where it does not fit, the row says so and reads the shared folder."""
     row, small = ROW["lora"], tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", small], capture_output=True, text=True, check=False
-    )
-    assert mounted.returncode == 0, mounted.stderr
+    cluster.on("node[1-4]", "mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(small))
     try:
         for name, scratch in (("scratch", tmp_path / "large"), ("full", small)):
             runs.site({**SITE, "scratch": str(scratch), "cache": f"{tmp_path}/cache/$USER", "offline": True})
@@ -128,7 +124,6 @@ def test_scratch_and_a_full_one(runs, tmp_path, undisturbed):
             assert ("disk full?" in said) == (name == "full")
         assert list((tmp_path / "large").glob("phi3v-0/docvqa-*/images"))
     finally:
-        subprocess.run(["umount", small], check=True)
         runs.site(SITE)
 
 
