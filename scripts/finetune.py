@@ -10,7 +10,7 @@ LoRA on one GPU or a CPU, without torchrun:
     python scripts/finetune.py --model_name_or_path MODEL --data_dir DATA --output_dir OUT --use_lora --bf16
 
 The same command resumes from the newest checkpoint of OUT/checkpoints. Exit codes: 0 done, 75 if a signal asked to save
-and leave, 2 a wrong setting, 1 anything else.
+and leave, 73 if another job owns OUT, 2 a wrong setting, 1 anything else.
 """
 
 from phi3v.settings import FinetuneSettings, parse, run_script

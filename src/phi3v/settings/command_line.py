@@ -156,7 +156,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with its code.
 
     An error class of this package has a message that needs no traceback: one line, exit code 2 for wrong input
-    (ValueError) and 1 for what failed while running. The same holds for files that are missing, in the way or not
+    (ValueError) and 1 for what failed while running, or the class's own `exit_code`. The same holds for files that are missing, in the way or not
     writable, and for a full disk. On several processes, the first one of each machine reports wrong input; if it finds
     none, torchrun leaves the others alive, and they report theirs.
     """
@@ -172,4 +172,4 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             time.sleep(FIRST_PROCESS_SECONDS)
         remedy = "; the disk is full: free some space and run the same command, it continues from there" if full else ""
         print(f"error: {error}{remedy}", file=sys.stderr)
-        sys.exit(2 if wrong_input else 1)
+        sys.exit(getattr(error, "exit_code", 2 if wrong_input else 1))

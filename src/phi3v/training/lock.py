@@ -1,7 +1,8 @@
 """One owner for a row's folder: a lock file with a heartbeat.
 
-A workflow that was killed and started again may submit a job while the old one still runs; both would write. A process
-id identifies nothing on another host, so liveness is the age of the heartbeat, and squeue's answer if there is SLURM.
+A workflow that was killed and started again may submit a job while the old one still runs; both would write. Who holds
+the lock is judged by the best witness there is: squeue if the holder is a SLURM job, its process if that ran on this
+machine, and the age of its heartbeat in every other case, since a process id means nothing on another host.
 """
 
 from __future__ import annotations
@@ -9,29 +10,58 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
 
 NAME = ".lock.json"
+REFUSED = ".lock.refused"
+"""There from a refused job until the folder has an owner again or `take_refusal`."""
 BEAT_SECONDS = 10.0
 STALE_BEATS = 6
 """Three missed beats and as much again for a slow file server."""
+# Job states of squeue(1) in which no process of the job runs.
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+ENDED |= {"REVOKED", "TIMEOUT", "PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+FORGOTTEN = "unknown"
+"""State of a job that SLURM does not know any more."""
 
 
 class LockedError(RuntimeError):
     """Another job owns the folder."""
 
+    exit_code = 73
+    """EX_CANTCREAT of sysexits.h."""
 
-def _place() -> dict[str, object]:
-    """What a process id refers to: host, boot and pid namespace."""
+
+class Verdict(Enum):
+    """What is known of a holder."""
+
+    ALIVE = "still alive"
+    GONE = "gone"
+    SILENT = "perhaps still alive"
+    """No witness but the heartbeat, and that is recent."""
+
+
+def _identity() -> dict[str, object]:
+    """Who this process is: its SLURM job and user, and what its process id refers to."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return {"host": platform.node(), "boot": boot, "namespace": os.readlink("/proc/self/ns/pid")}
+    return {
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "cluster": os.environ.get("SLURM_CLUSTER_NAME", ""),
+        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "user": os.getuid(),
+        "host": platform.node(),
+        "boot": boot,
+        "namespace": os.readlink("/proc/self/ns/pid"),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+    }
 
 
 def _started(pid: object) -> str | None:
@@ -45,13 +75,16 @@ def _started(pid: object) -> str | None:
 
 
 def _slurm_state(job: object) -> str | None:
-    """State of a SLURM job by squeue: "" if it is gone, None if squeue cannot tell."""
-    if not job or shutil.which("squeue") is None:
+    """State of a SLURM job by squeue; None if squeue cannot tell."""
+    try:
+        asked = subprocess.run(
+            ["squeue", "-h", "--states=all", "-j", str(job), "-o", "%T"], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    asked = subprocess.run(["squeue", "-h", "-j", str(job), "-o", "%T"], capture_output=True, text=True, timeout=30)
     if asked.returncode:
-        return "" if "Invalid job id" in asked.stderr else None
-    return asked.stdout.strip()
+        return FORGOTTEN if "Invalid job id" in asked.stderr else None
+    return asked.stdout.strip() or None
 
 
 class FolderLock:
@@ -66,27 +99,37 @@ class FolderLock:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def acquire(self, wait_seconds: float = 0.0) -> None:
-        """Take the lock, waiting up to `wait_seconds`; raises LockedError that names the holder."""
+        """Take the lock; raises LockedError that names the holder.
+
+        Waits up to `wait_seconds` for a holder that is alive, and for one that may be gone until its heartbeat is old
+        enough to tell.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + wait_seconds
-        reported = False
-        while not self._create():
-            holder = self._read(self.path)
+        started, reported, contended = time.monotonic(), False, False
+        while not (self._create() and self._kept(contended)):
+            holder, contended = self._read(self.path), True
             if holder is None:
                 continue  # released between the two looks
-            if reason := self._stale(holder):
+            verdict, reason = self._judge(holder)
+            if verdict is Verdict.GONE:
                 self._take_over(holder, reason)
                 continue
+            limit = wait_seconds
+            if verdict is Verdict.SILENT:
+                limit = max(limit, (STALE_BEATS + 1) * self.beat_seconds)
+            left = started + limit - time.monotonic()
             owned = f"{self.folder}: owned by {describe(holder)}"
-            if time.monotonic() >= deadline:
+            if left <= 0:
+                self.path.with_name(REFUSED).touch()
                 raise LockedError(
-                    f"{owned}, still alive; both would write the same files. Wait for it, cancel it, or give "
-                    "--lock_wait_minutes"
+                    f"{owned}, {verdict.value} ({reason}); both would write the same files. Wait for it, cancel it, or "
+                    "give --lock_wait_minutes"
                 )
             if not reported:
-                self.say(f"{owned}; waiting")
+                self.say(f"{owned}; waiting: {reason}")
                 reported = True
-            time.sleep(min(self.beat_seconds, max(0.05, deadline - time.monotonic())))
+            time.sleep(min(self.beat_seconds, max(0.05, left)))
+        self.path.with_name(REFUSED).unlink(missing_ok=True)
         self._thread.start()
 
     def release(self) -> None:
@@ -98,24 +141,24 @@ class FolderLock:
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        """Write the lock file unless there is one; a hard link is atomic on network file systems too."""
-        holder = {
-            "job": os.environ.get("SLURM_JOB_ID", ""),
-            **_place(),
-            "pid": os.getpid(),
-            "started": _started(os.getpid()),
-            "since": datetime.now(UTC).isoformat(timespec="seconds"),
-            "token": self.token,
-        }
+        """Write the lock file unless there is another's; a hard link is atomic on network file systems too."""
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        holder = {**_identity(), "since": since, "token": self.token}
         temporary = self.path.with_name(f"{NAME}.{self.token}")
         temporary.write_text(json.dumps(holder) + "\n", encoding="utf-8")
         try:
             os.link(temporary, self.path)
             return True
         except FileExistsError:
-            return False
+            return self._is_mine()
         finally:
             temporary.unlink()
+
+    def _kept(self, contended: bool) -> bool:
+        """Whether the new lock is still there after others that judged the same old one could have moved it."""
+        if contended:
+            time.sleep(self.beat_seconds / 10)
+        return self._is_mine()
 
     def _read(self, path: Path) -> dict[str, object] | None:
         """The holder; None if there is no lock. A lock that is not JSON has an unknown holder."""
@@ -130,14 +173,30 @@ class FolderLock:
     def _is_mine(self) -> bool:
         return (self._read(self.path) or {}).get("token") == self.token
 
-    def _stale(self, holder: dict[str, object]) -> str:
-        """Why the holder is gone, or "" if it must be taken for alive."""
-        if all(holder.get(key) == value for key, value in _place().items()):
-            return "" if _started(holder.get("pid")) == holder.get("started") else "its process is gone"
+    def _judge(self, holder: dict[str, object]) -> tuple[Verdict, str]:
+        """Whether the holder is gone, and by which witness."""
+        mine = _identity()
+
+        def same(*names: str) -> bool:
+            return all(holder.get(name) == mine[name] for name in names)
+
+        here, job, state = same("host", "boot", "namespace"), holder.get("job"), None
+        if job and same("cluster", "job"):
+            if not (here and same("restart")):
+                return Verdict.GONE, "it is an earlier start of this job"
+        elif job and same("cluster", "user"):
+            # Of another user's jobs, squeue may be told to show nothing.
+            state = _slurm_state(job)
+            if state in ENDED or state == FORGOTTEN:
+                return Verdict.GONE, f"to SLURM its job is {state.lower()}"
+            if state not in (None, "COMPLETING"):
+                return Verdict.ALIVE, f"to SLURM its job is {state.lower()}"
+        if here and state is None:
+            alive = _started(holder.get("pid")) == holder.get("started")
+            return (Verdict.ALIVE, "its process runs") if alive else (Verdict.GONE, "its process is gone")
         age = self._age()
-        if age < STALE_BEATS * self.beat_seconds or (state := _slurm_state(holder.get("job"))):
-            return ""
-        return f"no heartbeat for {age:.0f} s" + (" and SLURM does not know its job any more" if state == "" else "")
+        silent = age < STALE_BEATS * self.beat_seconds
+        return Verdict.SILENT if silent else Verdict.GONE, f"no heartbeat for {age:.0f} s"
 
     def _age(self) -> float:
         """Seconds since the last heartbeat, by the file server's own clock."""
@@ -168,6 +227,15 @@ class FolderLock:
                 self.lost = True
                 return
             os.utime(self.path)
+
+
+def take_refusal(folder: Path) -> bool:
+    """Whether a job was refused the folder since this was last asked."""
+    # A listing asks the file server; a lone look at a name may be answered from a cache.
+    if not folder.is_dir() or REFUSED not in os.listdir(folder):
+        return False
+    (folder / REFUSED).unlink(missing_ok=True)
+    return True
 
 
 def describe(holder: dict[str, object]) -> str:
