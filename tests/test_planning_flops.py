@@ -1,6 +1,7 @@
 """FLOP against PyTorch's FlopCounterMode on small models, for every method; tolerance 1 %."""
 
 import math
+from functools import partial
 
 import pytest
 
@@ -13,7 +14,7 @@ from phi3v.planning.geometry import (
     quantised_parameters,
     tile_grid,
 )
-from phi3v.settings import load_run
+from phi3v.settings import FinetuneSettings, load_run, validate
 
 torch = pytest.importorskip("torch")
 
@@ -82,10 +83,46 @@ def test_hardware_flops_are_what_pytorch_counts(build, method, recompute):
         rank = 8
         model = add_lora(model, rank, 16, freeze_vision=method == "lora frozen", seed=0).train()
     name = method.split()[0]
-    expected = training_flops(
-        geometry, work, name, rank, flash=False, recompute=recompute, vision_adapters=method != "lora frozen"
-    )
+    frozen = ["clip", "projector"] if method == "lora frozen" else []
+    expected = training_flops(geometry, work, name, rank, flash=False, recompute=recompute, frozen=frozen)
     assert expected.hardware == pytest.approx(counted(model, batch), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"freeze_decoder": True},
+        {"freeze_decoder": True, "freeze_vision_model": "tower"},
+        {"freeze_vision_model": "tower"},
+        {"use_lora": True, "lora_targets": ["qkv_proj", "o_proj"]},
+        {"use_lora": True, "lora_targets": ["q_proj", "k_proj", "v_proj", "img_projection", "lm_head"]},
+        {"use_lora": True, "freeze_decoder": True, "freeze_vision_model": "tower"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("recompute", [0.0, 1.0])
+def test_flops_of_parts_that_a_row_freezes_are_what_pytorch_counts(build, options, recompute):
+    """And never more than those of the whole method."""
+    from phi3v.model.adapters import add_lora
+    from phi3v.model.modeling import freeze
+    from phi3v.training.job import chosen_targets
+
+    settings = validate(
+        FinetuneSettings, {"model_name_or_path": "m", "output_dir": "o", "lora_rank": 8, **options}, "t"
+    )
+    model = build()
+    geometry = geometry_from_config(model.config.to_dict())
+    batch, work = batch_of(model)
+    if recompute:
+        model.gradient_checkpointing_enable()
+    if settings.use_lora:
+        model = add_lora(model, 8, 16, seed=0, targets=chosen_targets(settings, model)).train()
+    else:
+        freeze(model, settings.frozen_groups)
+    count = partial(training_flops, geometry, work, settings.method, 8, flash=False, recompute=recompute)
+    found = count(frozen=settings.frozen_groups, targets=settings.lora_targets)
+    assert found.hardware == pytest.approx(counted(model, batch), rel=0.01)
+    assert found.model < 0.97 * count().model
 
 
 def test_frozen_forward_only_is_the_head_alone(build):

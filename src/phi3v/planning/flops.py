@@ -27,6 +27,7 @@ from phi3v.planning.geometry import (
     Linears,
     clip_layer_linears,
     decoder_layer_linears,
+    has_adapter,
     parameters,
     patches_per_tile,
     projector_linears,
@@ -96,6 +97,8 @@ class Stack:
     """Positions of all sequences."""
     pairs: float
     """Pairs of positions of a sequence, summed over the sequences: one head's scores."""
+    group: str
+    """Of its weights (phi3v.model.modeling.GROUPS)."""
 
 
 def stacks(geometry: Geometry, work: Work) -> tuple[Stack, Stack]:
@@ -103,9 +106,38 @@ def stacks(geometry: Geometry, work: Work) -> tuple[Stack, Stack]:
     vision, positions = geometry.vision, patches_per_tile(geometry.vision) + 1
     widths = [(of.hidden_size, of.intermediate_size, of.num_attention_heads) for of in (vision, geometry)]
     tiles, layers, linears = work.tiles, vision.num_hidden_layers - 1, clip_layer_linears(vision)
-    tower = Stack(layers, *widths[0], linears, tiles, tiles * positions, tiles * positions**2)
+    tower = Stack(layers, *widths[0], linears, tiles, tiles * positions, tiles * positions**2, "clip")
     layers, linears = geometry.num_hidden_layers, decoder_layer_linears(geometry)
-    return tower, Stack(layers, *widths[1], linears, work.examples, work.tokens, work.tokens_squared)
+    return tower, Stack(layers, *widths[1], linears, work.examples, work.tokens, work.tokens_squared, "decoder")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Which weights of a method train."""
+
+    method: Method
+    frozen: frozenset[str] = frozenset()
+    """Groups that the method would train but the row does not (freeze_vision_model, freeze_decoder)."""
+    targets: tuple[str, ...] = ()
+    """Names of the layers with adapters (lora_targets); empty: all."""
+
+    @property
+    def adapters(self) -> bool:
+        """LoRA or QLoRA: only adapters train."""
+        return self.method in ("lora", "qlora")
+
+    def weights(self, group: str) -> bool:
+        """Whether the weights of a group train themselves."""
+        vision = group in ("clip", "projector", "separators")
+        return not self.adapters and group not in self.frozen and (self.method == "full" or not vision)
+
+    def adapter(self, group: str, name: str) -> bool:
+        """Whether a layer has an adapter."""
+        return self.adapters and has_adapter(group, name, self.frozen, self.targets)
+
+    def reaches(self, group: str, linears: Collection[str]) -> bool:
+        """Whether anything of a group trains. linears: names of its layers."""
+        return self.weights(group) or any(self.adapter(group, name) for name in linears)
 
 
 @dataclass(frozen=True)
@@ -138,10 +170,9 @@ class Setup:
     packed: bool = False
     """Whether examples are joined up to the bound, whatever the micro-batch."""
     frozen: frozenset[str] = frozenset()
-    """Groups that the method would train but the row does not (freeze_decoder). Memory counts it; time and FLOP are
-    those of the method."""
+    """Groups that the method would train but the row does not (freeze_decoder)."""
     lora_targets: tuple[str, ...] = ()
-    """Names of the layers with adapters; empty: all. As above."""
+    """Names of the layers with adapters; empty: all."""
     lengths: Literal["estimated", "counted"] = "estimated"
     """Whether `longest` is an example of the converted data, or follows from the dataset's entry."""
 
@@ -164,7 +195,12 @@ class Setup:
     @property
     def adapters(self) -> bool:
         """LoRA or QLoRA: only adapters train, and plain data parallelism is used instead of ZeRO."""
-        return self.method in ("lora", "qlora")
+        return self.choice.adapters
+
+    @property
+    def choice(self) -> Trained:
+        """Which weights train."""
+        return Trained(self.method, self.frozen, self.lora_targets)
 
     @property
     def replicated(self) -> bool:
@@ -179,7 +215,7 @@ class Setup:
     @property
     def trains_vision(self) -> bool:
         """Whether gradients reach the vision tower."""
-        return self.method in ("full", "lora", "qlora")
+        return self.choice.reaches("clip", clip_layer_linears(self.geometry.vision))
 
     @property
     def trains_decoder(self) -> bool:
@@ -255,52 +291,45 @@ class TrainingFlops:
 class _Counting:
     """What is counted of a step: the arguments of training_flops."""
 
-    method: Method
+    trained: Trained
     rank: int
     flash: bool
     causal: bool
     """Whether the masked half of the decoder's scores is left out."""
     recompute: float
     reentrant: bool
-    vision_adapters: bool
-
-    @property
-    def adapters(self) -> bool:
-        return self.method in ("lora", "qlora")
-
-    @property
-    def trains_vision(self) -> bool:
-        return self.method == "full" or (self.adapters and self.vision_adapters)
 
     def linear(
         self,
-        inputs: int,
-        outputs: int,
+        shape: tuple[int, int],
         rows: float,
-        rank: int,
+        group: str,
+        name: str,
         input_gradient: bool = True,
         recompute: float = 0.0,
         stops_here: bool = False,
     ) -> Flops:
-        """A linear layer over `rows` rows. rank: of the adapter beside it, which runs before it; 0: none.
+        """A linear layer (inputs, outputs) over `rows` rows, with the adapter beside it, which runs before it.
 
         recompute: share of the layers that run again in the backward pass. stops_here: the last product of its layer,
         which non-reentrant checkpointing leaves out once everything that is saved has been recomputed.
         """
+        inputs, outputs = shape
+        rank = self.rank if self.trained.adapter(group, name) else 0
         base, down, up = (2.0 * rows * size for size in (inputs * outputs, inputs * rank, rank * outputs))
         # dB and the gradient of the inner activation, dA, and the input's gradient.
-        backward = base * (input_gradient + (not self.adapters)) + 2 * up + down + down * input_gradient
+        backward = base * (input_gradient + self.trained.weights(group)) + 2 * up + down + down * input_gradient
         return Flops(base + down + up, backward, (down + up + base * (not stops_here)) * recompute)
 
-    def layers(self, stack: Stack, readers: int, rank: int, first_has_input_gradient: bool) -> Flops:
+    def layers(self, stack: Stack, readers: int, first_has_input_gradient: bool) -> Flops:
         """Linear layers of a stack; the first `readers` of each layer read the layer's own input."""
         # bitsandbytes' product is a custom function, which saves its inputs after it has run.
-        stops = not (self.reentrant or self.method == "qlora")
+        stops = not (self.reentrant or self.trained.method == "qlora")
         total = Flops()
-        for index, shape in enumerate(stack.linears.values()):
+        for index, (name, shape) in enumerate(stack.linears.items()):
             stops_here = stops and index == len(stack.linears) - 1
             for count, needed in ((stack.layers - 1, True), (1, first_has_input_gradient or index >= readers)):
-                product = self.linear(*shape, stack.rows, rank, needed, self.recompute, stops_here)
+                product = self.linear(shape, stack.rows, stack.group, name, needed, self.recompute, stops_here)
                 total += Flops(count * product.forward, count * product.backward, count * product.recompute)
         return total
 
@@ -313,35 +342,39 @@ class _Counting:
     def parts(self, geometry: Geometry, work: Work) -> dict[str, Flops]:
         """FLOP by part, both attentions as one."""
         tower, decoder = stacks(geometry, work)
-        vision = geometry.vision
-        rank = self.rank if self.adapters and self.vision_adapters else 0
+        vision, trained = geometry.vision, self.trained
+        in_tower = trained.reaches("clip", tower.linears)
+        in_vision = in_tower or trained.reaches("projector", ["img_projection"])
         patches = 2.0 * work.tiles * patches_per_tile(vision) * 3 * vision.patch_size**2 * tower.width
-        embedded = Flops(patches, patches if self.method == "full" else 0)
+        embedded = Flops(patches, patches if trained.weights("clip") else 0)
+        # The separators are rows of the projector's input.
+        below = in_tower or trained.weights("separators")
         projector = [
-            self.linear(*shape, work.projected, rank, self.trains_vision) for shape in projector_linears(geometry)
+            self.linear(shape, work.projected, "projector", "img_projection", below or (in_vision and index > 0))
+            for index, shape in enumerate(projector_linears(geometry))
         ]
         # Under frozen inputs a decoder whose norms train still needs every input gradient; one with adapters only does
         # not, unless PEFT makes the embeddings require gradients, which it does for checkpointing.
-        first = not self.adapters or self.trains_vision or self.recompute > 0
-        tower_parts = {
-            "vision": embedded + self.layers(tower, 3, rank, not self.adapters),
-            "projector": sum(projector, Flops()),
-            "attention": self.attention(tower, tower.pairs),
+        first = in_vision or (self.recompute > 0 if trained.adapters else trained.weights("decoder"))
+        in_decoder = first or trained.reaches("decoder", decoder.linears)
+        causal = (decoder.pairs + work.tokens) / 2 if self.causal else decoder.pairs
+        needed = {
+            "vision": (embedded + self.layers(tower, 3, trained.weights("clip")), in_tower),
+            "projector": (sum(projector, Flops()), in_vision),
+            "decoder": (self.layers(decoder, 1, first), in_decoder),
+            "tower attention": (self.attention(tower, tower.pairs), in_tower),
+            "decoder attention": (self.attention(decoder, causal), in_decoder),
         }
-        decoder_parts = {
-            "decoder": self.layers(decoder, 1, self.rank if self.adapters else 0, first),
-            "attention": self.attention(decoder, (decoder.pairs + work.tokens) / 2 if self.causal else decoder.pairs),
-        }
-        if not self.trains_vision:
-            tower_parts = {name: Flops(part.forward) for name, part in tower_parts.items()}
-        if self.method == "frozen_forward_only":
-            decoder_parts = {name: Flops(part.forward) for name, part in decoder_parts.items()}
+        if trained.method == "frozen_forward_only":
+            needed |= {name: (part, False) for name, (part, _) in needed.items()}
+        parts = {name: part if backward else Flops(part.forward) for name, (part, backward) in needed.items()}
         return {
-            **tower_parts,
-            **decoder_parts,
-            "attention": tower_parts["attention"] + decoder_parts["attention"],
+            "vision": parts["vision"],
+            "projector": parts["projector"],
+            "attention": parts["tower attention"] + parts["decoder attention"],
+            "decoder": parts["decoder"],
             "head": self.linear(
-                geometry.hidden_size, geometry.vocab_size, work.labels, self.rank if self.adapters else 0
+                (geometry.hidden_size, geometry.vocab_size), work.labels, "head", "lm_head", in_decoder
             ),
         }
 
@@ -354,7 +387,8 @@ def training_flops(
     flash: bool = True,
     recompute: float = 1.0,
     reentrant: bool = False,
-    vision_adapters: bool = True,
+    frozen: Collection[str] = (),
+    targets: Collection[str] = (),
 ) -> TrainingFlops:
     """FLOP of training on `work` with a method of the tables.
 
@@ -363,13 +397,14 @@ def training_flops(
     gradients. rank: of the adapters. flash: causal kernels that skip the masked half. recompute: share of the layers
     whose activations are recomputed in the backward pass (activation checkpointing), 0-1. reentrant: recomputation
     repeats whole layers, as in the published code; this project's leaves out each layer's last product.
-    vision_adapters: whether LoRA sits on the vision part too. Raises ValueError for adapters without a rank.
+    frozen, targets: further frozen groups, and the layers with adapters (Trained). Raises ValueError for adapters
+    without a rank.
     """
     if method in ("lora", "qlora") and not rank:
         raise ValueError(f"rank: {rank!r}; method {method} expects an integer >= 1")
-    r = rank or 0
-    needed = _Counting(method, r, False, True, 0.0, False, vision_adapters).parts(geometry, work)
-    run = _Counting(method, r, flash, flash, recompute, reentrant, vision_adapters).parts(geometry, work)
+    trained, r = Trained(method, frozenset(frozen), tuple(targets)), rank or 0
+    needed = _Counting(trained, r, False, True, 0.0, False).parts(geometry, work)
+    run = _Counting(trained, r, flash, flash, recompute, reentrant).parts(geometry, work)
     return TrainingFlops(sum(part.total for part in needed.values()), sum(part.total for part in run.values()), run)
 
 

@@ -102,13 +102,20 @@ def parameters(geometry: Geometry) -> dict[str, int]:
     }
 
 
+def has_adapter(group: str, name: str, frozen: Collection[str] = (), targets: Collection[str] = ()) -> bool:
+    """Whether LoRA gives a group's layer of that name an adapter.
+
+    frozen: groups without adapters. targets: names of the layers that have one (--lora_targets); empty: all.
+    """
+    return group not in frozen and (not targets or name in targets)
+
+
 def adapter_parameters(
     geometry: Geometry, rank: int, frozen: Collection[str] = (), targets: Collection[str] = ()
 ) -> int:
     """LoRA parameters: rank x (inputs + outputs) of each linear layer.
 
-    Those of the decoder, the head, the projector, and the tower's layers that run. frozen: groups without adapters.
-    targets: names of the layers that have one (--lora_targets); empty: all.
+    Those of the decoder, the head, the projector, and the tower's layers that run; frozen, targets: see has_adapter.
     """
     layers = [("decoder", geometry.num_hidden_layers, decoder_layer_linears(geometry))]
     layers += [("clip", geometry.vision.num_hidden_layers - 1, clip_layer_linears(geometry.vision))]
@@ -117,9 +124,8 @@ def adapter_parameters(
     return rank * sum(
         count * sum(shape)
         for group, count, linears in layers
-        if group not in frozen
         for name, shape in linears.items()
-        if not targets or name in targets
+        if has_adapter(group, name, frozen, targets)
     )
 
 

@@ -123,7 +123,8 @@ def utilisation_of(
         rank=settings.lora_rank,
         flash=settings.flash_attention,
         recompute=settings.recompute,
-        vision_adapters=settings.freeze_vision_model == "no",
+        frozen=settings.frozen_groups,
+        targets=settings.lora_targets,
     )
     found = hardware_entry(device_name, files)
     peak = getattr(found[1].peak_tflops, settings.dtype) if found else None

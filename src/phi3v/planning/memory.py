@@ -183,10 +183,11 @@ def _towers(setup: Setup, work: Work) -> tuple[Tower, Tower, float]:
         decoder = _tower(setup, language, DECODER_SAVED, DECODER_WORKING)
     if setup.trains_vision:
         tower = _tower(setup, vision, TOWER_SAVED, TOWER_WORKING)
-        # The projector's input, its hidden layer before and after the activation, and its output; if the embeddings
-        # train, pixels and embedded patches as well.
+        # If the embeddings train, pixels and embedded patches.
         pixels = 3 * setup.geometry.vision.image_size**2 * work.tiles + vision.rows * vision.width
         between += width * (pixels if setup.method == "full" else 0)
+    if setup.trains_vision or setup.choice.reaches("projector", ["img_projection"]):
+        # The projector's input, its hidden layer before and after the activation, and its output.
         between += width * work.projected * (4 * vision.width + 3 * language.width)
     return tower, decoder, between
 

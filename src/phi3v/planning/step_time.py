@@ -213,12 +213,20 @@ def traffic_of(setup: Setup) -> Traffic:
     kinds = ((way.tower, way.tower_scores), (way.decoder, way.decoder_scores))
     for stack, counted, (layer, per_score) in zip(stacks(setup.geometry, setup.work), runs(setup), kinds, strict=True):
         passes = counted.forward + counted.again
-        row = layer.per_row((stack.width, stack.inner), counted, not setup.adapters)
+        row = layer.per_row((stack.width, stack.inner), counted, setup.choice.weights(stack.group))
         if setup.method == "qlora":
             row += way.quantised_sum * sum(inputs for inputs, _ in stack.linears.values())
         elementwise += stack.rows * stack.layers * row
         inputs, outputs = (passes * f + b for f, b in zip(*way.adapter, strict=True))
-        adapters += stack.rows * stack.layers * sum(inputs * i + outputs * o for i, o in stack.linears.values())
+        adapters += (
+            stack.rows
+            * stack.layers
+            * sum(
+                inputs * i + outputs * o
+                for name, (i, o) in stack.linears.items()
+                if setup.choice.adapter(stack.group, name)
+            )
+        )
         each = (per_score[0] - saved) * passes + (per_score[1] - saved) * counted.backward
         scores += stack.heads * stack.layers * stack.pairs * each
         layer_passes += stack.layers * (passes + BACKWARD_OVER_FORWARD * counted.backward)
@@ -228,7 +236,7 @@ def traffic_of(setup: Setup) -> Traffic:
     wider = 2 if setup.dtype == "fp32" else 1
     return Traffic(
         elementwise=wider * elementwise,
-        adapters=wider * adapters * setup.adapters,
+        adapters=wider * adapters,
         scores=wider * scores * (not setup.flash),
         layer_passes=layer_passes,
         flash_seconds=flash_seconds * setup.flash,
@@ -303,7 +311,15 @@ def step_time(setup: Setup, constants: Constants = CONSTANTS) -> StepTime:
     memory = float(setup.hardware.bandwidth_gb_s or 0) * 1e9
     bandwidth, streaming = memory * constants.bandwidth_efficiency, memory * constants.elementwise_efficiency
     flops = training_flops(
-        geometry, setup.work, setup.method, setup.rank or None, setup.flash, setup.recompute, setup.as_published
+        geometry,
+        setup.work,
+        setup.method,
+        setup.rank or None,
+        setup.flash,
+        setup.recompute,
+        setup.as_published,
+        setup.frozen,
+        setup.lora_targets,
     )
     width = setup.element_bytes
     held = sum(parameters(geometry).values())
