@@ -154,21 +154,21 @@ def plan_of(settings: FinetuneSettings, examples: PickedExamples) -> BatchPlan:
 def steps_of(settings: FinetuneSettings, examples: int) -> tuple[int, int]:
     """(optimizer steps of the job, those of its warm-up).
 
-    The recipe's default warm-up becomes a tenth of a job that it would not fit into. Raises SettingsError for another
-    warm-up that is longer than the job. A speed measurement trains for the clock alone.
+    The recipe's default warm-up becomes a tenth of a job that it would swallow. Raises SettingsError for another
+    warm-up that leaves no step at the full rate. A speed measurement trains for the clock alone.
     """
     total = settings.max_steps
     if total <= 0:
         total = math.ceil(settings.epochs * math.ceil(examples / settings.batch_size))
     warmup = settings.warmup_steps
-    if warmup <= total or settings.lr_scheduler_type == "constant" or isinstance(settings, SpeedSettings):
+    if warmup < max(total, 1) or settings.lr_scheduler_type == "constant" or isinstance(settings, SpeedSettings):
         return total, warmup
     if warmup == FinetuneSettings.model_fields["warmup_steps"].default:
         return total, total // 10
     raise SettingsError(
         f"command line: field `warmup_steps`: got {warmup}: the job has {total} optimizer steps ({examples} examples in "
         f"batches of {settings.batch_size}), so the learning rate would never reach {settings.learning_rate:g}; expected "
-        f"at most {total}, or more --epochs or --max_steps"
+        f"less than {total}, or more --epochs or --max_steps"
     )
 
 
@@ -210,7 +210,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Lo
             in_order = BatchPlan(count, count, settings.known_micro_batch, world_size(), seed=0)
             collator = Collator(pad, "fixed", model.config)
             validation = replace(training, plan=in_order, examples=PickedExamples(dataset), collate=collator)
-        return make_loop(settings, accelerator, model, output, device, training, validation)
+        return make_loop(settings, accelerator, model, output, device, training, validation, (total, warmup))
 
 
 def make_loop(
@@ -221,14 +221,18 @@ def make_loop(
     device: torch.device,
     training: PlannedSplit,
     validation: PlannedSplit | None,
+    steps: tuple[int, int],
 ) -> Loop:
-    """The loop with its optimizer and schedule; every random number of training follows from the seed set here."""
+    """The loop with its optimizer and schedule; every random number of training follows from the seed set here.
+
+    steps: of the job and of its warm-up.
+    """
     set_seed(settings.seed)
     if not uses_zero(settings) and not settings.use_qlora:
         model.to(device)
     optimizer = build_optimizer(settings, model, device)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    total_steps, warmup_steps = steps_of(settings, training.plan.examples)
+    total_steps, warmup_steps = steps
     process = accelerator.process_index
     return Loop(
         settings,
