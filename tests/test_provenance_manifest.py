@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -137,3 +138,23 @@ def test_a_manifest_is_whole_or_not_there(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         written(tmp_path, settings={"rate": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_kept_digests_serve_until_a_file_changes(tmp_path, monkeypatch):
+    """An edit of the same size whose time is set back is seen; an unchanged model is not read again."""
+    weights, read = tmp_path / "model.safetensors", []
+    weights.write_bytes(b"a" * 100)
+    (tmp_path / "sources.lock.json").write_text("{}")
+    whole = manifest.digest_file
+    monkeypatch.setattr(manifest, "digest_file", lambda path: read.append(path.name) or whole(path))
+    first = manifest.digest_weights(tmp_path)
+    assert manifest.digest_weights(tmp_path) == first and read.count("model.safetensors") == 1
+    before = weights.stat()
+    with weights.open("r+b") as file:
+        file.write(b"b")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert manifest.digest_weights(tmp_path) != first
+    assert manifest.digest_weights(tmp_path) == manifest.digest_files([weights, tmp_path / "sources.lock.json"])
+    weights.write_bytes(b"a" * 100)
+    os.utime(weights)
+    assert manifest.digest_weights(tmp_path) == first

@@ -35,7 +35,7 @@ from urllib.parse import unquote, urlsplit
 from tqdm import tqdm
 
 from phi3v.data.conversations import DataError
-from phi3v.provenance.manifest import digest_file, write_json
+from phi3v.provenance.manifest import digest_file, digests_of, write_json
 from phi3v.settings import local_source
 
 if TYPE_CHECKING:
@@ -216,24 +216,12 @@ def local_files(url: str) -> tuple[Path, list[str]]:
 
 
 def local_contents(url: str, cache: Path) -> str:
-    """Digest of the names and contents of a local URL's files; "missing" if there is none.
-
-    cache: a JSON file of earlier digests. Size, time and inode only tell which files need not be hashed again.
-    """
+    """Digest of the names and contents of a local URL's files; "missing" if there is none. cache: see digests_of."""
     try:
         root, names = local_files(url)
     except SourceError:
         return "missing"
-    known = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
-    found, folder = {}, os.path.realpath(root)
-    for path in (f"{folder}/{name}" for name in names):
-        seen = os.stat(path)
-        facts = [seen.st_size, seen.st_mtime_ns, seen.st_ino]
-        old = known.get(path, [])
-        found[path] = old if old[:3] == facts else [*facts, digest_file(Path(path))]
-    if {**known, **found} != known:
-        write_json(cache, {**known, **found})
-    contents = [[name, facts[3]] for name, facts in zip(names, found.values(), strict=True)]
+    contents = list(zip(names, digests_of([root / name for name in names], cache), strict=True))
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 

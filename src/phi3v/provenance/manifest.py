@@ -144,17 +144,45 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_files(paths: Iterable[Path]) -> str:
-    """One digest of the names and bytes of files. Their folder, times and order do not matter, so a copy has the same."""
+def digest_files(paths: Iterable[Path], cache: Path | None = None) -> str:
+    """One digest of the names and bytes of files. Their folder, times and order do not matter, so a copy has the same.
+
+    cache: see digests_of.
+    """
+    listed = list(paths)
+    lines = (f"{path.name} {digest}\n" for path, digest in zip(listed, digests_of(listed, cache), strict=True))
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
+def digests_of(paths: Sequence[Path], cache: Path | None = None) -> list[str]:
+    """sha256 of each file.
+
+    cache: a JSON file of earlier digests. A file is not read again if its size, times and inode are those that it had: the
+    time of a file's last change (ctime) cannot be set, and every write moves it.
+    """
+    known = json.loads(cache.read_text(encoding="utf-8")) if cache and cache.is_file() else {}
+
+    def digest(path: Path) -> tuple[str, list[Any]]:
+        seen, name = path.stat(), os.path.realpath(path)
+        facts = [seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino]
+        old = known.get(name, [])
+        return name, old if old[:-1] == facts else [*facts, digest_file(path)]
+
     with ThreadPoolExecutor(8) as pool:
-        lines = pool.map(lambda path: f"{path.name} {digest_file(path)}\n", paths)
-        return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()[:16]
+        found = list(pool.map(digest, paths))
+    if cache and (new := {**known, **dict(found)}) != known:
+        with contextlib.suppress(OSError):  # a full or read-only disk: the file only saves time
+            write_json(cache, new)
+    return [facts[-1] for _, facts in found]
 
 
 def digest_weights(folder: Path) -> str:
-    """Digest of the files in a model's folder; a row's manifest is left out, because it holds times."""
+    """Digest of the files in a model's folder; a row's manifest is left out, because it holds times.
+
+    The digests of a downloaded model are kept beside its lock.
+    """
     files = (path for path in folder.glob("[!.]*") if path.is_file() and path.name != "manifest.json")
-    return digest_files(files)
+    return digest_files(files, folder / ".digests.json" if (folder / PARENT_FILES[-1]).is_file() else None)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
