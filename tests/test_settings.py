@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from phi3v import settings
-from phi3v.settings import SettingsError, jobs, load_run
+from phi3v.settings import Dataset, SettingsError, jobs, load_run, validate
 
 # RECIPE: method -> (bf16, fp16), as published.
 DOCVQA = {"full": (83.65, 82.60), "frozen": (79.19, 78.74), "lora": (82.46, 82.34), "qlora": (81.85, 81.85)}
@@ -599,3 +599,13 @@ def test_a_grid_in_overrides_and_in_further_settings(tree):
 def test_a_wrong_grid_is_refused(tree, values, said):
     with pytest.raises(SettingsError, match=re.escape(said)):
         tree(overrides={"phi35-nlvr2-full-bf16": values})
+
+
+def test_a_problem_of_several_fields_names_the_wrong_one_and_not_all():
+    split = {"url": "file:x", "format": "table", "options": {"promt_suffix": "x"}}
+    with pytest.raises(SettingsError) as refused:
+        validate(Dataset, {"title": "t", "metric": "accuracy", "splits": {"train": split, "val": split}}, "entry `a`")
+    first, second = str(refused.value).splitlines()
+    assert first.startswith("entry `a`: field `splits.train`: options: got 'promt_suffix'; expected, for format table")
+    assert second.startswith("entry `a`: field `splits.val`: options: got")
+    assert "file:x" not in first

@@ -104,7 +104,9 @@ def explain(error: ValidationError, where: str, typed: Mapping[str, str] | None 
             lines.append(f"{where}: field `{field}`: missing; expected a value")
             continue
         value = _IN_URL.sub("***@", repr(item["input"]))
-        at = f"field `{field}`{other.get(field, '')}: got {value}: " if field else ""
+        # A problem of several fields has all of them as its value, and names the wrong one itself.
+        got = "" if item["type"] == "value_error" and isinstance(item["input"], Mapping) else f" got {value}:"
+        at = f"field `{field}`{other.get(field, '')}:{got} " if field else ""
         lines.append(f"{where}: {at}{expected}")
     return SettingsError("\n".join(lines))
 
