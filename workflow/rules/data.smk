@@ -78,7 +78,7 @@ rule convert:
         DATA_ENV
     container:
         TRAIN_IMAGE
-    threads: lambda wildcards: RUN.datasets[DATASET_KEYS[wildcards.key]].conversion_threads
+    threads: settings.CONVERSION_THREADS
     resources:
         mem_mb=4000,
         runtime=240,

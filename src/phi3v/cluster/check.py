@@ -16,7 +16,7 @@ from typing import Literal
 from phi3v.cluster.facts import Facts, PartitionFacts
 from phi3v.cluster.site import CPU, SITE_FILE, Partition, Site
 from phi3v.planning.resources import Resources, resources
-from phi3v.settings import AccuracyRow, ResolvedRun
+from phi3v.settings import CONVERSION_THREADS, AccuracyRow, ResolvedRun
 
 # Seconds by which SLURM may signal early (sbatch(1), --signal), and as much to start.
 SLURM_EARLY = 90
@@ -79,8 +79,7 @@ def fit(wanted: Resources, entry: Partition) -> Resources:
 def requests(run: ResolvedRun, site: Site) -> list[Request]:
     """What the run's jobs request."""
     jobs = [*run.accuracy, *run.speed]
-    cpus = max([1, *(run.datasets[job.row.dataset].conversion_threads for job in jobs)])
-    found = [Request("work on CPUs", CPU, "", 1, 0, cpus, CPU_MEMORY, CPU_RUNTIME)]
+    found = [Request("work on CPUs", CPU, "", 1, 0, CONVERSION_THREADS, CPU_MEMORY, CPU_RUNTIME)]
     if run.demo:
         found.append(Request("the demo's base model", CPU, "", 1, 0, run.demo.base.processes, DEMO_BASE_MEMORY, 30))
     for job in jobs:

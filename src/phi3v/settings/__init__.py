@@ -22,6 +22,7 @@ from phi3v.settings.commands import (
     SpeedSettings,
 )
 from phi3v.settings.entries import (
+    CONVERSION_THREADS,
     CONVERTER_VERSION,
     FORMAT_OPTIONS,
     METRICS,

@@ -33,6 +33,9 @@ Metric = Annotated[str, AfterValidator(_metric)]
 # Raised whenever a converter's output changes for the same source, so that old and new data never share a folder.
 CONVERTER_VERSION = 2
 
+CONVERSION_THREADS = 4
+"""Threads (of UCF-101: processes) that decode in a conversion of the workflow: every picture is decoded."""
+
 
 def without_password(url: str) -> str:
     """The URL; one with a user and password in it is refused, since URLs stand in logs, lock files and reports."""
@@ -351,11 +354,6 @@ class Dataset(Strict):
         """
         told = {"metric", "metrics", "max_new_tokens", "num_crops"}
         return self.model_dump_json(exclude={"title", "licence", "workload", "official", *told})
-
-    @property
-    def conversion_threads(self) -> int:
-        """Decoding processes or threads of its conversion: several for clips, because each has many frames."""
-        return 4 if any(split.format == "ucf101" for split in self.splits.values()) else 1
 
     def missing_source(self, root: Path = Path()) -> str | None:
         """The first local source that is not there, or None; what comes from the network counts as there."""
