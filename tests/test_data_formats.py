@@ -88,6 +88,10 @@ def test_pictures_of_a_row_however_they_are_named(folder: Path) -> None:
         ("data:image/png;base64,@@", "expected base64"),
         ({"width": 3}, "expected bytes, a path, a URL or base64"),
         (7, "expected a string"),
+        (
+            "ftp://host/a.png",
+            "got 'ftp://host/a.png'; expected a path, or https://, http://, s3://, gs://, az://, hf://",
+        ),
     ],
 )
 def test_a_picture_that_cannot_be_taken(folder: Path, image: object, expected: str) -> None:
@@ -275,6 +279,24 @@ def test_image_folders_with_metadata_and_a_text_each(tmp_path: Path) -> None:
     assert rejected == ["LICENSE", "train/list.jsonl", "train/none.jpg"]
     (val,) = converted("imagefolder", source, "val", columns={**columns, "question": "Describe it."})
     assert val.turns[0].assistant == "Text of validation/c.jpg"
+
+
+def test_files_of_an_image_folder_that_are_no_pictures_are_named_and_the_rest_is_taken(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("a.jpg", "no_suffix", "renamed.bin"):
+        (source / name).write_bytes(picture_bytes(1))
+    (source / "logo.svg").write_text("<svg xmlns='x'/>")
+    (source / "icon.ico").write_bytes(b"\0\0\1\0")
+    (source / "notes").write_text("text")
+    found = converted("imagefolder", source, columns={"answer": "file_name"})
+    assert [example.turns[0].assistant for example in found] == ["a.jpg", "no_suffix", "renamed.bin"]
+    lines = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+    assert [line["where"] for line in lines] == ["icon.ico", "logo.svg", "notes"]
+    assert lines[1]["reason"].startswith("not a picture that can be read: XML or an SVG drawing; expected one of JPEG")
+    (source / "b.png").write_bytes(b"x")  # a picture by its name is an error, not another file
+    with pytest.raises(DataError, match=r"b\.png: not a picture that can be read"):
+        converted("imagefolder", source, columns={"answer": "file_name"})
 
 
 def test_what_datasets_reads(tmp_path: Path) -> None:

@@ -247,10 +247,10 @@ receipts:
     assert (trained / "final").is_dir()
     assert examples[0].turns[0].assistant.startswith('{"lines": ["2 x Brot\\n1 x Käse", "Trinkgeld"], "paid": true,')
     lines = [json.loads(line) for line in Path("out/rejected.jsonl").read_text().splitlines()]
-    assert {(line["where"], line["reason"]) for line in lines} == {
-        ("fields/extra.json", "no picture of that name"),
-        ("scans/clip.mp4", "video/mp4; expected a picture"),
-    }
+    reasons = {line["where"]: line["reason"] for line in lines}
+    assert reasons.keys() == {"fields/extra.json", "scans/clip.mp4"}
+    assert reasons["fields/extra.json"] == "no picture of that name"
+    assert reasons["scans/clip.mp4"].startswith("not a picture that can be read; expected one of JPEG")
     assert json.loads(Path("out/dataset.json").read_text())["splits"]["train"]["untaken"] == 2
 
 

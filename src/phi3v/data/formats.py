@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import json
 import math
-import mimetypes
 import re
 import string
 from collections import Counter, deque
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from phi3v.data import recipe
 from phi3v.data.conversations import DataError, parse_record, record_problem, shown
-from phi3v.data.pictures import sample_frames
+from phi3v.data.pictures import picture_problem, picture_suffixes, sample_frames
 from phi3v.data.recipe import Samples, classes_prompt
 from phi3v.data.rows import (
     SPLIT_NAMES,
@@ -63,6 +62,9 @@ INSTEAD = {"image": "video", "answer": "answers"}
 
 PEEK = 20
 """Rows whose columns decide what `columns` may name."""
+
+FETCHED = ("https", "http", "s3", "gs", "az", "hf")
+"""Kinds of URLs in rows that phi3v.data.fetch fetches."""
 
 MAX_PATH = 4096
 """A longer text in an image column is a picture in base64."""
@@ -242,8 +244,11 @@ def pictures_of(inputs: Inputs, value: object, where: str, field: str = "image")
     if not isinstance(value, str):
         raise DataError(f"{where}: field `{field}`: got {shown(value)}; expected a string")
     text = value.strip()
-    if text.startswith(("http://", "https://", "s3://", "gs://", "az://", "hf://")):
+    scheme = re.match(r"([A-Za-z][\w+.-]*)://", text[:32])
+    if scheme and scheme[1].lower() in FETCHED:
         return [Picture(text)]
+    if scheme and scheme[1] != "file":
+        raise DataError(f"{where}: field `{field}`: got {shown(text)}; expected a path, or {'://, '.join(FETCHED)}://")
     if inputs.only_urls and not text.startswith("["):
         return []
     if text.startswith("data:") or len(text) > MAX_PATH:
@@ -354,12 +359,6 @@ def _metadata(inputs: Inputs, path: Path) -> Iterator[tuple[str, str, Row]]:
         yield (path.relative_to(inputs.root).parent / as_text(row.get("file_name"))).as_posix(), where, row
 
 
-def _kind(path: Path) -> str:
-    """What a file without a known suffix may be: text, or a picture."""
-    with open(path, "rb") as file:
-        return "text/plain" if file.read(512).isascii() else "image/"
-
-
 def _beside(files: dict[str, list[Path]], picture: Path, suffix: str) -> Path | None:
     """The file of a picture's name and another suffix: in its folder, or else the only one."""
     wanted = picture.with_suffix(suffix)
@@ -372,22 +371,23 @@ def folder_rows(inputs: Inputs) -> tuple[Rows, list[str]]:
     Columns: image, file_name, label (the class), those of metadata.csv or metadata.jsonl (whose file_name names the
     picture), and what NAME.json and NAME.txt hold: `json`, its fields, and `text`. Other files go into inputs.untaken.
     """
-    types, names, extra, files = mimetypes.MimeTypes(), list[Path](), dict[str, Row](), dict[str, list[Path]]()
+    names, extra, files = list[Path](), dict[str, Row](), dict[str, list[Path]]()
     untaken: dict[str, str] = {}
     for path in inputs.files:
         name = path.relative_to(inputs.root)
-        kind = types.guess_type(path.name.lower())[0] or _kind(path)
+        if is_junk(name):
+            continue
         if path.stem == "metadata" and path.suffix in (*TABLES, ".jsonl", ".parquet"):
             for picture, where, found in _metadata(inputs, path):
                 extra[picture], untaken[picture] = found, f"{where} names it; no such picture"
-        elif path.suffix in (".json", ".txt") and not is_junk(name):
+        elif path.suffix in (".json", ".txt"):
             untaken[str(name)] = "no picture of that name"
             for key in {str(name), name.name}:
                 files.setdefault(key, []).append(name)
-        elif kind.startswith("image/") or kind == "application/pdf":
-            names += [] if is_junk(name) else [name]
-        elif not is_junk(name):
-            untaken[str(name)] = f"{kind}; expected a picture"
+        elif path.suffix.lower() not in picture_suffixes() and (reason := picture_problem(path)):
+            untaken[str(name)] = reason
+        else:
+            names.append(name)
     only_splits = all(len(name.parts) == 2 and name.parts[0] in SPLIT_FOLDERS for name in names)
     placed = []
     for name in names:

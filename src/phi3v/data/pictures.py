@@ -10,6 +10,7 @@ pictures on white and drops the transparency of all others.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import re
@@ -80,6 +81,8 @@ _ORIENTATION = 0x0112
 
 _REDUCED = 0x00FE
 """TIFF's tag; its first bit marks a smaller copy of another page."""
+
+_PDF = re.compile(rb"\s*%PDF-")
 
 _HEIF = "a HEIF (HEIC) whose header is damaged"
 
@@ -161,7 +164,7 @@ def read_pictures(
         if (size := source.stat().st_size) > MAX_FILE_BYTES:
             raise DataError(f"{where}: {size} bytes; expected at most {MAX_FILE_BYTES}")
         source = source.read_bytes()
-    if re.match(rb"\s*%PDF-", source):
+    if _PDF.match(source):
         return [_stored(image, ".png", options) for image in _pdf_pages(source, where, options, page)]
     with _open(source, where, options) as image, _damage(f"{where}: damaged or truncated {image.format}"):
         kind = image.format or ""
@@ -232,6 +235,25 @@ def _open_other(source: bytes | Path, where: str) -> Image.Image:
     raise DataError(
         f"{where}: not a picture that can be read{seen and f': {seen}'}; expected one of {', '.join(READ)}, HEIF, PDF"
     )
+
+
+@functools.cache
+def picture_suffixes() -> set[str]:
+    """Suffixes, in lower case, of files that are pictures by their name."""
+    return {".heic", ".heif", ".hif", ".pdf"} | {
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in READ
+    }
+
+
+def picture_problem(path: Path) -> str:
+    """Why a file whose name does not say so is no picture, by its first bytes; "" if it is one."""
+    try:
+        with open(path, "rb") as file:
+            if not _PDF.match(file.read(512)):
+                _open(path, path.name, PictureOptions(max_pixels=1, max_ratio=math.inf)).close()
+    except DataError as error:
+        return str(error).removeprefix(f"{path.name}: ")
+    return ""
 
 
 def thin_problem(width: float, height: float, max_ratio: float = 336) -> str | None:
