@@ -31,6 +31,7 @@ rule all:
     default_target: True
     input:
         rules.report.output,
+        [deliverables(job) for job in JOBS],
 
 
 rule data:
@@ -44,7 +45,7 @@ rule data:
 rule accuracy:
     """Every accuracy row: trained, and evaluated before and after."""
     input:
-        [row_results(job) for job in RUN.accuracy],
+        [deliverables(job) for job in RUN.accuracy],
 
 
 rule predictions:
@@ -59,7 +60,7 @@ rule predictions:
 rule speed:
     """Every speed row."""
     input:
-        [row_results(job) for job in RUN.speed],
+        [deliverables(job) for job in RUN.speed],
 
 
 rule plan:
@@ -80,7 +81,7 @@ for target, members in TARGETS.items():
         name:
             target
         input:
-            [row_results(job) for job in members],
+            [deliverables(job) for job in members],
 
 
 include: "workflow/rules/slurm.smk"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,21 @@ def test_what_a_finished_row_holds(folders, tmp_path):
 
     Phi3VForCausalLM.from_pretrained(out / "final")
     Phi3VProcessor.from_pretrained(out / "final")
+
+
+def test_a_finished_row_is_not_trained_again(folders, tmp_path, capfd):
+    """Its outputs come back if they were removed; with other settings it is trained."""
+    out = train(folders, tmp_path, fp32=True, batch_size_per_gpu=8)
+    weights, manifest, log = tensors(out / "final"), read(out / "manifest.json"), (out / "metrics.jsonl").read_bytes()
+    shutil.rmtree(out / "final")
+    train(folders, tmp_path, fp32=True, batch_size_per_gpu=8)
+    assert "was finished before" in capfd.readouterr().err
+    assert (out / "metrics.jsonl").read_bytes() == log
+    assert read(out / "manifest.json") == manifest
+    again = tensors(out / "final")
+    assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
+    train(folders, tmp_path, fp32=True, batch_size_per_gpu=8, learning_rate=1e-3)
+    assert any(not torch.equal(weights[name], value) for name, value in tensors(out / "final").items())
 
 
 def test_checkpoints_come_by_steps_and_by_the_clock(folders, tmp_path, monkeypatch):

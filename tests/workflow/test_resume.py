@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
 import pytest
+import small_run
 import stand_in
 
 TRAIN = "results/stand/train"
@@ -14,6 +16,15 @@ TRAIN = "results/stand/train"
 @pytest.fixture
 def copy(root, tmp_path):
     return stand_in.make(root, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """A copy whose run is complete."""
+    folder = stand_in.make(root, tmp_path_factory.mktemp("finished"))
+    code, output = stand_in.snakemake(folder)
+    assert code == 0, output
+    return folder
 
 
 def steps(folder, row):
@@ -55,3 +66,30 @@ def test_after_ctrl_c_the_same_command_goes_on(copy):
     assert code == 0, output
     assert steps(copy, "one").count(1) == 2
     assert (copy / "results/stand/report/index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("gone", "made"),
+    [
+        ("train/one/final", {"finetune", "evaluate", "report"}),
+        ("evaluate/one/after/predictions.jsonl", {"evaluate", "report"}),
+        ("evaluate/one/control/metrics.json", {"evaluate", "report"}),
+    ],
+)
+def test_an_output_that_is_gone_is_made_again(finished, gone, made):
+    path = finished / "results/stand" / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    code, output = stand_in.snakemake(finished)
+    assert code == 0, output
+    assert small_run.planned(output).keys() - {"all", "total"} == made
+    assert path.exists()
+    assert steps(finished, "one") == [*range(1, 11)]
+    assert "Nothing to be done" in stand_in.snakemake(finished)[1]
+
+
+def test_outputs_that_appear_late_are_waited_for(copy):
+    """As on a shared file system: the manifest is seen three seconds after the job's end."""
+    (copy / "late-one").touch()
+    code, output = stand_in.snakemake(copy, "--latency-wait", "20")
+    assert code == 0, output
+    assert steps(copy, "one") == [*range(1, 11)]

@@ -150,6 +150,19 @@ def row_results(job):
     ]
 
 
+def deliverables(job):
+    """What is left of a row: weights, answers, scores, timings. As inputs of a target, so that one that is gone is made again."""
+    row = job.row.row
+    if not isinstance(job.row, settings.AccuracyRow):
+        return expand(rules.speed_row.output, row=row)
+    return [
+        *expand([*rules.finetune.output, *rules.evaluate.output], row=row),
+        *expand(rules.evaluate_base.output, baseline=job.baseline),
+        *(expand(rules.evaluate_official.output, row=row) if RUN.official(job) else []),
+        *row_results(job),
+    ]
+
+
 def model_on(dataset):
     """The model of the first row on a dataset."""
     return next(job.row.model for job in JOBS if job.row.dataset == dataset)

@@ -1,3 +1,11 @@
+# A control that does not apply to a dataset has no predictions, only a reason in place of metrics.
+CONTROL = (
+    f"{RESULTS}/evaluate/{{row}}/control/metrics.json"
+    if RUN.settings.evaluation.control
+    else []
+)
+
+
 rule evaluate_base:
     """Evaluate a model before training, once for all rows that start from it on the same inputs."""
     input:
@@ -29,12 +37,13 @@ rule evaluate_base:
 
 use rule evaluate_base as evaluate with:
     input:
-        trained=f"{RESULTS}/train/{{row}}/manifest.json",
+        rules.finetune.output,
         data=on_job(lambda job: dataset_file(job.row.dataset)),
     output:
         f"{RESULTS}/evaluate/{{row}}/manifest.json",
         f"{RESULTS}/evaluate/{{row}}/after/predictions.jsonl",
         f"{RESULTS}/evaluate/{{row}}/after/metrics.json",
+        CONTROL,
     log:
         f"{RESULTS}/logs/evaluate/{{row}}.log",
     benchmark:
@@ -48,7 +57,7 @@ use rule evaluate_base as evaluate with:
 
 use rule evaluate_base as evaluate_official with:
     input:
-        trained=f"{RESULTS}/train/{{row}}/manifest.json",
+        rules.finetune.output,
         data=on_job(lambda job: dataset_file(RUN.official(job))),
         train=on_job(lambda job: dataset_file(job.row.dataset)),
     output:
@@ -104,7 +113,12 @@ rule score:
 use rule evaluate_base as predict with:
     input:
         lambda wildcards: RUN.settings.predictions[wildcards.prediction].files,
-        trained=on_job(lambda job: f"{RESULTS}/train/{job.row.row}/manifest.json"),
+        on_job(
+            lambda job: [
+                f"{RESULTS}/train/{job.row.row}/{name}"
+                for name in ("manifest.json", "final")
+            ]
+        ),
     output:
         f"{RESULTS}/predictions/{{prediction}}/manifest.json",
         f"{RESULTS}/predictions/{{prediction}}/answers.jsonl",

@@ -9,6 +9,7 @@ rule speed_row:
         data=on_job(lambda job: dataset_file(job.row.dataset)),
     output:
         f"{RESULTS}/speed/{{row}}/manifest.json",
+        f"{RESULTS}/speed/{{row}}/speed.json",
     log:
         f"{RESULTS}/logs/speed/{{row}}.log",
     conda:

@@ -1,10 +1,11 @@
 rule finetune:
-    """Train one row. Checkpoints live in the row's folder and are not outputs: a failed job keeps them, and the next one resumes."""
+    """Train one row. Checkpoints are no outputs, which Snakemake would remove after a failure: the next job resumes from them."""
     input:
         model=on_job(lambda job: model_file(job.row.model)),
         data=on_job(lambda job: dataset_file(job.row.dataset)),
     output:
         f"{RESULTS}/train/{{row}}/manifest.json",
+        directory(f"{RESULTS}/train/{{row}}/final"),
     log:
         f"{RESULTS}/logs/train/{{row}}.log",
     benchmark:

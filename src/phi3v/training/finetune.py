@@ -19,7 +19,7 @@ from phi3v.planning.hardware import utilisation_of
 from phi3v.planning.resources import checkpoint_bytes, most_checkpoints
 from phi3v.provenance.manifest import write_json, write_manifest
 from phi3v.settings import FinetuneSettings
-from phi3v.training import checkpoints
+from phi3v.training import checkpoints, finished
 from phi3v.training.census import Census, census_label
 from phi3v.training.export import export_final, export_merged
 from phi3v.training.job import build
@@ -82,6 +82,9 @@ def _run(asked: FinetuneSettings, output: Path, stop: StopRequest, lock: FolderL
     observer = Observer(loop.module)
     attach(loop, output, stop, lock, observer)
     checkpoint = of_first(lambda: find_checkpoint(asked, loop, output / "checkpoints"))
+    if of_first(lambda: finished.restore(output, loop.writer.settings, asked.merge)):
+        say(f"{output}: was finished before with these settings and data; delete this folder to train again")
+        return leave(0)
     train_seconds = -time.perf_counter()
     with explain_memory(asked, loop.device, lambda: longest_example(loop)):
         if checkpoint is not None:
@@ -110,6 +113,8 @@ def finish(loop: Loop, output: Path, observed: dict[str, Any], started: float) -
     report = export_merged(output) if settings.merge else None
     write_json(output / "observed.json", observed)
     record(loop, settings, output, "train", started)
+    if reason := finished.keep(output, loop.state.step, loop.writer.settings):
+        say(f"{output}: not kept for a second start, which would train again ({reason})")
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     if report is not None:
         write_card(output / "merged", base_of(output / "final"), output / "manifest.json", report)
