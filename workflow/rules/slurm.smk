@@ -5,6 +5,7 @@ from snakemake.logging import logger
 from snakemake.resources import Resource
 
 from phi3v.cluster.check import problems, requests, settings_problems
+from phi3v.cluster.executor import connect
 from phi3v.cluster.facts import ClusterError, look
 from phi3v.cluster.status import running_jobs
 from phi3v.training.checkpoints import checkpoint_folders
@@ -113,6 +114,8 @@ if ON_SLURM:
     SnakemakeJob.restart_times = property(retries_of)
     if workflow.is_main_process:
         look_at_cluster()
+    if workflow.is_main_process:
+        connect(ROOT / "workflow/slurm", logger)
 
 
 # Snakemake keeps the last onstart alone, so there is one for all.

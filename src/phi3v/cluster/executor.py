@@ -1,0 +1,161 @@
+"""SLURM's commands as Snakemake's executor sees them: a submission that fails for now is repeated, and no job is submitted twice.
+
+The executor calls `sbatch` from its PATH, and one failure ends the job's attempt. `connect` puts workflow/slurm first on
+that PATH; the command there runs this file, which calls the real one. Jobs get the PATH without that folder. The
+commands run often, so this file imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+FIRST_WAIT, LONGEST_WAIT, GIVE_UP = 10.0, 300.0, 3600.0
+"""Seconds between submissions, doubled each time, and in total."""
+ANSWER_SECONDS = 120
+"""Longest that a command of SLURM may take; its own timeouts are shorter."""
+PREFIX = "PHI3V_EXECUTOR_"
+"""Of the environment variables by which Snakemake and the commands know each other."""
+PYTHON, PATH, CHANNEL = f"{PREFIX}PYTHON", f"{PREFIX}PATH", f"{PREFIX}CHANNEL"
+# The strings of slurm_strerror(3) and of munge that name a state of the cluster, not a fault of the request.
+TEMPORARY = re.compile(
+    r"timed? ?out|try again|temporarily|controller|standby mode|(message|communication) \w+ failure|zero bytes|"
+    r"connection (refused|reset)|not connected|no route to host|inactive or drain|required node not available|"
+    r"unable to create job record|i/o error writing|authentication error|munge|connect to database|cannot allocate memory|"
+    r"submitjob",
+    re.IGNORECASE,
+)
+# AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, QOSGrpSubmitJobsLimit …: until another job ends.
+SUBMIT_LIMIT = re.compile(r"(Assoc|QOS)\w*SubmitJob\w*")
+
+Answer = subprocess.CompletedProcess[str]
+
+
+def connect(folder: Path, logger: logging.Logger) -> None:
+    """In Snakemake's process: call the commands of `folder` instead of SLURM's, and log what they report.
+
+    After Ctrl-C they submit nothing any more: the executor would still submit what waits in its queue.
+    """
+    read, write = os.pipe()
+    handle = f"/proc/{os.getpid()}/fd/{write}"
+    os.environ |= {PYTHON: sys.executable, PATH: os.environ["PATH"], CHANNEL: f"{handle} {os.readlink(handle)}"}
+    os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
+
+    def relay() -> None:
+        with open(read, encoding="utf-8") as lines:
+            for line in lines:
+                logger.warning(line.rstrip("\n"))
+
+    def interrupted(*arguments: object) -> None:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), write)
+        raise KeyboardInterrupt
+
+    threading.Thread(target=relay, daemon=True).start()
+    signal.signal(signal.SIGINT, interrupted)
+
+
+def stopped() -> bool:
+    """Whether the Snakemake that called this command was interrupted or is gone."""
+    handle, _, pipe = os.environ[CHANNEL].partition(" ")
+    try:
+        return os.readlink(handle) != pipe
+    except OSError:
+        return True
+
+
+def report(text: str) -> None:
+    """Show a line in Snakemake's log."""
+    with contextlib.suppress(OSError):
+        if not stopped():
+            handle = os.open(os.environ[CHANNEL].partition(" ")[0], os.O_WRONLY | os.O_NONBLOCK)
+            os.write(handle, f"{' '.join(text.split())[:2000]}\n".encode())
+            os.close(handle)
+
+
+def slurm(*command: str, script: str = "") -> Answer:
+    """Run a command of SLURM, without a trace of this file in the environment that sbatch gives to the job."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    environment["PATH"] = path = os.environ[PATH]
+    program = shutil.which(command[0], path=path)
+    if program is None:
+        return Answer(command, 127, "", f"{command[0]}: not found; expected SLURM's on PATH\n")
+    line, seconds = [program, *command[1:]], ANSWER_SECONDS
+    try:
+        return subprocess.run(line, input=script, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return Answer(command, 1, "", f"{command[0]}: timed out after {ANSWER_SECONDS} s\n")
+
+
+def option(arguments: list[str], name: str) -> str:
+    """Value of an option that the executor gives as a word of its own; "" without."""
+    return arguments[arguments.index(name) + 1] if name in arguments else ""
+
+
+def answered(what: str, ask: Callable[[bool], Answer]) -> Answer:
+    """The answer of ask(repeated) once it is not one that waiting can cure; the last one after an hour."""
+    waited, wait = 0.0, FIRST_WAIT
+    while not stopped():
+        answer = ask(wait > FIRST_WAIT)
+        reason = "; ".join(line.split("error: ")[-1].strip() for line in answer.stderr.splitlines())
+        if answer.returncode == 0 or waited >= GIVE_UP or not TEMPORARY.search(reason):
+            return answer
+        report(f"{what}: no success yet ({reason}); trying again in {wait:.0f} s")
+        pause(wait)
+        # While jobs of this user are there, their ends make room.
+        endless = SUBMIT_LIMIT.search(reason) and slurm("squeue", "--me", "--noheader").stdout.strip()
+        waited, wait = 0.0 if endless else waited + wait, min(2 * wait, LONGEST_WAIT)
+    return Answer([], 1, "", "Snakemake was stopped, so nothing is submitted\n")
+
+
+def pause(seconds: float) -> None:
+    """Sleep, but not longer than Snakemake lives."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not stopped():
+        time.sleep(min(1.0, max(0.0, end - time.monotonic())))
+
+
+def submit(arguments: list[str], script: str) -> Answer:
+    """sbatch; a job of an earlier Snakemake for the same work that still runs or waits is taken over."""
+    name, comment = option(arguments, "--job-name"), option(arguments, "--comment")
+    folder = os.path.realpath(option(arguments, "-D"))
+
+    def ask(repeated: bool) -> Answer:
+        queue = slurm("squeue", "--me", "--noheader", "--format=%i|%j|%k|%Z")
+        for line in queue.stdout.splitlines():
+            job, other, text, where = line.split("|", 3)
+            # Under this Snakemake's own name: a submission that timed out, but reached the controller.
+            if text == comment and os.path.realpath(where) == folder and (repeated or other != name) and job.isdigit():
+                report(f"{comment}: job {job} still runs or waits and is taken over; to submit anew: scancel {job}")
+                return Answer([], 0, f"{job}\n", "")
+        return queue if queue.returncode else slurm("sbatch", *arguments, script=script)
+
+    answer = answered(comment, ask)
+    if answer.returncode == 0 and stopped():
+        slurm("scancel", answer.stdout.strip().partition(";")[0])
+    return answer
+
+
+def main(command: str, arguments: list[str]) -> int:
+    """Do what the executor calls `command` for."""
+    if command == "sbatch":
+        answer = submit(arguments, "" if sys.stdin.isatty() else sys.stdin.read())
+    else:
+        answer = answered(command, lambda repeated: slurm(command, *arguments))
+    sys.stdout.write(answer.stdout)
+    sys.stderr.write(answer.stderr)
+    return answer.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

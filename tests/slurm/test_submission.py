@@ -1,0 +1,101 @@
+"""What happens between Snakemake and SLURM; the jobs are another workflow's that uses this one as a module, so they are short."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster_run import SITE, Snakemake
+
+SNAKEFILE = """\
+configfile: "run.yaml"
+module phi3v:
+    snakefile: "{root}/Snakefile"
+    config: config
+use rule * from phi3v as phi3v_*
+rule sleeps:
+    default_target: True
+    input: expand("done/{{n}}", n=range({count}))
+rule sleep:
+    output: "done/{{n}}"
+    resources: mem_mb=100, runtime=5
+    shell: "echo $SLURM_JOB_ID >> jobs.{{wildcards.n}}; sleep {seconds}; touch {{output}}"
+"""
+
+
+class Sleeps:
+    """A workflow of `count` jobs that each sleep, with this repository's rules and profile."""
+
+    def __init__(self, root: Path, folder: Path, count: int = 1, seconds: float = 1) -> None:
+        self.root, self.folder = root, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        values = yaml.safe_load((root / "config/demo.yaml").read_text())
+        values["files"] = {kind: [f"{root}/{path}" for path in paths] for kind, paths in values["files"].items()}
+        values |= {"demo": f"{root}/{values['demo']}"}
+        (folder / "run.yaml").write_text(yaml.safe_dump(values))
+        (folder / "Snakefile").write_text(SNAKEFILE.format(root=root, count=count, seconds=seconds))
+        self.site(SITE)
+
+    def site(self, values) -> None:
+        (self.folder / "config").mkdir(exist_ok=True)
+        (self.folder / "config/site.yaml").write_text(yaml.safe_dump(values))
+
+    def start(self, *arguments: str) -> Snakemake:
+        profile = ["--profile", f"{self.root}/profiles/slurm", "--slurm-init-seconds-before-status-checks", "2"]
+        quick = [*profile, "--latency-wait", "2", *arguments]
+        return Snakemake(self.folder, quick, self.folder / f"{time.monotonic_ns()}.out")
+
+    def jobs(self, number: int = 0) -> list[str]:
+        """Ids of the SLURM jobs that worked on an output."""
+        path = self.folder / f"jobs.{number}"
+        return path.read_text().split() if path.exists() else []
+
+    def done(self) -> int:
+        return len(list(self.folder.glob("done/*")))
+
+
+def finish(snakemake: Snakemake, seconds: float = 120) -> str:
+    assert snakemake.finish(seconds) == 0, snakemake.output[-6000:]
+    return snakemake.output
+
+
+@pytest.mark.verify
+def test_the_controller_is_away_at_submission(root, cluster, until, tmp_path):
+    sleeps = Sleeps(root, tmp_path)
+    cluster.kill("slurmctld")
+    snakemake = sleeps.start()
+    until("a wait", lambda: "no success yet" in snakemake.output or snakemake.process.poll() is not None)
+    time.sleep(18)
+    cluster.start_controller()
+    output = finish(snakemake)
+    assert re.search(r"sinfo: no success yet \(.*controller.*\); trying again in 10 s", output)
+    assert len(sleeps.jobs()) == 1
+    assert "Trying to restart" not in output
+
+
+def test_a_limit_of_submitted_jobs(root, cluster, until, tmp_path):
+    """Two at a time are allowed; the others wait for their turn, and no attempt is lost."""
+    cluster.out("sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxSubmitJobsPerUser=2")
+    try:
+        sleeps = Sleeps(root, tmp_path, count=3)
+        output = finish(sleeps.start())
+    finally:
+        cluster.out("sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxSubmitJobsPerUser=-1")
+    assert sleeps.done() == 3
+    assert re.search(
+        r"rule_sleep_wildcards_\d: no success yet \(QOSMaxSubmitJobPerUserLimit; .*trying again in 10 s", output
+    )
+    assert "Trying to restart" not in output
+
+
+@pytest.mark.verify
+def test_what_waiting_cannot_cure_is_said_at_once(root, cluster, tmp_path):
+    sleeps = Sleeps(root, tmp_path)
+    started = time.monotonic()
+    snakemake = sleeps.start("--retries", "0", "--set-resources", "sleep:slurm_partition=none")
+    assert snakemake.finish(60) != 0
+    assert "invalid partition specified: none" in snakemake.output
+    assert time.monotonic() - started < 30
