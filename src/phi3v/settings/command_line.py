@@ -13,8 +13,9 @@ import os
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import pydantic_settings
 from pydantic import AliasChoices, ValidationError
@@ -112,6 +113,28 @@ def _typed(settings: type[Command], arguments: list[str]) -> dict[str, str]:
     }
 
 
+class _CommandLine(
+    pydantic_settings.BaseSettings,
+    cli_implicit_flags=True,
+    cli_enforce_required=True,
+    cli_avoid_json=True,
+    cli_parse_none_str="\0",  # no argument holds it, so `None` is a text like any other
+    cli_hide_none_type=True,
+):
+    """What settings become while a command line is parsed: nothing is read from environment variables or files."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[pydantic_settings.BaseSettings],
+        init_settings: pydantic_settings.PydanticBaseSettingsSource,
+        env_settings: pydantic_settings.PydanticBaseSettingsSource,
+        dotenv_settings: pydantic_settings.PydanticBaseSettingsSource,
+        file_secret_settings: pydantic_settings.PydanticBaseSettingsSource,
+    ) -> tuple[pydantic_settings.PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
 def parse(settings: type[C], description: str | None, arguments: list[str] | None = None) -> C:
     """The settings of a command line, a flag for each field; a wrong one prints usage and reason, and exits with 2."""
     parser = argparse.ArgumentParser(
@@ -120,11 +143,14 @@ def parse(settings: type[C], description: str | None, arguments: list[str] | Non
         allow_abbrev=False,
         usage="%(prog)s --FLAG VALUE …",
     )
+    read: type[_CommandLine] = types.new_class(settings.__name__, (_CommandLine, settings))
     source = pydantic_settings.CliSettingsSource[Any](
-        settings, root_parser=parser, add_argument_method=_add_argument(settings, parser)
+        read, root_parser=parser, add_argument_method=_add_argument(settings, parser)
     )
     try:
-        return pydantic_settings.CliApp.run(settings, arguments, cli_settings_source=source)
+        given = pydantic_settings.CliApp.run(read, arguments, cli_settings_source=source)
+        values = {name: getattr(given, name) for name in settings.model_fields}
+        return cast("C", settings.model_construct(given.model_fields_set, **values))
     except ValidationError as error:
         parser.error(
             str(explain(error, "command line", _typed(settings, sys.argv[1:] if arguments is None else arguments)))

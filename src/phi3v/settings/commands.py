@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, AliasGenerator, BeforeValidator, Field, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from phi3v.settings.base import Bare, Role, SettingsError, Strict, accepted_names, read_entries, validate
 from phi3v.settings.entries import Dataset, Metric, dataset_key
@@ -42,29 +41,8 @@ def _names(name: str) -> str | AliasChoices:
     return AliasChoices(name, RECIPE_NAMES[name]) if name in RECIPE_NAMES else name
 
 
-class Command(BaseSettings):
-    """Settings of a script: a flag for each field. Nothing is read from environment variables."""
-
-    model_config = SettingsConfigDict(
-        **Strict.model_config,
-        alias_generator=AliasGenerator(validation_alias=_names),
-        cli_implicit_flags=True,
-        cli_enforce_required=True,
-        cli_avoid_json=True,
-        cli_parse_none_str="\0",  # no argument holds it, so `None` is a text like any other
-        cli_hide_none_type=True,
-    )
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)
+class Command(Strict, alias_generator=AliasGenerator(validation_alias=_names)):
+    """Settings of a script: a flag for each field."""
 
 
 class Compute(Command):
