@@ -20,6 +20,7 @@ they are round numbers that reach a V100's full 32 GB, so they include the conte
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from phi3v.planning.flops import Setup, Stack, Work, stacks
@@ -234,6 +235,7 @@ def _buckets(setup: Setup) -> float:
     return float((CPU_BUCKET if cpu else BUCKET) * copies)
 
 
+@lru_cache
 def memory(setup: Setup) -> Memory:
     """Bytes of the setup on one device, for its longest example times the micro-batch."""
     geometry, work = setup.geometry, setup.peak_work

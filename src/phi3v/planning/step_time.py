@@ -15,6 +15,7 @@ phi3v.model.lora). Its bytes are those that a traced run moves. Bytes are for 2-
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from phi3v.planning.flops import Setup, TrainingFlops, stacks, training_flops
 from phi3v.planning.geometry import parameters, quantised_parameters
@@ -302,6 +303,7 @@ def _collective_seconds(setup: Setup, size: float, constants: Constants) -> floa
     return seconds / constants.link_efficiency
 
 
+@lru_cache
 def step_time(setup: Setup, constants: Constants = CONSTANTS) -> StepTime:
     """Seconds of one optimizer step; raises SettingsError if the hardware entry lacks a figure it needs."""
     geometry, micro = setup.geometry, setup.micro_batch

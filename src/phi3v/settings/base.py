@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Bare:
     """What --no-FLAG means; None: there is no such flag."""
 
 
+@functools.cache
 def fields_with(model: type[BaseModel], *roles: Role) -> tuple[str, ...]:
     """Names of a model's fields that have one of the roles: by role in the order given, then as they are declared."""
 
@@ -51,13 +53,14 @@ def fields_with(model: type[BaseModel], *roles: Role) -> tuple[str, ...]:
     return tuple(name for wanted in roles for name in model.model_fields if role(name) is wanted)
 
 
-def accepted_names(model: type[BaseModel]) -> set[str]:
+@functools.cache
+def accepted_names(model: type[BaseModel]) -> frozenset[str]:
     """Names under which a model takes its fields: their own and their aliases."""
     names = set(model.model_fields)
     for field in model.model_fields.values():
         if isinstance(field.validation_alias, AliasChoices):
             names |= {choice for choice in field.validation_alias.choices if isinstance(choice, str)}
-    return names
+    return frozenset(names)
 
 
 class Strict(
