@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+from phi3v.cluster.ask import ClusterError
 from phi3v.cluster.check import Problem, login_problems, probe, problems, requests, settings_problems
-from phi3v.cluster.facts import ClusterError, look, site_text
+from phi3v.cluster.facts import look, site_text
 from phi3v.cluster.site import CPU, SITE_FILE, load_site
 from phi3v.cluster.status import running_jobs, status_lines
 from phi3v.planning.fits import runnable
@@ -51,8 +52,8 @@ def check(config: str, probing: bool) -> int:
             found += probe(here, entry, Path.cwd())
     for problem in dict.fromkeys(found):
         print(problem)
-    errors = sum(problem.level == "error" for problem in found)
-    print(f"{len(wanted)} kinds of work looked at: {errors} errors, {len(found) - errors} warnings")
+    errors, warnings = (sum(problem.level == level for problem in found) for level in ("error", "warning"))
+    print(f"{len(wanted)} kinds of work looked at: {errors} errors, {warnings} warnings")
     return 1 if errors else 0
 
 

@@ -8,6 +8,20 @@ nodes=$1 processes=$2
 shift 2
 # Jobs that share a machine must not meet on one port.
 export port=$((20000 + ${SLURM_JOB_ID:?expected inside a SLURM job} % 20000)) nodes processes
+# Where the nodes meet (config/site.yaml, rendezvous): a pattern for the first node's name, or an interface of it; it is
+# this one.
+rendezvous=${PHI3V_RENDEZVOUS:-}
+if [ -n "$rendezvous" ] && [ "${rendezvous#*"{host}"}" = "$rendezvous" ]; then
+  rendezvous=$(python -c 'import fcntl, socket, sys
+request = sys.argv[1].encode()[:15].ljust(256, b"\0")
+print(socket.inet_ntoa(fcntl.ioctl(socket.socket(), 0x8915, request)[20:24]))  # SIOCGIFADDR, netdevice(7)' \
+    "$rendezvous" 2>/dev/null) || {
+    echo "torchrun_nodes.sh: rendezvous: got $PHI3V_RENDEZVOUS: no network interface of $(hostname) with an IPv4 address; there are" \
+      "$(ls /sys/class/net | xargs)" >&2
+    exit 2
+  }
+fi
+export rendezvous
 agent='
 set -euo pipefail
 # SLURM sends SIGUSR1 to every process of the step before the time is over. Training takes it; whatever starts training
@@ -35,11 +49,15 @@ if [ -n "${PHI3V_SCRATCH:-}" ]; then
   done
   set -- "${arguments[@]}"
 fi
+if [ -n "${PHI3V_NUMA_BINDING:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-${ROCR_VISIBLE_DEVICES:-}}" ]; then
+  set -- --numa-binding="$PHI3V_NUMA_BINDING" "$@"
+fi
 if [ "$nodes" = 1 ]; then
   exec python -m torch.distributed.run --standalone --nproc-per-node="$processes" "$@"
 fi
 first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
-address=$(scontrol show node "$first" | sed -n "s/.*NodeAddr=\([^ ]*\).*/\1/p")
+address=${rendezvous//"{host}"/$first}
+[ -n "$address" ] || address=$(scontrol show node "$first" | sed -n "s/.*NodeAddr=\([^ ]*\).*/\1/p")
 exec python -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$processes" \
   --node-rank="$SLURM_NODEID" --master-addr="$address" --master-port="$port" "$@"'
 if ! command -v srun >/dev/null; then

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from phi3v.cluster import check
+from phi3v.cluster.ask import minutes
 from phi3v.cluster.check import GPU_PROBE, Request, probe, problems
-from phi3v.cluster.facts import Facts, PartitionFacts, devices_of, gpus, look, minutes, site_text
+from phi3v.cluster.facts import Facts, PartitionFacts, devices_of, gpus, look, site_text
+from phi3v.cluster.limits import Accounting, Limit, amount
 from phi3v.cluster.site import Partition, Site
 from phi3v.cluster.status import COMMENT, progress
+from phi3v.planning.resources import Resources
 from phi3v.settings import Hardware, SettingsError, load_run, read_entries, validate
 
 GPU = PartitionFacts("gpu", True, False, 1440, nodes=4, cpus=64, memory_mb=500_000, gpus={"a100": 8})
@@ -75,16 +80,78 @@ def clients(tmp_path, monkeypatch):
 def test_accounting_that_users_may_not_read_forbids_nothing(clients, closed):
     clients(sacctmgr=closed)
     facts = look()
-    assert (facts.accounts, facts.qos, facts.default_account) == (None, None, "")
+    assert (facts.accounts, facts.qos, facts.accounting.default_account) == (None, None, "")
     assert problems(Site(account="vision", qos="long"), facts, [request()]) == []
 
 
 def test_a_first_site_file_names_the_users_default_account(clients, root):
-    clients(sacctmgr='case "$*" in *assoc*) printf "alpha|normal\\nvision|normal,long\\n" ;; *) echo vision ;; esac')
+    clients(
+        sacctmgr="""case "$*" in *account=*) ;; *defaultaccount*) echo vision ;;
+*assoc*) printf 'alpha||normal|||||||||\\nvision||normal,long|||||||||\\n' ;; esac"""
+    )
     facts = look()
     assert (facts.accounts, facts.qos) == ({"alpha", "vision"}, {"normal", "long"})
     text = site_text(facts, read_entries(["config/hardware.yaml"], Hardware, root))
     assert "account: vision  # or alpha\n" in text
+
+
+SACCTMGR = """case "$*" in
+*qos*maxtrespa*) printf 'normal||||||||||||\\nlong|DenyOnLimit|1-00:00:00||gres/gpu=4|node=8||||6|gres/gpu=16||gres/gpu=1\\n' ;;
+*account=*) printf 'vision|||||mem=4T,gres/gpu=64||||\\nvision|ada|||||||||\\n' ;;
+*assoc*) printf 'alpha|||normal||||||||\\nvision||normal,long|long|12:00:00|cpu=256||||||5\\n' ;;
+*defaultaccount*) echo vision ;;
+esac"""
+
+
+def test_limits_of_association_and_quality_of_service(clients):
+    clients(sacctmgr=SACCTMGR)
+    accounting = look().accounting
+    assert accounting.allowed_qos["vision"] == ["long", "normal"]
+    # The time of the quality of service goes before that of the association.
+    assert [str(limit) for limit in accounting.of("", "", "gpu", "")] == [
+        "QOS long (MaxWall: 1440)", "QOS long (MaxTRESPerNode: gres/gpu=4)", "QOS long (GrpTRES: node=8)",
+        "QOS long (MaxSubmitJobsPerUser: 6)", "QOS long (MaxTRESPerUser: gres/gpu=16)",
+        "QOS long (MinTRESPerJob: gres/gpu=1)", "account vision (MaxTRESPerJob: cpu=256)",
+        "account vision (GrpTRES: mem=4194304)", "account vision (GrpTRES: gres/gpu=64)",
+    ]  # fmt: skip
+    assert str(accounting.of("vision", "normal", "gpu", "")[0]) == "account vision (MaxWall: 720)"
+    assert accounting.of("alpha", "normal", "gpu", "") == []
+    # A partition's own quality of service goes before the job's.
+    assert accounting.of("alpha", "normal", "gpu", "long")[0].where == "QOS long"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("2", 2), ("500G", 512_000), ("1.5T", 1_572_864), ("2048M", 2048)])
+def test_amounts_as_accounting_prints_them(text, expected):
+    assert amount(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "level", "said"),
+    [
+        (("MaxTRESPerUser", "gres/gpu", 7), "error", "asks for gres/gpu=8, QOS q (MaxTRESPerUser: gres/gpu=7): such a job waits"),
+        (("MaxTRESPerUser", "gres/gpu", 8), None, ""),
+        (("MaxTRESPerNode", "cpu", 32), "error", "asks for cpu=64, QOS q (MaxTRESPerNode: cpu=32)"),
+        (("GrpTRES", "mem", 100), "error", "asks for mem=400000, QOS q (GrpTRES: mem=100)"),
+        (("GrpTRES", "billing", 1), None, ""),
+        (("MinTRESPerJob", "gres/gpu", 16), "error", "QOS q (MinTRESPerJob: gres/gpu=16) is the least of a job"),
+        (("MaxWall", "", 60), "error", "asks for 600 min, QOS q (MaxWall: 60): such a job waits for ever; set "
+         "`partitions.a100-80gb.max_runtime: 60` in config/site.yaml"),
+        (("MaxWall", "", 600), None, ""),
+        (("MaxJobsPerUser", "", 0), "error", "asks for a job, QOS q (MaxJobsPerUser: 0): no job may run"),
+        (("MaxSubmitJobs", "", 2), "note", "QOS q (MaxSubmitJobs): at most 2 jobs of yours wait or run at a time"),
+    ],
+)  # fmt: skip
+def test_what_accounting_would_never_start_is_refused(limit, level, said):
+    facts = replace(FACTS, accounting=Accounting({("", ""): [Limit("QOS q", *limit)]}))
+    found = problems(Site(), facts, [request()])
+    assert [problem.level for problem in found] == ([level] if level else [])
+    assert all(said in problem.text for problem in found)
+
+
+def test_a_runtime_that_the_site_cuts_fits_a_shorter_limit():
+    facts = replace(FACTS, accounting=Accounting({("", ""): [Limit("QOS q", "MaxWall", "", 60)]}))
+    site = Site(partitions={"a100-80gb": Partition(partition="gpu", max_runtime=60)})
+    assert problems(site, facts, [request()]) == []
 
 
 def request(**changes) -> Request:
@@ -340,6 +407,99 @@ def test_nothing_of_a_site_file_starts_a_command_of_its_own(field, value):
     with pytest.raises(SettingsError, match=f"field `{field}"):
         validate(Site, {field: value}, "site.yaml")
     validate(Site, {"modules": ["gcc/12.2.0+mpi"], "cache": "/scratch/${USER}/x", "scratch": "$TMPDIR"}, "site.yaml")
+
+
+WANTED = Resources(runtime=600, mem_mb=80_001, cpus=16, nodes=2, gres="gpu:a100:4", partition="")
+PLAIN = {
+    "slurm_partition": None, "slurm_account": None, "qos": None, "constraint": None, "slurm_extra": "--signal=USR1@300",
+    "runtime": 600, "mem_mb": 80_001, "mem_mb_per_cpu": None, "mpi": "", "nodes": 2, "tasks": 2, "tasks_per_gpu": 0,
+    "gres": "gpu:a100:4",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "changed"),
+    [
+        ({}, {}),
+        ({"partition": "gpu", "account": "x", "qos": "long"}, {"slurm_partition": "gpu", "slurm_account": "x", "qos": "long"}),
+        ({"constraint": "a100&(hbm80|nvlink)"}, {"constraint": "a100&(hbm80|nvlink)"}),
+        ({"memory": "cpu"}, {"mem_mb_per_cpu": 5001}),
+        ({"memory": "none"}, {"mem_mb": 0}),
+        ({"gpu_flag": "gpus-per-node"}, {"gres": "", "slurm_extra": "--gpus-per-node=a100:4 --signal=USR1@300"}),
+        (
+            {"extra": ["--exclusive", "--licenses=scratch:1,home", "--mail-user=a b@c"]},
+            {"slurm_extra": "--exclusive --licenses=scratch:1,home '--mail-user=a b@c' --signal=USR1@300"},
+        ),
+    ],
+)  # fmt: skip
+def test_each_field_of_a_partition_is_a_resource_of_its_jobs(fields, changed):
+    assert Site().resources(Partition(**fields), WANTED, is_row=True) == {**PLAIN, **changed}
+
+
+def test_a_job_on_cpus_is_started_by_the_executor_and_gets_no_signal():
+    cpu = replace(WANTED, gres="", nodes=1)
+    found = Site(account="a").resources(Partition(partition="cpu", extra=["--hint=nomultithread"]), cpu, is_row=False)
+    assert {name: value for name, value in found.items() if value is not None} == {
+        "slurm_partition": "cpu", "slurm_account": "a", "slurm_extra": "--hint=nomultithread", "runtime": 600, "mem_mb": 80_001
+    }  # fmt: skip
+
+
+def test_what_a_job_asks_for_fits_the_partition():
+    entry = Partition(max_runtime=120, gpu_type="h100", cpus_per_gpu=7)
+    assert entry.fit(replace(WANTED, gres="gpu:4")) == replace(WANTED, runtime=120, gres="gpu:h100:4", cpus=28)
+    assert entry.fit(replace(WANTED, gres="")) == replace(WANTED, runtime=120, gres="")
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--mem=5G", "expected no --mem here: the plan gives the memory, `memory` how"),
+        ("--part=gpu", "expected no --part here: set `partition`"),
+        ("--signal=USR2@5", "set `leave_seconds`"),
+        ("-p", "expected a long option"),
+        ("exclusive", "expected a long option"),
+        ("--comment=a", "Snakemake sets it"),
+    ],
+)
+def test_an_option_of_sbatch_with_a_place_of_its_own_is_refused(flag, reason):
+    with pytest.raises(SettingsError, match=r"field `partitions\.cpu\.extra\.0`") as caught:
+        validate(Site, {"partitions": {"cpu": {"extra": [flag]}}}, "site.yaml")
+    assert reason in str(caught.value)
+    allowed = ["--mem-bind=local", "--exclusive", "--nodelist=node1", "--time-min=10", "--reservation=x"]
+    validate(Site, {"partitions": {"cpu": {"extra": allowed}}}, "site.yaml")
+
+
+AGENT = """case "$*" in *torch.distributed.run*) echo "$@" ;; *) exec {python} "$@" ;; esac"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "--node-rank=0 --master-addr=10.0.0.1"),
+        ({"PHI3V_RENDEZVOUS": "{host}i.x"}, "--master-addr=n7i.x"),
+        ({"PHI3V_RENDEZVOUS": "lo"}, "--master-addr=127.0.0.1"),
+        ({"PHI3V_NUMA_BINDING": "node", "CUDA_VISIBLE_DEVICES": "0,1"}, "--numa-binding=node train.py"),
+        ({"PHI3V_NUMA_BINDING": "node"}, " train.py"),
+    ],
+)
+def test_the_launcher_takes_the_sites_address_and_affinity(root, clients, environment, expected):
+    clients(
+        srun='while [ "$1" != bash ]; do shift; done; SLURM_NODEID=0 SLURM_STEP_NODELIST=n7 exec "$@"',
+        scontrol="case $2 in hostnames) echo n7 ;; node) echo 'NodeName=n7 NodeAddr=10.0.0.1 x' ;; esac",
+        python=AGENT.format(python=sys.executable),
+    )
+    command = ["scripts/torchrun_nodes.sh", "2", "4", "train.py"]
+    kept = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "5"}
+
+    def launch(**more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=root, env={**kept, **more}, capture_output=True, text=True, check=False)
+
+    assert expected in launch(**environment).stdout
+    if "PHI3V_NUMA_BINDING" not in environment:
+        assert "--numa-binding" not in launch(**environment).stdout
+    refused = launch(PHI3V_RENDEZVOUS="ib7")
+    assert refused.returncode == 2
+    assert "rendezvous: got ib7: no network interface of" in refused.stderr
 
 
 def test_torchrun_in_a_job_is_the_launcher_with_the_same_options(root, tmp_path):

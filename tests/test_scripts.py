@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from phi3v.cluster.facts import ClusterError
+from phi3v.cluster.ask import ClusterError
 from phi3v.settings import SettingsError, run_script
 
 

@@ -68,7 +68,8 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MpiDefault=none
 SwitchType=switch/none
-NodeName=node[1-{nodes}] NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} RealMemory=512000 Gres=gpu:a100:{gpus}
+NodeName=node[1-{nodes}] NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} RealMemory=512000 Gres=gpu:a100:{gpus} Feature=80gb,ib
+Licenses=scratch:4
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=04:00:00 PriorityTier=10
 PartitionName=gpu Nodes=ALL MaxTime=1-00:00:00 PriorityTier=10
 PartitionName=short Nodes=ALL MaxTime={short} OverTimeLimit=0 PriorityTier=10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -79,6 +80,89 @@ def test_snakemake_inside_a_job_keeps_the_network_and_moves_the_caches(runs, loo
     of_jobs = {"HF_HUB_OFFLINE=1", "NCCL_SOCKET_IFNAME=hsn", f"{runs.folder}/scripts/slurm/torchrun"}
     assert of_jobs & {*here} == set()
     assert of_jobs - {*job} == set()
+
+
+# Fields of a partition, and what `scontrol show job` reports of a job there.
+FIELDS: list[tuple[dict[str, Any], dict[str, str]]] = [
+    ({"partition": ""}, {"Partition": "cpu"}),
+    ({"constraint": "80gb&ib"}, {"Partition": "gpu", "Features": "80gb&ib"}),
+    ({"account": "root", "qos": "normal"}, {"Account": "root", "QOS": "normal"}),
+    ({"max_runtime": 7}, {"TimeLimit": "00:07:00"}),
+    ({"memory": "cpu"}, {"MinMemoryCPU": "1G"}),
+    ({"memory": "none"}, {"MinMemoryNode": "0"}),
+    ({"gpu_flag": "gpus-per-node"}, {"TresPerNode": "gres:gpu:a100:2"}),
+    ({"gpu_type": ""}, {"TresPerNode": "gres:gpu:2"}),
+    ({"cpus_per_gpu": 3}, {"CPUs/Task": "6"}),
+    ({"extra": ["--exclusive", "--licenses=scratch:2"]}, {"OverSubscribe": "NO", "Licenses": "scratch:2"}),
+]
+ASKS = """
+include: "Snakefile"
+
+from phi3v.cluster.site import Partition
+from phi3v.planning.resources import Resources as Wanted
+
+WANTED = Wanted(runtime=30, mem_mb=2048, cpus=2, nodes=2, gres="gpu:2", partition="")
+
+def of(entry):
+    found = SITE.resources(entry, entry.fit(WANTED), is_row=True)
+    return {{name: lambda wildcards, value=value: value for name, value in found.items()}}
+
+for number, fields in enumerate({fields!r}):
+    entry = Partition(**{{**{usual!r}, **fields, "extra": ["--hold", *fields.get("extra", [])]}})
+
+    rule:
+        name: f"asks{{number}}"
+        output: f"asks/{{number}}"
+        threads: entry.fit(WANTED).cpus
+        resources: **of(entry)
+        shell: "true"
+
+rule of_a_row:
+    output: "asks/{{row}}"
+    threads: cpus("train")
+    resources: **machines("train")
+    shell: "true"
+"""
+
+
+def test_each_field_of_a_partition_reaches_sbatch(runs, look, cluster, until):
+    """Jobs are held, so that none has to run."""
+    config = runs.configure("asks", ["phi35-docvqa-lora-bf16"], hardware=[{**GPU_POOL[0], "per_node": 1}])
+    fields, usual = [changes for changes, _ in FIELDS], SITE["partitions"]["a100-80gb"]
+    (runs.folder / "Asks").write_text(ASKS.format(fields=fields, usual=usual))
+    runs.site(site(extra=["--hold", "--nice=7"]))
+    targets = [f"asks/{name}" for name in [*range(len(FIELDS)), "phi35-docvqa-lora-bf16"]]
+    snakemake = runs.start(config, "-s", "Asks", "--jobs", "20", *targets)
+    names = [f"rule_asks{number}" for number in range(len(FIELDS))] + ["rule_of_a_row_wildcards_phi35-docvqa-lora-bf16"]
+    jobs: dict[str, str] = {}
+
+    def submitted() -> bool:
+        assert snakemake.process.poll() is None, snakemake.output[-4000:]
+        jobs.update(line.split()[::-1] for line in cluster.out("squeue", "-h", "-o", "%i %k").splitlines())
+        return jobs.keys() >= {*names}
+
+    try:
+        until("the jobs are in the queue", submitted)
+        shown = {name: cluster.out("scontrol", "-o", "show", "job", jobs[name]) for name in names}
+    finally:
+        snakemake.process.send_signal(signal.SIGINT)
+        snakemake.finish(60)
+    found = [dict(word.split("=", 1) for word in shown[name].split() if "=" in word) for name in names]
+    assert [{key: job.get(key) for key in expected} for job, (_, expected) in zip(found, FIELDS, strict=False)] == [
+        expected for _, expected in FIELDS
+    ]
+    # What the rules of a row ask for, in one.
+    row = found[-1]
+    assert (row["Partition"], row["Nice"], row["NumNodes"], row["TresPerNode"]) == (
+        "gpu",
+        "7",
+        "2-2",
+        "gres:gpu:a100:1",
+    )
+    # The executor would name the default partition for a job without one.
+    lines = [cluster.out("sacct", "-nPX", "-j", jobs[name], "-o", "SubmitLine") for name in names]
+    assert [" -p " in line for line in lines] == [False] + [True] * (len(names) - 1)
+    assert "--gpus-per-node=a100:2" in lines[6]
 
 
 def site(**changes: Any) -> dict[str, Any]:

@@ -21,7 +21,6 @@ SOURCE = str(ROOT / "src")
 sys.path.insert(0, SOURCE)
 
 from phi3v import settings
-from phi3v.cluster.check import fit
 from phi3v.cluster.site import CPU, SITE_FILE, Site, load_site
 from phi3v.data.fetch import local_contents
 from phi3v.planning.fits import runnable
@@ -187,7 +186,7 @@ def launch_training(job):
 def planned(row, kind):
     """Minutes, memory and cores of a row's job (train, evaluate or speed), from the plan; cut to the site's limits."""
     job = RUN.job(row)
-    return fit(planned_resources(RUN, job, kind=kind), site_entry(job))
+    return site_entry(job).fit(planned_resources(RUN, job, kind=kind))
 
 
 def site_entry(job):
@@ -209,24 +208,21 @@ def on_job(function):
     return lambda wildcards: function(job_of(wildcards))
 
 
+@functools.cache
+def on_site(row, kind):
+    """Resources of a row's job, by the executor's names."""
+    return SITE.resources(site_entry(RUN.job(row)), planned(row, kind), is_row=True)
+
+
 def machines(kind):
     """Resources of a row's job, of which `kind` is its part of the plan: train, evaluate, official or speed."""
-
-    def plan(resource):
-        return on_job(lambda job: getattr(planned(job.row.row, kind), resource))
-
-    nodes = on_job(lambda job: job.nodes)
+    names = on_site(JOBS[0].row.row, "train" if RUN.accuracy else "speed")
     return {
-        "mem_mb": plan("mem_mb"),
-        "runtime": plan("runtime"),
         "accelerators": on_job(lambda job: job.processes_per_node),
-        # An empty `mpi` leaves launching to the rule's command, on one node or many.
-        "mpi": "",
-        "nodes": nodes,
-        "tasks": nodes,
-        "gres": plan("gres"),
-        "tasks_per_gpu": 0,
-        "slurm_partition": on_job(lambda job: job.pool.slurm_partition),
+        **{
+            name: on_job(lambda job, name=name: on_site(job.row.row, kind)[name])
+            for name in names
+        },
     }
 
 

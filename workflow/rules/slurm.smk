@@ -5,9 +5,11 @@ from snakemake.logging import logger
 from snakemake.resources import Resource
 
 from phi3v.cluster.check import problems, requests, settings_problems
+from phi3v.cluster.ask import ClusterError
 from phi3v.cluster.executor import connect
-from phi3v.cluster.facts import ClusterError, look
+from phi3v.cluster.facts import look
 from phi3v.cluster.status import running_jobs
+from phi3v.planning.resources import Resources as Wanted
 from phi3v.training.checkpoints import checkpoint_folders
 
 
@@ -16,11 +18,33 @@ def belongs_to_row(known):
     return "gres" in known.resources
 
 
-def on_site(known, value):
-    """A resources function: `value` of the site's entry for where the rule's job goes; None leaves it to SLURM."""
-    if not belongs_to_row(known):
-        return lambda wildcards: value(SITE.of(CPU)) or None
-    return lambda wildcards: value(site_entry(job_of(wildcards))) or None
+def on_cpus(known):
+    """What jobs without a row's machines ask for, as the site's CPU partition takes it."""
+    own = {
+        name: resource.value
+        for name, resource in known.resources.items()
+        if not resource.is_evaluable()
+    }
+    wanted = Wanted(
+        own.get("runtime", 60), own.get("mem_mb", 4000), own.get("_cores", 1), 1, "", ""
+    )
+    entry = SITE.of(CPU)
+    return SITE.resources(entry, entry.fit(wanted), is_row=False)
+
+
+def refuse_other_extra():
+    """Flags of sbatch that would take the place of the site file's, or the other way around."""
+    settings = workflow.resource_settings
+    named = [("default-resources", settings.default_resources)] + [
+        (f"set-resources {rule}", values)
+        for rule, values in settings.overwrite_resources.items()
+    ]
+    for where, values in named:
+        if "slurm_extra" in (values or {}):
+            raise WorkflowError(
+                f"--{where}: field `slurm_extra`: expected these flags as `extra` of the partition in {SITE_FILE}, "
+                "beside which the workflow puts its own; nothing was started"
+            )
 
 
 def look_at_cluster():
@@ -94,27 +118,13 @@ if ON_SLURM:
         if Path(str(known.snakefile)).is_relative_to(ROOT)
     ]
     for known in ours:
-        added = {
-            "slurm_partition": on_site(known, lambda entry: entry.partition),
-            "slurm_account": on_site(
-                known, lambda entry: entry.account or SITE.account
-            ),
-            "qos": on_site(known, lambda entry: entry.qos or SITE.qos),
-            "constraint": on_site(known, lambda entry: entry.constraint),
-        }
-        if belongs_to_row(known):
-            # To the job's steps, not to the shell that started them (see scripts/torchrun_nodes.sh).
-            added["slurm_extra"] = f"--signal=USR1@{SITE.leave_seconds}"
-        elif "runtime" in known.resources:
-            known.resources["runtime"] = known.resources["runtime"].constrain(
-                SITE.of(CPU).max_runtime
-            )
-        for name, value in added.items():
-            known.resources[name] = Resource(name, value)
+        if not belongs_to_row(known):
+            for name, value in on_cpus(known).items():
+                known.resources[name] = Resource(name, value)
     SnakemakeJob.restart_times = property(retries_of)
     if workflow.is_main_process:
+        refuse_other_extra()
         look_at_cluster()
-    if workflow.is_main_process:
         connect(ROOT / "workflow/slurm", logger)
 
 

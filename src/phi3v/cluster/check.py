@@ -9,13 +9,14 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from phi3v.cluster.facts import Facts, PartitionFacts
+from phi3v.cluster.limits import JOBS, Limit
 from phi3v.cluster.site import CPU, SITE_FILE, Partition, Site
-from phi3v.planning.resources import Resources, resources
+from phi3v.planning.resources import resources
 from phi3v.settings import CONVERSION_THREADS, AccuracyRow, ResolvedRun
 
 # Seconds by which SLURM may signal early (sbatch(1), --signal), and as much to start.
@@ -32,9 +33,9 @@ LEAST_GRACE = 30
 
 @dataclass(frozen=True)
 class Problem:
-    """An error, which stops the run, or a warning."""
+    """An error, which stops the run, a warning, or a note of what makes it slower."""
 
-    level: Literal["error", "warning"]
+    level: Literal["error", "warning", "note"]
     text: str
 
     def __str__(self) -> str:
@@ -66,16 +67,6 @@ def _field(name: str, got: object, reason: str) -> Problem:
     return _error(f"field `{name}`: got {got!r}: {reason}")
 
 
-def fit(wanted: Resources, entry: Partition) -> Resources:
-    """What a job requests on this site: runtime cut to the partition's limit, GPUs by their type, CPUs per GPU."""
-    runtime = min(wanted.runtime, entry.max_runtime or wanted.runtime)
-    if not wanted.gres:
-        return replace(wanted, runtime=runtime)
-    gpus = int(wanted.gres.rpartition(":")[2])
-    gres = f"gpu:{entry.gpu_type}:{gpus}" if entry.gpu_type else wanted.gres
-    return replace(wanted, runtime=runtime, gres=gres, cpus=gpus * entry.cpus_per_gpu)
-
-
 def requests(run: ResolvedRun, site: Site) -> list[Request]:
     """What the run's jobs request."""
     jobs = [*run.accuracy, *run.speed]
@@ -87,7 +78,7 @@ def requests(run: ResolvedRun, site: Site) -> list[Request]:
         official = ["official"] if run.official(job) else []
         for kind in ("train", "evaluate", *official) if isinstance(job.row, AccuracyRow) else ("speed",):
             wanted = resources(run, job, kind=kind)
-            fitted = fit(wanted, site.of(device, partition))
+            fitted = site.of(device, partition).fit(wanted)
             what, gpus = f"row `{job.row.row}` ({kind})", job.processes_per_node if wanted.gres else 0
             found.append(Request(what, device, partition, job.nodes, gpus, fitted.cpus, fitted.mem_mb, wanted.runtime))
     return found
@@ -132,7 +123,14 @@ def problems(site: Site, facts: Facts, requests: Iterable[Request]) -> list[Prob
             continue
         found += _partition_problems(entry, partition, f"partitions.{request.device}")
         found += _rights_problems(site, entry, partition, facts)
-        for asked, reason in _request_problems(entry, partition, request):
+        limits = facts.accounting.of(
+            entry.account or site.account, entry.qos or site.qos, partition.name, partition.qos
+        )
+        found += _notes(limits)
+        for asked, reason in [
+            *_request_problems(entry, partition, request),
+            *_limit_problems(entry, limits, request),
+        ]:
             stopped.setdefault((partition.name, reason), []).append(f"{request.what}: asks for {asked}")
     for (_, reason), jobs in stopped.items():
         more = f" (and {len(jobs) - 1} more jobs)" if len(jobs) > 1 else ""
@@ -194,6 +192,37 @@ def _request_problems(entry: Partition, partition: PartitionFacts, request: Requ
     ):
         if asked > there:
             yield f"{asked} {what}", f"{name} has {there}{remedy}"
+
+
+def _notes(limits: Iterable[Limit]) -> Iterator[Problem]:
+    for limit in limits:
+        if limit.name in JOBS and limit.value:
+            yield Problem(
+                "note", f"{limit.where} ({limit.name}): at most {limit.value} jobs {JOBS[limit.name]} at a time"
+            )
+
+
+def _limit_problems(entry: Partition, limits: Iterable[Limit], request: Request) -> Iterator[tuple[str, str]]:
+    """(what is requested, why accounting would keep the job waiting for ever)"""
+    each = {"cpu": request.cpus, "gres/gpu": request.gpus, "mem": 0 if entry.memory == "none" else request.mem_mb}
+    each |= {"node": 1, f"gres/gpu:{entry.gpu_type}": request.gpus}
+    runtime = min(request.runtime, entry.max_runtime or request.runtime)
+    fewer = f"or set another account or qos in {SITE_FILE}"
+    for limit in limits:
+        asked = each.get(limit.tres, 0) * (1 if limit.name == "MaxTRESPerNode" else request.nodes)
+        if limit.name == "MaxWall":
+            if runtime > limit.value:
+                field = f"`partitions.{request.device}.max_runtime: {limit.value}`"
+                yield f"{runtime} min", f"{limit}: such a job waits for ever; set {field} in {SITE_FILE}, {fewer}"
+        elif limit.name in JOBS:
+            if not limit.value:
+                yield "a job", f"{limit}: no job may run; set another account or qos in {SITE_FILE}"
+        elif limit.name == "MinTRESPerJob":
+            if limit.tres in each and asked < limit.value:
+                yield f"{limit.tres}={asked}", f"{limit} is the least of a job there; set another qos in {SITE_FILE}"
+        elif asked > limit.value:
+            remedy = f"set nodes and per_node of the run's hardware to what a job may have, {fewer}"
+            yield f"{limit.tres}={asked}", f"{limit}: such a job waits for ever; {remedy}"
 
 
 # A small job of a minute asks on a node of the partition, since the login node cannot tell. Each line of its output is NAME VALUE.

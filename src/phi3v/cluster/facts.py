@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import getpass
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass, field
 
+from phi3v.cluster.ask import ask, minutes
+from phi3v.cluster.limits import Accounting, read
 from phi3v.cluster.site import CPU
 from phi3v.settings import Hardware
-
-
-class ClusterError(RuntimeError):
-    """A SLURM command failed; the message holds its answer."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,8 @@ class PartitionFacts:
     grace_seconds: int = 0
     accounts: frozenset[str] | None = None
     """Accounts that may use it; None: all."""
+    qos: str = ""
+    """Quality of service whose limits hold for all its jobs."""
 
     @property
     def gpus_per_node(self) -> int:
@@ -52,24 +49,11 @@ class Facts:
     """Quality-of-service names that the user may request; None: the cluster keeps none, or users may not read them."""
     min_job_age: int
     """Seconds for which squeue still lists an ended job."""
-    default_account: str = ""
-    """What SLURM charges if a job names no account; "" if unknown."""
+    accounting: Accounting = field(default_factory=Accounting)
 
     @property
     def default(self) -> PartitionFacts | None:
         return next((partition for partition in self.partitions.values() if partition.default), None)
-
-
-def minutes(text: str) -> int | None:
-    """SLURM's time (`30`, `30:00`, `4:00:00`, `1-00:00:00`) in minutes, rounded down; None for no limit."""
-    text = text.strip().lower()
-    if text in ("infinite", "unlimited", "n/a", "none", "(null)", ""):
-        return None
-    days, _, rest = text.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    # Hours lead if there are days, or three parts.
-    hours, mins = [*parts, 0][:2] if days or len(parts) == 3 else (0, parts[0])
-    return (int(days or 0) * 24 + hours) * 60 + mins
 
 
 def gpus(gres: str) -> dict[str, int]:
@@ -78,19 +62,6 @@ def gpus(gres: str) -> dict[str, int]:
     for kind, count in re.findall(r"(?:^|,)gpu:(?:([^:,()]+):)?(\d+)", gres):
         found[kind] = found.get(kind, 0) + int(count)
     return found
-
-
-def ask(*command: str) -> str:
-    """Output of a client command; raises ClusterError."""
-    if shutil.which(command[0]) is None:
-        raise ClusterError(f"{command[0]} was not found; expected SLURM's commands on PATH (are you on a login node?)")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
-        raise ClusterError(f"{' '.join(command)}: no answer within 60 s; is the controller up?") from None
-    if done.returncode:
-        raise ClusterError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout
 
 
 def look() -> Facts:
@@ -105,10 +76,11 @@ def look() -> Facts:
         entry = dict(word.split("=", 1) for word in line.split() if "=" in word)
         if entry:
             partitions[entry["PartitionName"]] = _partition(entry, shapes.get(entry["PartitionName"], []))
-    accounts, qos = _rights(config.get("AccountingStorageEnforce", "none"))
-    default = _accounting("user", "defaultaccount")[:1] if accounts else []
-    age = int(config.get("MinJobAge", "300").split()[0])
-    return Facts(partitions, accounts, qos, age, default_account=default[0][0] if default else "")
+    enforced, age = config.get("AccountingStorageEnforce", "none"), int(config.get("MinJobAge", "300").split()[0])
+    accounting = read(enforced)
+    qos = frozenset(name for names in accounting.allowed_qos.values() for name in names) if "qos" in enforced else None
+    accounts = frozenset(account for account, _ in accounting.users)
+    return Facts(partitions, accounts or None, qos or None, age, accounting)
 
 
 def _partition(entry: dict[str, str], shapes: list[list[str]]) -> PartitionFacts:
@@ -128,23 +100,8 @@ def _partition(entry: dict[str, str], shapes: list[list[str]]) -> PartitionFacts
         preempt_mode=entry.get("PreemptMode", "OFF"),
         grace_seconds=int(entry.get("GraceTime", "0")),
         accounts=None if allowed == "ALL" else frozenset(allowed.split(",")),
+        qos=entry.get("QoS", "N/A").replace("N/A", ""),
     )
-
-
-def _accounting(what: str, fields: str) -> list[list[str]]:
-    """This user's lines of `sacctmgr show`; none if the cluster keeps no accounts or users may not read them."""
-    command = ["sacctmgr", "-nP", "show", what, f"user={getpass.getuser()}", f"format={fields}"]
-    try:
-        return [line.split("|") for line in ask(*command).splitlines() if line.strip()]
-    except ClusterError:
-        return []
-
-
-def _rights(enforced: str) -> tuple[frozenset[str] | None, frozenset[str] | None]:
-    """(accounts, qos) of this user; None for each that the cluster does not enforce or does not show."""
-    rows = _accounting("assoc", "account,qos") if "associations" in enforced else []
-    allowed = frozenset(name for row in rows for name in row[1].split(",") if name)
-    return frozenset(row[0] for row in rows) or None, (allowed or None) if "qos" in enforced else None
 
 
 def devices_of(gres_type: str, hardware: dict[str, Hardware]) -> list[str]:
@@ -160,7 +117,7 @@ def site_text(facts: Facts, hardware: dict[str, Hardware]) -> str:
     """config/site.yaml for this cluster; every choice that is left to the reader is a comment."""
     lines = ["# Written by scripts/cluster.py from what this cluster reports; fields: config/README.md, a cluster."]
     if facts.accounts:
-        first, *others = sorted(facts.accounts, key=lambda name: (name != facts.default_account, name))
+        first, *others = sorted(facts.accounts, key=lambda name: (name != facts.accounting.default_account, name))
         lines.append(f"account: {first}" + (f"  # or {', '.join(others)}" if others else ""))
     lines.append("partitions:")
     # The longest jobs first.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from phi3v.cluster.facts import ask
+from phi3v.cluster.ask import ask
 from phi3v.settings import AccuracyRow, Job, ResolvedRun
 
 # The executor's comment on each of its jobs.
