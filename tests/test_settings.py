@@ -560,7 +560,7 @@ def test_a_grid_in_a_table_makes_a_row_of_every_combination(tree):
     }  # fmt: skip
     # Each is a line of the report and a target of its own, and the line's id is all of them.
     assert {job.table_row for job in run.accuracy} == set(found)
-    targets = run.targets(["all"])
+    targets = run.targets()
     assert {job.row.row for job in targets[name]} == set(found)
     one = f"{name}@learning_rate=4e-5@epochs=3"
     assert [job.row.row for job in targets[one]] == [one]

@@ -93,3 +93,26 @@ def test_outputs_that_appear_late_are_waited_for(copy):
     code, output = stand_in.snakemake(copy, "--latency-wait", "20")
     assert code == 0, output
     assert steps(copy, "one") == [*range(1, 11)]
+
+
+def test_a_space_and_a_quote_in_the_path(root, tmp_path):
+    """They work, or one line at the start says why not."""
+    folder = stand_in.make(root, tmp_path / "it's my folder")
+    for extra in (["--sdm", "conda"], ["--sdm", "apptainer"], ["--default-resources", "slurm_account=a"]):
+        code, output = stand_in.snakemake(folder, "-n", *extra)
+        assert code != 0
+        assert f"holds a space, a quote or another special character: got {folder}" in output
+        assert "Traceback" not in output
+    code, output = stand_in.snakemake(folder)
+    assert code == 0, output
+    assert (folder / "results/stand/report/index.html").is_file()
+
+
+def test_no_profile_is_needed_to_keep_what_is_finished(finished):
+    """profiles/default: an edited command, docstring or environment repeats nothing."""
+    path = finished / "workflow/rules/train.smk"
+    path.write_text(path.read_text().replace('shell:\n        "', 'shell:\n        "true; ', 1))
+    code, output = stand_in.snakemake(finished, "-n", profile="none")
+    assert code == 0 and "Nothing to be done" in output, output
+    code, output = stand_in.snakemake(finished, "-n", "--workflow-profile", "none", profile="none")
+    assert code == 0 and small_run.planned(output)["finetune"] == 2

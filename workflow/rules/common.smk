@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -56,11 +57,20 @@ RESULTS = RUN.results
 KINDS = {RUN.hardware[pool.device].kind for pool in RUN.settings.hardware}
 TRAIN_ENV = f"{ROOT}/envs/train-{'cpu' if KINDS == {'cpu'} else 'cuda'}.yaml"
 DATA_ENV, REPORT_ENV = f"{ROOT}/envs/data.yaml", f"{ROOT}/envs/report.yaml"
-# One image serves data and training: what holds torch holds the readers of data too.
-TRAIN_IMAGE = f"{ROOT}/containers/train.sif"
-REPORT_IMAGE = f"{ROOT}/containers/report.sif"
+TRAIN_IMAGE = REPORT_IMAGE = None
 DEPLOYMENT = {str(method) for method in workflow.deployment_settings.deployment_method}
+if (ON_SLURM or DEPLOYMENT) and not re.fullmatch(
+    r"[\w./+,:=@%~-]+", f"{ROOT}{Path.cwd()}"
+):
+    raise WorkflowError(
+        f"the path of this folder holds a space, a quote or another special character: got {Path.cwd()} (workflow in {ROOT}); "
+        "SLURM, conda and containers do not take it, nothing was started. Move the folder to another path, or run "
+        "without them"
+    )
 if "apptainer" in DEPLOYMENT:
+    # One image serves data and training: what holds torch holds the readers of data too.
+    TRAIN_IMAGE = f"{ROOT}/containers/train.sif"
+    REPORT_IMAGE = f"{ROOT}/containers/report.sif"
     # An image holds what the environment would; with both asked for, conda is not needed inside it.
     TRAIN_ENV = DATA_ENV = REPORT_ENV = None
 elif "conda" in DEPLOYMENT and "rocm" in KINDS:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from phi3v.settings.base import Bare, Role, SettingsError, Strict, fields_with, validate
 
@@ -48,6 +48,43 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 # A name, and for a row of a grid what it has of each of the grid's fields: NAME@learning_rate=1e-5@epochs=3.
 RowId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*(@[a-z0-9_]+=[A-Za-z0-9_.+-]+)*$")]
+
+
+RULES = frozenset(
+    [
+        "accuracy",
+        "all",
+        "convert",
+        "data",
+        "data_statistics",
+        "demo_base",
+        "demo_model",
+        "demo_sources",
+        "digits",
+        "download_data",
+        "download_model",
+        "evaluate",
+        "evaluate_base",
+        "evaluate_official",
+        "finetune",
+        "plan",
+        "plan_run",
+        "predict",
+        "predictions",
+        "report",
+        "run_settings",
+        "score",
+        "speed",
+        "speed_row",
+    ]
+)
+"""Names of the workflow's rules, which are targets like the rows."""
+
+
+def _no_rule(value: str) -> str:
+    if value in RULES:
+        raise ValueError("the workflow has a rule of this name; expected another name for the row")
+    return value
 
 
 class Recipe(Strict):
@@ -93,7 +130,7 @@ class Recipe(Strict):
 
 
 class _Named(Strict):
-    row: Annotated[RowId, Role.IDENTITY]
+    row: Annotated[RowId, AfterValidator(_no_rule), Role.IDENTITY]
     """Unique id; it carries the model."""
     model: str
     """Entry of the models file."""

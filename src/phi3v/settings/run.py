@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -273,22 +273,12 @@ class ResolvedRun(BaseModel):
         name = self.datasets[job.row.dataset].official
         return name if name and self.datasets[name].missing_source(root) is None else None
 
-    def targets(self, rules: Iterable[str] = ()) -> dict[str, list[Job]]:
-        """Name of each target to its jobs: a row's id to those of all its seeds and of its grid, a seed's id to its own.
-
-        rules: names that the workflow's rules have already. Raises SettingsError for a row of such a name.
-        """
+    def targets(self) -> dict[str, list[Job]]:
+        """Name of each target to its jobs: a row's id to those of all its seeds and of its grid, a seed's id to its own."""
         found: dict[str, list[Job]] = {}
         for job in (*self.accuracy, *self.speed):
             for name in dict.fromkeys((job.row.row, job.table_row, table_line(job.table_row))):
                 found.setdefault(name, []).append(job)
-        taken = sorted(found.keys() & set(rules))
-        if taken:
-            job = found[taken[0]][0]
-            raise SettingsError(
-                f"{job.table}: row `{job.table_row}`: field `row`: got {taken[0]!r}: the workflow has a rule of this name; "
-                "expected a name that no rule has"
-            )
         return found
 
 
