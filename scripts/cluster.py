@@ -2,6 +2,7 @@
 
     python scripts/cluster.py site                            # a first config/site.yaml from the cluster's own answers
     python scripts/cluster.py check --config my.yaml          # does the run fit this cluster? a probe job a partition
+    python scripts/cluster.py check --nodes 2 --device a100-80gb   # and: do two such nodes reach each other, how fast?
     python scripts/cluster.py status --config my.yaml         # rows, jobs, steps, time left (make slurm-status)
     python scripts/cluster.py wait                            # until no job of this folder runs or waits
 
@@ -17,8 +18,9 @@ import time
 from pathlib import Path
 
 from phi3v.cluster.ask import ClusterError
-from phi3v.cluster.check import Problem, login_problems, probe, problems, requests, settings_problems
+from phi3v.cluster.check import Problem, login_problems, problems, requests, settings_problems
 from phi3v.cluster.facts import look, site_text
+from phi3v.cluster.probe import all_reduce, probe
 from phi3v.cluster.site import CPU, SITE_FILE, load_site
 from phi3v.cluster.status import running_jobs, status_lines
 from phi3v.planning.fits import runnable
@@ -37,8 +39,8 @@ def site(path: str) -> int:
     return 0
 
 
-def check(config: str, probing: bool) -> int:
-    """Print what is wrong and what is worth knowing."""
+def check(config: str, probing: bool, nodes: int, device: str) -> int:
+    """Print what is wrong and what is worth knowing; nodes: of the device, to look at and to time together."""
     run, here = runnable(load_run(config)), load_site()
     wanted = requests(run, here)
     found = [*login_problems(Path.cwd()), *settings_problems(run, here, wanted)]
@@ -46,12 +48,21 @@ def check(config: str, probing: bool) -> int:
         found += problems(here, look(), wanted)
     except ClusterError as error:
         found.append(Problem("error", f"the cluster could not be looked at: {error}"))
-    if probing and not any(problem.level == "error" for problem in found):
+    lines: list[str] = []
+    wrong = any(problem.level == "error" for problem in found)
+    if nodes and not wrong:
+        pools = [pool for pool in run.settings.hardware if pool.device == device]
+        entry = here.of(device, pools[0].slurm_partition if pools else "")
+        processes = pools[0].per_node if pools else entry.gpus_per_node or 1
+        network = run.hardware[device].network_gb_s if device in run.hardware else None
+        found += probe(here, entry, Path.cwd(), nodes)
+        lines, more = all_reduce(here, entry, Path.cwd(), nodes, processes, network)
+        found += more
+    elif probing and not wrong:
         used = {CPU: here.of(CPU)} | {each.device: here.of(each.device, each.partition) for each in wanted}
         for entry in {entry.partition: entry for entry in used.values()}.values():
             found += probe(here, entry, Path.cwd())
-    for problem in dict.fromkeys(found):
-        print(problem)
+    print("\n".join([*lines, *map(str, dict.fromkeys(found))]))
     errors, warnings = (sum(problem.level == level for problem in found) for level in ("error", "warning"))
     print(f"{len(wanted)} kinds of work looked at: {errors} errors, {warnings} warnings")
     return 1 if errors else 0
@@ -90,12 +101,16 @@ def main() -> int:
     parser.add_argument("--config", default="config/config.yaml", help="the run (default: config/config.yaml)")
     parser.add_argument("--output", default=SITE_FILE, help=f"site: file to write (default: {SITE_FILE})")
     parser.add_argument("--no-probe", action="store_true", help="check: submit no probe jobs")
+    parser.add_argument("--nodes", type=int, default=0, help="check: also time all-reduce over this many nodes")
+    parser.add_argument("--device", default="", help="check --nodes: of which device, by its name in the site file")
     parser.add_argument("--seconds", type=float, default=10, help="wait: between two looks (default: 10)")
     given = parser.parse_args()
     if given.do == "site":
         return site(given.output)
     if given.do == "check":
-        return check(given.config, probing=not given.no_probe)
+        if bool(given.nodes) != bool(given.device):
+            parser.error(f"got --nodes {given.nodes} --device {given.device!r}: expected both or none")
+        return check(given.config, not given.no_probe, given.nodes, given.device)
     return status(given.config) if given.do == "status" else wait(given.seconds)
 
 

@@ -15,9 +15,10 @@ import yaml
 
 from phi3v.cluster import check
 from phi3v.cluster.ask import minutes
-from phi3v.cluster.check import GPU_PROBE, Request, probe, problems
+from phi3v.cluster.check import Request, problems
 from phi3v.cluster.facts import Facts, PartitionFacts, devices_of, gpus, look, site_text
 from phi3v.cluster.limits import Accounting, Limit, amount
+from phi3v.cluster.probe import GPU_PROBE, probe
 from phi3v.cluster.site import Partition, Site
 from phi3v.cluster.status import COMMENT, progress
 from phi3v.planning.resources import Resources
@@ -286,14 +287,14 @@ def test_without_an_answer_of_slurm_the_rest_is_said_all_the_same(root, tmp_path
 
 def test_a_machine_of_a_partition_without_a_name_is_of_the_default_one(tmp_path, monkeypatch):
     srun = tmp_path / "srun"
-    srun.write_text("#!/bin/sh\necho shared yes\necho apptainer none\necho cache yes\necho modules yes\n")
+    srun.write_text("#!/bin/sh\nprintf 'n7 shared yes\\nn7 apptainer none\\n'\n")
     srun.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     texts = {
         name: [problem.text for problem in probe(Site(), Partition(partition=name), tmp_path)] for name in ("", "gpu")
     }
-    assert any(text.startswith("the default partition: on its machines there is no apptainer") for text in texts[""])
-    assert any(text.startswith("partition gpu: on its machines there is no apptainer") for text in texts["gpu"])
+    assert any(text.startswith("the default partition: on n7 there is no apptainer") for text in texts[""])
+    assert any(text.startswith("partition gpu: on n7 there is no apptainer") for text in texts["gpu"])
 
 
 SRUN = """#!/bin/sh
@@ -329,8 +330,47 @@ def test_the_probe_asks_for_a_gpu_and_what_training_would_say_of_it(tmp_path, mo
     assert all(text in problem.text for problem in found)
     probe(Site(), Partition(partition="cpu"), tmp_path)
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert "--gres=gpu:a100:1 --mem=4000" in asked[0]
+    assert {"--gres=gpu:a100:1", "--mem=4000", "--nodes=1"} <= set(asked[0].split())
     assert not any("gres" in line for line in asked[1:] if "--partition=cpu" in line)
+
+
+def test_the_probe_writes_to_the_folders_of_each_node(tmp_path, monkeypatch):
+    """Two nodes, of which the second can write neither to TMPDIR nor to the home folder."""
+    (tmp_path / "srun").write_text(
+        """#!/bin/sh
+while [ "$1" != bash ]; do shift; done
+TMPDIR=$HERE HOME=$HERE "$@" | sed "s/^[^ ]*/n1/"
+TMPDIR=/proc HOME=/proc "$@" | sed "s/^[^ ]*/n2/"
+"""
+    )
+    (tmp_path / "python").write_text(
+        PYTHON.format(version=f"{sys.version_info.major}.{sys.version_info.minor}", gpu="")
+    )
+    for name in ("srun", "python"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("HERE", str(tmp_path))
+
+    def found(site: Site) -> list[str]:
+        problems = probe(site, Partition(partition="gpu"), tmp_path, nodes=2)
+        return [
+            str(problem) for problem in problems if "apptainer" not in problem.text and " free; " not in problem.text
+        ]
+
+    where = "partition gpu: on n2 16 MB could not be written to"
+    assert found(Site()) == [
+        f"error: {where} {path} (full, over quota, or read-only)" for path in ("TMPDIR=/proc", "/proc")
+    ]
+    # The home folder may be read-only on nodes where the caches are elsewhere.
+    assert [text for text in found(Site(cache=f"{tmp_path}/cache")) if "warning" in text] == [
+        f"warning: {where} /proc (full, over quota, or read-only)"
+    ]
+    both = "partition gpu: on n1, n2"
+    assert [text for text in found(Site(scratch="/proc/x", setup=["module use /nowhere"])) if "n1" in text] == [
+        f"error: field `scratch`: got /proc/x: {both} 16 MB could not be written there",
+        f"error: fields `setup` and `modules`: got module use /nowhere: {both} they end with an error",
+    ]
 
 
 def test_what_the_probe_runs_says_yes_or_why_training_is_refused(root):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import signal
 import subprocess
 import sys
@@ -211,3 +212,21 @@ def test_a_wrong_field_of_the_site_file_is_named(runs, look):
     assert code == 2
     assert "config/site.yaml: field `acount`: got 'research': unknown field" in output
     assert "config/site.yaml: field `partitions.cpu.partition`: got 'cpu; rm'" in output
+
+
+def test_nodes_are_timed_together_as_a_row_would_start_there(runs, look):
+    config = runs.configure("preflight", ["phi35-docvqa-lora-bf16"], hardware=GPU_POOL)
+    runs.site(site(extra=["--nice=3"]) | {"env": {"NCCL_SOCKET_IFNAME": "hsn"}, "rendezvous": "lo"})
+    code, output = look("check", "--config", config, "--nodes", "2", "--device", "a100-80gb")
+    assert code == 0, output
+    timed = re.search(r"all-reduce: 2 nodes x 2 processes, gloo on cpu: .* bus bandwidth ([\d.]+) GB/s", output)
+    assert timed, output
+    assert float(timed[1]) > 0
+    assert re.search(r"all-reduce: node\d reaches 127.0.0.1 through lo \(127.0.0.1\)", output)
+    assert re.search(r"partition gpu: on node\d, node\d there is no apptainer", output)
+    # A name that no node resolves: the error of the processes is shown.
+    runs.site(site() | {"rendezvous": "ib9"})
+    code, output = look("check", "--config", config, "--nodes", "2", "--device", "a100-80gb")
+    assert code == 1
+    assert "all-reduce over 2 nodes failed: " in output
+    assert "rendezvous: got ib9: no network interface of" in output

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
-import subprocess
 import sys
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,97 +220,6 @@ def _limit_problems(entry: Partition, limits: Iterable[Limit], request: Request)
         elif asked > limit.value:
             remedy = f"set nodes and per_node of the run's hardware to what a job may have, {fewer}"
             yield f"{limit.tres}={asked}", f"{limit}: such a job waits for ever; {remedy}"
-
-
-# A small job of a minute asks on a node of the partition, since the login node cannot tell. Each line of its output is NAME VALUE.
-PROBE = r"""
-echo shared "$([ -f "$1" ] && echo yes || echo no)"
-echo python "$("$2" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo none)"
-echo apptainer "$(command -v apptainer || command -v singularity || echo none)"
-echo scratch "$([ -z "$3" ] || { mkdir -p "$3" && [ -w "$3" ] && df -Pk "$3" | awk 'NR==2 {print $4}'; } || echo none)"
-echo cache "$([ -z "$4" ] || { mkdir -p "$4" && [ -w "$4" ]; } && echo yes || echo no)"
-echo modules "$([ -z "$5" ] || { module load $5 >/dev/null 2>&1; } && echo yes || echo no)"
-[ -z "$6" ] || echo gpu "$([ -z "$5" ] || module load $5 >/dev/null 2>&1; PYTHONPATH="$6" "$2" -c "$7" 2>/dev/null || echo none)"
-"""
-# What a training job would report of its GPU: `yes`, `cpu-build REASON`, or `no REASON`; nothing without torch.
-GPU_PROBE = """
-import torch
-from phi3v.model.runtime import compute_device
-from phi3v.settings import Compute, SettingsError
-try:
-    compute_device(Compute(expect_device="cuda"))
-    print("yes")
-except SettingsError as error:
-    print("no" if torch.version.cuda or torch.version.hip else "cpu-build", error)
-"""
-
-
-def probe(site: Site, entry: Partition, folder: Path, wait_seconds: int = 60) -> list[Problem]:
-    """Problems of a node of the partition: shared folder, Python, Apptainer, scratch, cache, modules, its GPUs.
-
-    folder: the repository. On a partition with GPUs the job requests one of them. A partition without a free node
-    within `wait_seconds` gives a warning.
-    """
-    name = f"partition {entry.partition}" if entry.partition else "the default partition"
-    has_gpus = bool(entry.gpus_per_node or entry.gpu_type)
-    marker = folder / f".cluster-check-{uuid.uuid4().hex}"
-    # In double quotes, the shell of the job expands $USER and the like.
-    given = [str(marker), sys.executable, site.scratch, site.cache, " ".join(site.modules)]
-    words = " ".join(f'"{word}"' for word in [*given, str(folder / "src") if has_gpus else ""])
-    text = f'USER="${{USER:-$(id -un)}}"; set -- {words} {shlex.quote(GPU_PROBE)}\n{PROBE}'
-    command = [*_srun(site, entry, has_gpus, wait_seconds), "bash", "-lc", text]
-    marker.write_text("seen\n")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=wait_seconds + 120, check=False)
-    except subprocess.TimeoutExpired:
-        return [Problem("warning", f"{name}: its machine did not answer: not looked at")]
-    finally:
-        marker.unlink(missing_ok=True)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        return [Problem("warning", f"{name}: no machine could be looked at: {reason[0]}")]
-    seen = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
-    return list(_seen_problems(seen, site, folder, f"{name}: on its machines"))
-
-
-def _srun(site: Site, entry: Partition, has_gpus: bool, wait_seconds: int) -> list[str]:
-    command = ["srun", f"--immediate={wait_seconds}", "--nodes=1", "--ntasks=1", "--time=2", "--quiet"]
-    if has_gpus:
-        # Importing torch takes memory.
-        command += [f"--gres=gpu:{entry.gpu_type}:1" if entry.gpu_type else "--gres=gpu:1", "--mem=4000"]
-    else:
-        command.append("--mem=100")
-    flags = {
-        "--partition": entry.partition,
-        "--account": entry.account or site.account,
-        "--qos": entry.qos or site.qos,
-        "--constraint": entry.constraint,
-    }
-    return [*command, *(f"{flag}={value}" for flag, value in flags.items() if value)]
-
-
-def _seen_problems(seen: dict[str, str], site: Site, folder: Path, where: str) -> Iterator[Problem]:
-    """seen: the probe's output."""
-    if seen.get("shared") != "yes":
-        yield _error(f"{where} {folder} is not this folder; expected a file system that all machines share")
-    if (python := seen.get("python", "none")) != f"{sys.version_info.major}.{sys.version_info.minor}":
-        expected = "expected this Python, in a folder that all machines share"
-        yield _error(f"{where} {sys.executable} is {python}; {expected}")
-    if seen.get("apptainer", "none") == "none":
-        text = "there is no apptainer; --sdm apptainer will not work, --sdm conda will"
-        yield Problem("warning", f"{where} {text}")
-    if site.scratch and seen.get("scratch", "none") == "none":
-        yield _error(f"field `scratch`: got {site.scratch}: {where} it cannot be written")
-    if seen.get("cache") != "yes":
-        yield _error(f"field `cache`: got {site.cache}: {where} it cannot be written")
-    if seen.get("modules") != "yes":
-        yield _error(f"field `modules`: got {' '.join(site.modules)}: {where} they do not load")
-    state, _, reason = seen.get("gpu", "").partition(" ")
-    if state == "no":
-        yield _error(f"{where} training would be refused: {reason}")
-    if state == "cpu-build":
-        text = "only --sdm conda or apptainer can train, whose PyTorch for CUDA 13 needs driver 580 or newer"
-        yield Problem("warning", f"{where} {text}: {reason}")
 
 
 def login_problems(folder: Path) -> list[Problem]:
