@@ -191,6 +191,102 @@ def test_a_query_before_the_submission_waits_for_the_controller_too(slurm, repor
     assert waits == [10]
 
 
+def query(slurm, capfd, queue: str, *states: str) -> dict[str, str]:
+    """What the executor learns of its jobs, when squeue lists these."""
+    slurm.answer(queue, (0, "".join(f"{state}\n" for state in states), ""))
+    assert executor.main(queue, ["--format=%i|%T", "--states=all", "--noheader", "--name", "mine"]) == 0
+    return dict(line.split("|") for line in capfd.readouterr().out.splitlines())
+
+
+@pytest.fixture
+def submitted(slurm, reports, tmp_path, capfd) -> None:
+    """Jobs 1 to 4."""
+    slurm.answer("sbatch", *[(0, f"{job}\n", "") for job in (1, 2, 3, 4)])
+    for _ in range(4):
+        assert submit(tmp_path) == 0
+    capfd.readouterr()
+
+
+def test_a_job_that_squeue_forgot_is_looked_up(slurm, submitted, reports, capfd):
+    running = [f"{job}|RUNNING|None" for job in (1, 2, 3, 4)]
+    assert set(query(slurm, capfd, "squeue", *running).values()) == {"RUNNING"}
+    slurm.answer("sacct", (0, "2|CANCELLED by 1000\n3|COMPLETED\n4|PREEMPTED\n", ""))
+    found = query(slurm, capfd, "squeue", "1|RUNNING|None", "99|PENDING|Priority")
+    # PREEMPTED: the executor would wait for SLURM to restart it.
+    assert found == {"1": "RUNNING", "2": "CANCELLED", "3": "COMPLETED", "4": "FAILED", "99": "PENDING"}
+    assert slurm.calls("sacct")[0][-2] == "--jobs=2,3,4"
+    # And not again in each later query.
+    assert query(slurm, capfd, "squeue", "1|FAILED|NonZeroExitCode") == {
+        "1": "FAILED",
+        "2": "CANCELLED",
+        "3": "COMPLETED",
+        "4": "FAILED",
+    }
+    assert query(slurm, capfd, "squeue")["1"] == "FAILED"
+    assert len(slurm.calls("sacct")) == 1
+    assert reports == []
+
+
+@pytest.mark.parametrize(
+    "answer", [(1, "", "Slurm accounting storage is disabled\n"), (0, "1|RUNNING\n2|RUNNING\n", ""), (0, "", "")]
+)
+def test_outputs_decide_where_accounting_does_not_know(slurm, submitted, reports, capfd, answer):
+    """COMPLETED: Snakemake looks for the outputs, and a job without them has failed."""
+    slurm.answer("sacct", answer)
+    found = query(slurm, capfd, "squeue", "3|RUNNING|None", "4|COMPLETING|None")
+    assert found == {"1": "COMPLETED", "2": "COMPLETED", "3": "RUNNING", "4": "COMPLETING"}
+    assert reports == [
+        f"{COMMENT}: SLURM does not know any more how job {job} ended, so its outputs decide" for job in (1, 2)
+    ]
+
+
+def test_jobs_are_not_forgotten_while_the_controller_is_away(slurm, submitted, reports, capfd):
+    """To the executor, a job without a state has not ended; after failed queries it would wait for ever."""
+    slurm.answer("squeue", (1, "", AWAY))
+    assert executor.main("squeue", ["--name", "mine"]) == 0
+    assert capfd.readouterr().out == ""
+    assert reports == [f"SLURM does not answer ({AWAY}); its jobs continue, and it is asked again"]
+
+
+def test_a_reason_that_does_not_end_by_itself_is_reported_once(slurm, submitted, reports, capfd):
+    waiting = [
+        "1|PENDING|QOSMaxWallDurationPerJobLimit", "2|PENDING|Priority", "3|PENDING|AssocGrpGRES", "4|PENDING|AssocGrpGRES",
+        "99|PENDING|BadConstraints",
+    ]  # fmt: skip
+    for _ in range(3):
+        query(slurm, capfd, "squeue", *waiting)
+    first, second = reports
+    assert first.startswith(f"{COMMENT}: job 1 waits because of QOSMaxWallDurationPerJobLimit: lower `max_runtime`")
+    assert second.startswith(f"{COMMENT}: job 3 (and 1 more) waits because of AssocGrpGRES: change `hardware`")
+    unavailable = "2|PENDING|ReqNodeNotAvail,_UnavailableNodes:node"
+    for nodes in ("1", "[1-2]"):
+        query(slurm, capfd, "squeue", waiting[0], unavailable + nodes, *waiting[2:])
+    assert len(reports) == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "field"),
+    [
+        ("PartitionTimeLimit", "max_runtime"), ("AssocMaxWallDurationPerJobLimit", "max_runtime"),
+        ("AssocGrpCPUMinutesLimit", "account"), ("AssocMaxJobsLimit", "jobs"), ("QOSMaxJobsPerUserLimit", "jobs"),
+        ("QOSMaxGRESPerUser", "hardware"), ("MaxGRESPerAccount", "hardware"), ("BadConstraints", "constraint"),
+        ("PartitionNodeLimit", "nodes"), ("ReqNodeNotAvail,_Reserved_for_maintenance", "max_runtime"),
+        ("InvalidAccount", "account"), ("InvalidQOS", "qos"), ("JobHeldAdmin", "scontrol release"),
+        ("Nodes_required_for_job_are_DOWN,_DRAINED_or_reserved", "sinfo -R"),
+    ],
+)  # fmt: skip
+def test_a_reason_names_what_to_change(slurm, submitted, reports, capfd, reason, field):
+    query(slurm, capfd, "squeue", f"1|PENDING|{reason}", "2|RUNNING|None", "3|RUNNING|None", "4|RUNNING|None")
+    (line,) = reports
+    assert field in line
+
+
+def test_other_queries_pass_through(slurm, reports, capfd):
+    slurm.answer("squeue", (0, "7|x\n", ""))
+    assert executor.main("squeue", ["--me", "-o", "%i|%j"]) == 0
+    assert capfd.readouterr().out == "7|x\n"
+
+
 @pytest.fixture
 def connected(slurm, root, monkeypatch) -> Iterator[Reports]:
     """This process as Snakemake's."""

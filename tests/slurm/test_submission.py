@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 from cluster_run import SITE, Snakemake
+from conftest import started
 
 SNAKEFILE = """\
 configfile: "run.yaml"
@@ -99,3 +101,36 @@ def test_what_waiting_cannot_cure_is_said_at_once(root, cluster, tmp_path):
     assert snakemake.finish(60) != 0
     assert "invalid partition specified: none" in snakemake.output
     assert time.monotonic() - started < 30
+
+
+def test_a_reason_that_does_not_end_by_itself_is_reported_once(root, cluster, until, tmp_path):
+    cluster.out("sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxWall=00:02:00")
+    try:
+        snakemake = Sleeps(root, tmp_path).start()
+        until("the reason", lambda: "QOSMaxWall" in snakemake.output or snakemake.process.poll() is not None)
+        time.sleep(5)
+    finally:
+        cluster.out("sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxWall=-1")
+    output = finish(snakemake)
+    reason = "rule_sleep_wildcards_0: job \\d+ waits because of QOSMaxWallDurationPerJobLimit: lower `max_runtime`"
+    assert len(re.findall(reason, output)) == 1, output
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("accounting", [True, False])
+def test_a_job_that_slurm_forgets_between_two_looks(root, until, tmp_path, accounting):
+    """Snakemake is suspended; one job ends well, one is cancelled, and the controller forgets both."""
+    sleeps = Sleeps(root, tmp_path / "work", count=2, seconds=15)
+    with started(tmp_path / "cluster", accounting=accounting, min_job_age=30) as cluster:
+        sleeps.site({**SITE, "account": SITE["account"] if accounting else ""})
+        snakemake = sleeps.start()
+        until("both run", lambda: (sleeps.jobs(0) and sleeps.jobs(1)) or snakemake.process.poll() is not None)
+        snakemake.process.send_signal(signal.SIGSTOP)
+        jobs = {*sleeps.jobs(0), *sleeps.jobs(1)}
+        cluster.out("scancel", *sleeps.jobs(1))
+        until("SLURM forgets them", lambda: not jobs & cluster.jobs().keys())
+        snakemake.process.send_signal(signal.SIGCONT)
+        output = finish(snakemake)
+    assert (len(sleeps.jobs(0)), len(sleeps.jobs(1))) == (1, 2)
+    assert ("its outputs decide" in output) == (not accounting)
+    assert ("SLURM status is: 'CANCELLED'" in output) == accounting

@@ -17,13 +17,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 FIRST_WAIT, LONGEST_WAIT, GIVE_UP = 10.0, 300.0, 3600.0
 """Seconds between submissions, doubled each time, and in total."""
-ANSWER_SECONDS = 120
-"""Longest that a command of SLURM may take; its own timeouts are shorter."""
+SUBMIT_SECONDS, QUERY_SECONDS = 300, 25
+"""Longest that sbatch, which repeats by itself, and other commands may take; the executor gives a status query a minute."""
 PREFIX = "PHI3V_EXECUTOR_"
 """Of the environment variables by which Snakemake and the commands know each other."""
 PYTHON, PATH, CHANNEL = f"{PREFIX}PYTHON", f"{PREFIX}PATH", f"{PREFIX}CHANNEL"
@@ -37,6 +37,24 @@ TEMPORARY = re.compile(
 )
 # AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, QOSGrpSubmitJobsLimit …: until another job ends.
 SUBMIT_LIMIT = re.compile(r"(Assoc|QOS)\w*SubmitJob\w*")
+# States after which squeue forgets a job; the executor waits for SLURM to restart one that was in the last three.
+LEFT_TO_SLURM = ("NODE_FAIL", "PREEMPTED", "REVOKED")
+ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
+# squeue's reasons that end by themselves.
+ORDINARY = ("None", "Resources", "Priority", "Dependency", "BeginTime", "Cleaning", "Prolog", "Licenses", "Reservation")
+ADVICE = {
+    r"TimeLimit|WallDuration|MinutesPerJob": "lower `max_runtime` of its partition in config/site.yaml, or change `qos`",
+    r"Minutes": "the hours of the account are used up; change `account` in config/site.yaml",
+    r"Jobs": "it starts when other jobs have ended; `jobs` in profiles/slurm/profile.yaml limits how many are submitted",
+    r"Hel|Hold|held|NeverSatisfied": "scontrol release JOB, or scancel JOB to submit it anew",
+    r"InvalidQOS|QOSNotAllowed": "change `qos` in config/site.yaml",
+    r"AccountNot|InvalidAccount": "change `account` in config/site.yaml",
+    r"^(QOS|Assoc|Max)": "change `hardware` of the run, or `cpus_per_gpu` or `qos` in config/site.yaml",
+    r"BadConstraints": "change `constraint`, `gpu_type` or `partition` in config/site.yaml",
+    r"Partition": "change `partition` in config/site.yaml, or `nodes` in `hardware` of the run",
+    r"NotAvail|DOWN|Reserv": "nodes are down or reserved (sinfo -R); before maintenance, lower `max_runtime` in config/site.yaml",
+    r"": "see squeue(1), job reason codes, and the fields of config/site.yaml",
+}
 
 Answer = subprocess.CompletedProcess[str]
 
@@ -90,11 +108,11 @@ def slurm(*command: str, script: str = "") -> Answer:
     program = shutil.which(command[0], path=path)
     if program is None:
         return Answer(command, 127, "", f"{command[0]}: not found; expected SLURM's on PATH\n")
-    line, seconds = [program, *command[1:]], ANSWER_SECONDS
+    line, seconds = [program, *command[1:]], SUBMIT_SECONDS if command[0] == "sbatch" else QUERY_SECONDS
     try:
         return subprocess.run(line, input=script, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return Answer(command, 1, "", f"{command[0]}: timed out after {ANSWER_SECONDS} s\n")
+        return Answer(command, 1, "", f"{command[0]}: timed out after {seconds} s\n")
 
 
 def option(arguments: list[str], name: str) -> str:
@@ -141,15 +159,97 @@ def submit(arguments: list[str], script: str) -> Answer:
         return queue if queue.returncode else slurm("sbatch", *arguments, script=script)
 
     answer = answered(comment, ask)
-    if answer.returncode == 0 and stopped():
-        slurm("scancel", answer.stdout.strip().partition(";")[0])
+    if answer.returncode == 0:
+        job = answer.stdout.strip().partition(";")[0]
+        Journal(name).write("submitted", job, comment)
+        if stopped():
+            slurm("scancel", job)
     return answer
+
+
+class Journal:
+    """Of one Snakemake's jobs: lines of (kind, job, text), beside the executor's own logs, which it deletes after ten days."""
+
+    def __init__(self, name: str) -> None:
+        self.path = Path(".snakemake/slurm_logs", f"{name}.log")
+
+    def write(self, *line: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.write("\t".join(line) + "\n")
+
+    def read(self, kind: str) -> dict[str, str]:
+        """Text by job."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        return {job: text for found, job, text in (line.split("\t", 2) for line in lines) if found == kind}
+
+
+def states(name: str) -> Answer:
+    """`JOB|STATE` of every job that was submitted under this name; nothing while SLURM does not answer."""
+    journal = Journal(name)
+    # Read before squeue is asked: a job that is submitted later may be missing in its answer.
+    submitted = journal.read("submitted")
+    queue = slurm("squeue", "--me", "--states=all", "--noheader", "--format=%i|%T|%r")
+    if queue.returncode:
+        # To the executor an answer without a job means that it has not ended; after failed queries it forgets its jobs.
+        report(f"SLURM does not answer ({queue.stderr}); its jobs continue, and it is asked again")
+        return Answer([], 0, "", "")
+    listed = [line.split("|", 2) for line in queue.stdout.splitlines()]
+    found = {job: state for job, state, _ in listed}
+    ended = journal.read("ended")
+    for job, state in (how_they_ended(submitted, found.keys() | ended.keys()) | found).items():
+        if job in submitted and state in ENDED and ended.get(job) != state:
+            journal.write("ended", job, state)
+            ended[job] = state
+    report_reasons(journal, submitted, {job: reason for job, state, reason in listed if state == "PENDING"})
+    return Answer([], 0, "".join(f"{job}|{state}\n" for job, state in (ended | found).items()), "")
+
+
+def how_they_ended(submitted: dict[str, str], known: Iterable[str]) -> dict[str, str]:
+    """State of each job that squeue does not list any more (MinJobAge), from accounting.
+
+    Without accounting it is COMPLETED: Snakemake then looks for the outputs, and a job without them has failed.
+    """
+    tasks = {job.partition("_")[0] for job in known}
+    gone = [job for job in submitted if job not in tasks]
+    if not gone:
+        return {}
+    answer = slurm("sacct", "-X", "--noheader", "--parsable2", "--format=JobIDRaw,State", f"--jobs={','.join(gone)}")
+    # `CANCELLED by 1000` is more than the executor knows.
+    accounted = dict(re.findall(r"^(\d+)\|(\w+)", answer.stdout, re.MULTILINE))
+    for job in gone:
+        if accounted.get(job) in LEFT_TO_SLURM:
+            accounted[job] = "FAILED"
+        elif accounted.get(job) not in ENDED:
+            report(f"{submitted[job]}: SLURM does not know any more how job {job} ended, so its outputs decide")
+            accounted[job] = "COMPLETED"
+    return accounted
+
+
+def report_reasons(journal: Journal, submitted: dict[str, str], pending: dict[str, str]) -> None:
+    """Once per job, why it waits, if that does not end by itself."""
+    reported = journal.read("waits")
+    groups: dict[str, list[str]] = {}
+    for job, reason in pending.items():
+        # What follows changes: `ReqNodeNotAvail, UnavailableNodes:node[1-2]`.
+        name = re.split(r"\W", reason)[0]
+        if job in submitted and name not in ORDINARY and reported.get(job) != name:
+            journal.write("waits", job, name)
+            groups.setdefault(reason, []).append(job)
+    for reason, jobs in groups.items():
+        more = f" (and {len(jobs) - 1} more)" if len(jobs) > 1 else ""
+        advice = next(advice for pattern, advice in ADVICE.items() if re.search(pattern, reason))
+        report(f"{submitted[jobs[0]]}: job {jobs[0]}{more} waits because of {reason}: {advice}")
 
 
 def main(command: str, arguments: list[str]) -> int:
     """Do what the executor calls `command` for."""
     if command == "sbatch":
         answer = submit(arguments, "" if sys.stdin.isatty() else sys.stdin.read())
+    elif command in ("squeue", "sacct"):
+        # A name is what the executor gives when it asks for the states of its jobs.
+        name = option(arguments, "--name")
+        answer = states(name) if name else slurm(command, *arguments)
     else:
         answer = answered(command, lambda repeated: slurm(command, *arguments))
     sys.stdout.write(answer.stdout)
