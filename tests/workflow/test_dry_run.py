@@ -222,7 +222,8 @@ def test_without_slurms_commands_a_start_is_refused_and_a_dry_run_is_not(root, t
     assert "the cluster could not be looked at: scontrol was not found" in output
     code, output = run()
     assert code != 0
-    assert "could not be asked for jobs of an earlier Snakemake, nothing was started\nsqueue was not found" in output
+    assert "could not be asked for jobs of an earlier Snakemake, nothing was started" in output
+    assert "squeue: not found; expected SLURM's on PATH" in output
     assert "Traceback" not in output
 
 

@@ -22,8 +22,8 @@ SLURM_EARLY = 90
 CPU_MEMORY, CPU_RUNTIME = 4000, 240
 # The demo's base model (workflow/rules/demo.smk), MB.
 DEMO_BASE_MEMORY = 6000
-# squeue must still list a job three times the profile's seconds between status checks after its end.
-LEAST_JOB_AGE = 15
+# Most seconds between two status queries of the executor.
+LEAST_JOB_AGE = 180
 # Seconds of grace in which a pre-empted job can save a checkpoint.
 LEAST_GRACE = 30
 
@@ -136,8 +136,8 @@ def problems(site: Site, facts: Facts, requests: Iterable[Request]) -> list[Prob
         found.append(
             Problem(
                 "warning",
-                f"MinJobAge is {facts.min_job_age} s: squeue may forget a job before Snakemake sees its end; the executor then "
-                "asks sacct, which does not tell cancelled jobs. Ask your administrators for MinJobAge of 300",
+                f"MinJobAge is {facts.min_job_age} s: less than the {LEAST_JOB_AGE} s between two status queries, so without "
+                "accounting only its outputs tell how a job ended. Ask your administrators for MinJobAge of 300",
             )
         )
     return list(dict.fromkeys(found))
