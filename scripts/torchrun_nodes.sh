@@ -6,8 +6,21 @@
 set -euo pipefail
 nodes=$1 processes=$2
 shift 2
-# Jobs that share a machine must not meet on one port.
-export port=$((20000 + ${SLURM_JOB_ID:?expected inside a SLURM job} % 20000)) nodes processes
+export nodes processes port=0
+if [ "$nodes" != 1 ]; then
+  # This shell runs on the step's first machine. Ports from 32768 on are Linux' own for outgoing connections
+  # (net.ipv4.ip_local_port_range). Jobs that share the machine begin their search at different ones.
+  port=$(python - "${SLURM_JOB_ID:?expected inside a SLURM job}" <<'END'
+import contextlib, socket, sys
+
+for offset in range(12000):
+    port = 20000 + (37 * int(sys.argv[1]) + offset) % 12000
+    with contextlib.suppress(OSError), socket.create_server(("", port)):
+        sys.exit(print(port))
+sys.exit("torchrun_nodes.sh: no free port from 20000 to 31999")
+END
+  )
+fi
 # Where the nodes meet (config/site.yaml, rendezvous): a pattern for the first node's name, or an interface of it; it is
 # this one.
 rendezvous=${PHI3V_RENDEZVOUS:-}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -540,6 +541,24 @@ def test_the_launcher_takes_the_sites_address_and_affinity(root, clients, enviro
     refused = launch(PHI3V_RENDEZVOUS="ib7")
     assert refused.returncode == 2
     assert "rendezvous: got ib7: no network interface of" in refused.stderr
+
+
+def test_jobs_on_one_machine_meet_at_ports_of_their_own(root, tmp_path):
+    """Below the ports that Linux gives to outgoing connections, and never one that is taken."""
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\necho $port\n")
+    srun.chmod(0o755)
+
+    def port(job: int) -> int:
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": str(job)}
+        launcher = [root / "scripts/torchrun_nodes.sh", "2", "4", "scripts/finetune.py"]
+        return int(subprocess.run(launcher, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    first = port(4711)
+    with socket.create_server(("", first)):
+        ports = [first, port(4711), port(4712), port(2**26)]
+    assert len(set(ports)) == 4
+    assert all(1024 <= number < 32768 for number in ports)
 
 
 def test_torchrun_in_a_job_is_the_launcher_with_the_same_options(root, tmp_path):

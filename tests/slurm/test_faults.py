@@ -93,4 +93,4 @@ def test_a_row_that_does_not_get_on_is_not_tried_for_ever(runs, undisturbed):
     code, output = runs.run(config, f"results/stuck/train/{ROW['lora']}/manifest.json")
     assert code != 0
     assert submissions(output, ROW["lora"]) == 2
-    assert f"{ROW['lora']}: attempt 2 ended at step 0 like the one before: not tried again" in output
+    assert f"{ROW['lora']}: attempt 2 saved nothing after the one before: not tried again" in output

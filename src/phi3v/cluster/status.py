@@ -51,6 +51,27 @@ def running_jobs(folder: Path) -> list[RunningJob]:
     return found
 
 
+def nodes_to_avoid(folder: Path, rule: str, wildcards: list[str]) -> str:
+    """Nodes of this user's newest job of a rule in `folder`, if its partition has as many others that work.
+
+    "" if it has not, or if SLURM has forgotten the job. Raises ClusterError.
+    """
+    # As the executor writes it.
+    comment = "_wildcards_".join([f"rule_{rule}", *(["_".join(wildcards).replace("/", "_")] if wildcards else [])])
+    found = {}
+    every = ask("squeue", "--noheader", "--states=all", "--user", getpass.getuser(), "-o", "%A|%N|%P|%D|%Z|%k")
+    for line in every.splitlines():
+        job, nodes, partition, count, where, its_comment = line.split("|", 5)
+        if its_comment == comment and os.path.realpath(where) == os.path.realpath(folder):
+            found[int(job)] = nodes, partition, int(count)
+    nodes, partition, count = found[max(found)] if found else ("", "", 0)
+    if not nodes:
+        return ""
+    working = ask("sinfo", "--noheader", "--Node", "--states=idle,mix,alloc", f"--partition={partition}", "-o", "%N")
+    others = set(working.split()) - set(ask("scontrol", "show", "hostnames", nodes).split())
+    return nodes if len(others) >= count else ""
+
+
 @dataclass(frozen=True)
 class Progress:
     """Of one training job, from its metrics."""
