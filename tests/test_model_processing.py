@@ -106,6 +106,18 @@ def test_a_batch_is_its_prompts_one_by_one(tiny):
         assert len(batch["image_sizes"]) == 3
 
 
+def test_pictures_are_prepared_in_inference_mode_too(tiny):
+    prompt, images = "a <|image_1|> b <|image_2|>", [make_image(60, 30, 1), make_image(30, 90, 2)]
+    plain, threads = tiny(prompt, images), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            inputs = tiny(prompt, images)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(inputs["pixel_values"], plain["pixel_values"], atol=0, rtol=0)
+
+
 def test_tags_out_of_order_put_each_picture_where_its_tag_stands(tiny):
     first, second = make_image(28, 28, 1), make_image(90, 30, 2)
     turned = tiny("a <|image_2|> b <|image_1|> c", [first, second])

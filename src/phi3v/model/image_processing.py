@@ -174,7 +174,9 @@ class Phi3VImageProcessor(ImageProcessingMixin):
                 raise ValueError(f"{name}: {error}") from error
         ends = list(itertools.accumulate((down * across + (not as_uint8) for down, across in grids), initial=0))
         dtype = torch.uint8 if as_uint8 else torch.float32
-        out = torch.empty(ends[-1], 3, self.tile_size, self.tile_size, dtype=dtype)
+        # A tensor made in inference mode could not be written by the threads, to which the caller's mode does not extend.
+        with torch.inference_mode(False):
+            out = torch.empty(ends[-1], 3, self.tile_size, self.tile_size, dtype=dtype)
 
         def one(index: int) -> None:
             place, local = out[ends[index] : ends[index + 1]], self.local_tiles(self.canvas(pictures[index], num_crops))
