@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits test verify-training verify-evaluation verify-gpu verify-report verify-slurm slurm-status check audit format docs clean
+.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits test verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,13 @@ verify-report: $(VENV)/installed  ## 200 rows and 1,000,000 predictions in one r
 
 verify-slurm: $(VENV)/installed  ## every fault of a cluster, and 1,000 rows, on a real SLURM started here (needs root; about 75 minutes)
 	pytest -m 'verify or not verify' -s tests/slurm
+
+CLIENTS := .clients
+clients:  ## environments of the programs that verify-clients compares with (7 GB)
+	tests/clients/install.sh $(CLIENTS)
+
+verify-clients: $(VENV)/installed clients  ## checkpoints in vLLM, mistral.rs, lmms-eval and the publisher's code (PHI3V_PUBLISHER_CODE: its folder)
+	PHI3V_CLIENTS=$(CLIENTS) pytest -s -m 'verify or not verify' tests/clients
 
 CONFIG ?= config/config.yaml
 slurm-status: $(VENV)/installed  ## rows, SLURM jobs, steps and time left of a run: make slurm-status CONFIG=my.yaml

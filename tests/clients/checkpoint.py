@@ -1,0 +1,33 @@
+"""A checkpoint that other programs accept as Phi-3.5-vision: the published tower and vocabulary, and a small decoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from phi3v.model import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
+
+# Heads keep the published 96 columns, so that the published RoPE factors fit.
+DECODER = {"hidden_size": 384, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+def build(folder: Path, published: Path, num_crops: int = 4, layers: int = 4, max_shard_size: str = "50GB") -> Path:
+    """Write random float32 weights (0.34 billion) with the publisher's JSON files of `published`; returns `folder`.
+
+    max_shard_size: of a weights file; several files have an index beside them.
+    """
+    values = json.loads((published / "config.json").read_text(encoding="utf-8"))
+    config = Phi3VConfig.from_dict({**values, **DECODER, "num_hidden_layers": layers, "torch_dtype": "float32"})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(20)
+        model = Phi3VForCausalLM(config).float().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # Initialised small, a random decoder repeats its input; these attend and differ.
+                if name.endswith(("qkv_proj.weight", "o_proj.weight", "down_proj.weight", "gate_up_proj.weight")):
+                    parameter.mul_(4)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    Phi3VProcessor.from_pretrained(published, num_crops=num_crops).save_pretrained(folder)
+    return folder
