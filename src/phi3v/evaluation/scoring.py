@@ -20,6 +20,7 @@ from phi3v.evaluation.metrics import (
     BINARY,
     Confusion,
     auroc,
+    auroc_of_places,
     character_edits,
     confusion,
     consistency,
@@ -181,7 +182,8 @@ def _of_classes(records: Sequence[Record], seed: int) -> dict[str, Figure | Conf
     truths = [normalise(record["answers"][0]) for record in records]
     if set(truths) == {"yes", "no"} and all("p_yes" in record for record in records):
         positive, shares = [truth == "yes" for truth in truths], [record["p_yes"] for record in records]
-        interval = statistics.bootstrap_paired(auroc, positive, shares, seed)
+        places = np.unique(shares, return_inverse=True)[1]
+        interval = statistics.bootstrap_paired(auroc_of_places, positive, places, seed)
         more["auroc"] = _rounded(auroc(positive, shares), interval)
     matches = [_NLVR2_ID.fullmatch(record["id"]) for record in records]
     sentences = [found[1] + found[2] for found in matches if found]

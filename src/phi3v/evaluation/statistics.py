@@ -50,8 +50,8 @@ def bootstrap(scores: Sequence[float] | np.ndarray, seed: int = 0, resamples: in
 
 def bootstrap_paired(
     statistic: Callable[[np.ndarray, np.ndarray], float],
-    left: Sequence[float],
-    right: Sequence[float],
+    left: Sequence[float] | np.ndarray,
+    right: Sequence[float] | np.ndarray,
     seed: int = 0,
     resamples: int = 500,
 ) -> Interval:
