@@ -146,6 +146,7 @@ def test_bytes_that_stay_wrong_are_an_error_and_leave_no_lock(tmp_path: Path, hu
         ("hf://datasets/owner/set/none/*.parquet", "no file of the repository matches"),
         ("hf://datasets/owner", "expected hf://datasets/OWNER/REPO/PATH"),
         ("gopher://host/file", "unknown kind"),
+        ("ftp://host/file", "unknown kind"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path: Path, hub: HubServer, entry: str, expected: str) -> None:
@@ -212,7 +213,10 @@ def test_servers_that_refuse_head_or_ranges_serve_all_the_same(
     assert locked_files(tmp_path, url, None)[1][0].read_bytes() == SHARD
 
 
-def test_files_folders_and_patterns_of_an_object_store(tmp_path: Path, hub: HubServer) -> None:
+def test_files_folders_and_patterns_of_an_object_store(
+    tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "PROTOCOLS", (*room.PROTOCOLS, "memory"))
     store = fsspec.filesystem("memory")
     for name in ("b/train/1.parquet", "b/train/0.parquet", "b/train/deep/2.txt", "b/other"):
         store.pipe(f"/store/{name}", name.encode())

@@ -370,6 +370,15 @@ def test_a_hub_id_that_the_models_file_names_is_the_workflows_download(root):
     assert is_hub_id("a/b") and not is_hub_id("./a/b") and not is_hub_id("a/b/c") and not is_hub_id("/a/b")
 
 
+def test_a_mistyped_folder_beside_others_is_no_hub_id(tmp_path, monkeypatch):
+    from phi3v.evaluation.generate import weights_folder
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trained/final").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="trained/finale: no such folder; expected a checkpoint"):
+        weights_folder("trained/finale")
+
+
 def test_the_official_splits_have_their_authors_metrics(checkpoint, tmp_path):
     from phi3v.data.convert import convert_files
 

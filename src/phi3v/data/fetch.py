@@ -50,6 +50,9 @@ OFFLINE = "HF_HUB_OFFLINE forbids the network: download it once online"
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "LICENSE*", "README.md")
 """Of a model repository: weights, configuration, tokenizer, terms. No remote code, no second copy in another format."""
 
+PROTOCOLS = ("https", "http", "s3", "gs", "az", "hf")
+"""Kinds of addresses that are fetched."""
+
 TIMEOUT = 30
 """Seconds without a byte after which a connection counts as lost."""
 
@@ -292,24 +295,22 @@ def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     from fsspec.core import url_to_fs
     from huggingface_hub.constants import is_offline_mode
 
-    protocol = url.partition("://")[0]
+    protocol = url.partition("://")[0].lower()
+    if protocol not in PROTOCOLS:
+        raise SourceError(
+            f"source {url!r}: unknown kind; expected hf://…, https://…, s3://…, gs://…, az://…, file:… or a path"
+        )
     if is_offline_mode():
         raise SourceError(f"source {url!r}: {OFFLINE}")
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
     headers = {"User-Agent": "phi3v", "Accept-Encoding": "identity"}
     web = {"client_kwargs": {"trust_env": True, "timeout": timeout, "headers": headers}}
     try:
-        if local_source(url) is not None:
-            raise ValueError
         # fsspec takes what follows `::` for another URL, and would fetch the start alone.
         return url_to_fs(url.replace("::", "%3A%3A"), **(web if protocol in ("http", "https") else {}))
     except ImportError as error:
         raise SourceError(
             f"source {url!r}: {error}; the extra `cloud` has what s3://, gs:// and az:// need: pip install 'phi3v[cloud]'"
-        ) from None
-    except ValueError:
-        raise SourceError(
-            f"source {url!r}: unknown kind; expected hf://…, https://…, s3://…, gs://…, az://…, file:… or a path"
         ) from None
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from phi3v.data import recipe
 from phi3v.data.conversations import DataError, parse_record, record_problem, shown
+from phi3v.data.fetch import PROTOCOLS
 from phi3v.data.pictures import picture_problem, picture_suffixes, sample_frames
 from phi3v.data.recipe import Samples, classes_prompt
 from phi3v.data.rows import (
@@ -62,9 +63,6 @@ INSTEAD = {"image": "video", "answer": "answers"}
 
 PEEK = 20
 """Rows whose columns decide what `columns` may name."""
-
-FETCHED = ("https", "http", "s3", "gs", "az", "hf")
-"""Kinds of URLs in rows that phi3v.data.fetch fetches."""
 
 MAX_PATH = 4096
 """A longer text in an image column is a picture in base64."""
@@ -171,7 +169,9 @@ def _values(
     found: dict[str, list[Value]] = {role: [] for role in roles}
     for role, sources in inputs.options.columns.items():
         if role not in found:
-            raise DataError(f"columns: got {role!r}; expected roles {', '.join(roles)}{near(role, list(found))}")
+            raise DataError(
+                f"{where}: columns: got {role!r}; expected roles {', '.join(roles)}{near(role, list(found))}"
+            )
         sources = [sources] if isinstance(sources, str) else sources
         found[role] = [_value(source, role, known, where) for source in sources if source]
     seen = set(known)
@@ -245,10 +245,12 @@ def pictures_of(inputs: Inputs, value: object, where: str, field: str = "image")
         raise DataError(f"{where}: field `{field}`: got {shown(value)}; expected a string")
     text = value.strip()
     scheme = re.match(r"([A-Za-z][\w+.-]*)://", text[:32])
-    if scheme and scheme[1].lower() in FETCHED:
+    if scheme and scheme[1].lower() in PROTOCOLS:
         return [Picture(text)]
     if scheme and scheme[1] != "file":
-        raise DataError(f"{where}: field `{field}`: got {shown(text)}; expected a path, or {'://, '.join(FETCHED)}://")
+        raise DataError(
+            f"{where}: field `{field}`: got {shown(text)}; expected a path, or {'://, '.join(PROTOCOLS)}://"
+        )
     if inputs.only_urls and not text.startswith("["):
         return []
     if text.startswith("data:") or len(text) > MAX_PATH:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,8 @@ _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w.
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no folder is OWNER/NAME or OWNER/NAME@REVISION."""
-    return not Path(name).is_dir() and _HUB_ID.fullmatch(name) is not None
+    """Whether a name is OWNER/NAME or OWNER/NAME@REVISION, and no path: then there would be a folder OWNER here."""
+    return not Path(name).parent.is_dir() and _HUB_ID.fullmatch(name) is not None
 
 
 def hub_folder(name: str, root: Path = Path()) -> tuple[Path, Model]:
@@ -68,13 +69,15 @@ def weights_folder(name: str, root: Path = Path(), may_fetch: bool = True) -> Pa
         return Path(name)
     if not is_hub_id(name):
         raise FileNotFoundError(
-            f"--model_name_or_path {name}: no such folder; expected a checkpoint, an adapter or a hub id OWNER/NAME"
+            f"--model_name_or_path {name}: no such folder; expected a checkpoint, an adapter or a hub id OWNER/NAME (if "
+            "there is no folder OWNER here)"
         )
     try:
         folder, model = hub_folder(name, root)
     except SettingsError as error:
         raise DataError(f"--model_name_or_path {name}: {error}") from None
     if may_fetch and not (folder / LOCK).is_file():
+        print(f"{name}: no such folder here; fetching it from the hub", file=sys.stderr)
         fetch([(model.url, model.revision)], folder, kind="model", flat=True)
     locked_files(folder, model.url, model.revision)
     return folder
