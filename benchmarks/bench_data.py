@@ -5,6 +5,7 @@
     python benchmarks/bench_data.py convert 10000 14       # parquet rows with JPEG pictures of so many kB
     python benchmarks/bench_data.py convert 1000 600 PNG   # the same with PNG pictures
     python benchmarks/bench_data.py table 100000           # rows of a table; llava: of a json; folder: files of classes
+    python benchmarks/bench_data.py read 200000            # rows of csv and jsonl: our readers, and `datasets` streaming
     python benchmarks/bench_data.py load 1000000           # start-up and memory of ConversationDataset
     python benchmarks/bench_data.py lengths 100000         # lengths(): first time, on one core and on all, and again
     python benchmarks/bench_data.py clips 100              # UCF-101-like clips/s beside decoding alone
@@ -15,11 +16,13 @@ Run it with nothing else on the machine; files go to TMPDIR.
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -156,6 +159,46 @@ def table(folder: Path, rows: int) -> None:
         file.writelines(f"p/{number % 1000}.jpg\tWhich number is {number}?\t{number}\n" for number in range(rows))
     with measured(f"convert {rows} rows of a table, rows", rows):
         convert_files("table", folder / "my.tsv", folder / "out", "train")
+
+
+def read(folder: Path, rows: int) -> None:
+    """Each reader in a process of its own, for its memory."""
+    texts = [f"p/{n % 1000}.jpg|Which number, in words, is {n}?|{n:07d}|2020-01-{1 + n % 28:02d}" for n in range(rows)]
+    names = ("image", "question", "answer", "day")
+    with open(folder / "my.csv", "w", newline="") as table, open(folder / "my.jsonl", "w") as lines:
+        writer = csv.writer(table)
+        writer.writerow(names)
+        for text in texts:
+            writer.writerow(text.split("|"))
+            lines.write(json.dumps(dict(zip(names, text.split("|"), strict=True))) + "\n")
+    for kind in ("csv", "jsonl"):
+        for reader in ("own", "datasets", "datasets texts"):
+            code = f"import bench_data; bench_data.read_one('{folder}/my.{kind}', '{reader}', {rows})"
+            subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+
+
+def read_one(path: str, reader: str, rows: int) -> None:
+    """All rows of a file; checks that the texts come out as they were written."""
+    with measured(f"{Path(path).suffix} by {reader}, start included, rows", rows):
+        found: Iterable[dict[str, object]]
+        if reader == "own":
+            from phi3v.data.rows import Inputs, read_rows
+
+            found = (row for _, _, row in read_rows(Inputs([Path(path)], Path(path).parent, "train", "x")))  # type: ignore[misc]
+        else:
+            from datasets import Features, Value, load_dataset
+
+            # Without the columns' types, given before, texts become numbers and dates.
+            texts = Features(dict.fromkeys(("image", "question", "answer", "day"), Value("string")))
+            kind = "csv" if path.endswith("csv") else "json"
+            given = texts if reader.endswith("texts") else None
+            found = load_dataset(kind, data_files=path, split="train", streaming=True, features=given)
+        count = wrong = 0
+        for row in found:
+            wrong += row["answer"] != f"{count:07d}" or row["day"] != f"2020-01-{1 + count % 28:02d}"
+            count += 1
+    assert count == rows
+    print(f"  rows with another text than written: {wrong}", flush=True)
 
 
 def llava(folder: Path, rows: int) -> None:
@@ -327,7 +370,7 @@ def clips(folder: Path, count: int) -> None:
 
 def main() -> None:
     actions = {
-        "validate": validate, "decode": decode, "convert": convert, "table": table, "llava": llava,
+        "validate": validate, "decode": decode, "convert": convert, "table": table, "read": read, "llava": llava,
         "folder": class_folder, "load": load, "lengths": count_lengths, "clips": clips, "padding": padding,
     }  # fmt: skip
     if len(sys.argv) < 3 or sys.argv[1] not in actions:
