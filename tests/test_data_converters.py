@@ -485,6 +485,24 @@ def test_processes_end_with_a_killed_parent() -> None:
             time.sleep(0.05)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_clips_of_every_suffix_are_taken_and_other_files_named(tmp_path: Path, packed: bool) -> None:
+    folder = tmp_path / "clips/train/A"
+    for name in ("a.avi", "b.m4v", "c.MP4", "d.ts", "e.3gp"):
+        write_clip(folder / name.lower(), 9).rename(folder / name)
+    (folder / "notes.txt").write_text("x")
+    (folder / "._a.avi").write_bytes(b"Mac")
+    source = tmp_path / "clips"
+    if packed:
+        source = tmp_path / "clips.tar"
+        with tarfile.open(source, "w") as archive:
+            archive.add(tmp_path / "clips", "clips")
+    result = convert_files("ucf101", source, tmp_path / "out", "train", name="x")
+    assert result["splits"]["train"]["examples"] == 5 and result["splits"]["train"]["untaken"] == 1
+    (line,) = map(json.loads, (tmp_path / "out/rejected.jsonl").open())
+    assert line["where"].endswith("train/A/notes.txt") and line["reason"].startswith("expected a clip: .avi, .mp4")
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_clips_come_out_the_same_however_many_are_decoded_at_a_time(tmp_path: Path, workers: int) -> None:
     archive = ucf_archive(tmp_path, {"train": 4, "val": 1})

@@ -25,6 +25,7 @@ from phi3v.data.rows import (
     Sample,
     SampleTurn,
     each_row,
+    is_junk,
     json_rows,
     parquet_rows,
     picture_under,
@@ -35,7 +36,10 @@ from phi3v.data.rows import (
 Samples = Iterator[Sample | Rejection]
 """What a format yields: its rows in order, those that cannot be taken included."""
 
-VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".webm")
+VIDEO_SUFFIXES = (
+    ".avi", ".mp4", ".mkv", ".mov", ".webm", ".m4v", ".wmv", ".asf", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".ogg",
+    ".3gp", ".gif", ".ivf", ".mxf",
+)  # fmt: skip
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 
 SPLIT_ORDER = ("train", "val", "test")
@@ -170,6 +174,13 @@ def _clips(inputs: Inputs) -> dict[tuple[str, str, str], Path]:
     """(split, class, clip name) to file, of archives and folders: a path's last three parts."""
     clips: dict[tuple[str, str, str], Path] = {}
 
+    def is_clip(name: str) -> bool:
+        if is_junk(PurePosixPath(name)):
+            return False
+        if not (known := name.lower().endswith(VIDEO_SUFFIXES)):
+            inputs.untaken[name] = f"expected a clip: {', '.join(VIDEO_SUFFIXES)}"
+        return known
+
     def add(name: str, path: Path) -> None:
         parts = PurePosixPath(name).parts
         if len(parts) < 3:
@@ -181,13 +192,13 @@ def _clips(inputs: Inputs) -> dict[tuple[str, str, str], Path]:
 
     for file in inputs.files:
         if file.name.endswith(ARCHIVE_SUFFIXES):
-            for name in unpack(file, inputs.scratch, lambda name: name.lower().endswith(VIDEO_SUFFIXES)):
+            for name in unpack(file, inputs.scratch, is_clip):
                 add(name, inputs.scratch / name)
                 if f"/{inputs.split}/" not in f"/{name}":
                     # Clips of other splits only count: ids continue over all of them.
                     (inputs.scratch / name).unlink()
-        elif file.suffix.lower() in VIDEO_SUFFIXES:
-            add(file.relative_to(inputs.root).as_posix(), file)
+        elif is_clip(name := file.relative_to(inputs.root).as_posix()):
+            add(name, file)
     return clips
 
 

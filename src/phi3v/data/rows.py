@@ -26,7 +26,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import TextIO
 
 from phi3v.data.conversations import DataError, decode_line, image_path_problem, raw_lines, shown
@@ -160,7 +160,7 @@ class Inputs:
         return found[0]
 
 
-def is_junk(path: Path) -> bool:
+def is_junk(path: PurePath) -> bool:
     """Whether an operating system left the file behind. path: relative to the source."""
     return any(fnmatch.fnmatchcase(part, pattern) for part in path.parts for pattern in JUNK)
 
