@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -68,14 +69,17 @@ MAX_PATH = 4096
 """A longer text in an image column is a picture in base64."""
 
 
+@functools.lru_cache(maxsize=4096)
+def _key(keys: tuple[str, ...], name: str) -> str | None:
+    """The key that is a name, in any case; rows of a source have the same few lists of keys."""
+    folded = name.strip().casefold()
+    return name if name in keys else next((key for key in keys if key.strip().casefold() == folded), None)
+
+
 def column(row: Row, name: str) -> object:
     """The value of a column, in any case; dots lead into objects. Raises KeyError."""
-    if name in row:
-        return row[name]
-    folded = name.strip().casefold()
-    for key, value in row.items():
-        if key.strip().casefold() == folded:
-            return value
+    if (key := _key(tuple(row), name)) is not None:
+        return row[key]
     first, _, rest = name.partition(".")
     inner = column(row, first) if rest else None
     if isinstance(inner, dict):
@@ -104,19 +108,27 @@ class Value:
     column: str
     pieces: tuple[tuple[str, str | None], ...] = ()
     """(text, column behind it) of a template; empty: the column itself."""
-    other: str = ""
-    """The column of a row that has nothing in the first."""
+    others: tuple[str, ...] = ()
+    """Columns of a row that has nothing in the first."""
+    default: Value | None = None
+    """What a row without any of the columns has."""
+
+    def find(self, row: Row) -> tuple[str, object]:
+        """(the column, its value): the first with something in it, else the first that the row has, else ("", None)."""
+        first: tuple[str, object] = ("", None)
+        for name in (self.column, *self.others):
+            with contextlib.suppress(KeyError):
+                value = column(row, name)
+                if value not in (None, "", []):
+                    return name, value
+                first = first if first[0] else (name, value)
+        return first
 
     def of(self, row: Row, where: str) -> object:
         """The value of a row; None without the column. Raises DataError for a template with nothing to fill in."""
         if not self.pieces:
-            found: object = None
-            for source in filter(None, (self.column, self.other)):
-                with contextlib.suppress(KeyError):
-                    found = column(row, source)
-                if found not in (None, "", []):
-                    break
-            return found
+            name, value = self.find(row)
+            return value if name or not self.default else self.default.of(row, where)
         text = ""
         for before, name in self.pieces:
             filled = as_text(Value(name).of(row, where)) if name else ""
@@ -164,7 +176,8 @@ def _values(
     """
     rows = iter(rows)
     first = list(itertools.islice(rows, PEEK))
-    known = list(dict.fromkeys(name for _, _, row in first if isinstance(row, dict) for name in row))
+    peeked = [row for _, _, row in first if isinstance(row, dict)]
+    known = list(dict.fromkeys(itertools.chain(*peeked)))
     where = first[0][0] if first else str(inputs.root)
     found: dict[str, list[Value]] = {role: [] for role in roles}
     for role, sources in inputs.options.columns.items():
@@ -174,38 +187,24 @@ def _values(
             )
         sources = [sources] if isinstance(sources, str) else sources
         found[role] = [_value(source, role, known, where) for source in sources if source]
-    seen = set(known)
-
-    def by_name() -> None:
-        """Columns that are a role without being named; a row may bring a new one."""
-        folded = {name.strip().casefold() for name in seen}
-        for role in found.keys() - inputs.options.columns.keys():
-            own, default = [name for name in ROLES[role] if name in folded], given.get(role)
-            if own and found[role] != [default]:
-                found[role] = [Value(own[0], other=own[-1])]
-            elif default and (default.pieces or default.column in seen):
-                found[role] = [default]
-
-    def later() -> Rows:
-        for place, number, row in rows:
-            if isinstance(row, dict) and not row.keys() <= seen:
-                seen.update(row)
-                by_name()
-            yield place, number, row
-
-    by_name()
+    there = {role for role, values in found.items() if values}
+    for role in found.keys() - inputs.options.columns.keys():
+        if names := ROLES[role]:  # by name, in every row that has such a column
+            found[role] = [own] = [Value(names[0], others=names[1:], default=given.get(role))]
+            if any(own.find(row)[0] or own.of(row, where) for row in peeked):
+                there.add(role)
     for role in needed if known else ():
-        if not found[role] and role not in inputs.options.columns and not found.get(INSTEAD.get(role, "")):
+        if role not in there | inputs.options.columns.keys() and INSTEAD.get(role) not in there:
             raise DataError(
                 f"{where}: column `{role}`: missing; expected {', '.join(needed)}; got {', '.join(known)} (option "
-                f"`columns` says what they are: `{role}: NAME`{_hint(role, first)}){near(role, known)}"
+                f"`columns` says what they are: `{role}: NAME`{_hint(role, peeked)}){near(role, known)}"
             )
-    return found, itertools.chain(first, later())
+    return found, itertools.chain(first, rows)
 
 
-def _hint(role: str, rows: list[tuple[str, int, Row | DataError]]) -> str:
+def _hint(role: str, rows: list[Row]) -> str:
     """What else may be meant by rows without a column."""
-    row = next(row for _, _, row in rows if isinstance(row, dict))
+    row = rows[0]
     chats = [name for name in row if name.casefold() in ROLES["messages"]]
     if role == "messages":
         return "; format `table` reads questions and answers"
@@ -524,14 +523,17 @@ def messages(inputs: Inputs) -> Samples:
             talk.clips += clip_frames(inputs, value.of(row, where), where)
         spoken = list[tuple[str, str, list[Part]]]()
         for value in values["messages"]:
-            listed = _listed(value.of(row, where))
+            name, cell = value.find(row)
+            listed = _listed(cell)
             if not isinstance(listed, list) or not listed:
-                raise DataError(f"{where}: field `{value.column}`: got {shown(listed)}; expected a list of messages")
+                raise DataError(
+                    f"{where}: field `{name or value.column}`: got {shown(listed)}; expected a list of messages"
+                )
             if all(isinstance(pair, dict) and pair.keys() <= SPEAKERS.keys() for pair in listed):
                 # ms-swift's form of sharegpt: {human: question, assistant: answer}
                 listed = [{"from": speaker, "value": text} for pair in listed for speaker, text in pair.items()]
             for index, message in enumerate(listed):
-                field = f"{value.column}[{index}]"
+                field = f"{name}[{index}]"
                 spoken.append((field, *_message(inputs, message, where, field)))
         wanted = Counter(piece for _, _, parts in spoken for piece, found in parts if found is None)
         for mark, there in (("<image>", talk.images), ("<video>", talk.clips)):
