@@ -242,15 +242,17 @@ class SplitWriter:
                 self.folders.add(target.parent)
             if stored.warning:
                 self.warnings.append(f"{where}: {stored.warning}")
-            if target.exists():
+            try:
+                with open(target, "xb") as file:  # a copy: saving over the original must not change converted data
+                    file.write(stored.data)
+            except FileExistsError:
                 if target.read_bytes() != stored.data:
                     raise DataError(
                         f"{where}: picture {shown(path)}: another picture has this name; expected different names"
-                    )
-                continue
-            target.write_bytes(stored.data)  # a copy: saving over the original must not change converted data
-            self.written += 1
-            self.of_row[target] = stored.data
+                    ) from None
+            else:
+                self.written += 1
+                self.of_row[target] = stored.data
         return paths
 
     def _fetched(self, url: str, where: str) -> Path:

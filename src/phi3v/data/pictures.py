@@ -179,8 +179,6 @@ def read_pictures(
         kept = kind in KEPT and small == image.size and not (deep and options.pixel_range == "real")
         if kept and not deep:
             if not decoded:
-                # An eighth of the size reads every byte of a JPEG, in half the time.
-                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
             return [StoredPicture(source, KEPT[kind])]
         image.draft(None, small)
