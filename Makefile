@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits test verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs clean
+.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits chat test verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo-all: $(VENV)/installed  ## every row of both tables on a CPU, then the repo
 
 digits: $(VENV)/installed  ## the worked example of one's own data: real handwritten digits
 	snakemake --profile profiles/demo --configfile config/digits.yaml
+
+chat: $(VENV)/installed  ## a page on this machine to ask a model about pictures: make chat MODEL=FOLDER [BASE=FOLDER] [ARGS="--bf16"]
+	python scripts/serve.py --model_name_or_path $(MODEL) $(if $(BASE),--base $(BASE)) $(ARGS)
 
 reproduce: $(VENV)/installed  ## the demo from scratch in another folder, to the byte what is stored for this kind of processor (about 10 minutes)
 	python scripts/reproduce.py $(ARGS)

@@ -54,7 +54,7 @@ SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
         "The workflow runs these commands, and you can type them yourself; `speed.py` takes all flags of `finetune.py` besides its own.",
         [
             commands.FinetuneSettings, commands.SpeedSettings, commands.EvaluateSettings, commands.ScoreSettings,
-            commands.PredictSettings, commands.ReportSettings,
+            commands.PredictSettings, commands.ReportSettings, commands.ServeSettings,
         ],
     ),
 ]  # fmt: skip

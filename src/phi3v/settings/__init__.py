@@ -19,6 +19,7 @@ from phi3v.settings.commands import (
     PredictSettings,
     ReportSettings,
     ScoreSettings,
+    ServeSettings,
     SpeedSettings,
 )
 from phi3v.settings.entries import (

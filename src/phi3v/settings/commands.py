@@ -424,6 +424,23 @@ class PredictSettings(Answering):
         return self
 
 
+class ServeSettings(Compute):
+    """scripts/serve.py"""
+
+    model_name_or_path: Annotated[str, Role.IDENTITY]
+    """Checkpoint folder, adapter folder, a running job's checkpoints/checkpoint-N, or hub id OWNER/NAME."""
+    base: str = ""
+    """Another model whose answers stand beside them, such as the one that training started from; left out: none."""
+    num_crops: int | None = Field(None, ge=1, le=64)
+    """Largest number of tiles of an image; left out: each model's own."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest answer."""
+    host: Annotated[str, Role.RUNTIME] = "127.0.0.1"
+    """Address that the page listens on. Anybody who reaches another address than this machine's own may ask the model."""
+    port: Annotated[int, Role.RUNTIME] = Field(8501, ge=1, le=65535)
+    """Port of the page."""
+
+
 class ReportSettings(Command):
     """scripts/report.py"""
 
