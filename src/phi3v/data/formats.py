@@ -127,8 +127,8 @@ class Value:
     def of(self, row: Row, where: str) -> object:
         """The value of a row; None without the column. Raises DataError for a template with nothing to fill in."""
         if not self.pieces:
-            name, value = self.find(row)
-            return value if name or not self.default else self.default.of(row, where)
+            found, value = self.find(row)
+            return value if found or not self.default else self.default.of(row, where)
         text = ""
         for before, name in self.pieces:
             filled = as_text(Value(name).of(row, where)) if name else ""
