@@ -61,9 +61,9 @@ def nodes_to_avoid(folder: Path, rule: str, wildcards: list[str]) -> str:
     found = {}
     every = ask("squeue", "--noheader", "--states=all", "--user", getpass.getuser(), "-o", "%A|%N|%P|%D|%Z|%k")
     for line in every.splitlines():
-        job, nodes, partition, count, where, its_comment = line.split("|", 5)
+        job, nodes, partition, width, where, its_comment = line.split("|", 5)
         if its_comment == comment and os.path.realpath(where) == os.path.realpath(folder):
-            found[int(job)] = nodes, partition, int(count)
+            found[int(job)] = nodes, partition, int(width)
     nodes, partition, count = found[max(found)] if found else ("", "", 0)
     if not nodes:
         return ""
