@@ -150,6 +150,20 @@ def test_what_accounting_would_never_start_is_refused(limit, level, said):
     assert all(said in problem.text for problem in found)
 
 
+@pytest.mark.parametrize(
+    ("constraint", "fits"),
+    [("80gb", True), ("80gb&ib", True), ("40gb&ib", False), ("hdr", False), ("hdr|40gb", True), ("[hdr|ndr]", False),
+     ("(80gb*2)&(40gb*2)", True)],
+)  # fmt: skip
+def test_a_constraint_names_features_of_one_kind_of_node(constraint, fits):
+    gpu = replace(GPU, features=(frozenset({"80gb", "ib"}), frozenset({"40gb"})))
+    site = Site(partitions={"a100-80gb": Partition(partition="gpu", constraint=constraint)})
+    found = problems(site, replace(FACTS, partitions={"gpu": gpu}), [request()])
+    reason = "no machine of partition gpu has it; features there: 40gb, 80gb, ib"
+    refused = [] if fits else [f"field `partitions.a100-80gb.constraint`: got {constraint!r}: {reason}"]
+    assert [problem.text for problem in found] == refused
+
+
 def test_a_runtime_that_the_site_cuts_fits_a_shorter_limit():
     facts = replace(FACTS, accounting=Accounting({("", ""): [Limit("QOS q", "MaxWall", "", 60)]}))
     site = Site(partitions={"a100-80gb": Partition(partition="gpu", max_runtime=60)})
@@ -212,7 +226,9 @@ def test_preemption_by_cancelling_and_a_short_memory_are_worth_knowing():
 
 def test_a_site_file_names_the_devices_of_its_gpus(root):
     hardware = read_entries(["config/hardware.yaml"], Hardware, root)
-    assert devices_of("a100", hardware) == ["a100-80gb", "a100-40gb", "a100-80gb-pcie", "a100-40gb-pcie"]
+    assert devices_of("a100", hardware) == [
+        "a100-80gb", "a100-40gb", "a100-64gb", "a100-80gb-pcie", "a100-40gb-pcie"
+    ]  # fmt: skip
     assert devices_of("a100_40gb", hardware) == ["a100-40gb", "a100-40gb-pcie"]
     assert devices_of("nvidia_h100", hardware) == ["h100", "h100-pcie", "h100-nvl"]
     assert [devices_of(name, hardware) for name in ("a10", "l4", "l40")] == [["a10"], ["l4"], ["l40"]]
@@ -388,6 +404,17 @@ def test_the_executors_comment_names_rule_and_row():
     assert (found["rule"], found["wildcards"]) == ("finetune", "phi35-docvqa-lora-bf16")
     found = COMMENT.match("rule_demo_base")
     assert (found["rule"], found["wildcards"]) == ("demo_base", None)
+
+
+def test_the_example_site_file_and_those_of_centres_are_valid(root):
+    text = (root / "config/site.example.yaml").read_text()
+    assert "cpu" in validate(Site, yaml.safe_load(text), "site.example.yaml").partitions
+    centres = re.findall(r"(?:^#   .*\n)+", text, re.M)
+    assert len(centres) == 5
+    hardware = read_entries(["config/hardware.yaml"], Hardware, root)
+    for centre in centres:
+        values = yaml.safe_load(re.sub(r"^#   ", "", centre, flags=re.M))
+        assert validate(Site, values, "site.example.yaml").partitions.keys() <= hardware.keys() | {"cpu"}
 
 
 def prologue(site: Site, then: str, **environment: str) -> tuple[int, str]:

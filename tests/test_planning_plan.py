@@ -556,7 +556,7 @@ def test_gpu_names_of_people(entries, name, key):
         ("NVIDIA RTX 6000 Ada Generation", "rtx6000ada"),
         ("Quadro RTX 6000", None),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", None),
-        ("NVIDIA A100-SXM-64GB", None),
+        ("NVIDIA A100-SXM-64GB", "a100-64gb"),
         ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
@@ -591,7 +591,7 @@ def test_unknown_gpu_is_refused_and_told_how_to_add(entries):
         with pytest.raises(SettingsError, match=f"unknown; did you mean .*{meant}\\?"):
             find_hardware(name, entries)
     with pytest.raises(
-        SettingsError, match="fits a100-80gb, a100-40gb, a100-80gb-pcie, a100-40gb-pcie; expected one of"
+        SettingsError, match="fits a100-80gb, a100-40gb, a100-64gb, a100-80gb-pcie, a100-40gb-pcie; expected one of"
     ):
         find_hardware("A100", entries)
 

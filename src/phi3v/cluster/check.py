@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -150,8 +151,15 @@ def _partition_problems(entry: Partition, partition: PartitionFacts, field: str)
     if limit is not None and entry.max_runtime is not None and entry.max_runtime > limit:
         reason = f"{name} ends jobs after {limit} min; expected at most that"
         yield _field(f"{field}.max_runtime", entry.max_runtime, reason)
-    if entry.constraint and entry.constraint.isidentifier() and entry.constraint not in partition.features:
-        reason = f"no machine of {name} has it; features there: {_names(partition.features)}"
+    known = frozenset(feature for kind in partition.features for feature in kind)
+    wanted = frozenset(re.findall(r"[\w.-]+", re.sub(r"\*\d+", "", entry.constraint)))
+    if re.fullmatch(r"[\w.&,-]*", entry.constraint):
+        fits = not wanted or any(wanted <= kind for kind in partition.features)
+    else:
+        # One of several, or numbers of nodes with each.
+        fits = bool(wanted & known)
+    if not fits:
+        reason = f"no machine of {name} has it; features there: {_names(known)}"
         yield _field(f"{field}.constraint", entry.constraint, reason)
     if entry.gpu_type and entry.gpu_type not in partition.gpus:
         yield _field(f"{field}.gpu_type", entry.gpu_type, f"GPU types of {name}: {_names(partition.gpus)}")

@@ -25,7 +25,8 @@ class PartitionFacts:
     memory_mb: int
     gpus: dict[str, int] = field(default_factory=dict)
     """GRES type to GPUs of a node; "" if the cluster gives no type."""
-    features: frozenset[str] = frozenset()
+    features: tuple[frozenset[str], ...] = ()
+    """Of each kind of node."""
     preempt_mode: str = "OFF"
     grace_seconds: int = 0
     accounts: frozenset[str] | None = None
@@ -96,7 +97,7 @@ def _partition(entry: dict[str, str], shapes: list[list[str]]) -> PartitionFacts
         cpus=max((int(shape[1].rstrip("+")) for shape in shapes), default=0),
         memory_mb=max((int(shape[2].rstrip("+")) for shape in shapes), default=0),
         gpus={kind: max(found.get(kind, 0) for found in counts) for found in counts for kind in found},
-        features=frozenset(name for shape in shapes for name in shape[4].split(",") if name != "(null)"),
+        features=tuple(frozenset(shape[4].split(",")) - {"(null)"} for shape in shapes),
         preempt_mode=entry.get("PreemptMode", "OFF"),
         grace_seconds=int(entry.get("GraceTime", "0")),
         accounts=None if allowed == "ALL" else frozenset(allowed.split(",")),

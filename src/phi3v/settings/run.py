@@ -55,7 +55,7 @@ class Pool(Strict):
     nodes: int = Field(1, ge=1)
     """Machines."""
     slurm_partition: str = ""
-    """Partition of these machines; empty: the profile's or the cluster's default."""
+    """Partition of these machines; empty: the site file's, or the cluster's default."""
     stand_in: bool = False
     """Stands for any published hardware: speed rows run here with these processes, and are labelled so."""
     price_per_hour: float | None = Field(None, gt=0)
