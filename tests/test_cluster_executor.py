@@ -48,6 +48,8 @@ class Slurm:
         program.chmod(0o755)
 
     def calls(self, command: str) -> list[list[str]]:
+        if not self.log.exists():
+            return []
         lines = [line.split("\t") for line in self.log.read_text().splitlines()]
         return [line[1:] for line in lines if line[0] == command]
 
@@ -87,8 +89,8 @@ def waits(monkeypatch) -> list[float]:
     return seconds
 
 
-def submit(tmp_path: Path) -> int:
-    line = ["--parsable", "--job-name", "mine", "--comment", COMMENT, "-D", str(tmp_path)]
+def submit(tmp_path: Path, *flags: str, name: str = "mine") -> int:
+    line = ["--parsable", "--job-name", name, "--comment", COMMENT, *flags, "-D", str(tmp_path)]
     with mock.patch.object(sys, "stdin", io.StringIO()):
         return executor.main("sbatch", line)
 
@@ -160,6 +162,21 @@ def test_a_job_that_still_runs_is_taken_over(slurm, reports, waits, tmp_path, ca
     assert slurm.calls("sbatch") == []
     assert len(reports) == 1
     assert f"{COMMENT}: job 7 still runs or waits" in reports[0]
+
+
+@pytest.mark.parametrize("earlier", ["same", "other", None])
+def test_a_job_for_other_settings_is_neither_taken_over_nor_doubled(slurm, reports, waits, tmp_path, capfd, earlier):
+    slurm.answer("sbatch", (0, "7\n", ""))
+    if earlier:
+        submit(tmp_path, f"--phi3v-work={earlier}", name="earlier")
+    slurm.answer("squeue", (0, f"7|earlier|{COMMENT}|{tmp_path}\n", ""))
+    capfd.readouterr()
+    code = submit(tmp_path, "--phi3v-work=same")
+    shown = capfd.readouterr()
+    assert (code, shown.out) == ((0, "7\n") if earlier == "same" else (1, ""))
+    assert ("with other settings; nothing was submitted beside it" in shown.err) == (earlier != "same")
+    assert not any("phi3v-work" in flag for call in slurm.calls("sbatch") for flag in call)
+    assert len(slurm.calls("sbatch")) == (1 if earlier else 0)
 
 
 @pytest.mark.parametrize(("comment", "folder"), [("rule_evaluate_wildcards_x", ""), (COMMENT, "/elsewhere")])

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
 import re
+import shlex
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
-from cluster_run import SITE, Snakemake
+from cluster_run import SITE, Snakemake, environment_of
 from conftest import started
 
 SNAKEFILE = """\
@@ -45,10 +52,12 @@ class Sleeps:
         (self.folder / "config").mkdir(exist_ok=True)
         (self.folder / "config/site.yaml").write_text(yaml.safe_dump(values))
 
-    def start(self, *arguments: str) -> Snakemake:
+    def options(self, *arguments: str) -> list[str]:
         profile = ["--profile", f"{self.root}/profiles/slurm", "--slurm-init-seconds-before-status-checks", "2"]
-        quick = [*profile, "--latency-wait", "2", *arguments]
-        return Snakemake(self.folder, quick, self.folder / f"{time.monotonic_ns()}.out")
+        return [*profile, "--latency-wait", "2", *arguments]
+
+    def start(self, *arguments: str) -> Snakemake:
+        return Snakemake(self.folder, self.options(*arguments), self.folder / f"{time.monotonic_ns()}.out")
 
     def jobs(self, number: int = 0) -> list[str]:
         """Ids of the SLURM jobs that worked on an output."""
@@ -78,6 +87,7 @@ def test_the_controller_is_away_at_submission(root, cluster, until, tmp_path):
     assert "Trying to restart" not in output
 
 
+@pytest.mark.verify
 def test_a_limit_of_submitted_jobs(root, cluster, until, tmp_path):
     """Two at a time are allowed; the others wait for their turn, and no attempt is lost."""
     cluster.out("sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxSubmitJobsPerUser=2")
@@ -134,3 +144,72 @@ def test_a_job_that_slurm_forgets_between_two_looks(root, until, tmp_path, accou
     assert (len(sleeps.jobs(0)), len(sleeps.jobs(1))) == (1, 2)
     assert ("its outputs decide" in output) == (not accounting)
     assert ("SLURM status is: 'CANCELLED'" in output) == accounting
+
+
+def test_a_restart_beside_running_jobs(root, cluster, until, tmp_path):
+    """A job of the killed Snakemake is taken over, the others are submitted, and nothing runs twice."""
+    sleeps = Sleeps(root, tmp_path, count=2, seconds=12)
+    first = sleeps.start("--jobs", "1")
+    until("a job", lambda: sleeps.jobs(0) or sleeps.jobs(1) or first.process.poll() is not None)
+    first.kill()
+    finish(sleeps.start("--unlock"))
+    output = finish(sleeps.start())
+    assert len(re.findall(r"rule_sleep_wildcards_\d: job \d+ still runs or waits and is taken over", output)) == 1
+    assert [len(sleeps.jobs(number)) for number in (0, 1)] == [1, 1]
+    assert sleeps.done() == 2
+
+
+class Terminal:
+    """The command of docs/slurm.md in a terminal of its own, as in tmux."""
+
+    def __init__(self, sleeps: Sleeps, *arguments: str) -> None:
+        page = (sleeps.root / "docs/slurm.md").read_text()
+        (line,) = re.findall(r"^tmux new -d '(snakemake .*)'$", page, re.MULTILINE)
+        line = line.replace("--configfile config/mine.yaml", shlex.join(sleeps.options(*arguments)))
+        line = line.replace("snakemake --profile slurm", f"exec {sys.executable} -m snakemake")
+        self.log = sleeps.folder / "mine.log"
+        self.shell, self.keyboard = pty.fork()
+        if self.shell == 0:
+            os.chdir(sleeps.folder)
+            os.execve("/bin/bash", ["bash", "-c", line], environment_of(sleeps.root))
+        # A terminal that nobody reads from fills up.
+        threading.Thread(target=self._show, daemon=True).start()
+
+    def _show(self) -> None:
+        with contextlib.suppress(OSError):
+            while os.read(self.keyboard, 4096):
+                pass
+
+    def snakemake(self) -> psutil.Process:
+        (found,) = [child for child in psutil.Process(self.shell).children() if "snakemake" in child.cmdline()]
+        return found
+
+    def wait(self, until, seconds: float) -> None:
+        until("an end", lambda: os.waitpid(self.shell, os.WNOHANG) != (0, 0), seconds=seconds)
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_cancels_the_jobs(root, cluster, until, tmp_path, times):
+    sleeps = Sleeps(root, tmp_path, count=4, seconds=300)
+    terminal = Terminal(sleeps, "--jobs", "2")
+    until("two jobs", lambda: len(list(tmp_path.glob("jobs.*"))) == 2)
+    jobs = [job for number in range(4) for job in sleeps.jobs(number)]
+    for _ in range(times):
+        os.write(terminal.keyboard, b"\x03")
+        time.sleep(1)
+    terminal.wait(until, 60)
+    assert "Terminating processes on user request" in terminal.log.read_text()
+    until("they end", lambda: {cluster.jobs()[job] for job in jobs} == {"CANCELLED"}, seconds=60)
+    assert len(list(tmp_path.glob("jobs.*"))) == 2
+
+
+@pytest.mark.verify
+def test_sigterm_waits_for_what_was_submitted(root, cluster, until, tmp_path):
+    sleeps = Sleeps(root, tmp_path, count=3, seconds=15)
+    terminal = Terminal(sleeps, "--jobs", "1")
+    until("a job", lambda: list(tmp_path.glob("jobs.*")))
+    terminal.snakemake().terminate()
+    terminal.wait(until, 90)
+    assert "Will exit after finishing currently running jobs" in terminal.log.read_text()
+    assert sleeps.done() == len(list(tmp_path.glob("jobs.*"))) == 1

@@ -205,26 +205,15 @@ def test_a_disk_that_is_too_small_stops_the_run_before_any_job(snakemake, root, 
     assert not (root / "results/huge").exists()
 
 
-def test_without_slurms_commands_a_start_is_refused_and_a_dry_run_is_not(root, tmp_path):
+def test_a_dry_run_needs_no_commands_of_slurm(root, tmp_path):
     for name in ("bash", "git", "which"):
         (tmp_path / name).symlink_to(shutil.which(name))
-    options = ["--profile", "slurm", "--configfile", "config/demo.yaml", "--nolock", "--force", "plan"]
-
-    def run(*arguments):
-        done = subprocess.run(
-            [sys.executable, "-m", "snakemake", *options, *arguments], cwd=root, capture_output=True, text=True,
-            timeout=120, check=False, env={**os.environ, "PATH": str(tmp_path)},
-        )  # fmt: skip
-        return done.returncode, done.stdout + done.stderr
-
-    code, output = run("-n")
-    assert code == 0, output
-    assert "the cluster could not be looked at: scontrol was not found" in output
-    code, output = run()
-    assert code != 0
-    assert "could not be asked for jobs of an earlier Snakemake, nothing was started" in output
-    assert "squeue: not found; expected SLURM's on PATH" in output
-    assert "Traceback" not in output
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--profile", "slurm", "--configfile", "config/demo.yaml", "-n", "plan"],
+        cwd=root, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "the cluster could not be looked at: scontrol was not found" in done.stdout + done.stderr
 
 
 def test_predictions_answer_new_pictures_with_a_trained_row(snakemake, root, tmp_path):

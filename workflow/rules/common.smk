@@ -22,6 +22,7 @@ SOURCE = str(ROOT / "src")
 sys.path.insert(0, SOURCE)
 
 from phi3v import settings
+from phi3v.cluster.executor import WORK
 from phi3v.cluster.site import CPU, SITE_FILE, Site, load_site
 from phi3v.data.fetch import local_contents
 from phi3v.planning.fits import runnable
@@ -52,6 +53,10 @@ shell.prefix(
 
 JOBS = [*RUN.accuracy, *RUN.speed]
 RESULTS = RUN.results
+# What all rows of the run share.
+RUN_SETTINGS = RUN.settings.model_dump_json(
+    exclude={"rows", "overrides", "predictions"}
+)
 
 # The smallest environments that serve: a run on CPUs alone needs no CUDA libraries.
 KINDS = {RUN.hardware[pool.device].kind for pool in RUN.settings.hardware}
@@ -218,10 +223,24 @@ def on_job(function):
     return lambda wildcards: function(job_of(wildcards))
 
 
+def with_work(resources, *work):
+    """A job's resources and a digest of what it works on: only for the same does a new start take a running job over."""
+    if ON_SLURM:
+        digest = hashlib.sha256("\n".join(work).encode()).hexdigest()[:16]
+        flags = [resources["slurm_extra"], f"{WORK}{digest}"]
+        resources["slurm_extra"] = " ".join(filter(None, flags))
+    return resources
+
+
 @functools.cache
 def on_site(row, kind):
     """Resources of a row's job, by the executor's names."""
-    return SITE.resources(site_entry(RUN.job(row)), planned(row, kind), is_row=True)
+    job = RUN.job(row)
+    resources = SITE.resources(site_entry(job), planned(row, kind), is_row=True)
+    folders = [RUN.data_folder(job.row.dataset), RUN.model_folder(job.row.model)]
+    return with_work(
+        resources, RESULTS, RUN_SETTINGS, job.model_dump_json(), *map(str, folders)
+    )
 
 
 def machines(kind):

@@ -11,7 +11,7 @@ from phi3v.cluster.check import problems, requests, settings_problems
 from phi3v.cluster.ask import ClusterError
 from phi3v.cluster.executor import connect
 from phi3v.cluster.facts import look
-from phi3v.cluster.status import nodes_to_avoid, running_jobs
+from phi3v.cluster.status import nodes_to_avoid
 from phi3v.planning.resources import Resources as Wanted
 from phi3v.training.checkpoints import checkpoint_folders
 from phi3v.training.lock import take_refusal
@@ -33,7 +33,11 @@ def on_cpus(known):
         own.get("runtime", 60), own.get("mem_mb", 4000), own.get("_cores", 1), 1, "", ""
     )
     entry = SITE.of(CPU)
-    return SITE.resources(entry, entry.fit(wanted), is_row=False)
+    of_run = all(str(path).startswith(f"{RESULTS}/") for path in known.output)
+    return with_work(
+        SITE.resources(entry, entry.fit(wanted), is_row=False),
+        RESULTS if of_run else "",
+    )
 
 
 def refuse_other_extra():
@@ -67,24 +71,6 @@ def look_at_cluster():
         raise WorkflowError(
             f"{SITE_FILE} or the run's hardware does not fit this cluster, nothing was started\n"
             + "\n".join(errors)
-        )
-
-
-def refuse_second_writers():
-    """Name the jobs of this folder that still run or wait, though no Snakemake watches them any more."""
-    try:
-        running = running_jobs(Path.cwd())
-    except ClusterError as error:
-        raise WorkflowError(
-            f"the cluster could not be asked for jobs of an earlier Snakemake, nothing was started\n{error}"
-        )
-    if running:
-        listed = "\n".join(f"  {job}" for job in running)
-        ids = " ".join(job.id for job in running)
-        raise WorkflowError(
-            f"jobs of an earlier Snakemake are still there; a second one of a row would write the same files:\n{listed}\n"
-            "They continue on their own and nothing is lost. Wait for them: python scripts/cluster.py wait; "
-            f"or cancel them: scancel {ids}. Then start Snakemake again."
         )
 
 
@@ -200,5 +186,3 @@ if ON_SLURM:
 # Snakemake keeps the last onstart alone, so there is one for all.
 onstart:
     check_disk()
-    if ON_SLURM:
-        refuse_second_writers()

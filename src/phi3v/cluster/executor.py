@@ -27,6 +27,7 @@ SUBMIT_SECONDS, QUERY_SECONDS = 300, 25
 PREFIX = "PHI3V_EXECUTOR_"
 """Of the environment variables by which Snakemake and the commands know each other."""
 PYTHON, PATH, CHANNEL = f"{PREFIX}PYTHON", f"{PREFIX}PATH", f"{PREFIX}CHANNEL"
+WORK = "--phi3v-work="
 # The strings of slurm_strerror(3) and of munge that name a state of the cluster, not a fault of the request.
 TEMPORARY = re.compile(
     r"timed? ?out|try again|temporarily|controller|standby mode|(message|communication) \w+ failure|zero bytes|"
@@ -144,9 +145,14 @@ def pause(seconds: float) -> None:
 
 
 def submit(arguments: list[str], script: str) -> Answer:
-    """sbatch; a job of an earlier Snakemake for the same work that still runs or waits is taken over."""
+    """sbatch; a job of an earlier Snakemake for the same work that still runs or waits is taken over.
+
+    The rules name the settings of a row's job by the flag WORK in `slurm_extra`, which sbatch does not get.
+    """
     name, comment = option(arguments, "--job-name"), option(arguments, "--comment")
     folder = os.path.realpath(option(arguments, "-D"))
+    work = "".join(flag.removeprefix(WORK) for flag in arguments if flag.startswith(WORK))
+    flags = [flag for flag in arguments if not flag.startswith(WORK)]
 
     def ask(repeated: bool) -> Answer:
         queue = slurm("squeue", "--me", "--noheader", "--format=%i|%j|%k|%Z")
@@ -154,17 +160,30 @@ def submit(arguments: list[str], script: str) -> Answer:
             job, other, text, where = line.split("|", 3)
             # Under this Snakemake's own name: a submission that timed out, but reached the controller.
             if text == comment and os.path.realpath(where) == folder and (repeated or other != name) and job.isdigit():
-                report(f"{comment}: job {job} still runs or waits and is taken over; to submit anew: scancel {job}")
-                return Answer([], 0, f"{job}\n", "")
-        return queue if queue.returncode else slurm("sbatch", *arguments, script=script)
+                return take_over(
+                    job, comment, work, Journal(other).read("work").get(job, work if other == name else "")
+                )
+        return queue if queue.returncode else slurm("sbatch", *flags, script=script)
 
     answer = answered(comment, ask)
     if answer.returncode == 0:
         job = answer.stdout.strip().partition(";")[0]
         Journal(name).write("submitted", job, comment)
+        Journal(name).write("work", job, work)
         if stopped():
             slurm("scancel", job)
     return answer
+
+
+def take_over(job: str, comment: str, work: str, submitted_for: str) -> Answer:
+    """The job's number instead of a second job, unless it was submitted for other settings."""
+    if work != submitted_for:
+        text = (
+            f"job {job} still runs or waits for the same output, with other settings; nothing was submitted beside it"
+        )
+        return Answer([], 1, "", f"{comment}: {text}. Wait for it or scancel {job}, then start Snakemake again.\n")
+    report(f"{comment}: job {job} still runs or waits and is taken over; to submit it anew: scancel {job}")
+    return Answer([], 0, f"{job}\n", "")
 
 
 class Journal:
