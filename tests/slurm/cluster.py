@@ -117,7 +117,10 @@ def end_with_parent() -> None:
 
 def _free_ports(count: int) -> int:
     """The first of `count` neighbouring TCP ports that are free now."""
-    for first in range(16000, 30000, count):
+    firsts = range(16000, 30000, count)
+    # Another process that starts a cluster at the same time begins elsewhere.
+    begin = os.getpid() % len(firsts)
+    for first in (*firsts[begin:], *firsts[:begin]):
         with contextlib.ExitStack() as held:
             try:
                 for port in range(first, first + count):

@@ -23,7 +23,8 @@ def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undi
     cluster.kill(down)
     cluster.out("scontrol", "update", f"NodeName={down}", "State=DOWN", "Reason=test")
     cluster.out("scancel", jobs["full"][0])
-    workers(f"faults/train/{ROW['frozen']}")[1].send_signal(signal.SIGKILL)
+    # The first rank holds the lock of the row's folder, and takes it along.
+    workers(f"faults/train/{ROW['frozen']}")[0].send_signal(signal.SIGKILL)
     cluster.out("scontrol", "requeue", jobs["lora"][0])
     for method in ("qlora", "lora"):
         until(f"{method} waits", lambda job=jobs[method][0]: cluster.jobs()[job] == "PENDING")
@@ -35,7 +36,7 @@ def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undi
     assert_complete(runs, "faults", ROWS)
     assert (runs.folder / "results/faults/speed" / SPEED / "manifest.json").is_file()
     # The rank that went first is named.
-    assert re.search(r"Root Cause \(first observed failure\):[\s\S]*?rank +: 1 [\s\S]*?SIGKILL", snakemake.output)
+    assert re.search(r"Root Cause \(first observed failure\):[\s\S]*?rank +: 0 [\s\S]*?SIGKILL", snakemake.output)
     # Only what failed was submitted again; a requeued job keeps its number.
     submitted = {method: submissions(snakemake.output, ROW[method]) for method in METHODS}
     assert submitted == {"full": 2, "frozen": 2, "lora": 1, "qlora": 1}

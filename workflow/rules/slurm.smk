@@ -124,6 +124,8 @@ def retries_of(job):
             return 0
     else:
         allowed = min(allowed, 2)
+    if job.attempt > allowed + attempts.refused:
+        return 0
     if not (folder / "checkpoints/stopped.json").exists():
         attempts.flags = avoid_nodes(job)
     keep_logs(job)

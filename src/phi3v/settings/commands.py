@@ -180,7 +180,7 @@ class FurtherOptions(Command):
     report_to: Annotated[list[str], Role.RUNTIME] = []
     """Trackers beside metrics.jsonl and TensorBoard, by accelerate's names: wandb, mlflow, trackio … (ours)."""
     lock_wait_minutes: Annotated[float, Role.RUNTIME] = Field(0, ge=0)
-    """How long to wait for another job that owns output_dir; 0: refuse at once (ours)."""
+    """How long to wait for another job that is alive and owns output_dir; 0: refuse at once (ours)."""
 
 
 _ZERO_OF_OPTIMIZER: dict[str, tuple[Literal[0, 3], str]] = {

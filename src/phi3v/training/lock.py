@@ -39,7 +39,7 @@ class LockedError(RuntimeError):
     """EX_CANTCREAT of sysexits.h."""
 
 
-class Verdict(Enum):
+class Liveness(Enum):
     """What is known of a holder."""
 
     ALIVE = "still alive"
@@ -110,19 +110,19 @@ class FolderLock:
             holder, contended = self._read(self.path), True
             if holder is None:
                 continue  # released between the two looks
-            verdict, reason = self._judge(holder)
-            if verdict is Verdict.GONE:
+            liveness, reason = self._judge(holder)
+            if liveness is Liveness.GONE:
                 self._take_over(holder, reason)
                 continue
             limit = wait_seconds
-            if verdict is Verdict.SILENT:
+            if liveness is Liveness.SILENT:
                 limit = max(limit, (STALE_BEATS + 1) * self.beat_seconds)
             left = started + limit - time.monotonic()
             owned = f"{self.folder}: owned by {describe(holder)}"
             if left <= 0:
                 self.path.with_name(REFUSED).touch()
                 raise LockedError(
-                    f"{owned}, {verdict.value} ({reason}); both would write the same files. Wait for it, cancel it, or "
+                    f"{owned}, {liveness.value} ({reason}); both would write the same files. Wait for it, cancel it, or "
                     "give --lock_wait_minutes"
                 )
             if not reported:
@@ -173,7 +173,7 @@ class FolderLock:
     def _is_mine(self) -> bool:
         return (self._read(self.path) or {}).get("token") == self.token
 
-    def _judge(self, holder: dict[str, object]) -> tuple[Verdict, str]:
+    def _judge(self, holder: dict[str, object]) -> tuple[Liveness, str]:
         """Whether the holder is gone, and by which witness."""
         mine = _identity()
 
@@ -183,20 +183,20 @@ class FolderLock:
         here, job, state = same("host", "boot", "namespace"), holder.get("job"), None
         if job and same("cluster", "job"):
             if not (here and same("restart")):
-                return Verdict.GONE, "it is an earlier start of this job"
+                return Liveness.GONE, "it is an earlier start of this job"
         elif job and same("cluster", "user"):
             # Of another user's jobs, squeue may be told to show nothing.
             state = _slurm_state(job)
             if state in ENDED or state == FORGOTTEN:
-                return Verdict.GONE, f"to SLURM its job is {state.lower()}"
+                return Liveness.GONE, f"to SLURM its job is {state.lower()}"
             if state not in (None, "COMPLETING"):
-                return Verdict.ALIVE, f"to SLURM its job is {state.lower()}"
+                return Liveness.ALIVE, f"to SLURM its job is {state.lower()}"
         if here and state is None:
             alive = _started(holder.get("pid")) == holder.get("started")
-            return (Verdict.ALIVE, "its process runs") if alive else (Verdict.GONE, "its process is gone")
+            return (Liveness.ALIVE, "its process runs") if alive else (Liveness.GONE, "its process is gone")
         age = self._age()
         silent = age < STALE_BEATS * self.beat_seconds
-        return Verdict.SILENT if silent else Verdict.GONE, f"no heartbeat for {age:.0f} s"
+        return Liveness.SILENT if silent else Liveness.GONE, f"no heartbeat for {age:.0f} s"
 
     def _age(self) -> float:
         """Seconds since the last heartbeat, by the file server's own clock."""
