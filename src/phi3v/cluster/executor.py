@@ -8,7 +8,6 @@ commands run often, so this file imports the standard library alone.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import shutil
@@ -19,6 +18,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import logging
 
 FIRST_WAIT, LONGEST_WAIT, GIVE_UP = 10.0, 300.0, 3600.0
 """Seconds between submissions, doubled each time, and in total."""
