@@ -137,7 +137,7 @@ def test_amounts_as_accounting_prints_them(text, expected):
         (("GrpTRES", "billing", 1), None, ""),
         (("MinTRESPerJob", "gres/gpu", 16), "error", "QOS q (MinTRESPerJob: gres/gpu=16) is the least of a job"),
         (("MaxWall", "", 60), "error", "asks for 600 min, QOS q (MaxWall: 60): such a job waits for ever; set "
-         "`partitions.a100-80gb.max_runtime: 60` in config/site.yaml"),
+         "`partitions.a100-80gb.max_runtime: 60`, or another account or qos, in config/site.yaml"),
         (("MaxWall", "", 600), None, ""),
         (("MaxJobsPerUser", "", 0), "error", "asks for a job, QOS q (MaxJobsPerUser: 0): no job may run"),
         (("MaxSubmitJobs", "", 2), "note", "QOS q (MaxSubmitJobs): at most 2 jobs of yours wait or run at a time"),

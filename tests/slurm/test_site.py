@@ -206,6 +206,37 @@ def test_what_does_not_fit_is_refused_by_the_check_and_by_the_dry_run(runs, look
     assert "nothing was started" in output
 
 
+def test_limits_of_accounting_are_read(runs, look, cluster):
+    config = runs.configure("limits", [], ["phi3-a100-full-eager-8gpu"], hardware=GPU_POOL)
+    where = ["user", "root", "where", "account=research", "set"]
+    cluster.out("sacctmgr", "-i", "add", "qos", "tiny", "MaxTRESPerUser=cpu=1")
+    cluster.out(
+        "sacctmgr", "-i", "modify", *where, "MaxTRES=gres/gpu=1", "MaxWall=20", "MaxSubmitJobs=5", "qos=normal,tiny"
+    )
+    cluster.out("sacctmgr", "-i", "modify", "account", "research", "set", "GrpTRES=cpu=1")
+    try:
+        runs.site(site(qos="tiny"))
+        code, output = look("check", "--no-probe", "--config", config)
+    finally:
+        cluster.out(
+            "sacctmgr", "-i", "modify", *where, "MaxTRES=gres/gpu=-1", "MaxWall=-1", "MaxSubmitJobs=-1", "qos=normal"
+        )
+        cluster.out("sacctmgr", "-i", "modify", "account", "research", "set", "GrpTRES=cpu=-1")
+    assert code == 1
+    row = "error: row `phi3-a100-full-eager-8gpu` (speed): asks for"
+    for said in (
+        f"{row} gres/gpu=2, account research (MaxTRESPerJob: gres/gpu=1): such a job waits for ever",
+        f"{row} cpu=2, QOS tiny (MaxTRESPerUser: cpu=1)",
+        f"{row} cpu=2, account research (GrpTRES: cpu=1)",
+        "account research (MaxWall: 20): such a job waits for ever; set `partitions.a100-80gb.max_runtime: 20`",
+        "note: account research (MaxSubmitJobs): at most 5 jobs of yours wait or run at a time",
+    ):
+        assert said in output, output
+    runs.site(SITE)
+    code, output = look("check", "--no-probe", "--config", config)
+    assert (code, "waits for ever" in output) == (0, False), output
+
+
 def test_a_wrong_field_of_the_site_file_is_named(runs, look):
     runs.site({"partitions": {"cpu": {"partition": "cpu; rm"}}, "acount": "research"})
     code, output = look("check", "--no-probe")

@@ -212,13 +212,13 @@ def _limit_problems(entry: Partition, limits: Iterable[Limit], request: Request)
     each = {"cpu": request.cpus, "gres/gpu": request.gpus, "mem": 0 if entry.memory == "none" else request.mem_mb}
     each |= {"node": 1, f"gres/gpu:{entry.gpu_type}": request.gpus}
     runtime = min(request.runtime, entry.max_runtime or request.runtime)
-    fewer = f"or set another account or qos in {SITE_FILE}"
+    other = f"or another account or qos, in {SITE_FILE}"
     for limit in limits:
         asked = each.get(limit.tres, 0) * (1 if limit.name == "MaxTRESPerNode" else request.nodes)
         if limit.name == "MaxWall":
             if runtime > limit.value:
                 field = f"`partitions.{request.device}.max_runtime: {limit.value}`"
-                yield f"{runtime} min", f"{limit}: such a job waits for ever; set {field} in {SITE_FILE}, {fewer}"
+                yield f"{runtime} min", f"{limit}: such a job waits for ever; set {field}, {other}"
         elif limit.name in JOBS:
             if not limit.value:
                 yield "a job", f"{limit}: no job may run; set another account or qos in {SITE_FILE}"
@@ -226,7 +226,7 @@ def _limit_problems(entry: Partition, limits: Iterable[Limit], request: Request)
             if limit.tres in each and asked < limit.value:
                 yield f"{limit.tres}={asked}", f"{limit} is the least of a job there; set another qos in {SITE_FILE}"
         elif asked > limit.value:
-            remedy = f"set nodes and per_node of the run's hardware to what a job may have, {fewer}"
+            remedy = f"set nodes and per_node of the run's hardware to what a job may have, {other}"
             yield f"{limit.tres}={asked}", f"{limit}: such a job waits for ever; {remedy}"
 
 
