@@ -21,7 +21,7 @@ from phi3v.cluster.facts import Facts, PartitionFacts, devices_of, gpus, look, s
 from phi3v.cluster.limits import Accounting, Limit, amount
 from phi3v.cluster.probe import GPU_PROBE, probe
 from phi3v.cluster.site import Partition, Site
-from phi3v.cluster.status import COMMENT, progress
+from phi3v.cluster.status import COMMENT, nodes_to_avoid, progress
 from phi3v.planning.resources import Resources
 from phi3v.settings import Hardware, SettingsError, load_run, read_entries, validate
 
@@ -568,6 +568,28 @@ def test_the_launcher_takes_the_sites_address_and_affinity(root, clients, enviro
     refused = launch(PHI3V_RENDEZVOUS="ib7")
     assert refused.returncode == 2
     assert "rendezvous: got ib7: no network interface of" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("node3", "node4", "avoided"),
+    [
+        ("idle|gpu:a100:8|a,b", "down*|gpu:a100:8|a,b", "node[1-2]"),
+        ("idle*|gpu:a100:8|a,b", "mix|gpu:a100:8|a,b", "node[1-2]"),
+        ("idle*|gpu:a100:8|a,b", "drain|gpu:a100:8|a,b", ""),
+        ("alloc|gpu:v100:8|a,b", "idle|gpu:a100:8|a", ""),
+    ],
+)
+def test_a_failed_node_is_avoided_if_others_of_its_kind_work(clients, tmp_path, node3, node4, avoided):
+    """The newest job of the row ran on two nodes; of node3 to node5, two would have to take its place."""
+    comment = "rule_finetune_wildcards_a_b"
+    queue = [f"9|node7|gpu|1|{tmp_path}|{comment}", f"11|node[1-2]|gpu|2|{tmp_path}|{comment}",
+             f"12|node3|gpu|1|/other|{comment}", f"13|node3|gpu|1|{tmp_path}|rule_evaluate_wildcards_a_b"]  # fmt: skip
+    nodes = ["node1|drain|gpu:a100:8|a,b", "node2|idle|gpu:a100:8|a,b", f"node3|{node3}", f"node4|{node4}"]
+    nodes.append("node5|comp|gpu:a100:8|a,b")
+    sinfo = "".join(f"echo '{node}|64|1000'\n" for node in nodes)
+    clients(squeue="".join(f"echo '{job}'\n" for job in queue), sinfo=sinfo, scontrol="echo node1; echo node2")
+    assert nodes_to_avoid(tmp_path, "finetune", ["a/b"]) == avoided
+    assert nodes_to_avoid(tmp_path, "finetune", ["other"]) == ""
 
 
 def test_jobs_on_one_machine_meet_at_ports_of_their_own(root, tmp_path):

@@ -93,7 +93,7 @@ def saved_by(folder):
     checkpoints = folder / "checkpoints"
     saved = checkpoint_folders(checkpoints) if checkpoints.is_dir() else []
     step = int(saved[0].name.removeprefix("checkpoint-")) if saved else 0
-    return step + sum(path.stat().st_size for path in folder.glob("*/partial/*.jsonl"))
+    return step + sum(path.stat().st_size for path in folder.glob("**/partial/*.jsonl"))
 
 
 def retries_of(job):

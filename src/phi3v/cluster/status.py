@@ -52,7 +52,7 @@ def running_jobs(folder: Path) -> list[RunningJob]:
 
 
 def nodes_to_avoid(folder: Path, rule: str, wildcards: list[str]) -> str:
-    """Nodes of this user's newest job of a rule in `folder`, if its partition has as many others that work.
+    """Nodes of this user's newest job of a rule in `folder`, if its partition has as many others of their kind that work.
 
     "" if it has not, or if SLURM has forgotten the job. Raises ClusterError.
     """
@@ -67,8 +67,16 @@ def nodes_to_avoid(folder: Path, rule: str, wildcards: list[str]) -> str:
     nodes, partition, count = found[max(found)] if found else ("", "", 0)
     if not nodes:
         return ""
-    working = ask("sinfo", "--noheader", "--Node", "--states=idle,mix,alloc", f"--partition={partition}", "-o", "%N")
-    others = set(working.split()) - set(ask("scontrol", "show", "hostnames", nodes).split())
+    failed = ask("scontrol", "show", "hostnames", nodes).split()
+    states, kinds = {}, {}
+    for line in ask(
+        "sinfo", "--noheader", "--Node", f"--partition={partition}", "-o", "%N|%t|%G|%f|%c|%m"
+    ).splitlines():
+        name, states[name], kinds[name] = line.strip().split("|", 2)
+    wanted = {kinds.get(name) for name in failed}
+    # A star: the node does not respond.
+    working = [name for name, state in states.items() if re.fullmatch(r"(idle|mix|alloc|comp)[^*]*", state)]
+    others = [name for name in working if name not in failed and kinds[name] in wanted]
     return nodes if len(others) >= count else ""
 
 
