@@ -76,6 +76,12 @@ def _key(keys: tuple[str, ...], name: str) -> str | None:
     return name if name in keys else next((key for key in keys if key.strip().casefold() == folded), None)
 
 
+@functools.lru_cache(maxsize=4096)
+def _there(keys: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
+    """The names that are keys or lead into one."""
+    return [name for name in names if {_key(keys, name), _key(keys, name.partition(".")[0])} != {None}]
+
+
 def column(row: Row, name: str) -> object:
     """The value of a column, in any case; dots lead into objects. Raises KeyError."""
     if (key := _key(tuple(row), name)) is not None:
@@ -116,7 +122,7 @@ class Value:
     def find(self, row: Row) -> tuple[str, object]:
         """(the column, its value): the first with something in it, else the first that the row has, else ("", None)."""
         first: tuple[str, object] = ("", None)
-        for name in (self.column, *self.others):
+        for name in _there(tuple(row), (self.column, *self.others)):
             with contextlib.suppress(KeyError):
                 value = column(row, name)
                 if value not in (None, "", []):

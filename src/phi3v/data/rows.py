@@ -129,7 +129,7 @@ class Inputs:
     untaken: dict[str, str] = field(default_factory=dict)
     """Files that a format leaves out, and why: it adds them as it reads."""
 
-    @property
+    @functools.cached_property
     def images_dir(self) -> Path:
         """Where relative image paths start."""
         return self.root / self.options.images_dir
