@@ -206,6 +206,21 @@ def test_what_does_not_fit_is_refused_by_the_check_and_by_the_dry_run(runs, look
     assert "nothing was started" in output
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--set-resources", "finetune:slurm_extra=--nice=3"),
+        ("--default-resources", "slurm_account='' slurm_extra=--nice=3"),
+    ],
+)
+def test_an_extra_of_the_command_line_is_refused_with_the_field_to_use(runs, look, option, value):
+    config = runs.configure("extra", [], ["phi3-a100-full-eager-8gpu"], hardware=GPU_POOL)
+    code, output = runs.run(config, "-n", option, *value.split())
+    assert code != 0
+    assert "field `slurm_extra`: expected these flags as `extra` of the partition in config/site.yaml" in output
+    assert "nothing was started" in output
+
+
 def test_limits_of_accounting_are_read(runs, look, cluster):
     config = runs.configure("limits", [], ["phi3-a100-full-eager-8gpu"], hardware=GPU_POOL)
     where = ["user", "root", "where", "account=research", "set"]
