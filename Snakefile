@@ -31,36 +31,33 @@ rule all:
     default_target: True
     input:
         rules.report.output,
-        [deliverables(job) for job in JOBS],
+        lambda wildcards: results_of(JOBS),
 
 
 rule data:
     """Downloads and conversions of every dataset and model that the selected rows need."""
     input:
-        [dataset_file(job.row.dataset) for job in JOBS],
-        [dataset_file(name) for job in RUN.accuracy if (name := RUN.official(job))],
-        [model_file(job.row.model) for job in JOBS],
+        lambda wildcards: [dataset_file(job.row.dataset) for job in JOBS],
+        lambda wildcards: [dataset_file(name) for job in RUN.accuracy if (name := RUN.official(job))],
+        lambda wildcards: [model_file(job.row.model) for job in JOBS],
 
 
 rule accuracy:
     """Every accuracy row: trained, and evaluated before and after."""
     input:
-        [deliverables(job) for job in RUN.accuracy],
+        lambda wildcards: results_of(RUN.accuracy),
 
 
 rule predictions:
     """Answers for the pictures without labels that the run's `predictions` name."""
     input:
-        [
-            f"{RESULTS}/predictions/{name}/manifest.json"
-            for name in RUN.settings.predictions
-        ],
+        [f"{RESULTS}/predictions/{name}/manifest.json" for name in RUN.settings.predictions],
 
 
 rule speed:
     """Every speed row."""
     input:
-        [deliverables(job) for job in RUN.speed],
+        lambda wildcards: results_of(RUN.speed),
 
 
 rule plan:
@@ -78,7 +75,12 @@ for target, members in RUN.targets().items():
             name:
                 target
             input:
-                [deliverables(job) for job in members],
+                results_of(members),
 
 
 include: "workflow/rules/slurm.smk"
+
+
+# Snakemake keeps the last onstart alone, so there is one for all.
+onstart:
+    refuse_full_disk()

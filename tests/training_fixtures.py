@@ -75,7 +75,7 @@ def train_here(base: Path, out: Path, exit_code: int = 0, **values: Any) -> Path
     return out
 
 
-# What the workflow's launch line gives torchrun, see workflow/rules/common.smk.
+# What the workflow's launch line gives torchrun, see phi3v/settings/jobs.py.
 PATIENT = ("--shutdown-timeout=900", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 
 

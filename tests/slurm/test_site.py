@@ -120,8 +120,8 @@ for number, fields in enumerate({fields!r}):
 
 rule of_a_row:
     output: "asks/{{row}}"
-    threads: cpus("train")
-    resources: **machines("train")
+    threads: threads_of("train")
+    resources: **resources_of("train")
     shell: "true"
 """
 

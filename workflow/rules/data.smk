@@ -1,3 +1,6 @@
+from phi3v.data.fetch import local_contents
+
+
 # Snakemake does not record parameters that take `input`: the list of settings files differs between runs that share an
 # entry, and must not repeat its work.
 localrules:
@@ -7,8 +10,12 @@ localrules:
 
 rule download_data:
     """Fetch a dataset's files to where every run shares them; sizes and digests go into a lock file."""
+
+    # A user's own files are compared by content, so their times do not matter.
     input:
-        sources_of,
+        lambda wildcards: [
+            ancient(path) if own else path for path, own in RUN.dataset_of(wildcards.key).source_files.items()
+        ],
     output:
         "results/data/{key}/source/sources.lock.json",
     log:
@@ -21,12 +28,14 @@ rule download_data:
         TRAIN_IMAGE
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=240,
+        **on_cpus(mem_mb=2000, runtime=240),
     params:
         scripts=SCRIPTS,
-        dataset=lambda wildcards: DATASET_KEYS[wildcards.key],
-        contents=contents_of,
+        dataset=lambda wildcards: RUN.datasets_by_key[wildcards.key],
+        # An edited file of the user's repeats the download and what follows.
+        contents=lambda wildcards: [
+            local_contents(url, Path("results/data/.digests.json")) for url in RUN.dataset_of(wildcards.key).users_urls
+        ],
         files=lambda wildcards, input: RUN.settings.files.datasets,
     message:
         "download {params.dataset}"
@@ -38,7 +47,7 @@ rule download_data:
 rule download_model:
     """Fetch a model's weights to where every run shares them."""
     input:
-        lambda wildcards: local_source(RUN.models[MODEL_KEYS[wildcards.key]].url),
+        lambda wildcards: settings.source_file(RUN.models[RUN.models_by_key[wildcards.key]].url),
     output:
         "results/models/{key}/sources.lock.json",
     log:
@@ -51,11 +60,10 @@ rule download_model:
         TRAIN_IMAGE
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=240,
+        **on_cpus(mem_mb=2000, runtime=240),
     params:
         scripts=SCRIPTS,
-        model=lambda wildcards: MODEL_KEYS[wildcards.key],
+        model=lambda wildcards: RUN.models_by_key[wildcards.key],
         files=lambda wildcards, input: RUN.settings.files.models,
     message:
         "download {params.model}"
@@ -80,14 +88,11 @@ rule convert:
         TRAIN_IMAGE
     threads: settings.CONVERSION_THREADS
     resources:
-        mem_mb=4000,
-        runtime=240,
+        **on_cpus(mem_mb=4000, runtime=240, threads=settings.CONVERSION_THREADS),
     params:
         scripts=SCRIPTS,
-        dataset=lambda wildcards: DATASET_KEYS[wildcards.key],
-        entry=lambda wildcards: RUN.datasets[
-            DATASET_KEYS[wildcards.key]
-        ].conversion_entry,
+        dataset=lambda wildcards: RUN.datasets_by_key[wildcards.key],
+        entry=lambda wildcards: RUN.dataset_of(wildcards.key).conversion_entry,
         files=lambda wildcards, input: RUN.settings.files.datasets,
     message:
         "convert {params.dataset} to the conversations jsonl"

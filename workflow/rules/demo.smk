@@ -17,8 +17,7 @@ rule digits:
         TRAIN_IMAGE
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        **on_cpus(mem_mb=1000, runtime=10),
     params:
         scripts=SCRIPTS,
     message:
@@ -55,8 +54,7 @@ if DEMO:
             TRAIN_IMAGE
         threads: 1
         resources:
-            mem_mb=2000,
-            runtime=10,
+            **on_cpus(mem_mb=2000, runtime=10),
         params:
             scripts=SCRIPTS,
             folder=lambda wildcards: DEMO.folder,
@@ -83,15 +81,12 @@ if DEMO:
             TRAIN_IMAGE
         threads: 1
         resources:
-            mem_mb=2000,
-            runtime=10,
+            **on_cpus(mem_mb=2000, runtime=10),
         params:
             scripts=SCRIPTS,
             data=[RUN.data_folder(name) for name in DEMO.texts],
             seed=DEMO.seed,
-            geometry=" ".join(
-                f"--geometry {name}={size}" for name, size in DEMO.geometry.items()
-            ),
+            geometry=" ".join(f"--geometry {name}={size}" for name, size in DEMO.geometry.items()),
         message:
             "make a random tiny Phi-3.5-vision"
         shell:
@@ -116,8 +111,7 @@ if DEMO:
             TRAIN_IMAGE
         threads: DEMO.base.processes
         resources:
-            mem_mb=6000,
-            runtime=30,
+            **on_cpus(mem_mb=6000, runtime=30, threads=DEMO.base.processes),
             accelerators=DEMO.base.processes,
             # As for the rows: the command starts its own step.
             mpi="",

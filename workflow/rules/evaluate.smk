@@ -1,9 +1,5 @@
 # A control that does not apply to a dataset has no predictions, only a reason in place of metrics.
-CONTROL = (
-    f"{RESULTS}/evaluate/{{row}}/control/metrics.json"
-    if RUN.settings.evaluation.control
-    else []
-)
+CONTROL = f"{RESULTS}/evaluate/{{row}}/control/metrics.json" if RUN.settings.evaluation.control else []
 
 
 rule evaluate_base:
@@ -23,11 +19,11 @@ rule evaluate_base:
         TRAIN_ENV
     container:
         TRAIN_IMAGE
-    threads: cpus("evaluate")
+    threads: threads_of("evaluate")
     resources:
-        **machines("evaluate"),
+        **resources_of("evaluate"),
     params:
-        omp=on_job(threads_each),
+        omp=threads_each,
         command=command("evaluate", jobs.evaluate, what="base"),
     message:
         "evaluate {wildcards.baseline} before training"
@@ -49,7 +45,7 @@ use rule evaluate_base as evaluate with:
     benchmark:
         f"{RESULTS}/logs/evaluate/{{row}}.tsv"
     params:
-        omp=on_job(threads_each),
+        omp=threads_each,
         command=command("evaluate", jobs.evaluate, what="trained"),
     message:
         "evaluate {wildcards.row}"
@@ -68,11 +64,10 @@ use rule evaluate_base as evaluate_official with:
         f"{RESULTS}/logs/evaluate/official/{{row}}.log",
     benchmark:
         f"{RESULTS}/logs/evaluate/official/{{row}}.tsv"
-    threads: cpus("official")
     resources:
-        **machines("official"),
+        **resources_of("official"),
     params:
-        omp=on_job(threads_each),
+        omp=threads_each,
         command=command("evaluate", jobs.evaluate, what="official"),
     message:
         "evaluate {wildcards.row} on the official split"
@@ -82,7 +77,7 @@ rule score:
     """Score predictions by functions of the user's, outside the job that holds the GPUs."""
     input:
         f"{RESULTS}/evaluate/{{evaluated}}/manifest.json",
-        functions=lambda wildcards: RUN.datasets[scored_dataset(wildcards)].own_metrics,
+        functions=lambda wildcards: RUN.datasets[RUN.evaluated(wildcards.evaluated)].own_metrics,
     output:
         f"{RESULTS}/score/{{evaluated}}/manifest.json",
     log:
@@ -95,14 +90,11 @@ rule score:
         TRAIN_IMAGE
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=60,
+        **on_cpus(mem_mb=4000, runtime=60, results=RESULTS),
     params:
         scripts=SCRIPTS,
         flags=lambda wildcards: shlex.join(
-            settings.flags(
-                jobs.score(RUN, scored_dataset(wildcards), wildcards.evaluated)
-            )
+            settings.flags(jobs.score(RUN, RUN.evaluated(wildcards.evaluated), wildcards.evaluated))
         ),
     message:
         "score {wildcards.evaluated}"
@@ -113,12 +105,7 @@ rule score:
 use rule evaluate_base as predict with:
     input:
         lambda wildcards: RUN.settings.predictions[wildcards.prediction].files,
-        on_job(
-            lambda job: [
-                f"{RESULTS}/train/{job.row.row}/{name}"
-                for name in ("manifest.json", "final")
-            ]
-        ),
+        on_job(lambda job: [f"{RESULTS}/train/{job.row.row}/{name}" for name in ("manifest.json", "final")]),
     output:
         f"{RESULTS}/predictions/{{prediction}}/manifest.json",
         f"{RESULTS}/predictions/{{prediction}}/answers.jsonl",
@@ -128,9 +115,7 @@ use rule evaluate_base as predict with:
     benchmark:
         f"{RESULTS}/logs/predictions/{{prediction}}.tsv"
     params:
-        omp=on_job(threads_each),
-        command=lambda wildcards: job_command(
-            job_of(wildcards), "predict", jobs.predict, name=wildcards.prediction
-        ),
+        omp=threads_each,
+        command=lambda wildcards: command("predict", jobs.predict, name=wildcards.prediction)(wildcards),
     message:
         "answer {wildcards.prediction}"

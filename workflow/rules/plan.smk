@@ -1,5 +1,7 @@
 import json
 
+from phi3v.provenance.manifest import write_json
+
 
 localrules:
     run_settings,
@@ -12,22 +14,12 @@ rule run_settings:
         f"{RESULTS}/config.json",
     log:
         f"{RESULTS}/logs/settings.log",
-    benchmark:
-        f"{RESULTS}/logs/settings.tsv"
-    conda:
-        REPORT_ENV
-    container:
-        REPORT_IMAGE
-    threads: 1
-    resources:
-        mem_mb=100,
-        runtime=5,
     params:
         config=json.dumps(dict(config), sort_keys=True),
     message:
         "write the run's settings"
-    shell:
-        "printf '%s\\n' {params.config:q} > {output} 2> {log}"
+    run:
+        write_json(Path(output[0]), json.loads(params.config))
 
 
 rule plan_run:
@@ -52,11 +44,10 @@ rule plan_run:
         REPORT_IMAGE
     threads: 1
     resources:
-        mem_mb=500,
-        runtime=5,
+        **on_cpus(mem_mb=500, runtime=5, results=RESULTS),
     params:
         scripts=SCRIPTS,
-        tables=tables_digest(),
+        tables=lambda wildcards: RUN.digest,
         folder=lambda wildcards, output: Path(output.json).parent,
     message:
         "plan every row"

@@ -5,7 +5,10 @@ rule data_statistics:
     """Tokens, tiles and answer lengths of a dataset's examples, as its rows' models count them; for the report."""
     input:
         data="results/data/{key}/dataset.json",
-        model=lambda wildcards: model_file(model_on(DATASET_KEYS[wildcards.key])),
+        # As the first row on the dataset counts them.
+        model=lambda wildcards: next(
+            model_file(job.row.model) for job in JOBS if job.row.dataset == RUN.datasets_by_key[wildcards.key]
+        ),
     output:
         "results/data/{key}/statistics.json",
     log:
@@ -18,8 +21,7 @@ rule data_statistics:
         TRAIN_IMAGE
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=60,
+        **on_cpus(mem_mb=4000, runtime=60),
     params:
         scripts=SCRIPTS,
         folder=lambda wildcards, input: Path(input.data).parent,
@@ -35,10 +37,9 @@ rule report:
     input:
         config=rules.run_settings.output[0],
         plan=rules.plan_run.output.json,
-        rows=[row_results(job) for job in JOBS],
-        data=[
-            f"{RUN.data_folder(name)}/statistics.json"
-            for name in dict.fromkeys(job.row.dataset for job in JOBS)
+        rows=lambda wildcards: list(dict.fromkeys(path for job in JOBS for path in RUN.manifests(job))),
+        data=lambda wildcards: [
+            f"{RUN.data_folder(name)}/statistics.json" for name in dict.fromkeys(job.row.dataset for job in JOBS)
         ],
     output:
         page=report(
@@ -75,11 +76,10 @@ rule report:
         REPORT_IMAGE
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=30,
+        **on_cpus(mem_mb=3000, runtime=30, results=RESULTS),
     params:
         scripts=SCRIPTS,
-        tables=tables_digest(),
+        tables=lambda wildcards: RUN.digest,
         results=lambda wildcards, input: Path(input.config).parent,
         folder=lambda wildcards, output: Path(output.page).parent,
     message:

@@ -12,40 +12,15 @@ from phi3v.cluster.ask import ClusterError
 from phi3v.cluster.executor import connect
 from phi3v.cluster.facts import look
 from phi3v.cluster.status import nodes_to_avoid
-from phi3v.planning.resources import Resources as Wanted
 from phi3v.training.checkpoints import checkpoint_folders
 from phi3v.training.lock import take_refusal
-
-
-def belongs_to_row(known):
-    """Whether a rule's jobs go where a row's machines are: they say which GPUs they want there, be it none."""
-    return "gres" in known.resources
-
-
-def on_cpus(known):
-    """What jobs without a row's machines ask for, as the site's CPU partition takes it."""
-    own = {
-        name: resource.value
-        for name, resource in known.resources.items()
-        if not resource.is_evaluable()
-    }
-    wanted = Wanted(
-        own.get("runtime", 60), own.get("mem_mb", 4000), own.get("_cores", 1), 1, "", ""
-    )
-    entry = SITE.of(CPU)
-    of_run = all(str(path).startswith(f"{RESULTS}/") for path in known.output)
-    return with_work(
-        SITE.resources(entry, entry.fit(wanted), is_row=False),
-        RESULTS if of_run else "",
-    )
 
 
 def refuse_other_extra():
     """Flags of sbatch that would take the place of the site file's, or the other way around."""
     settings = workflow.resource_settings
     named = [("default-resources", settings.default_resources)] + [
-        (f"set-resources {rule}", values)
-        for rule, values in settings.overwrite_resources.items()
+        (f"set-resources {rule}", values) for rule, values in settings.overwrite_resources.items()
     ]
     for where, values in named:
         if "slurm_extra" in (values or {}):
@@ -69,8 +44,7 @@ def look_at_cluster():
     errors = [str(problem) for problem in found if problem.level == "error"]
     if errors:
         raise WorkflowError(
-            f"{SITE_FILE} or the run's hardware does not fit this cluster, nothing was started\n"
-            + "\n".join(errors)
+            f"{SITE_FILE} or the run's hardware does not fit this cluster, nothing was started\n" + "\n".join(errors)
         )
 
 
@@ -113,14 +87,10 @@ def retries_of(job):
         logger.warning(f"{folder}: another job owns it: tried again in 5 minutes")
         return allowed + attempts.refused
     # Another workflow that uses this one as a module may have put something before the name.
-    if job.name.endswith(
-        ("finetune", "evaluate", "evaluate_base", "evaluate_official", "predict")
-    ):
+    if job.name.endswith(("finetune", "evaluate", "evaluate_base", "evaluate_official", "predict")):
         before, attempts.saved = attempts.saved, saved_by(folder)
         if attempts.saved <= before:
-            logger.error(
-                f"{folder}: attempt {job.attempt} saved nothing after the one before: not tried again"
-            )
+            logger.error(f"{folder}: attempt {job.attempt} saved nothing after the one before: not tried again")
             return 0
     else:
         allowed = min(allowed, 2)
@@ -168,23 +138,12 @@ def keep_logs(job):
 
 
 if ON_SLURM:
-    ours = [
-        known
-        for known in workflow.rules
-        if Path(str(known.snakefile)).is_relative_to(ROOT)
-    ]
+    ours = [known for known in workflow.rules if Path(str(known.snakefile)).is_relative_to(ROOT)]
     for known in ours:
-        if not belongs_to_row(known):
-            for name, value in on_cpus(known).items():
-                known.resources[name] = Resource(name, value)
-        known.resources["slurm_extra"] = Resource("slurm_extra", sbatch_options(known))
+        if "slurm_extra" in known.resources:
+            known.resources["slurm_extra"] = Resource("slurm_extra", sbatch_options(known))
     if workflow.is_main_process:
         SnakemakeJob.restart_times = property(retries_of)
         refuse_other_extra()
         look_at_cluster()
         connect(ROOT / "workflow/slurm", logger)
-
-
-# Snakemake keeps the last onstart alone, so there is one for all.
-onstart:
-    check_disk()

@@ -16,11 +16,11 @@ rule speed_row:
         TRAIN_ENV
     container:
         TRAIN_IMAGE
-    threads: cpus("speed")
+    threads: threads_of("speed")
     resources:
-        **machines("speed"),
+        **resources_of("speed"),
     params:
-        omp=on_job(threads_each),
+        omp=threads_each,
         command=command("speed", jobs.speed),
     message:
         "time {wildcards.row}"

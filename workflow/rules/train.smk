@@ -14,12 +14,12 @@ rule finetune:
         TRAIN_ENV
     container:
         TRAIN_IMAGE
-    threads: cpus("train")
+    threads: threads_of("train")
     resources:
-        **machines("train"),
+        **resources_of("train"),
     params:
-        omp=on_job(threads_each),
-        command=command("finetune", jobs.finetune, launch_training),
+        omp=threads_each,
+        command=command("finetune", jobs.finetune),
     message:
         "train {wildcards.row}"
     shell:

@@ -41,6 +41,7 @@ from phi3v.settings.entries import (
     dataset_key,
     local_source,
     model_key,
+    source_file,
 )
 from phi3v.settings.rows import AccuracyRow, SpeedRow, Training
 from phi3v.settings.run import Demo, Job, NotRun, Pool, ResolvedRun, Run, load_run

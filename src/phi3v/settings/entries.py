@@ -347,6 +347,11 @@ class Dataset(Strict):
         return [url for url in self.urls if not (local_source(url) or "results/").startswith("results/")]
 
     @property
+    def source_files(self) -> dict[str, bool]:
+        """Path of each local source that is one file or folder, to whether it is the user's own."""
+        return {path: url in self.users_urls for url in self.urls for path in source_file(url)}
+
+    @property
     def conversion_entry(self) -> str:
         """What its conversion depends on, as JSON: another metric must not convert, and so train, again.
 
@@ -417,6 +422,12 @@ def local_source(url: str) -> str | None:
     if re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:", url):
         return None
     return re.sub(r"^file:(//(localhost(?=/))?)?", "", url)
+
+
+def source_file(url: str) -> list[str]:
+    """The path of a local URL that names one file or folder; empty for a pattern, and for what comes from the network."""
+    path = local_source(url)
+    return [] if path is None or "*" in url else [path]
 
 
 def _digest(value: Any) -> str:

@@ -1,13 +1,17 @@
 """The commands of a job: what a row, its machines and the run make of each script's settings.
 
 flags(finetune(run, job))       # what a person types after `torchrun … scripts/finetune.py`
+command(job, "finetune", finetune(run, job))            # the whole line, as the workflow runs it
 """
 
 from __future__ import annotations
 
+import shlex
 from typing import Any, Literal
 
+from phi3v.settings.command_line import flags
 from phi3v.settings.commands import (
+    Command,
     EvaluateSettings,
     FinetuneSettings,
     PredictSettings,
@@ -38,6 +42,18 @@ def _common(run: ResolvedRun, job: Job, dataset: str, seed: int) -> dict[str, An
         "num_workers": run.settings.num_workers,
         "tqdm": False,
     }
+
+
+def command(job: Job, script: str, settings: Command, scripts: str = "scripts") -> str:
+    """What a person types to run a script on the job's processes. scripts: the script's folder, quoted for a shell."""
+    if job.nodes == 1:
+        words = ["torchrun --standalone", f"--nproc_per_node={job.processes_per_node}"]
+    else:
+        words = [f"{scripts}/torchrun_nodes.sh", str(job.nodes), str(job.processes_per_node)]
+    if script == "finetune":
+        # torchrun alone kills a job that saves 30 s after SIGTERM, and does not pass SIGUSR1 on.
+        words += ["--shutdown-timeout=900", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    return " ".join([*words, f"{scripts}/{script}.py", shlex.join(flags(settings))])
 
 
 def finetune(run: ResolvedRun, job: Job) -> FinetuneSettings:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -267,6 +268,47 @@ class ResolvedRun(BaseModel):
     def job(self, row: str) -> Job:
         """The job of an id; raises KeyError."""
         return self._by_id[row]
+
+    @functools.cached_property
+    def datasets_by_key(self) -> dict[str, str]:
+        """Last part of each data folder to the name of its entry."""
+        return {dataset_key(name, entry): name for name, entry in self.datasets.items()}
+
+    def dataset_of(self, key: str) -> Dataset:
+        """The entry of a data folder. Raises KeyError."""
+        return self.datasets[self.datasets_by_key[key]]
+
+    @functools.cached_property
+    def models_by_key(self) -> dict[str, str]:
+        """Last part of each model's folder to the name of its entry."""
+        return {model_key(name, entry): name for name, entry in self.models.items()}
+
+    @functools.cached_property
+    def baselines(self) -> dict[str, Job]:
+        """Name of each evaluation before training to the first job that starts from it."""
+        return {job.baseline: job for job in reversed(self.accuracy)}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Changes if anything that the run's files state does."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    def evaluated(self, name: str) -> str:
+        """The dataset of an evaluation: ROW, base/KEY or official/ROW. Raises KeyError."""
+        kind, _, name = name.rpartition("/")
+        job = self.baselines[name] if kind == "base" else self.job(name)
+        return self.datasets[job.row.dataset].official if kind == "official" else job.row.dataset
+
+    def manifests(self, job: Job) -> list[str]:
+        """What a row ends with: its evaluations before and after, that on the authors' own split where its files are
+        there, or its timing. An evaluation that functions of the user's score ends with their scores."""
+        row = job.row.row
+        if isinstance(job.row, SpeedRow):
+            return [f"{self.results}/speed/{row}/manifest.json"]
+        names = [row, f"base/{job.baseline}", *([f"official/{row}"] if self.official(job) else [])]
+        scored = [self.datasets[self.evaluated(name)].own_metrics for name in names]
+        kinds = ["score" if own else "evaluate" for own in scored]
+        return [f"{self.results}/{kind}/{name}/manifest.json" for kind, name in zip(kinds, names, strict=True)]
 
     def official(self, job: Job, root: Path = Path()) -> str | None:
         """Entry of the authors' own split for a row's dataset, where its files are there."""
