@@ -3,6 +3,7 @@
 The tests of this file build on each other's results, in order.
 """
 
+import csv
 import json
 import re
 import zipfile
@@ -36,10 +37,17 @@ def copy(root, tmp_path_factory):
     (official / "val_v1.0.json").write_text(json.dumps({"data": pages}))
     split = {"url": "file:results/official/docvqa", "format": "docvqa_official"}
     slips = {"title": "slips, as DocVQA's own split", "metric": "anls", "splits": {"val": split}}
+    # A score of one's own beside the recipe's, and pictures without labels.
+    (folder / "my_metrics.py").write_text(
+        "def length(lines):\n    return [1 / (1 + len(l['prediction'])) for l in lines]\n"
+    )
+    docvqa = {"official": "slips", "metrics": ["anls", "my_metrics.py:length"]}
     edit(
         folder / "config/demo/datasets.yaml",
-        lambda values: values.update(docvqa={**values["docvqa"], "official": "slips"}, slips=slips),
+        lambda values: values.update(docvqa={**values["docvqa"], **docvqa}, slips=slips),
     )
+    scans = {"row": ROWS["accuracy"][0], "folder": "results/official/docvqa/documents", "question": "what is it ?"}
+    edit(folder / "config/demo.yaml", lambda values: values.update(predictions={"scans": scans}))
     # The source is there while the run is planned and empty when it is read.
     (folder / "config/nowhere.yaml").write_text(yaml.safe_dump({"nowhere": entry}))
     (folder / "results/nowhere.parquet").write_bytes(b"")
@@ -95,6 +103,25 @@ def test_the_rest_of_the_run_completes_the_report(copy):
     speed = [line.split("\t") for line in (report / "speed.tsv").read_text().splitlines()]
     assert ROWS["speed"][0] in [line[0] for line in speed]
     assert "demo: tiny model, synthetic data, not comparable" in (report / "index.html").read_text()
+
+
+def test_a_score_of_ones_own_is_made_of_the_predictions(copy):
+    row, metric = ROWS["accuracy"][0], "my_metrics.py:length"
+    lines = (copy / f"results/demo/evaluate/{row}/after/predictions.jsonl").read_text().splitlines()
+    expected = [100 / (1 + len(json.loads(line)["prediction"])) for line in lines]
+    found = json.loads((copy / f"results/demo/score/{row}/after/metrics.json").read_text())
+    assert found["metric"] == "anls" and found["n"] == 24
+    assert found["more"][metric]["score"] == pytest.approx(sum(expected) / 24, abs=1e-3)
+
+
+def test_pictures_without_labels_are_answered(copy):
+    code, output, _ = snakemake(copy, "predictions")
+    assert code == 0, output[-6000:]
+    assert {name: n for name, n in planned(output).items() if name != "total"} == {"predict": 1, "predictions": 1}
+    with open(copy / "results/demo/predictions/scans/answers.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["image"] for line in lines] == ["0.png", "1.png", "2.png", "3.png"]
+    assert all(line["question"] == "what is it ?" and 0 < float(line["probability"]) <= 1 for line in lines)
 
 
 def test_snakemakes_own_report_holds_page_tables_and_captions(copy):
@@ -184,7 +211,7 @@ def test_a_rows_learning_rate_repeats_that_row_and_the_report(copy):
     assert code == 0
     jobs = planned(output)
     assert {name: n for name, n in jobs.items() if name not in ("total", "all")} == {
-        "run_settings": 1, "plan_run": 1, "finetune": 1, "evaluate": 1, "evaluate_official": 1, "report": 1
+        "run_settings": 1, "plan_run": 1, "finetune": 1, "evaluate": 1, "evaluate_official": 1, "score": 1, "report": 1
     }  # fmt: skip
 
 
