@@ -114,8 +114,19 @@ def command(script, settings_of, **more):
 def with_work(resources, *work):
     """A job's resources and a digest of what it works on: only for the same does a new start take a running job over."""
     digest = hashlib.sha256("\n".join(work).encode()).hexdigest()[:16]
-    flags = [resources["slurm_extra"], f"{WORK}{digest}"]
+    # A job that SLURM puts back into the queue continues its log.
+    flags = ["--open-mode=append", resources["slurm_extra"], f"{WORK}{digest}"]
     return resources | {"slurm_extra": " ".join(filter(None, flags))}
+
+
+def with_attempts(flags):
+    """A resources function: the job's own flags of sbatch, and those that follow from its failed attempts."""
+
+    def value(wildcards, rulename):
+        key = rulename, *wildcards
+        return f"{flags(wildcards)} {ATTEMPTS[key].flags if key in ATTEMPTS else ''}".rstrip()
+
+    return value
 
 
 @functools.cache
@@ -140,6 +151,8 @@ def resources_of(kind):
     """Resources of a row's job, by the names that Snakemake's executors know."""
     some = planned(JOBS[0].row.row, "train" if RUN.accuracy else "speed")[1]
     named = {name: on_job(lambda job, name=name: planned(job.row.row, kind)[1][name]) for name in some}
+    if ON_SLURM:
+        named["slurm_extra"] = with_attempts(named["slurm_extra"])
     return {"accelerators": on_job(lambda job: job.processes_per_node), **named}
 
 
@@ -156,6 +169,7 @@ def on_cpus(mem_mb, runtime, threads=1, results=""):
     entry = SITE.of(CPU)
     wanted = entry.fit(Wanted(runtime, mem_mb, threads, 1, "", ""))
     found = with_work(SITE.resources(entry, wanted, is_row=False), results)
+    found["slurm_extra"] = with_attempts(lambda wildcards, flags=found["slurm_extra"]: flags)
     return {name: value for name, value in found.items() if value is not None}
 
 
