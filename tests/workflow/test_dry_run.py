@@ -246,3 +246,19 @@ def test_predictions_answer_new_pictures_with_a_trained_row(snakemake, root, tmp
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     code, output = snakemake("predictions", "-n", "--configfile", str(tmp_path / "run.yaml"))
     assert code != 0 and "predictions.scans.row" in output
+
+
+def test_the_catalogues_small_run_plans(snakemake):
+    code, output = snakemake("-n", "--directory", ".test", "--nolock", "--cores", "2")
+    assert code == 0, output
+    found = planned(output)
+    assert (found["finetune"], found["evaluate"], found["report"]) == (1, 1, 1)
+
+
+def test_no_page_names_a_target_after_a_list_of_files(root):
+    """Snakemake would take it as another configuration file, and end with a traceback."""
+    for page in [root / "README.md", root / "Snakefile", *root.glob("docs/**/*.md"), *root.glob("config/*.md")]:
+        for line in page.read_text().splitlines():
+            if "snakemake " in line:
+                after = re.search(r"--config(?:file)? [^\s`]+ (?!-)([a-z]\S*)", line)
+                assert after is None, f"{page.name}: {line}"

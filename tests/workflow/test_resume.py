@@ -116,3 +116,14 @@ def test_no_profile_is_needed_to_keep_what_is_finished(finished):
     assert code == 0 and "Nothing to be done" in output, output
     code, output = stand_in.snakemake(finished, "-n", "--workflow-profile", "none", profile="none")
     assert code == 0 and small_run.planned(output)["finetune"] == 2
+
+
+def test_two_runs_at_the_same_time(finished):
+    """Of one clone, with names of their own and the same data."""
+    for name in ("left", "right"):
+        stand_in.configure(finished, name, (f"{name}-row",))
+    runs = {name: stand_in.start(finished, name=name) for name in ("left", "right")}
+    for name, run in runs.items():
+        output, _ = run.communicate(timeout=200)
+        assert run.returncode == 0, output
+        assert (finished / f"results/{name}/report/index.html").is_file()
