@@ -1,7 +1,7 @@
 """Measure what Snakemake needs before the first job, for runs of many rows: time, processor time and peak memory.
 
     python benchmarks/bench_workflow.py 100 1000 10000          # dry runs, and the start of one job inside a cluster job
-    python benchmarks/bench_workflow.py 1000 --profile out.prof # the dry run under cProfile
+    python benchmarks/bench_workflow.py 1000 --only "dry run" --profile out.prof   # under cProfile
 
 A run's rows are one line of config/accuracy.tsv with N learning rates. Each dry run is of all rows. "job": the Snakemake
 that the executor starts inside a SLURM job, for one row. Nothing is downloaded or trained.

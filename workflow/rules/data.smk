@@ -26,7 +26,6 @@ rule download_data:
         DATA_ENV
     container:
         TRAIN_IMAGE
-    threads: 1
     resources:
         **on_cpus(mem_mb=2000, runtime=240),
     params:
@@ -58,7 +57,6 @@ rule download_model:
         DATA_ENV
     container:
         TRAIN_IMAGE
-    threads: 1
     resources:
         **on_cpus(mem_mb=2000, runtime=240),
     params:

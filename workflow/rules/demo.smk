@@ -15,7 +15,6 @@ rule digits:
         DATA_ENV
     container:
         TRAIN_IMAGE
-    threads: 1
     resources:
         **on_cpus(mem_mb=1000, runtime=10),
     params:
@@ -52,7 +51,6 @@ if DEMO:
             DATA_ENV
         container:
             TRAIN_IMAGE
-        threads: 1
         resources:
             **on_cpus(mem_mb=2000, runtime=10),
         params:
@@ -79,7 +77,6 @@ if DEMO:
             TRAIN_ENV
         container:
             TRAIN_IMAGE
-        threads: 1
         resources:
             **on_cpus(mem_mb=2000, runtime=10),
         params:

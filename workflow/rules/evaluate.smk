@@ -88,7 +88,6 @@ rule score:
         DATA_ENV
     container:
         TRAIN_IMAGE
-    threads: 1
     resources:
         **on_cpus(mem_mb=4000, runtime=60, results=RESULTS),
     params:

@@ -42,7 +42,6 @@ rule plan_run:
         REPORT_ENV
     container:
         REPORT_IMAGE
-    threads: 1
     resources:
         **on_cpus(mem_mb=500, runtime=5, results=RESULTS),
     params:

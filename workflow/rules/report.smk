@@ -19,7 +19,6 @@ rule data_statistics:
         TRAIN_ENV
     container:
         TRAIN_IMAGE
-    threads: 1
     resources:
         **on_cpus(mem_mb=4000, runtime=60),
     params:
@@ -74,7 +73,6 @@ rule report:
         REPORT_ENV
     container:
         REPORT_IMAGE
-    threads: 1
     resources:
         **on_cpus(mem_mb=3000, runtime=30, results=RESULTS),
     params:
