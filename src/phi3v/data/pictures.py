@@ -179,6 +179,9 @@ def read_pictures(
         kept = kind in KEPT and small == image.size and not (deep and options.pixel_range == "real")
         if kept and not deep:
             if not decoded:
+                # An eighth of the size reads every byte of a JPEG in less time, and finds the same damage: 12,000 files
+                # with changed bytes got the same verdict both ways (docs/measurements.md).
+                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
             return [StoredPicture(source, KEPT[kind])]
         image.draft(None, small)
