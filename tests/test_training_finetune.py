@@ -83,7 +83,7 @@ def test_the_step_loss_is_the_mean_of_the_examples_means(folders, tmp_path):
     from phi3v.training.batches import BatchPlan
 
     model_dir, data = folders
-    out = train(folders, tmp_path / "out", fp32=True, max_steps=1, batch_size_per_gpu=8)
+    out = train(folders, tmp_path / "out", fp32=True, max_steps=1, warmup_steps=0, batch_size_per_gpu=8)
     model = Phi3VForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
     dataset = ConversationDataset(data, "train", Phi3VProcessor.from_pretrained(model_dir), seed=42)
     means = []
@@ -353,7 +353,13 @@ def test_the_best_weights_are_exported_and_training_stops_early(folders, tmp_pat
     assert len(evals) == best["step"] + 3 < 12
     assert "stopping early" in capfd.readouterr().err
     again = train(
-        (out / "final", folders[1]), tmp_path / "again", fp32=True, max_steps=1, eval_steps=1, learning_rate=1e-9
+        (out / "final", folders[1]),
+        tmp_path / "again",
+        fp32=True,
+        max_steps=1,
+        warmup_steps=0,
+        eval_steps=1,
+        learning_rate=1e-9,
     )
     value = json.loads((again / "metrics.jsonl").read_text().splitlines()[-1])["eval_loss"]
     assert value == pytest.approx(best["eval_loss"], rel=1e-5)
@@ -489,7 +495,7 @@ def test_longer_examples_are_left_out_and_counted(folders, tmp_path, capfd):
     limit = sorted(lengths(dataset))[-5]
     longer = sum(length > limit for length in lengths(dataset))
     assert longer
-    train(folders, tmp_path, fp32=True, max_steps=1, max_length=limit)
+    train(folders, tmp_path, fp32=True, max_steps=1, warmup_steps=0, max_length=limit)
     assert f"{20 - longer} examples, {longer} longer than {limit} tokens left out" in capfd.readouterr().err
 
 
