@@ -28,6 +28,7 @@ from phi3v.training.checkpoints import (
     seal,
     share_of,
 )
+from phi3v.training.lock import LockedError
 
 SETTINGS = {"learning_rate": 1e-3, "data": "d", "model": "m"}
 
@@ -172,7 +173,7 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
     for child in (family := psutil.Process(process.pid).children(recursive=True)):
         child.suspend()  # it must not finish while the second job starts
     second = finish(launch(arguments(tmp_path, broken)))
-    assert second[0] == 1
+    assert second[0] == LockedError.exit_code
     assert "still alive; both would write the same files" in second[1]
     for child in family:
         child.resume()

@@ -203,7 +203,7 @@ def test_adapters_with_8_bit_states_are_merged(base, tmp_path):
     out = train_here(
         base,
         tmp_path / "lora",
-        **SHORT | {"max_steps": 2},
+        **SHORT | {"max_steps": 2, "warmup_steps": 1},
         use_lora=True,
         lora_rank=4,
         optimizer="adamw_8bit",

@@ -54,12 +54,15 @@ def test_a_failed_row_is_reported_and_the_same_command_goes_on(copy):
 
 
 def test_after_ctrl_c_the_same_command_goes_on(copy):
+    hold = copy / "hold-one"  # however busy the machine is, the row does not finish before the signal
+    hold.touch()
     process = stand_in.start(copy)
     checkpoint = copy / TRAIN / "one/checkpoints/steps.json"
     while not checkpoint.is_file() and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
+    hold.unlink()
     assert process.returncode != 0, output
     assert not (copy / TRAIN / "one/manifest.json").exists()
     code, output = stand_in.snakemake(copy)

@@ -1,8 +1,8 @@
 """Stands for the scripts that need torch or data: writes what a rule declares, in a moment.
 
 Training takes STEPS steps of 0.1 s; each leaves a checkpoint, from which the next start goes on. A file `fail-ROW` in the
-working folder makes the row fail after its second step of an attempt; with `late-ROW` the manifest is written 3 s after
-the job's end. The finished weights list the steps of all attempts.
+working folder makes the row fail after its second step of an attempt; with `hold-ROW` it waits there for two minutes;
+with `late-ROW` the manifest is written 3 s after the job's end. The finished weights list the steps of all attempts.
 """
 
 import json
@@ -46,6 +46,8 @@ def finetune(output: Path) -> None:
         write(checkpoint, steps)
         if done == 2 and Path(f"fail-{row}").exists():
             sys.exit(f"{row}: fails as it was told to")
+        if done == 2 and Path(f"hold-{row}").exists():
+            time.sleep(120)
     write(output / "final/weights.json", steps)
     if Path(f"late-{row}").exists():
         late = f"sleep 3; echo '{{}}' > {output}/manifest.json"
