@@ -174,7 +174,7 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
         child.suspend()  # it must not finish while the second job starts
     second = finish(launch(arguments(tmp_path, broken)))
     assert second[0] == LockedError.exit_code
-    assert "still alive; both would write the same files" in second[1]
+    assert "still alive" in second[1]
     for child in family:
         child.resume()
     # One process is killed: the job ends by itself, and says which and why.
