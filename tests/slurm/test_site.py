@@ -161,7 +161,13 @@ def test_each_field_of_a_partition_reaches_sbatch(runs, look, cluster, until):
         "gres:gpu:a100:1",
     )
     # The executor would name the default partition for a job without one.
-    lines = [cluster.out("sacct", "-nPX", "-j", jobs[name], "-o", "SubmitLine") for name in names]
+    lines: list[str] = []
+
+    def recorded() -> bool:
+        lines[:] = [cluster.out("sacct", "-nPX", "-j", jobs[name], "-o", "SubmitLine") for name in names]
+        return all("sbatch" in line for line in lines)
+
+    until("accounting has the jobs", recorded)
     assert [" -p " in line for line in lines] == [False] + [True] * (len(names) - 1)
     assert "--gpus-per-node=a100:2" in lines[6]
 

@@ -114,9 +114,13 @@ def test_what_waiting_cannot_cure_is_said_at_once(root, cluster, tmp_path):
 
 
 def test_a_reason_that_does_not_end_by_itself_is_reported_once(root, cluster, until, tmp_path):
+    """The other workflow's rule asks for 5 minutes, of which this one's check knows nothing."""
     cluster.out("sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxWall=00:02:00")
     try:
-        snakemake = Sleeps(root, tmp_path).start()
+        sleeps = Sleeps(root, tmp_path)
+        partitions = {**SITE["partitions"], "cpu": {"partition": "cpu", "max_runtime": 2}}
+        sleeps.site({**SITE, "partitions": partitions, "leave_seconds": 10})
+        snakemake = sleeps.start()
         until("the reason", lambda: "QOSMaxWall" in snakemake.output or snakemake.process.poll() is not None)
         time.sleep(5)
     finally:
