@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits chat test verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs clean
+.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits chat test verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs site clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,7 +78,7 @@ verify-containers: $(VENV)/installed  ## each definition built in fresh Debian, 
 verify-pristine: $(VENV)/installed  ## clone, demo and tests on a machine with python3, make and git; needs root and debootstrap (about 25 minutes)
 	pytest -m verify -s tests/environments/test_pristine.py
 
-check: $(VENV)/installed  ## formatting, lint, types, workflow lint
+check: $(VENV)/installed site  ## formatting, lint, types, workflow lint, documentation site
 	ruff check .
 	ruff format --check .
 	snakefmt --check Snakefile workflow
@@ -127,6 +127,9 @@ offline-bundle: $(VENV)/installed  ## pack source, wheels, images, data and weig
 
 docs: $(VENV)/installed  ## write config/README.md and the schemas from the settings
 	python scripts/settings_docs.py
+
+site: $(VENV)/installed  ## build the documentation site into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir site
 
 clean:  ## remove the demo's results and sources (other runs stay)
 	rm -rf results/demo results/demo-sources results/digits results/digits-source
