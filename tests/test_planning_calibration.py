@@ -80,7 +80,7 @@ def inferred_for_fp16_alone(setup):
 
 @pytest.mark.parametrize("choice", ["all three", "no float32 weights", "no pile-up", "no float32 expansion"])
 def test_table_of_what_was_chosen_because_the_tables_fit(root, published, monkeypatch, choice):
-    """docs/planner.md: each row's error, and left out, with the constants fitted anew without one of the choices."""
+    """docs/measurements.md: each row's error, and left out, with the constants fitted anew without one of the choices."""
     start, names = MemoryConstants(), MEMORY_CONSTANTS
     if choice == "no float32 weights":
         monkeypatch.setattr(Setup, "float32_weights", property(inferred_for_fp16_alone))
@@ -98,7 +98,7 @@ def test_table_of_what_was_chosen_because_the_tables_fit(root, published, monkey
         for item in rows:
             rest = fit([other for other in rows if other is not item], fitted, residual, constants)
             found[item.row.row, what] = [100 * (math.exp(residual(item, values)) - 1) for values in (whole, rest)]
-    text = (root / "docs/planner.md").read_text(encoding="utf-8")
+    text = (root / "docs/measurements.md").read_text(encoding="utf-8")
     columns = re.search(r"^\| row \| (.+) \|$", text[text.index("### What was chosen") :], re.M).group(1).split(" | ")
     lines = re.findall(r"^\| (phi3-\S+), (img/s|GB) \| (.+) \|$", text, re.M)
     written = {(row, what): cells.split(" | ")[columns.index(choice)] for row, what, cells in lines}

@@ -1,4 +1,4 @@
-"""The planner on the demo: the tiny model's sizes, and its speed rows beside the figures measured (docs/planner.md)."""
+"""The planner on the demo: the tiny model's sizes, and its speed rows beside the figures measured (docs/measurements.md)."""
 
 import re
 
@@ -33,7 +33,7 @@ def test_geometry_of_the_demos_models_is_the_tiny_models(demo, tmp_path):
 
 def test_measured_demo_rows_and_their_predictions(root, demo):
     """The table's predictions are what the planner says, and put the rows in the order that was measured."""
-    text = (root / "docs/planner.md").read_text(encoding="utf-8")
+    text = (root / "docs/measurements.md").read_text(encoding="utf-8")
     section = text[text.index("## Against the demo") :]
     found = re.findall(
         r"^\| (phi3-\S+) \| [\d.]+ \| [\d.]+ % \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+) % \|$", section, re.M
