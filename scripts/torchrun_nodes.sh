@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Start a script on the machines of the SLURM job that this runs in: one torchrun a machine, static rendezvous.
 #   scripts/torchrun_nodes.sh NODES PROCESSES_PER_NODE [torchrun's options] scripts/finetune.py --flags …
+#   scripts/torchrun_nodes.sh 1 1 python scripts/finetune.py --flags …     one process, without torchrun
 # The batch shell of the executor has no list of machines, so the geometry comes as arguments; the address of the first
 # one is read inside the step.
 set -euo pipefail
@@ -64,6 +65,9 @@ if [ -n "${PHI3V_SCRATCH:-}" ]; then
 fi
 if [ -n "${PHI3V_NUMA_BINDING:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-${ROCR_VISIBLE_DEVICES:-}}" ]; then
   set -- --numa-binding="$PHI3V_NUMA_BINDING" "$@"
+fi
+if [ "$1" = python ]; then
+  exec "$@"
 fi
 if [ "$nodes" = 1 ]; then
   exec python -m torch.distributed.run --standalone --nproc-per-node="$processes" "$@"

@@ -59,6 +59,7 @@ def make(root: Path, folder: Path, rows=None) -> Path:
     def quick(values):
         values["rows"] = rows or ROWS
         values["speed"] = {"warmup_steps": 10, "timed_steps": 1, "repeats": 3}
+        values["hardware"][0]["rows"] = ["*gpu*", ROWS["accuracy"][0]]
         values["overrides"] = {
             "*": {"micro_batch_size": 8, "flash_attention": False, "epochs": 1},
             ROWS["accuracy"][0]: {"learning_rate": 0.002},

@@ -421,6 +421,29 @@ def test_the_first_pool_whose_count_divides_takes_the_row(tree):
     assert tree(hardware=pools).job("phi35-nlvr2-full-bf16").pool.device == "h100"
 
 
+def test_a_pool_takes_the_rows_that_it_names(tree):
+    pools = [{"device": "h100", "per_node": 4, "rows": ["phi35-nlvr2-full-*"]}, {"device": "a100-80gb", "per_node": 4}]
+    run = tree(hardware=pools)
+    assert run.job("phi35-nlvr2-full-bf16").pool.device == "h100"
+    assert run.job("phi35-nlvr2-frozen-bf16").pool.device == "a100-80gb"
+    assert [found.row.row for found in tree(hardware=pools[:1]).not_run].count("phi35-nlvr2-frozen-bf16") == 1
+    pools[0]["rows"] = ["phi35-nvlr2-*"]
+    with pytest.raises(SettingsError, match="pool h100: field `rows`: got 'phi35-nvlr2-\\*'"):
+        tree(hardware=pools)
+
+
+@pytest.mark.parametrize(("device", "per_node"), [("cpu", 1), ("cpu", 2), ("a100-80gb", 1)])
+def test_one_process_on_a_cpu_starts_without_torchrun(tree, device, per_node):
+    run = tree(hardware=[{"device": device, "per_node": per_node, "stand_in": True}])
+    for row, script, of in (
+        ("phi35-nlvr2-lora-bf16", "finetune", jobs.finetune),
+        (run.speed[0].row.row, "speed", jobs.speed),
+    ):
+        line = jobs.command(run, run.job(row), script, of(run, run.job(row)))
+        alone = (device, per_node) == ("cpu", 1)
+        assert line.startswith(f"python scripts/{script}.py --" if alone else "torchrun --standalone --nproc_per_node=")
+
+
 def test_an_override_that_the_hardware_cannot_do_is_refused(tree):
     with pytest.raises(SettingsError, match="overrides of row `phi3-docvqa-full-fp16`: field dtype: bf16"):
         tree(hardware=V100, overrides={"phi3-docvqa-full-fp16": {"dtype": "bf16"}})

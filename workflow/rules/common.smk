@@ -108,7 +108,7 @@ def on_job(function):
 
 def command(script, settings_of, **more):
     """Params of a row's job: its command line, without the pipe to the log."""
-    return on_job(lambda job: jobs.command(job, script, settings_of(RUN, job, **more), SCRIPTS))
+    return on_job(lambda job: jobs.command(RUN, job, script, settings_of(RUN, job, **more), SCRIPTS))
 
 
 def with_work(resources, *work):
@@ -156,10 +156,15 @@ def resources_of(kind):
     return {"accelerators": on_job(lambda job: job.processes_per_node), **named}
 
 
-def threads_each(wildcards, input):
-    """Threads of one process. Not recorded, as it takes `input`: another site must not train finished rows again."""
+def start_of(wildcards, input):
+    """What stands before a row's command: threads of one process, and on SLURM the job's step if torchrun starts none.
+
+    Not recorded, as it takes `input`: another site must not train finished rows again.
+    """
     job = job_of(wildcards)
-    return planned(job.row.row, "train")[0] // job.processes_per_node
+    threads = f"OMP_NUM_THREADS={planned(job.row.row, 'train')[0] // job.processes_per_node}"
+    alone = ON_SLURM and jobs.is_alone(RUN, job)
+    return f"{threads} {SCRIPTS}/torchrun_nodes.sh 1 1" if alone else threads
 
 
 def on_cpus(mem_mb, runtime, threads=1, results=""):

@@ -23,12 +23,12 @@ rule evaluate_base:
     resources:
         **resources_of("evaluate"),
     params:
-        omp=threads_each,
+        start=start_of,
         command=command("evaluate", jobs.evaluate, what="base"),
     message:
         "evaluate {wildcards.baseline} before training"
     shell:
-        "OMP_NUM_THREADS={params.omp} {params.command} 2>&1 | tee {log}"
+        "{params.start} {params.command} 2>&1 | tee {log}"
 
 
 use rule evaluate_base as evaluate with:
@@ -45,7 +45,7 @@ use rule evaluate_base as evaluate with:
     benchmark:
         f"{RESULTS}/logs/evaluate/{{row}}.tsv"
     params:
-        omp=threads_each,
+        start=start_of,
         command=command("evaluate", jobs.evaluate, what="trained"),
     message:
         "evaluate {wildcards.row}"
@@ -67,7 +67,7 @@ use rule evaluate_base as evaluate_official with:
     resources:
         **resources_of("official"),
     params:
-        omp=threads_each,
+        start=start_of,
         command=command("evaluate", jobs.evaluate, what="official"),
     message:
         "evaluate {wildcards.row} on the official split"
@@ -114,7 +114,7 @@ use rule evaluate_base as predict with:
     benchmark:
         f"{RESULTS}/logs/predictions/{{prediction}}.tsv"
     params:
-        omp=threads_each,
+        start=start_of,
         command=lambda wildcards: command("predict", jobs.predict, name=wildcards.prediction)(wildcards),
     message:
         "answer {wildcards.prediction}"

@@ -20,9 +20,9 @@ rule speed_row:
     resources:
         **resources_of("speed"),
     params:
-        omp=threads_each,
+        start=start_of,
         command=command("speed", jobs.speed),
     message:
         "time {wildcards.row}"
     shell:
-        "OMP_NUM_THREADS={params.omp} {params.command} 2>&1 | tee {log}"
+        "{params.start} {params.command} 2>&1 | tee {log}"

@@ -18,9 +18,9 @@ rule finetune:
     resources:
         **resources_of("train"),
     params:
-        omp=threads_each,
+        start=start_of,
         command=command("finetune", jobs.finetune),
     message:
         "train {wildcards.row}"
     shell:
-        "OMP_NUM_THREADS={params.omp} {params.command} 2>&1 | tee {log}"
+        "{params.start} {params.command} 2>&1 | tee {log}"

@@ -1,7 +1,7 @@
 """The commands of a job: what a row, its machines and the run make of each script's settings.
 
 flags(finetune(run, job))       # what a person types after `torchrun … scripts/finetune.py`
-command(job, "finetune", finetune(run, job))            # the whole line, as the workflow runs it
+command(run, job, "finetune", finetune(run, job))       # the whole line, as the workflow runs it
 """
 
 from __future__ import annotations
@@ -44,8 +44,16 @@ def _common(run: ResolvedRun, job: Job, dataset: str, seed: int) -> dict[str, An
     }
 
 
-def command(job: Job, script: str, settings: Command, scripts: str = "scripts") -> str:
+def is_alone(run: ResolvedRun, job: Job) -> bool:
+    """Whether a job is one process on a CPU, which needs no torchrun."""
+    return job.processes == 1 and _device(run.hardware[job.pool.device]) == "cpu"
+
+
+def command(run: ResolvedRun, job: Job, script: str, settings: Command, scripts: str = "scripts") -> str:
     """What a person types to run a script on the job's processes. scripts: the script's folder, quoted for a shell."""
+    if is_alone(run, job):
+        # torchrun would import PyTorch once more, which takes as long as a small job.
+        return " ".join(["python", f"{scripts}/{script}.py", shlex.join(flags(settings))])
     if job.nodes == 1:
         words = ["torchrun --standalone", f"--nproc_per_node={job.processes_per_node}"]
     else:

@@ -55,6 +55,8 @@ class Pool(Strict):
     """Devices (CPU: processes) of one machine."""
     nodes: int = Field(1, ge=1)
     """Machines."""
+    rows: list[str] = ["*"]
+    """Rows that may run here, by name or shell pattern."""
     slurm_partition: str = ""
     """Partition of these machines; empty: the site file's, or the cluster's default."""
     stand_in: bool = False
@@ -418,6 +420,13 @@ def _check_tables(run: ResolvedRun, tables: list[tuple[str, AnyRow]]) -> dict[st
                 raise SettingsError(
                     f"{where}: field `accompanies`: got {row.accompanies!r}: expected a published row of the speed table"
                 )
+    for pool in run.settings.hardware:
+        for pattern in pool.rows:
+            if pattern != "*" and not any(_matches(row, pattern) for row in files):
+                raise SettingsError(
+                    f"hardware pool {pool.device}: field `rows`: got {pattern!r}: matches no row; expected a row id or a "
+                    "pattern of the tables"
+                )
     return files
 
 
@@ -487,6 +496,9 @@ def _place(where: str, row: AnyRow, pools: list[Pool], hardware: dict[str, Hardw
     reasons: list[str] = []
     wrong_batch = ""
     for pool in pools:
+        if not any(_matches(row.row, pattern) for pattern in pool.rows):
+            reasons.append(f"hardware.rows: no pattern of the {pool.device} pool matches")
+            continue
         placed = _cannot(row, hardware[pool.device]) or (
             place_accuracy(row.gpus, pool) if isinstance(row, AccuracyRow) else _place_speed(row, pool)
         )
