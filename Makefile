@@ -125,7 +125,7 @@ containers: $(VENV)/installed  ## build the Apptainer images, their digests and 
 offline-bundle: $(VENV)/installed  ## pack source, wheels, images, data and weights for a cluster without internet
 	scripts/bundle.sh phi3v-offline $(ARGS)
 
-docs: $(VENV)/installed  ## write config/README.md and the schemas from the settings
+docs: $(VENV)/installed  ## write the generated pages of docs/reference and the schemas
 	python scripts/settings_docs.py
 
 site: $(VENV)/installed  ## build the documentation site into site/; a broken link is an error

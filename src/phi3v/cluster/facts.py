@@ -116,7 +116,10 @@ def devices_of(gres_type: str, hardware: dict[str, Hardware]) -> list[str]:
 
 def site_text(facts: Facts, hardware: dict[str, Hardware]) -> str:
     """config/site.yaml for this cluster; every choice that is left to the reader is a comment."""
-    lines = ["# Written by scripts/cluster.py from what this cluster reports; fields: config/README.md, a cluster."]
+    lines = [
+        "# Written by scripts/cluster.py from what this cluster reports.",
+        "# Fields: docs/reference/configuration.md, a cluster.",
+    ]
     if facts.accounts:
         first, *others = sorted(facts.accounts, key=lambda name: (name != facts.accounting.default_account, name))
         lines.append(f"account: {first}" + (f"  # or {', '.join(others)}" if others else ""))

@@ -49,7 +49,7 @@ def model_geometry(name: str, model: Model, root: Path = Path()) -> Geometry:
         return geometry_from_config(json.loads(file.read_text(encoding="utf-8")), str(file))
     raise SettingsError(
         f"model `{name}`: field `geometry`: empty, and {model.url} is no folder with a config.json here; expected the "
-        "layer sizes in the models file (config/README.md, Geometry)"
+        "layer sizes in the models file (docs/reference/configuration.md, Geometry)"
     )
 
 

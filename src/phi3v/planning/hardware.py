@@ -18,8 +18,8 @@ from phi3v.settings import FinetuneSettings, Hardware, SettingsError, read_entri
 
 HARDWARE_FILES = ("config/hardware.yaml",)
 HOW_TO_ADD = (
-    "add an entry with its datasheet's figures to your own hardware file (fields: config/README.md, Hardware) and name "
-    "it in `files.hardware` of your run, or with scripts/plan.py --hardware FILE"
+    "add an entry with its datasheet's figures to your own hardware file (fields: docs/reference/configuration.md, "
+    "Hardware) and name it in `files.hardware` of your run, or with scripts/plan.py --hardware FILE"
 )
 # Words in a driver's device name that make it another board than the one without them, with other peaks.
 OTHER_BOARDS = {"pcie", "nvl", "ti", "super", "d", "laptop", "mobile", "max", "mig"}

@@ -279,8 +279,8 @@ def peak_tflops(setup: Setup) -> float:
 def _empty(setup: Setup, field: str, expected: str) -> SettingsError:
     return SettingsError(
         f"hardware `{setup.hardware.title}`: field `{field}`: empty; {expected}: copy the entry with the field to your "
-        "own hardware file, under a name of its own (fields: config/README.md, Hardware); name both in `files.hardware` "
-        "and `hardware` of your run, or with scripts/plan.py --hardware FILE --gpu NAME"
+        "own hardware file, under a name of its own (fields: docs/reference/configuration.md, Hardware); name both in "
+        "`files.hardware` and `hardware` of your run, or with scripts/plan.py --hardware FILE --gpu NAME"
     )
 
 

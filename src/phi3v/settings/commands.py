@@ -143,8 +143,11 @@ class FurtherOptions(Command):
     max_steps: int = Field(-1, ge=-1)
     """Optimizer steps, instead of epochs; -1: off (ours)."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's decay of the mean gradient."""
     adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW's decay of the mean squared gradient."""
     adam_epsilon: float = Field(1e-7, gt=0)
+    """AdamW's term against division by zero."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_number_word), Role.EQUIVALENT] = 2

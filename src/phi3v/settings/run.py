@@ -69,17 +69,24 @@ class Files(Strict):
     """The tables of a run; later files add to earlier ones."""
 
     models: list[str] = Field(min_length=1)
+    """Files of models."""
     datasets: list[str] = Field(min_length=1)
+    """Files of datasets."""
     hardware: list[str] = Field(min_length=1)
+    """Files of devices."""
     accuracy: list[str] = []
+    """Tables of accuracy rows."""
     speed: list[str] = []
+    """Tables of speed rows."""
 
 
 class Selection(Strict):
     """Rows by name or shell pattern. A row with its exact name must be able to run; a pattern takes the rows that can."""
 
     accuracy: list[str] = ["*"]
+    """Accuracy rows of this run."""
     speed: list[str] = ["*"]
+    """Speed rows of this run."""
 
     def names(self, row: str) -> bool:
         """Whether a row is asked for by its exact id, or by that of the table's line whose grid it is of."""
@@ -144,11 +151,17 @@ class DemoBase(Strict):
     """How the demo's tiny base model is first trained a little."""
 
     processes: int = Field(2, ge=1)
+    """Training processes."""
     learning_rate: float = Field(gt=0, lt=1)
+    """Peak learning rate."""
     epochs: float = Field(gt=0)
+    """Passes over the mixture."""
     batch_size: int = Field(64, ge=1)
+    """Examples of one optimizer step over all processes."""
     micro_batch_size: int = Field(32, ge=1)
+    """Examples of one forward pass."""
     num_crops: int = Field(4, ge=1)
+    """Largest number of tiles of an image."""
 
 
 class Demo(Strict):
@@ -157,6 +170,7 @@ class Demo(Strict):
     folder: str
     """Where they are written; the demo's dataset and model URLs point there."""
     seed: int = 0
+    """Seed of the synthetic sources and of the random weights."""
     sizes: dict[str, int]
     """Rows of each source file."""
     datasets: list[str] = []
@@ -168,6 +182,7 @@ class Demo(Strict):
     mixture: str
     """Dataset that the tiny base model is first trained on."""
     base: DemoBase
+    """How the tiny base model is trained."""
 
 
 class Run(Strict):
@@ -184,15 +199,19 @@ class Run(Strict):
     seed: Seed = 42
     """Data order, initial adapters, controls; a row's `seeds` ask for more of them."""
     files: Files
+    """Files that this run reads."""
     hardware: list[Pool] = Field(min_length=1)
     """Machines that this run has; a row goes to the first pool that can do it."""
     rows: Selection = Selection()
+    """Which rows of the tables run."""
     overrides: dict[str, dict[str, Any]] = {}
     """Row pattern to fields: every departure of this run from the tables, shown in the report."""
     evaluation: Evaluation = Evaluation()
+    """How checkpoints are evaluated."""
     predictions: dict[Name, Prediction] = {}
     """Answers for new pictures, by name; the target `predictions` writes them to results/NAME/predictions/."""
     speed: SpeedMeasurement = SpeedMeasurement()
+    """How speed rows are timed."""
     num_workers: WorkersOrAuto = "auto"
     """Data loading processes of each training process; auto: one less than its CPUs on a GPU, at most 8, none on a CPU."""
     save_minutes: float = Field(30, ge=0)
