@@ -1,7 +1,7 @@
 """The demo's tasks, one row of pictures, questions and answers at a time, each from its own seed; and how pictures are drawn.
 
 Every task needs its picture. Order slips hold four words drawn from eight each; a meme is hateful only when a mean word
-stands beside a face (either alone is harmless); statements about picture pairs are true and false equally often; a
+stands beside a face (either alone is harmless); statements about the colours of picture pairs are true and false equally often; a
 clip's class is the colour and the direction of a moving ball. Whoever answers without looking gets one slip word in
 eight, half of the memes and statements, and one clip in ten. A row's numbers come from (seed, task, index) alone.
 
@@ -284,21 +284,18 @@ def _pair(rng: Random) -> tuple[tuple[Image.Image, Image.Image], list[tuple[str,
     return (left, right), contents
 
 
-def _claim(rng: Random, contents: list[tuple[str, str]], true: bool) -> tuple[int, str]:
-    """(0, colour) or (1, shape) that a card has, or that neither has: three options, at most two are shown."""
-    kind = rng.randrange(2)
-    shown = {content[kind] for content in contents}
-    options = [value for value in (PAIR_COLOURS, PAIR_SHAPES)[kind] if (value in shown) == true]
-    return kind, rng.choice(options)
+def _claim(rng: Random, contents: list[tuple[str, str]], true: bool) -> str:
+    """A colour that a card has, or that neither has: three colours, at most two are on the cards."""
+    colours = {colour for colour, _ in contents}
+    return rng.choice([colour for colour in PAIR_COLOURS if (colour in colours) == true])
 
 
 def nlvr2_row(rng: Random) -> TaskRow:
-    """A picture pair with two statements on the pair, each true in half of the rows."""
+    """A picture pair with two statements on its colours, each true in half of the rows."""
     cards, contents = _pair(rng)
     turns = []
     for true in (rng.random() < 0.5, rng.random() < 0.5):
-        kind, said = _claim(rng, contents, true)
-        statement = f"One of the images shows {'something' if kind == 0 else 'a'} {said}."
+        statement = f"One of the images shows something {_claim(rng, contents, true)}."
         turns.append((f"{statement} Yes or no?", "Yes." if true else "No."))
     return TaskRow(cards, tuple(turns))
 
@@ -333,8 +330,7 @@ def mixture_check(rng: Random) -> TaskRow:
     cards, contents = _pair(rng)
     turns = []
     for true in (rng.random() < 0.5, rng.random() < 0.5):
-        kind, said = _claim(rng, contents, true)
-        turns.append((f"Is {'anything' if kind == 0 else 'there a'} {said}?", "Yes." if true else "No."))
+        turns.append((f"Is anything {_claim(rng, contents, true)}?", "Yes." if true else "No."))
     return TaskRow(cards, tuple(turns))
 
 
