@@ -17,7 +17,7 @@ from data_examples import picture_bytes, write_parquet
 from phi3v.data.conversations import Conversation, DataError, read_conversations
 from phi3v.data.convert import convert_dataset, convert_files, dataset_sources, fetch_pictures
 from phi3v.data.fetch import fetch
-from phi3v.settings import Dataset, load_run, validate
+from phi3v.settings import Dataset, validate
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -278,26 +278,3 @@ def test_groups_never_straddle_splits_and_labels_keep_their_shares(test: float) 
     assert drawn[0] != drawn[1]
     with pytest.raises(DataError, match=r"split\.group: no column `whom`; expected one of image, who, label"):
         divide("table", inputs, Division(val=0.1, group="whom"))
-
-
-PAGES = ("product-prices", "formulae-to-latex", "gauge-readings", "chest-x-rays", "receipts")
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_the_entry_of_a_page_goes_with_the_row_and_the_run_of_own_data(page: str, root: Path) -> None:
-    entry = _block(root / f"docs/how-to/{page}.md", "yaml\n")
-    assert len(entry.strip().splitlines()) <= 15
-    ((name, values),) = yaml.safe_load(entry).items()
-    assert "train" in validate(Dataset, values, name).splits
-    shutil.copytree(root / "config", "config")
-    Path("my_datasets.yaml").write_text(entry)
-    Path("my_rows.tsv").write_text(_block(root / "docs/own-data.md", "\nrow\t").replace("my_data", name))
-    run = load_run(yaml.safe_load(_block(root / "docs/own-data.md", "yaml\nname: ")))
-    assert [(job.row.row, job.row.dataset, job.processes) for job in run.accuracy] == [("my-lora", name, 1)]
-
-
-def _block(page: Path, start: str) -> str:
-    """The first code block of a page that starts so."""
-    text = page.read_text()
-    begin = text.index("```" + start) + 3
-    return text[begin : text.index("```", begin)].partition("\n")[2]

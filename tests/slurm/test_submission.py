@@ -164,10 +164,10 @@ def test_a_restart_beside_running_jobs(root, cluster, until, tmp_path):
 
 
 class Terminal:
-    """The command of docs/slurm.md in a terminal of its own, as in tmux."""
+    """The command of docs/tutorials/slurm.md in a terminal of its own, as in tmux."""
 
     def __init__(self, sleeps: Sleeps, *arguments: str) -> None:
-        page = (sleeps.root / "docs/slurm.md").read_text()
+        page = (sleeps.root / "docs/tutorials/slurm.md").read_text()
         (line,) = re.findall(r"^tmux new -d '(snakemake .*)'$", page, re.MULTILINE)
         line = line.replace("--configfile config/mine.yaml", shlex.join(sleeps.options(*arguments)))
         line = line.replace("snakemake --profile slurm", f"exec {sys.executable} -m snakemake")
