@@ -5,7 +5,7 @@
 
 With --base both models answer, side by side. The page listens on this machine alone: from elsewhere use a tunnel,
 `ssh -L 8501:127.0.0.1:8501 HOST`. It needs the extra `chat` (pip install 'phi3v[chat]'). For programs that speak
-OpenAI's protocol serve the model with vLLM: docs/serving.md.
+OpenAI's protocol serve the model with vLLM: docs/how-to/serve.md.
 """
 
 import os

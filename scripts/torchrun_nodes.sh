@@ -78,7 +78,7 @@ address=${rendezvous//"{host}"/$first}
 exec python -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$processes" \
   --node-rank="$SLURM_NODEID" --master-addr="$address" --master-port="$port" "$@"'
 if ! command -v srun >/dev/null; then
-  # In a container that does not show SLURM's client, docs/slurm.md.
+  # In a container that does not show SLURM's client, docs/how-to/slurm-site.md.
   if [ "$nodes" != 1 ]; then
     echo "torchrun_nodes.sh: $nodes machines, and srun was not found: expected SLURM's client inside the container" >&2
     exit 2

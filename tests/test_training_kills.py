@@ -1,6 +1,6 @@
 """Killed at random moments and started again, the weights are the same.
 
-The short form is a test as any other; the long one is run by `make verify-training`, figures in docs/training.md.
+The short form is a test as any other; the long one is run by `make verify-training`, figures in docs/measurements.md.
 """
 
 from __future__ import annotations

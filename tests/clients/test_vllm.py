@@ -134,7 +134,7 @@ def ask(url: str, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_over_http(served, questions, ours, tmp_path):
-    """The command of docs/serving.md, and requests of the OpenAI protocol."""
+    """The command of docs/how-to/serve.md, and requests of the OpenAI protocol."""
     port = free_port()
     python = Path(os.environ.get("PHI3V_CLIENTS", ".clients")).resolve() / "vllm" / "bin" / "python"
     command = [

@@ -5,7 +5,7 @@
 
 `images` are paths relative to DIR/images; a turn without pictures has an empty list (or none). Optional: `system`, an
 instruction before the question; `answers`, every accepted answer, of which `assistant` is the first; and `meta` of the
-example. Any other line is refused with file, line, field, value and what was expected. docs/data.md and
+example. Any other line is refused with file, line, field, value and what was expected. docs/reference/file-formats.md and
 workflow/schemas/conversations.schema.json describe the format.
 """
 

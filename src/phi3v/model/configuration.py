@@ -30,7 +30,7 @@ OFFICIAL_VISION = {
     "attention_dropout": 0.0,
 }
 # The publisher's config.json names its own Python files here. This package never runs them; other programs need the
-# key to find the files when a user puts them beside the weights (docs/serving.md).
+# key to find the files when a user puts them beside the weights (docs/how-to/serve.md).
 OFFICIAL_AUTO_MAP = {
     "AutoConfig": "configuration_phi3_v.Phi3VConfig",
     "AutoModelForCausalLM": "modeling_phi3_v.Phi3VForCausalLM",

@@ -276,7 +276,9 @@ def _optimizer_reasons(full: Option) -> list[str]:
     setup = full.fit.setup
     found = other_optimizers(setup)
     if not found:
-        return ["full fine-tuning fits with none of the optimizers; docs/training.md has what each of them needs"]
+        return [
+            "full fine-tuning fits with none of the optimizers; docs/how-to/small-gpu.md has what each of them needs"
+        ]
     ways = []
     for fit in found:
         host = f", {fit.memory.host_gb:.0f} GB of the host's memory per process" if fit.memory.host else ""

@@ -207,7 +207,7 @@ class Split(Strict):
         "table", "messages", "sharegpt", "llava", "imagefolder", "image_folder", "conversations", "cauldron",
         "docvqa_mini", "ucf101", "nlvr2_official", "hateful_memes_official", "docvqa_official",
     ]  # fmt: skip
-    """What the files are (docs/data.md describes each)."""
+    """What the files are (docs/how-to/convert-*.md describe them)."""
     rows: Annotated[str, Field(pattern=r"^\d*:\d*$"), BeforeValidator(_rows)] = ":"
     """Rows taken, as a Python slice: `500:` is all but the first 500."""
     options: dict[str, OptionValue] = {}
