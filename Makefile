@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits chat test verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs site clean
+.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits chat test verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs site screenshots verify-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ verify-evaluation: $(VENV)/installed  ## batches are three times as fast as one 
 
 verify-gpu: $(VENV)/installed  ## every method on a fake GPU, tiny and at full size; where there is a GPU, on that too (about 15 minutes)
 	pytest -n 2 --dist loadfile -m 'verify or not verify' tests/fakegpu tests/gpu
+
+verify-docs: $(VENV)/installed  ## every command of the documentation that runs on this machine, a small demo included
+	pytest -m 'verify or not verify' tests/test_docs.py
 
 verify-report: $(VENV)/installed  ## 200 rows and 1,000,000 predictions in one report
 	pytest -m verify -s tests/test_reporting_size.py
@@ -130,6 +133,9 @@ docs: $(VENV)/installed  ## write the generated pages of docs/reference and the 
 
 site: $(VENV)/installed  ## build the documentation site into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir site
+
+screenshots: $(VENV)/installed  ## renew the pictures of docs/ from results/demo/report (needs chromium and its driver)
+	python benchmarks/screenshots.py
 
 clean:  ## remove the demo's results and sources (other runs stay)
 	rm -rf results/demo results/demo-sources results/digits results/digits-source
