@@ -19,7 +19,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
-WIDTH, HEIGHT = 1440, 1500
+WIDTH, HEIGHT = 1440, 1200
 
 
 def write_png(data: bytes, path: Path) -> None:

@@ -33,7 +33,6 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("docs/how-to/slurm-site.md", "python scripts/cluster.py check"): SLURM,
     ("docs/how-to/small-gpu.md", "python scripts/finetune.py"): GPU,
     ("docs/how-to/tune.md", "python scripts/finetune.py …"): "parts of commands; tests/test_training_own_data.py",
-    ("docs/reference/python.md", "import torch"): "needs the published weights",
     ("docs/troubleshooting.md", "python3.11 -m venv"): "needs the network and an older GPU",
     ("docs/tutorials/demo.md", "git clone"): NETWORK,
     ("docs/tutorials/demo.md", "make chat"): "serves until it is stopped; tests/test_evaluation_chat.py",
@@ -140,6 +139,14 @@ def trained(request: pytest.FixtureRequest) -> None:
     Path("new.csv").write_text("number,photo,prompt\n7,a.png,Which colour is the square ?\n")
 
 
+def merged(request: pytest.FixtureRequest) -> None:
+    """A merged model, and a page."""
+    trained(request)
+    Path("merged").mkdir()
+    Path("model").rename("merged/my-model")
+    write_pictures(Path(), "page.png")
+
+
 def adapter(request: pytest.FixtureRequest) -> None:
     """The adapter of a finished row, and a page."""
     from training_fixtures import train_here
@@ -147,7 +154,6 @@ def adapter(request: pytest.FixtureRequest) -> None:
     trained(request)
     values = {"use_lora": True, "lora_rank": 4, "max_steps": 1, "batch_size": 2, "micro_batch_size": 1}
     train_here(Path(), Path("results/my/train/my-lora"), data_dir="my_data", **values)
-    write_pictures(Path(), "page.png")
 
 
 SETUPS: dict[str, Callable[[pytest.FixtureRequest], None]] = {
@@ -157,5 +163,6 @@ SETUPS: dict[str, Callable[[pytest.FixtureRequest], None]] = {
     "scored": scored,
     "trained": trained,
     "adapter": adapter,
+    "merged": merged,
 }
 """Name of a marker to what it adds to a copy of the repository, which is the working folder."""
