@@ -5,7 +5,8 @@ An entry of a datasets file, from what scripts/download.py fetched:
     python scripts/convert.py --datasets config/datasets.yaml --dataset ucf101 --source_dir results/data/ucf101/source \\
         --output_dir results/data/ucf101
 
-Your own files, one split at a time (docs/how-to/convert-*.md describe the formats and docs/evaluation.md the metrics):
+Your own files, one split at a time (docs/how-to/convert-*.md describe the formats and docs/reference/metrics.md the
+metrics):
     python scripts/convert.py --format table --input my.tsv --images_dir pictures --split train --output_dir my_data
     python scripts/convert.py --format imagefolder --input pictures/val --split val --output_dir my_data
     python scripts/convert.py --format table --input vqa.json --output_dir my_data \\

@@ -89,7 +89,7 @@ def test_the_error_names_device_build_and_what_to_install(machine):
         "has kernels for sm_75, sm_80, sm_86, sm_90, sm_100, sm_120 only; expected a build of PyTorch that has sm_70"
         in said
     )
-    assert "the same version for CUDA 12.6 (docs/reproducibility.md, V100 and older, has the steps)" in said
+    assert "the same version for CUDA 12.6 (docs/troubleshooting.md has the steps)" in said
     machine("NVIDIA GeForce RTX 5090", (12, 0), CUDA_12_6)
     with pytest.raises(SettingsError, match="has sm_120: a newer version, or the same one for a later CUDA"):
         check_architecture(torch.device("cuda", 0))

@@ -101,7 +101,7 @@ def test_snakedeploy_makes_a_folder_that_plans(root, copy, tmp_path):
     deploy = [str(Path(sys.executable).parent / "snakedeploy"), "deploy-workflow", str(copy), str(tmp_path / "mine")]
     done = subprocess.run([*deploy, "--branch", "HEAD"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    # The step of docs/reproducibility.md after it: the module's Snakefile is the clone's, whose scripts the rules start.
+    # The step of docs/how-to/module.md after it: the module's Snakefile is the clone's, whose scripts the rules start.
     snakefile = tmp_path / "mine/workflow/Snakefile"
     assert '"Snakefile"' in snakefile.read_text()
     snakefile.write_text(snakefile.read_text().replace('"Snakefile"', f'"{copy}/Snakefile"'))

@@ -70,7 +70,7 @@ if "apptainer" in DEPLOYMENT:
 elif "conda" in DEPLOYMENT and "rocm" in KINDS:
     raise WorkflowError(
         "hardware with AMD GPUs: no environment is locked for them; got --sdm conda, expected none or apptainer; nothing was "
-        "started. docs/reproducibility.md has the steps to make one"
+        "started. docs/how-to/conda.md has the steps to make one"
     )
 
 

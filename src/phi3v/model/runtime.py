@@ -109,12 +109,12 @@ def check_no_gpu(settings: Compute) -> None:
     if cuda is None:
         raise SettingsError(
             f"{why}, but {build} is a CPU build (found {found}); install PyTorch's CUDA build "
-            f"(docs/reproducibility.md, Environments). {ANYWAY}"
+            f"(docs/troubleshooting.md). {ANYWAY}"
         )
     oldest = OLDEST_DRIVER.get(int(cuda.split(".")[0]))
     needed = f"which needs driver {oldest} or newer" if oldest else "whose driver is in NVIDIA's CUDA release notes"
     if driver and oldest and int(driver.split(".")[0]) < oldest:
-        advice = f"ask for driver {oldest} or newer, or install PyTorch's build for an earlier CUDA (docs/reproducibility.md)"
+        advice = f"ask for driver {oldest} or newer, or install PyTorch's build for an earlier CUDA (docs/troubleshooting.md)"
     else:
         advice = (
             "check that the job was given a GPU (SLURM: --gres=gpu:1), CUDA_VISIBLE_DEVICES, and in a container --nv"
@@ -181,7 +181,7 @@ def check_architecture(device: torch.device) -> None:
         f"{torch.cuda.get_device_name(device)}: compute capability {capability[0]}.{capability[1]}, and {build} has kernels "
         f"for {', '.join(built)} only; expected a build of PyTorch that has sm_{capability[0]}{capability[1]}: "
         + (
-            "the same version for CUDA 12.6 (docs/reproducibility.md, V100 and older, has the steps)"
+            "the same version for CUDA 12.6 (docs/troubleshooting.md has the steps)"
             if older
             else "a newer version, or the same one for a later CUDA"
         )

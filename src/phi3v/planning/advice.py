@@ -259,7 +259,7 @@ def _device_reasons(setup: Setup) -> list[str]:
     if hardware.generation in WITHOUT_CUDA_13:
         reasons.append(
             f"the locked environment does not run on {hardware.generation}: its PyTorch is built for CUDA 13, which "
-            "begins with Turing; PyTorch's build of the same version for CUDA 12.6 does (docs/planner.md)"
+            "begins with Turing; PyTorch's build of the same version for CUDA 12.6 does (docs/troubleshooting.md)"
         )
     if setup.batch_size != BATCH:
         reasons.append(

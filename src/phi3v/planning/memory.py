@@ -323,7 +323,7 @@ class MemoryConstants:
     """Three numbers of the published code's memory.
 
     Source: the 10 A100 peaks of config/speed.tsv, fitted on 2026-11-21 by benchmarks/calibrate.py. The largest error is
-    6.3 %, and 14.8 % for a row that is left out of the fit (docs/planner.md).
+    6.3 %, and 14.8 % for a row that is left out of the fit (docs/measurements.md).
     """
 
     runtime_gb: float = field(default=3.02, metadata={"unit": "GB a device"})

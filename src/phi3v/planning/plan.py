@@ -35,7 +35,7 @@ n: devices. Memory of one device, GB, predicted for this project's code: alloc: 
 PyTorch's allocator holds; ctx: CUDA context and NCCL. A reading of the device (nvidia-smi) shows resvd + ctx.
 fits: yes; tight (works only if PyTorch frees cached memory; slower); no. micro: largest micro-batch that fits.
 img/s: over all devices. MFU, HFU: share of the dense peak, without and with recomputation.
-A CPU's peak is calibrated on one machine (docs/planner.md), so its figures are rough elsewhere.
+A CPU's peak is calibrated on one machine (docs/measurements.md), so its figures are rough elsewhere.
 time: training (or timing) and evaluation. device-h: time x devices. kWh: at the boards' full power."""
 PAGE = """\
 <!doctype html>

@@ -34,7 +34,7 @@ class Constants:
     """What turns FLOP and bytes into seconds: four numbers fitted to the published tables, one chosen.
 
     Source: the 12 plausible throughputs of config/speed.tsv, fitted on 2026-11-21 by benchmarks/calibrate.py. The largest
-    error is 10.8 %, and 13.6 % for a row that is left out of the fit (docs/planner.md). Efficiencies are shares of a
+    error is 10.8 %, and 13.6 % for a row that is left out of the fit (docs/measurements.md). Efficiencies are shares of a
     datasheet's peak, the same for every device: what differs between devices is in config/hardware.yaml.
     """
 

@@ -1,6 +1,6 @@
 """What a result came from: each result folder holds a manifest.json, written last.
 
-The report shows only what a manifest backs; docs/reproducibility.md lists the fields. This module imports nothing of ours, so that
+The report shows only what a manifest backs; docs/reference/file-formats.md lists the fields. This module imports nothing of ours, so that
 everything that writes a result can use it; it also holds the one digest and the one atomic writer of the project.
 """
 

@@ -369,7 +369,7 @@ class EvaluateSettings(Answering):
     row: Annotated[str, Role.IDENTITY] = ""
     """Name of the table row, for the manifest."""
     metrics: list[Metric] = []
-    """Scores of an answer, the main one first (docs/evaluation.md lists them); left out: the data folder's."""
+    """Scores of an answer, the main one first (docs/reference/metrics.md lists them); left out: the data folder's."""
     group_by: str = ""
     """Field of the examples' `meta`: the main metric is also given for each of its values; left out: the data folder's."""
     passes: Annotated[list[Literal["before", "after", "control"]], Role.RUNTIME] = ["after"]
@@ -386,7 +386,7 @@ class ScoreSettings(Command):
     output_dir: Annotated[str, Role.IDENTITY] = ""
     """Where the scored predictions go; left out: input_dir."""
     metrics: list[Metric] = Field(min_length=1)
-    """Scores of an answer, the main one first; FILE.py:FUNCTION is a function of yours (docs/evaluation.md)."""
+    """Scores of an answer, the main one first; FILE.py:FUNCTION is a function of yours (docs/reference/metrics.md)."""
     group_by: str = ""
     """Field of the examples' `meta`: the main metric is also given for each of its values."""
     compare: Annotated[str, Role.RUNTIME] = ""

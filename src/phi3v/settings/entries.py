@@ -290,7 +290,7 @@ class Dataset(Strict):
     metric: Metric = ""
     """Score of an answer; left out: the first of `metrics`."""
     metrics: list[Metric] = []
-    """Several scores of an answer, the main one first; docs/evaluation.md lists them."""
+    """Several scores of an answer, the main one first; docs/reference/metrics.md lists them."""
     group_by: str = ""
     """Field of the examples' `meta`: the main metric is also given for each of its values."""
     max_new_tokens: int | None = Field(None, ge=1)
