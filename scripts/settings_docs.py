@@ -83,9 +83,13 @@ HARDWARE = """# Hardware
 `make docs` writes this page from `config/hardware.yaml`. Add your own device to a file of your own
 ([fields](configuration.md#hardware)).
 
-Figures are of one device. TFLOP/s are dense matrix products with sums in float32; a datasheet's figure with sparsity is
-twice as high. Link and network are GB/s in one direction, the network for all ports of a machine together. An empty
-cell means that no source gives the figure.
+Figures are of one device; an empty cell means that it cannot do this, or that no source gives the figure.
+
+- **bf16, fp16, fp32**: TFLOP/s of dense matrix products with sums in float32. A datasheet's figure with sparsity is
+  twice as high.
+- **memory, link, network**: GB/s. Link joins the devices of a machine, in one direction. Network is that of all ports of
+  a machine together, in one direction.
+- **flash**: has a flash attention kernel. **4-bit**: runs QLoRA.
 """
 YES = {True: "yes", False: "no"}
 
@@ -150,8 +154,7 @@ def commands() -> str:
 def hardware() -> str:
     """The page of all devices."""
     columns = [
-        "entry", "GB", "bf16 TFLOP/s", "fp16 TFLOP/s", "fp32 TFLOP/s", "memory GB/s", "link GB/s", "network GB/s", "W", "bf16",
-        "flash attention", "4 bits",
+        "entry", "GB", "bf16", "fp16", "fp32", "memory", "link", "network", "W", "flash", "4-bit"
     ]  # fmt: skip
     devices = read_entries([ROOT / "config/hardware.yaml"], Hardware, ROOT)
     lines = [HARDWARE, f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
@@ -161,7 +164,7 @@ def hardware() -> str:
             device.memory_gb, peak.bf16, peak.fp16, peak.fp32, device.bandwidth_gb_s, device.link_gb_s, device.network_gb_s, device.power_w
         ]  # fmt: skip
         cells = [f"`{name}`", *("" if figure is None else f"{figure:g}" for figure in figures)]
-        cells += [YES[device.bf16], YES[device.flash_attention], YES[device.quantisation]]
+        cells += [YES[device.flash_attention], YES[device.quantisation]]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Sources", "", "| entry | device | source |", "|---|---|---|"]
     lines += [f"| `{name}` | {device.title} | {device.source} |" for name, device in devices.items()]
