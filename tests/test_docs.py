@@ -22,6 +22,8 @@ import pytest
 import small_run
 from docs_setups import NOT_RUN, SETUPS
 
+from phi3v.cluster.site import load_site
+
 ROOT = Path(__file__).resolve().parent.parent
 GENERATED = ("docs/reference/configuration.md", "docs/reference/commands.md", "docs/reference/hardware.md")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -149,6 +151,12 @@ def test_links_of_pages_outside_the_site_lead_somewhere():
             if path and "://" not in path and not (page.parent / path).exists():
                 broken.append(f"{page.relative_to(ROOT)}: {target}")
     assert broken == []
+
+
+def test_the_site_file_of_its_page_is_valid(tmp_path):
+    (block,) = [b for b in BLOCKS if b.page == "docs/how-to/slurm-site.md" and b.language == "yaml"]
+    (tmp_path / "site.yaml").write_text(block.text)
+    assert load_site(str(tmp_path / "site.yaml")).partitions.keys() == {"cpu", "a100-80gb", "v100-32gb"}
 
 
 def test_a_message_of_troubleshooting_is_in_the_code():
