@@ -6,13 +6,12 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from golden.helpers import official_files
 
-from clients.checkpoint import build
-from clients.reference import answer, cases
+from clients.checkpoint import build, with_code
+from clients.reference import Answers, Case, answer, write_cases
 
 
 @pytest.fixture(scope="package")
@@ -22,23 +21,22 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def questions(tmp_path_factory) -> list[dict[str, Any]]:
-    """Texts and pictures."""
-    return cases(tmp_path_factory.mktemp("pictures"))
+def cases(tmp_path_factory) -> dict[str, Case]:
+    """Texts and pictures by name."""
+    return write_cases(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="package")
-def ours(checkpoint, questions) -> dict[str, dict[str, list[Any]]]:
-    """This package's answers to all of them, at the checkpoint's number of crops."""
-    return answer(checkpoint, questions)
+def ours(checkpoint) -> Callable[[list[Case]], Answers]:
+    """This package's answers at the checkpoint's number of crops; each is computed once."""
+    known: Answers = {}
 
+    def answers(some: list[Case]) -> Answers:
+        if missing := [case for case in some if case["name"] not in known]:
+            known.update(answer(checkpoint, missing))
+        return {case["name"]: known[case["name"]] for case in some}
 
-def with_code(checkpoint: Path, folder: Path, code: Path) -> Path:
-    """A folder of links to the checkpoint's files and to the publisher's Python files."""
-    folder.mkdir()
-    for file in (*checkpoint.iterdir(), *code.glob("*_phi3_v.py")):
-        (folder / file.name).symlink_to(file)
-    return folder
+    return answers
 
 
 @pytest.fixture(scope="package")
@@ -59,16 +57,26 @@ def served(checkpoint, code, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def client() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """client(name, *command): runs a command with the Python of an environment that `make clients` made."""
-    folder = Path(os.environ.get("PHI3V_CLIENTS", ".clients")).resolve()
+def environment() -> Callable[[str], Path]:
+    """The folder of an environment that `make clients` made, by its name."""
 
-    def run(name: str, *command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        python = folder / name / "bin" / "python"
-        if not python.is_file():
-            pytest.fail(f"{python}: no such environment; expected `make clients` to have made it")
+    def folder(name: str) -> Path:
+        place = Path(os.environ.get("PHI3V_CLIENTS", ".clients")).resolve() / name
+        if not (place / "complete").is_file():
+            pytest.fail(f"{place}: not complete; expected `make clients` to have made this environment")
+        return place
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def client(environment) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """client(name, *command): runs a command with the Python of an environment."""
+
+    def run(name: str, *command: object, **variables: str) -> subprocess.CompletedProcess[str]:
         values = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        values |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", **environment}
+        values |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", **variables}
+        python = environment(name) / "bin" / "python"
         done = subprocess.run([python, *map(str, command)], env=values, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
         return done

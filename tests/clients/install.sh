@@ -9,11 +9,12 @@ mkdir -p "$folder"
 shared='^(torch|transformers|accelerate|peft|numpy|pillow|safetensors|tokenizers|huggingface-hub|pydantic|pydantic-core|datasets|scipy|scikit-learn|pyyaml)=='
 
 # torchvision's wheel has no operators for PyTorch's CPU build. Its picture functions need none; its import needs these declared.
+# With a CUDA build it registers them itself.
 declare_operators() {
   cat >"$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sitecustomize.py" <<'PYTHON'
 import torch
 
-for name in ("nms", "qnms"):
+for name in ("nms", "qnms") if torch.version.cuda is None else ():
     torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 PYTHON
 }

@@ -30,7 +30,7 @@ def main() -> None:
         logprobs = [
             float(step[0].float().log_softmax(-1)[token]) for step, token in zip(output.logits, ids, strict=True)
         ]
-        found[case["name"]] = {"ids": ids, "logprobs": logprobs, "prompt_length": inputs["input_ids"].shape[1]}
+        found[case["name"]] = {"ids": ids, "logprobs": logprobs, "prompt_tokens": inputs["input_ids"].shape[1]}
     found["loading"] = {name: loaded[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     Path(sys.argv[2]).write_text(json.dumps(found))
 

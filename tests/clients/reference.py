@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from golden.golden_common import make_image
@@ -27,34 +27,49 @@ PICTURES = {
 }
 
 
-def cases(folder: Path) -> list[dict[str, Any]]:
-    """{"name", "content" without image tags, "prompt" with the chat template, "images": files that are written here}"""
+class Case(TypedDict):
+    """A prompt that every client answers."""
+
+    name: str
+    content: str
+    """Without image tags."""
+    prompt: str
+    """With the chat template."""
+    images: list[str]
+    """Files."""
+
+
+Answers = dict[str, dict[str, list[Any]]]
+"""By case: "prompt_ids", the greedy "ids" and their "logprobs"."""
+
+
+def write_cases(folder: Path) -> dict[str, Case]:
+    """All cases by name; their pictures are written to `folder`."""
     texts = {
         "text": "Name three rivers of Europe.",
         "unicode": "Qu’est-ce que c’est ? 日本語 – 10 °C ≤ x",
         "long": LONG,
     }
-    found = [{"name": name, "content": text, "images": []} for name, text in texts.items()]
-    for name, sizes in PICTURES.items():
-        files = []
-        for number, size in enumerate(sizes):
-            files.append(str(folder / f"{name}-{number}.png"))
-            make_image(*size, seed=number).save(files[-1])
-        found.append({"name": name, "content": QUESTION, "images": files})
-    for case in found:
-        tags = "".join(f"<|image_{number}|>\n" for number, _ in enumerate(case["images"], 1))
-        case["prompt"] = f"<|user|>\n{tags}{case['content']}<|end|>\n<|assistant|>\n"
+    found = {}
+    for name, sizes in {"text": [], "unicode": [], "long": [], **PICTURES}.items():
+        images = [str(folder / f"{name}-{number}.png") for number, _ in enumerate(sizes)]
+        for number, (file, size) in enumerate(zip(images, sizes, strict=True)):
+            make_image(*size, seed=number).save(file)
+        content = texts.get(name, QUESTION)
+        tags = "".join(f"<|image_{number}|>\n" for number, _ in enumerate(images, 1))
+        prompt = f"<|user|>\n{tags}{content}<|end|>\n<|assistant|>\n"
+        found[name] = Case(name=name, content=content, prompt=prompt, images=images)
     return found
 
 
 @torch.inference_mode()
-def answer(checkpoint: Path, cases: list[dict[str, Any]]) -> dict[str, dict[str, list[Any]]]:
-    """By case: "prompt_ids", the greedy "ids" and their "logprobs", float32 and one prompt at a time."""
+def answer(checkpoint: Path, cases: list[Case]) -> Answers:
+    """This package's, in float32 and one prompt at a time."""
     from PIL import Image
 
     model = Phi3VForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     processor = Phi3VProcessor.from_pretrained(checkpoint)
-    found = {}
+    found: Answers = {}
     for case in cases:
         images = [Image.open(file) for file in case["images"]]
         inputs = processor([case["prompt"]], [images] if images else None, padding_side="left")
@@ -77,21 +92,28 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     pairs = list(zip(ours["ids"], theirs["ids"], strict=True))
     equal = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
     gaps = [abs(a - b) for a, b in zip(ours["logprobs"][:equal], theirs["logprobs"][:equal], strict=True)]
-    prompt = theirs.get("prompt_ids")
-    same = None if prompt is None else prompt == ours["prompt_ids"]
-    return {"prompt_equal": same, "equal_tokens": equal, "of": len(pairs), "logprob_distance": max(gaps, default=0.0)}
+    # Some give the length of the prompt alone.
+    length = len(ours["prompt_ids"])
+    same = theirs["prompt_ids"] == ours["prompt_ids"] if "prompt_ids" in theirs else theirs["prompt_tokens"] == length
+    return {
+        "prompt_tokens": length, "prompt_equal": same, "equal_tokens": equal,
+        "logprob_distance": max(gaps, default=0.0),
+    }  # fmt: skip
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The comparison as Markdown, for docs."""
-    lines = ["| case | prompt ids | equal greedy tokens | log-probability distance |", "|---|---|---|---|"]
+def check(title: str, ours: Answers, theirs: Answers) -> None:
+    """Print the comparison as Markdown for docs, and assert that prompts and tokens are equal and probabilities close."""
+    print(f"\n{title}\n| case | prompt tokens | equal greedy tokens | log-probability distance |\n|---|---|---|---|")
+    rows = {name: compare(ours[name], theirs[name]) for name in ours}
     for name, row in rows.items():
-        prompt = {True: "equal", False: "differ", None: "not given"}[row["prompt_equal"]]
-        lines.append(f"| {name} | {prompt} | {row['equal_tokens']} of {row['of']} | {row['logprob_distance']:.1e} |")
-    return "\n".join(lines)
+        tokens = f"{row['equal_tokens']} of {NEW_TOKENS}"
+        print(f"| {name} | {row['prompt_tokens']} | {tokens} | {row['logprob_distance']:.1e} |")
+    for name, row in rows.items():
+        assert row["prompt_equal"] and row["equal_tokens"] == NEW_TOKENS, (name, row)
+        assert row["logprob_distance"] < 1e-3, (name, row)
 
 
-def write_job(path: Path, checkpoint: Path, cases: list[dict[str, Any]], **values: Any) -> Path:
+def write_job(path: Path, checkpoint: Path, cases: list[Case], **values: Any) -> Path:
     """What a client's own script reads."""
     path.write_text(json.dumps({"checkpoint": str(checkpoint), "cases": cases, "new_tokens": NEW_TOKENS, **values}))
     return path

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 from pathlib import Path
 
 import pytest
 from training_fixtures import COLOURS, train_here, write_data, write_model
 
+from clients.pages import BENCHMARKS, example
 from phi3v.settings import EvaluateSettings, validate
 
 pytestmark = pytest.mark.verify
@@ -55,11 +57,9 @@ def questions(count: int) -> dict[str, list[dict[str, str]]]:
 
 
 def write_split(path: Path, rows: list[dict[str, str]]) -> None:
-    lines = []
-    for number, row in enumerate(rows):
-        turn = {"images": [row["image"]], "user": row["question"], "assistant": row["answer"]}
-        lines.append(json.dumps({"id": str(number), "source": "test", "conversations": [turn]}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    turns = [{"images": [row["image"]], "user": row["question"], "assistant": row["answer"]} for row in rows]
+    lines = [{"id": str(number), "source": "test", "conversations": [turn]} for number, turn in enumerate(turns)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def write_task(folder: Path, name: str, rows: list[dict[str, str]], images: Path) -> None:
@@ -76,40 +76,56 @@ def write_task(folder: Path, name: str, rows: list[dict[str, str]], images: Path
     (folder / f"{name}.yaml").write_text(TASK.format(name=name, file=folder / f"{name}.parquet") + ENDS[name])
 
 
-def test_anls_and_accuracy_are_equal(client, tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path, dict[str, float]]:
+    """A folder with a trained model and tasks/ for lmms-eval, the model's folder, and this package's scores by task."""
     from phi3v.evaluation.run import evaluate
 
-    write_data(tmp_path / "data")
-    write_model(tmp_path / "model")
-    asked, tasks = questions(40), tmp_path / "tasks"
+    root = tmp_path_factory.mktemp("lmms")
+    write_data(root / "data")
+    write_model(root / "model")
+    asked, tasks = questions(40), root / "tasks"
     tasks.mkdir()
     (tasks / "utils.py").write_text(UTILS)
-    write_split(tmp_path / "data" / "train.jsonl", [*asked["pages"], *asked["yesno"]])
+    write_split(root / "data" / "train.jsonl", [*asked["pages"], *asked["yesno"]])
     out = train_here(
-        tmp_path, tmp_path / "run", fp32=True, batch_size=8, batch_size_per_gpu=8, epochs=8, learning_rate=2e-3,
-        warmup_steps=2, zero_stage=0,
+        root, root / "run", fp32=True, batch_size=8, batch_size_per_gpu=8, epochs=8, learning_rate=2e-3, warmup_steps=2,
+        zero_stage=0,
     )  # fmt: skip
     # Some answers that the model did not learn: right ones alone would hide a difference.
     for number in range(0, 40, 4):
         asked["pages"][number]["answer"] += "s" if number % 8 else "s or circles"
         asked["yesno"][number]["answer"] = "yes"
+    scores = {}
     for name, rows in asked.items():
-        write_task(tasks, name, rows, tmp_path / "data" / "images")
-    done = client(
-        "lmms-eval", "-m", "lmms_eval", "--model", "phi3v_checkpoint", "--batch_size", "4", "--tasks", "pages,yesno",
-        "--model_args", f"pretrained={out / 'final'},dtype=fp32", "--include_path", tasks, "--output_path", tmp_path / "logs",
-        HF_DATASETS_CACHE=str(tmp_path / "cache"),
-    )  # fmt: skip
-    (file,) = (tmp_path / "logs").rglob("*_results.json")
-    theirs = json.loads(file.read_text(encoding="utf-8"))["results"]
-    for name, rows in asked.items():
-        write_split(tmp_path / "data" / "val.jsonl", rows)
+        write_task(tasks, name, rows, root / "data" / "images")
+        write_split(root / "data" / "val.jsonl", rows)
         settings = {
-            "model_name_or_path": str(out / "final"), "data_dir": str(tmp_path / "data"), "fp32": True,
-            "output_dir": str(tmp_path / name), "metrics": [METRICS[name]], "max_new_tokens": 12,
+            "model_name_or_path": str(out / "final"), "data_dir": str(root / "data"), "fp32": True,
+            "output_dir": str(root / name), "metrics": [METRICS[name]], "max_new_tokens": 12,
         }  # fmt: skip
-        ours = evaluate(validate(EvaluateSettings, settings, "test"))["after"]["score"] / 100
+        scores[name] = evaluate(validate(EvaluateSettings, settings, "test"))["after"]["score"] / 100
+    return root, out / "final", scores
+
+
+# Each example of the page, and the Python module that its program is.
+@pytest.mark.parametrize(
+    ("part", "start"),
+    [("python -m lmms_eval", ("python", "")), ("accelerate launch", ("accelerate launch", "-m accelerate.commands.launch --cpu"))],
+    ids=["one process", "two processes"],
+)  # fmt: skip
+def test_scores_are_equal(client, trained, part, start, tmp_path):
+    root, model, ours = trained
+    changes = {
+        "docvqa_val,pope": "pages,yesno", "results/my/train/my-lora/final,dtype=bf16": f"{model},dtype=fp32",
+        "--output_path logs": f"--output_path {tmp_path} --include_path {root / 'tasks'}", "\\\n": "",
+    }  # fmt: skip
+    command = example(BENCHMARKS, part, changes).replace(*start, 1).replace("--num_processes 4", "--num_processes 2")
+    done = client("lmms-eval", *shlex.split(command), HF_DATASETS_CACHE=str(root / "cache"))
+    print(done.stdout[-1200:])
+    (file,) = tmp_path.rglob("*_results.json")
+    theirs = json.loads(file.read_text(encoding="utf-8"))["results"]
+    for name, score in ours.items():
         key = next(key for key in theirs[name] if key.startswith(("anls,", "pope_accuracy,")))
-        print(f"\n{name}: lmms-eval {theirs[name][key]:.6f}, here {ours:.6f}\n{done.stdout[-1200:]}")
-        assert 0.05 < theirs[name][key] < 0.999
-        assert theirs[name][key] == pytest.approx(ours, abs=1e-6)
+        assert 0.05 < score < 0.999
+        assert theirs[name][key] == pytest.approx(score, abs=1e-6)

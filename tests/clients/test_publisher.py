@@ -7,22 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from clients.reference import NEW_TOKENS, compare, table, write_job
+from clients.reference import check, write_job
 
 pytestmark = pytest.mark.verify
-SCRIPT = Path(__file__).with_name("publisher.py")
 
 
-def test_the_publishers_code(client, served, questions, ours, tmp_path):
+def test_the_publishers_code(client, served, cases, ours, tmp_path):
     """Every weight is found, no file is replaced, and the answers are the same."""
-    some = [case for case in questions if case["name"] in ("text", "long", "square", "page", "two")]
-    job = write_job(tmp_path / "job.json", served, some)
-    client("publisher", SCRIPT, job, tmp_path / "result.json", HF_MODULES_CACHE=str(tmp_path / "modules"))
-    theirs = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    some = [cases[name] for name in ("text", "long", "square", "page", "two")]
+    job, result = write_job(tmp_path / "job.json", served, some), tmp_path / "result.json"
+    script = Path(__file__).with_name("publisher.py")
+    client("publisher", script, job, result, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    theirs = json.loads(result.read_text(encoding="utf-8"))
     assert theirs.pop("loading") == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
-    rows = {name: compare(ours[name], result) for name, result in theirs.items()}
-    print(f"\nthe publisher's code\n{table(rows)}")
-    for name, row in rows.items():
-        assert theirs[name]["prompt_length"] == len(ours[name]["prompt_ids"]), name
-        assert row["equal_tokens"] == NEW_TOKENS, name
-        assert row["logprob_distance"] < 1e-3, name
+    check("The publisher's code", ours(some), theirs)

@@ -12,7 +12,8 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     llm = LLM(
         job["checkpoint"], trust_remote_code=True, dtype="float32", max_model_len=job["max_model_len"], max_num_seqs=4,
-        limit_mm_per_prompt={"image": 2}, enforce_eager=True, seed=0,
+        limit_mm_per_prompt={"image": 2}, enforce_eager=True, skip_mm_profiling=True,
+        seed=0,
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, logprobs=0)
     requests = []

@@ -1,8 +1,10 @@
 """Checkpoints and adapters in lmms-eval, the field's harness of public benchmarks; it finds this by the entry point.
 
-    pip install lmms-eval==0.7.3
+    tests/clients/install.sh .clients lmms-eval && source .clients/lmms-eval/bin/activate
     python -m lmms_eval --model phi3v_checkpoint --model_args pretrained=results/NAME/train/ROW/final,dtype=bf16 \
         --tasks docvqa_val,pope --batch_size 8 --output_path logs
+
+Several GPUs: `accelerate launch --num_processes N -m lmms_eval …`. lmms-eval gives each process its share of the questions.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ class Phi3VCheckpoint(lmms):  # type: ignore[misc]
         compute = validate(Compute, {dtype: True}, "model_args")
         self.predictor = Predictor.load(Path(pretrained), compute, compute_device(compute), 1, num_crops)
         self.batch_size = int(batch_size)
+        # lmms-eval counts the questions of all processes in tensors there.
+        self.device = self.predictor.model.device
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answers in the order of the requests; cut at the first of a task's stop strings."""
@@ -46,7 +50,7 @@ class Phi3VCheckpoint(lmms):  # type: ignore[misc]
             range(len(requests)), key=lambda index: (str(requests[index].args[1]), len(requests[index].args[0]))
         )
         answers = [""] * len(requests)
-        progress = tqdm(total=len(requests), desc="answers")
+        progress = tqdm(total=len(requests), desc="answers", disable=self.rank != 0)
         while order:
             options = requests[order[0]].args[1]
             chunk = [index for index in order[: self.batch_size] if requests[index].args[1] == options]
