@@ -168,7 +168,7 @@ def main() -> None:
         rates: dict[int, float] = {}
         for batch in (1, given.batch):
             settings = EvaluateSettings(
-                model_name_or_path=str(model), data_dir=str(data), output_dir=str(root / f"out{batch}"), metric="anls",
+                model_name_or_path=str(model), data_dir=str(data), output_dir=str(root / f"out{batch}"), metrics=["anls"],
                 num_crops=4, batch_size_per_gpu=batch, max_new_tokens=given.max_new_tokens, tqdm=False,
                 use_flash_attention=given.flash, bf16=given.dtype == "bf16", fp32=given.dtype == "fp32",
             )  # fmt: skip

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from golden.golden_common import make_image
+from PIL import Image
 
 from phi3v.model import Phi3VForCausalLM, Phi3VProcessor
 
@@ -63,27 +65,25 @@ def write_cases(folder: Path) -> dict[str, Case]:
 
 
 @torch.inference_mode()
+def greedy(model: Phi3VForCausalLM, inputs: Mapping[str, torch.Tensor]) -> dict[str, list[Any]]:
+    """The answer to the inputs of one prompt: exactly NEW_TOKENS tokens, whatever they are, as the clients are asked."""
+    output = model.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    logprobs = [float(step[0].float().log_softmax(-1)[token]) for step, token in zip(output.logits, ids, strict=True)]
+    return {"prompt_ids": inputs["input_ids"][0].tolist(), "ids": ids, "logprobs": logprobs}
+
+
 def answer(checkpoint: Path, cases: list[Case]) -> Answers:
     """This package's, in float32 and one prompt at a time."""
-    from PIL import Image
-
     model = Phi3VForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    processor = Phi3VProcessor.from_pretrained(checkpoint)
-    found: Answers = {}
+    processor, found = Phi3VProcessor.from_pretrained(checkpoint), {}
     for case in cases:
         images = [Image.open(file) for file in case["images"]]
         inputs = processor([case["prompt"]], [images] if images else None, padding_side="left")
-        # As the clients are asked: exactly so many tokens, whatever they are.
-        output = model.generate(
-            **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, output_scores=False,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
-        length = inputs["input_ids"].shape[1]
-        ids = output.sequences[0, length:].tolist()
-        logprobs = [
-            float(step[0].float().log_softmax(-1)[token]) for step, token in zip(output.logits, ids, strict=True)
-        ]
-        found[case["name"]] = {"prompt_ids": inputs["input_ids"][0].tolist(), "ids": ids, "logprobs": logprobs}
+        found[case["name"]] = greedy(model, inputs)
     return found
 
 
