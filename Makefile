@@ -44,7 +44,7 @@ verify-data: $(VENV)/installed  ## every test image of Pillow's source distribut
 	pytest -m verify -s tests/test_data_pillow.py
 
 verify-training: $(VENV)/installed  ## runs killed at random moments end with the same weights (about 7 minutes)
-	pytest -m verify tests/test_training_kills.py
+	pytest -m verify tests/test_training_kills.py tests/test_training_optimizers.py
 
 verify-evaluation: $(VENV)/installed  ## batches are three times as fast as one by one, with the same answers
 	pytest -m verify -s tests/test_evaluation_speed.py

@@ -44,7 +44,7 @@ def resumed_from(output: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.verify) for m in ("qlora", "dora"))])
 def test_killed_once_and_resumed_ends_with_the_same_bytes(base: Path, tmp_path: Path, method: str, capfd) -> None:
     """One process; full fine-tuning under ZeRO is in test_training_checkpoints.py."""
     from accelerate.state import AcceleratorState

@@ -179,6 +179,7 @@ def arguments(base, out, **values):
     return [*flags, *(f"--{name}" for name, value in values.items() if value is True), "--no-tqdm"]
 
 
+@pytest.mark.verify
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_offload"])
 def test_a_killed_job_ends_with_the_same_bytes(base, tmp_path, optimizer):
     values = SHORT | {"optimizer": optimizer, "save_steps": 2, "max_steps": 12}
