@@ -21,7 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypedDict
 
-from phi3v.data.folder import splits_of
 from phi3v.provenance.manifest import digest_file, digest_files, digest_weights, write_json
 from phi3v.settings import FinetuneSettings, Role, fields_with
 
@@ -51,6 +50,9 @@ def decisive(settings: FinetuneSettings) -> dict[str, object]:
 
 def fingerprint(settings: FinetuneSettings, data_dir: Path) -> dict[str, object]:
     """What a checkpoint must have been written with to be resumed: settings, and contents of data and base weights."""
+    # Pillow comes with it, and the environment that starts Snakemake, which counts checkpoints, has none.
+    from phi3v.data.folder import splits_of
+
     data = [data_dir / "dataset.json", *splits_of(data_dir).values(), *data_dir.glob("*.sha256")]
     return decisive(settings) | {
         "data": digest_files(path for path in data if path.is_file()),
