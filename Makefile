@@ -72,11 +72,12 @@ CONFIG ?= config/config.yaml
 slurm-status: $(VENV)/installed  ## rows, SLURM jobs, steps and time left of a run: make slurm-status CONFIG=my.yaml
 	python scripts/cluster.py status --config $(CONFIG)
 
-verify-conda: $(VENV)/installed  ## every rule in its own environment and nothing else, made by a stand-in for conda (about 7 minutes)
+verify-conda: $(VENV)/installed  ## every rule in its own environment and nothing else, solved and linked by rattler from a channel made here
 	pytest -m verify -s tests/environments/test_deployment.py
 
-verify-containers: $(VENV)/installed  ## each definition built in fresh Debian, a small run inside; needs root and debootstrap (about 7 minutes)
-	pytest -m verify -s tests/environments/test_containers.py
+verify-containers: $(VENV)/installed  ## images built twice with Buildah, run in Apptainer, Charliecloud and on SLURM; needs these tools, umoci, debootstrap and root
+	folder=$$(mktemp -d) && export PHI3V_IMAGES=$$folder && trap "rm -r $$folder" EXIT && \
+	  pytest -m verify -s tests/environments/test_containers.py && pytest -m verify -s tests/slurm/test_containers.py
 
 verify-pristine: $(VENV)/installed  ## clone, demo and tests on a machine with python3, make and git; needs root and debootstrap (about 25 minutes)
 	pytest -m verify -s tests/environments/test_pristine.py
@@ -116,14 +117,8 @@ lock: $(VENV)/installed  ## write requirements.txt and envs/ from pyproject.toml
 	  } > envs/$$name.yaml; \
 	done
 
-containers: $(VENV)/installed  ## build the Apptainer images, their digests and bills of materials (needs apptainer and the internet)
-	for name in workflow report train; do \
-	  lock=$$(sed -n 's/^    lock=//p' containers/$$name.def) && \
-	  apptainer build --fakeroot --force --build-arg "$$(grep '^base=' containers/base.txt)" \
-	    --build-arg commit=$$(git rev-parse HEAD) containers/$$name.sif containers/$$name.def && \
-	  sha256sum containers/$$name.sif > containers/$$name.sif.sha256 && \
-	  python scripts/sbom.py $$lock containers/$$name.cdx.json || exit 1; \
-	done
+containers: $(VENV)/installed  ## build the images, convert them for Apptainer, write digests and bills of materials (needs buildah or podman, and the internet)
+	containers/build.sh $(ARGS)
 
 offline-bundle: $(VENV)/installed  ## pack source, wheels, images, data and weights for a cluster without internet
 	scripts/bundle.sh phi3v-offline $(ARGS)

@@ -25,6 +25,7 @@ for name; do python -m pip wheel --quiet --wheel-dir "$output/wheels" -r "envs/$
 # Each of these files is the last one that is written to its folder. tar keeps times, which Snakemake compares.
 results=$(ls results/data/*/dataset.json results/models/*/sources.lock.json 2>/dev/null | xargs -r -n 1 dirname)
 images=$(find containers -name '*.sif*' | sort)
+test -n "$images" || images=$(find containers -name '*.tar' | sort)
 test -z "$results" || tar -cf "$output/results.tar" $results
 test -z "$images" || tar -cf "$output/images.tar" $images
 
@@ -36,6 +37,7 @@ phi3v without internet. On the cluster, in this folder:
     sha256sum --check SHA256SUMS
     mkdir phi3v && tar -xf source.tar -C phi3v && cd phi3v
     for name in results images; do test ! -f ../\$name.tar || tar -xf ../\$name.tar; done
+    for tar in containers/*.tar; do test ! -f \$tar || apptainer build \${tar%.tar}.sif oci-archive:\$tar; done
     python3 -m venv .venv
     .venv/bin/pip install --no-index --find-links ../wheels -r ../requirements.txt
     . .venv/bin/activate && export HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 PIP_FIND_LINKS=\$PWD/../wheels

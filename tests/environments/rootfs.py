@@ -1,4 +1,4 @@
-"""A Debian root file system in a folder, and Apptainer definitions run in it: what these tests have in place of Apptainer.
+"""A Debian root file system in a folder: a fresh machine to install on, and the base of images.
 
 Needs root (debootstrap, chroot). Every command has a mount namespace of its own, so nothing stays mounted behind it.
 """
@@ -6,7 +6,6 @@ Needs root (debootstrap, chroot). Every command has a mount namespace of its own
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -20,26 +19,6 @@ SUITE = "bookworm"
 # The base image's Python is Debian bookworm's minor version.
 PACKAGES = "python3,python3-venv,ca-certificates"
 MIRROR = "http://deb.debian.org/debian"
-
-
-def sections(path: Path, **arguments: str) -> dict[str, str]:
-    """Section name to text of a definition, `header` for what stands before the first; {{ name }} filled from %arguments."""
-    found: dict[str, list[str]] = {"header": []}
-    name = "header"
-    for line in path.read_text().splitlines():
-        if line.startswith("%"):
-            name = line[1:].split()[0]
-            found[name] = []
-        elif not line.startswith("#"):
-            found[name].append(line.strip() if name == "arguments" else line.removeprefix("    "))
-    values = dict(line.split("=", 1) for line in found.get("arguments", []) if line) | arguments
-
-    def fill(match: re.Match[str]) -> str:
-        if match[1] not in values:
-            raise KeyError(f"{path}: {{{{ {match[1]} }}}} is not in %arguments")
-        return values[match[1]]
-
-    return {name: re.sub(r"\{\{ (\w+) \}\}", fill, "\n".join(lines)).strip() + "\n" for name, lines in found.items()}
 
 
 def pip_settings() -> tuple[dict[str, str], list[Path]]:
@@ -74,11 +53,6 @@ def bootstrap(folder: Path, packages: str = PACKAGES) -> None:
             shutil.copy(path, folder / str(path)[1:])
 
 
-def like_the_base_image(folder: Path) -> None:
-    """Python and pip at /usr/local/bin, as in the image that the definitions start from."""
-    enter(folder, "python3 -m venv /usr/local", check=True)
-
-
 def enter(
     folder: Path,
     script: str,
@@ -110,27 +84,6 @@ def enter(
         text=True,
         check=check,
     )
-
-
-def build(definition: Path, root: Path, base: Path, folder: Path, **arguments: str) -> subprocess.CompletedProcess[str]:
-    """What `apptainer build` does with %files, %post and %environment, from the base in place of the pulled image."""
-    parts = sections(definition, **arguments)
-    subprocess.run(["cp", "-a", str(base), str(folder)], check=True)
-    for line in parts["files"].splitlines():
-        source, target = line.split()
-        place = folder / target[1:]
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if (root / source).is_dir():
-            shutil.copytree(root / source, place, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy2(root / source, place)
-    (folder / ".environment").write_text(parts["environment"])
-    return enter(folder, "set -e\n" + parts["post"])
-
-
-def test(definition: Path, folder: Path, **arguments: str) -> subprocess.CompletedProcess[str]:
-    """A definition's %test, in its environment."""
-    return enter(folder, ". /.environment; set -e\n" + sections(definition, **arguments)["test"])
 
 
 class Stopwatch:

