@@ -17,6 +17,8 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/resources.smk"
+include: "workflow/rules/targets.smk"
 include: "workflow/rules/plan.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/demo.smk"
@@ -31,7 +33,7 @@ rule all:
     default_target: True
     input:
         rules.report.output,
-        lambda wildcards: results_of(JOBS),
+        lambda wildcards: lost_of(JOBS),
 
 
 rule data:

@@ -220,13 +220,13 @@ def test_everything_about_one_row(run):
 
 
 def test_resources(run):
-    accuracy = resources(run, run.job("phi35-nlvr2-full-bf16"))
+    accuracy = resources(run, run.job("phi35-nlvr2-full-bf16"))["train"]
     planned = plan_job(run, run.job("phi35-nlvr2-full-bf16"))
     assert accuracy.runtime > 60 * planned.hours * 1.2
     assert (accuracy.cpus, accuracy.gres, accuracy.nodes) == (32, "gpu:4", 1)
-    speed = resources(run, run.job("phi3-v100-full-eager-32gpu"), kind="speed")
+    speed = resources(run, run.job("phi3-v100-full-eager-32gpu"))["speed"]
     assert (speed.nodes, speed.gres) == (4, "gpu:8")
-    assert resources(run, run.job("phi3-docvqa-lora-bf16"), kind="evaluate").runtime < accuracy.runtime
+    assert resources(run, run.job("phi3-docvqa-lora-bf16"))["evaluate"].runtime < accuracy.runtime
 
 
 def test_memory_of_a_job_without_zero_covers_a_whole_checkpoint_per_process(run):
@@ -234,7 +234,7 @@ def test_memory_of_a_job_without_zero_covers_a_whole_checkpoint_per_process(run)
     job = run.job("phi35-nlvr2-full-bf16")
     coded = job.model_copy(update={"row": job.row.model_copy(update={"optimizer": "adamw_8bit"})})
     whole = checkpoint_bytes(setup_of(run, coded)[0].trained, 0, "adamw_8bit", False) / 1e6
-    assert resources(run, coded).mem_mb >= 4 * (12_000 + whole) > resources(run, job).mem_mb
+    assert resources(run, coded)["train"].mem_mb >= 4 * (12_000 + whole) > resources(run, job)["train"].mem_mb
 
 
 def test_resources_before_a_models_sizes_are_known(root, tmp_path):
@@ -242,10 +242,10 @@ def test_resources_before_a_models_sizes_are_known(root, tmp_path):
     run = load_run({**demo, "rows": {"accuracy": ["phi3-docvqa-full-bf16"], "speed": []}}, root)
     bare = {name: entry.model_copy(update={"geometry": None}) for name, entry in run.models.items()}
     unknown = run.model_copy(update={"models": bare})
-    asked = resources(unknown, unknown.accuracy[0], tmp_path)
+    asked = resources(unknown, unknown.accuracy[0], tmp_path)["train"]
     assert (asked.runtime, asked.gres) == (1440, "")
     assert "field `geometry`: empty" in plan_job(unknown, unknown.accuracy[0], tmp_path).status
-    assert resources(run, run.accuracy[0], tmp_path).runtime == 60
+    assert resources(run, run.accuracy[0], tmp_path)["train"].runtime == 60
 
 
 def test_more_devices_and_smaller_batches_need_less(run):
@@ -326,7 +326,7 @@ def test_the_peak_is_that_of_the_longest_example_that_was_counted(converted):
     assert after.memory_gb["logits"] == pytest.approx(logits)
     assert after.allocated_gb > before.allocated_gb + 4
     assert after.images_per_second > before.images_per_second  # the others are short
-    assert resources(run, job, converted.root).mem_mb > 0
+    assert resources(run, job, converted.root)["train"].mem_mb > 0
     # Counted for another number of tiles, the figures say nothing about this row.
     (folder / "statistics.json").write_text(json.dumps({"train": converted.counts | {"num_crops": 4}}))
     assert plan_job(run, job, converted.root) == before

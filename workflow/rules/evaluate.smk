@@ -5,8 +5,7 @@ CONTROL = f"{RESULTS}/evaluate/{{row}}/control/metrics.json" if RUN.settings.eva
 rule evaluate_base:
     """Evaluate a model before training, once for all rows that start from it on the same inputs."""
     input:
-        model=on_job(lambda job: model_file(job.row.model)),
-        data=on_job(lambda job: dataset_file(job.row.dataset)),
+        on_job(sources_of),
     output:
         f"{RESULTS}/evaluate/base/{{baseline}}/manifest.json",
         f"{RESULTS}/evaluate/base/{{baseline}}/before/predictions.jsonl",

@@ -36,7 +36,7 @@ rule report:
     input:
         config=rules.run_settings.output[0],
         plan=rules.plan_run.output.json,
-        rows=lambda wildcards: list(dict.fromkeys(path for job in JOBS for path in RUN.manifests(job))),
+        rows=lambda wildcards: manifests_of(JOBS),
         data=lambda wildcards: [
             f"{RUN.data_folder(name)}/statistics.json" for name in dict.fromkeys(job.row.dataset for job in JOBS)
         ],

@@ -5,8 +5,7 @@ rule speed_row:
     first window up to a tenth slower. speed.json has time and memory.
     """
     input:
-        model=on_job(lambda job: model_file(job.row.model)),
-        data=on_job(lambda job: dataset_file(job.row.dataset)),
+        on_job(sources_of),
     output:
         f"{RESULTS}/speed/{{row}}/manifest.json",
         f"{RESULTS}/speed/{{row}}/speed.json",

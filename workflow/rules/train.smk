@@ -1,8 +1,7 @@
 rule finetune:
     """Train one row. Checkpoints are no outputs, which Snakemake would remove after a failure: the next job resumes from them."""
     input:
-        model=on_job(lambda job: model_file(job.row.model)),
-        data=on_job(lambda job: dataset_file(job.row.dataset)),
+        on_job(sources_of),
     output:
         f"{RESULTS}/train/{{row}}/manifest.json",
         directory(f"{RESULTS}/train/{{row}}/final"),

@@ -15,7 +15,7 @@ from phi3v.cluster.facts import Facts, PartitionFacts
 from phi3v.cluster.limits import JOBS, Limit
 from phi3v.cluster.site import CPU, SITE_FILE, Partition, Site
 from phi3v.planning.resources import resources
-from phi3v.settings import CONVERSION_THREADS, AccuracyRow, ResolvedRun
+from phi3v.settings import CONVERSION_THREADS, ResolvedRun
 
 # Seconds by which SLURM may signal early (sbatch(1), --signal), and as much to start.
 SLURM_EARLY = 90
@@ -73,9 +73,7 @@ def requests(run: ResolvedRun, site: Site) -> list[Request]:
         found.append(Request("the demo's base model", CPU, "", 1, 0, run.demo.base.processes, DEMO_BASE_MEMORY, 30))
     for job in jobs:
         device, partition = job.pool.device, job.pool.slurm_partition
-        official = ["official"] if run.official(job) else []
-        for kind in ("train", "evaluate", *official) if isinstance(job.row, AccuracyRow) else ("speed",):
-            wanted = resources(run, job, kind=kind)
+        for kind, wanted in resources(run, job).items():
             fitted = site.of(device, partition).fit(wanted)
             what, gpus = f"row `{job.row.row}` ({kind})", job.processes_per_node if wanted.gres else 0
             found.append(Request(what, device, partition, job.nodes, gpus, fitted.cpus, fitted.mem_mb, wanted.runtime))

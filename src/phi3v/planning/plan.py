@@ -224,7 +224,7 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path()) -> Planned:
         gpu_hours=hours * devices,
         price=price and price * hours * devices,
         energy_kwh=power and power * hours * devices / 1000,
-        jobs={name: resources(run, job, root, name) for name in JOB_KINDS[kind]},
+        jobs={name: found for name, found in resources(run, job, root).items() if name in JOB_KINDS[kind]},
     )
 
 

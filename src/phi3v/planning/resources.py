@@ -1,14 +1,15 @@
 """What jobs ask for: time, memory and cores of a cluster job; disk of a run, and whether it is free. No torch.
 
-resources(run, job, kind="train")           # for a rule's `resources`
+resources(run, job)["train"]                # for a rule's `resources`
 check_room(run, rows)                       # raises if results/ cannot hold what the rows still write
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,22 +72,31 @@ def training_steps(row: AccuracyRow | SpeedRow, load: Workload, run: ResolvedRun
     if isinstance(row, SpeedRow):
         timing = run.settings.speed
         return timing.warmup_steps + timing.timed_steps * timing.repeats
-    limit = own_settings(row, f"row `{row.row}`").max_steps
+    limit = own_settings(row, f"row `{row.row}`").max_steps if "max_steps" in row.finetune else 0
     return limit if limit > 0 else math.ceil(load.train / row.batch_size) * math.ceil(row.epochs)
 
 
-def resources(run: ResolvedRun, job: Job, root: Path = Path(), kind: str = "train") -> Resources:
-    """Defaults for a job of a placed row: kind `train` (accuracy row), `evaluate`, `official` (the evaluation on the
-    authors' own split), or `speed`.
+def resources(run: ResolvedRun, job: Job, root: Path = Path()) -> dict[str, Resources]:
+    """Defaults for the jobs of a placed row by their kind: `train`, `evaluate` and perhaps `official` (the evaluation on
+    the authors' own split) of an accuracy row, `speed` of a speed row.
 
     Times are the plan's with a margin of a half (CPU: fourfold, never under an hour) and half an hour for start and
     saving, rounded up to ten minutes. Where the row cannot be planned yet (no geometry, data not converted): a day.
     """
+    official = ["official"] if run.official(job, root) else []
+    kinds = ["speed"] if isinstance(job.row, SpeedRow) else ["train", "evaluate", *official]
+    planned = functools.cache(lambda: setup_of(run, job, root))
+    return {kind: _request(run, job, kind, planned, root) for kind in kinds}
+
+
+def _request(
+    run: ResolvedRun, job: Job, kind: str, planned: Callable[[], tuple[Setup, Workload]], root: Path
+) -> Resources:
     cpu = run.hardware[job.pool.device].kind == "cpu"
     processes = job.processes_per_node
     cores, gres = processes * (1 if cpu else 8), "" if cpu else f"gpu:{processes}"
     try:
-        setup, load = setup_of(run, job, root)
+        setup, load = planned()
         if kind == "evaluate":
             seconds = evaluation_seconds(setup, load)
         elif kind == "official":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import glob
 import hashlib
 import json
@@ -120,6 +121,11 @@ class Model(Strict):
     """Shown where the weights are downloaded."""
     geometry: Geometry | None = None
     """Layer sizes for the planner; empty: read from config.json where the url is a folder that exists."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Changes with what the download depends on."""
+        return _digest([self.url, self.revision])
 
 
 def _delimiter(mark: object) -> object:
@@ -331,6 +337,14 @@ class Dataset(Strict):
             )
         return self
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Changes with what the converted folder depends on."""
+        splits = {split: source.model_dump() for split, source in self.splits.items()}
+        # 0 keeps the names of folders that exist.
+        made: list[object] = [self.turns, self.on_error, 0, CONVERTER_VERSION]
+        return _digest([splits, *made, *([self.split.model_dump()] if self.split else [])])
+
     @property
     def own_metrics(self) -> list[str]:
         """Files of the metrics that are functions of the user's."""
@@ -436,17 +450,9 @@ def _digest(value: Any) -> str:
 
 def dataset_key(name: str, dataset: Dataset) -> str:
     """Folder name under results/data: source, revision, conversion options and converter version decide it."""
-    splits = {split: source.model_dump() for split, source in dataset.splits.items()}
-    made: list[object] = [
-        dataset.turns,
-        dataset.on_error,
-        0,
-        CONVERTER_VERSION,
-    ]  # 0 keeps the names of folders that exist
-    made += [dataset.split.model_dump()] if dataset.split else []
-    return f"{name}-{_digest([splits, *made])}"
+    return f"{name}-{dataset.digest}"
 
 
 def model_key(name: str, model: Model) -> str:
     """Folder name under results/models."""
-    return f"{name}-{_digest([model.url, model.revision])}"
+    return f"{name}-{model.digest}"
