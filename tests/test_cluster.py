@@ -588,8 +588,19 @@ def test_a_failed_node_is_avoided_if_others_of_its_kind_work(clients, tmp_path, 
     nodes.append("node5|comp|gpu:a100:8|a,b")
     sinfo = "".join(f"echo '{node}|64|1000'\n" for node in nodes)
     clients(squeue="".join(f"echo '{job}'\n" for job in queue), sinfo=sinfo, scontrol="echo node1; echo node2")
-    assert nodes_to_avoid(tmp_path, "finetune", ["a/b"]) == avoided
-    assert nodes_to_avoid(tmp_path, "finetune", ["other"]) == ""
+    assert nodes_to_avoid(tmp_path, "finetune", ["a/b"], "gpu") == avoided
+    assert nodes_to_avoid(tmp_path, "finetune", ["other"], "gpu") == ""
+
+
+@pytest.mark.parametrize(("host", "avoided"), [("node1", "node1"), ("node1.cluster", "node1"), ("gone", "")])
+def test_the_node_of_a_job_that_slurm_has_forgotten_is_in_its_log(clients, tmp_path, host, avoided):
+    log = tmp_path / ".snakemake/slurm_logs/rule_finetune/a_b/14.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(f"SNAKEMAKE\n  Platform: Linux\n  Host: {host}\n")
+    older = f"9|node2|gpu|1|{tmp_path}|rule_finetune_wildcards_a_b"
+    nodes = "".join(f"echo '{name}|idle|gpu:a100:8|a,b|64|1000'\n" for name in ("node1", "node2"))
+    clients(squeue=f"echo '{older}'", sinfo=nodes, scontrol=f"echo {host.partition('.')[0]}")
+    assert nodes_to_avoid(tmp_path, "finetune", ["a/b"], "gpu") == avoided
 
 
 def test_jobs_on_one_machine_meet_at_ports_of_their_own(root, tmp_path):

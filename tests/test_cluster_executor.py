@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import signal
 import subprocess
@@ -311,10 +312,9 @@ def connected(slurm, root, monkeypatch) -> Iterator[Reports]:
     for name in (executor.PYTHON, executor.CHANNEL):
         monkeypatch.setenv(name, "")
     shown = Reports()
-    before = signal.getsignal(signal.SIGINT)
     executor.connect(root / "workflow/slurm", shown)
     yield shown
-    signal.signal(signal.SIGINT, before)
+    signal.set_wakeup_fd(-1)
 
 
 def test_the_command_on_path_leaves_no_trace_in_the_jobs_environment(slurm, connected, tmp_path):
@@ -327,14 +327,24 @@ def test_the_command_on_path_leaves_no_trace_in_the_jobs_environment(slurm, conn
     assert call == [*line.split()[1:], f"PATH={slurm.folder}:/usr/bin:/bin"]
 
 
-def test_ctrl_c_ends_a_wait_and_submits_nothing_more(slurm, connected, tmp_path):
+def raised(number: signal.Signals) -> None:
+    """What Snakemake's handlers do: stop at Ctrl-C, and on SIGTERM end when its jobs have ended."""
+    before = signal.signal(signal.SIGTERM, lambda *arguments: None)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(number)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_wait_and_nothing_more_is_submitted(slurm, connected, tmp_path, number):
     slurm.answer("sbatch", (1, "", TIMED_OUT))
     line = ["sbatch", "--job-name", "mine", "--comment", COMMENT, "-D", str(tmp_path)]
     pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(line, **pipe) as waiting:
         until(lambda: connected.lines)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        raised(number)
         _, error = waiting.communicate(timeout=5)
         assert waiting.returncode == 1
     assert "Snakemake was stopped" in error

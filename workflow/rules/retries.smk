@@ -55,8 +55,9 @@ def retries_of(job):
         attempts.flags = "--begin=now+300"
         logger.warning(f"{folder}: another job owns it: tried again in 5 minutes")
         return allowed + attempts.refused
-    # Another workflow that uses this one as a module may have put something before the name.
-    if job.name.endswith(("finetune", "evaluate", "evaluate_base", "evaluate_official", "predict")):
+    # Another workflow that uses this one as a module gives them other names.
+    working = (rules.finetune, rules.evaluate, rules.evaluate_base, rules.evaluate_official, rules.predict)
+    if job.name in {each.rule.name for each in working}:
         before, attempts.saved = attempts.saved, saved_by(folder)
         if attempts.saved <= before:
             logger.error(f"{folder}: attempt {job.attempt} saved nothing after the one before: not tried again")
@@ -74,7 +75,7 @@ def retries_of(job):
 def avoid_nodes(job):
     """An sbatch option that keeps a job's next attempt away from the nodes of the last."""
     try:
-        nodes = nodes_to_avoid(Path.cwd(), job.name, list(job.wildcards))
+        nodes = nodes_to_avoid(Path.cwd(), job.name, list(job.wildcards), job.resources.get("slurm_partition", ""))
     except ClusterError as error:
         logger.warning(f"the failed node stays in use: {error}")
         return ""

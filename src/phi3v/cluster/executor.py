@@ -66,9 +66,10 @@ Answer = subprocess.CompletedProcess[str]
 def connect(folder: Path, logger: logging.Logger) -> None:
     """In Snakemake's process: call the commands of `folder` instead of SLURM's, and log what they report.
 
-    After Ctrl-C they submit nothing any more: the executor would still submit what waits in its queue.
+    After Ctrl-C or SIGTERM they submit nothing any more: the executor would still submit what waits in its queue.
     """
     read, write = os.pipe()
+    signals, woken = os.pipe()
     handle = f"/proc/{os.getpid()}/fd/{write}"
     os.environ |= {PYTHON: sys.executable, PATH: os.environ["PATH"], CHANNEL: f"{handle} {os.readlink(handle)}"}
     os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
@@ -78,13 +79,17 @@ def connect(folder: Path, logger: logging.Logger) -> None:
             for line in lines:
                 logger.warning(line.rstrip("\n"))
 
-    def interrupted(*arguments: object) -> None:
+    def watch() -> None:
+        while os.read(signals, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
+            pass
         with open(os.devnull, "wb") as nothing:
             os.dup2(nothing.fileno(), write)
-        raise KeyboardInterrupt
 
-    threading.Thread(target=relay, daemon=True).start()
-    signal.signal(signal.SIGINT, interrupted)
+    for task in (relay, watch):
+        threading.Thread(target=task, daemon=True).start()
+    # Beside the handlers that Snakemake sets later.
+    os.set_blocking(woken, False)
+    signal.set_wakeup_fd(woken)
 
 
 def stopped() -> bool:

@@ -51,33 +51,36 @@ def running_jobs(folder: Path) -> list[RunningJob]:
     return found
 
 
-def nodes_to_avoid(folder: Path, rule: str, wildcards: list[str]) -> str:
+def nodes_to_avoid(folder: Path, rule: str, wildcards: list[str], partition: str) -> str:
     """Nodes of this user's newest job of a rule in `folder`, if its partition has as many others of their kind that work.
 
-    "" if it has not, or if SLURM has forgotten the job. Raises ClusterError.
+    "" if it has not. Of a job that SLURM has forgotten, the first node, from the job's log. Raises ClusterError.
     """
-    # As the executor writes it.
-    comment = "_wildcards_".join([f"rule_{rule}", *(["_".join(wildcards).replace("/", "_")] if wildcards else [])])
+    # As the executor writes them.
+    joined = "_".join(wildcards).replace("/", "_")
+    comment = "_wildcards_".join([f"rule_{rule}", *([joined] if joined else [])])
     found = {}
+    for log in (folder / ".snakemake/slurm_logs" / f"rule_{rule}" / joined).glob("[0-9]*.log"):
+        if host := re.search(r"^ *Host: ([^\s.]+)", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
+            found[int(log.stem)] = host[1], partition, 1
     every = ask("squeue", "--noheader", "--states=all", "--user", getpass.getuser(), "-o", "%A|%N|%P|%D|%Z|%k")
     for line in every.splitlines():
-        job, nodes, partition, width, where, its_comment = line.split("|", 5)
+        job, nodes, its_partition, width, where, its_comment = line.split("|", 5)
         if its_comment == comment and os.path.realpath(where) == os.path.realpath(folder):
-            found[int(job)] = nodes, partition, int(width)
+            found[int(job)] = nodes, its_partition, int(width)
     nodes, partition, count = found[max(found)] if found else ("", "", 0)
     if not nodes:
         return ""
     failed = ask("scontrol", "show", "hostnames", nodes).split()
     states, kinds = {}, {}
-    for line in ask(
-        "sinfo", "--noheader", "--Node", f"--partition={partition}", "-o", "%N|%t|%G|%f|%c|%m"
-    ).splitlines():
+    among = [f"--partition={partition}"] if partition else []
+    for line in ask("sinfo", "--noheader", "--Node", *among, "-o", "%N|%t|%G|%f|%c|%m").splitlines():
         name, states[name], kinds[name] = line.strip().split("|", 2)
     wanted = {kinds.get(name) for name in failed}
     # A star: the node does not respond.
     working = [name for name, state in states.items() if re.fullmatch(r"(idle|mix|alloc|comp)[^*]*", state)]
     others = [name for name in working if name not in failed and kinds[name] in wanted]
-    return nodes if len(others) >= count else ""
+    return nodes if len(others) >= count and states.keys() >= {*failed} else ""
 
 
 @dataclass(frozen=True)
