@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from cluster_run import ROW, Runs, submissions
+from cluster_run import METHODS, ROW, ROWS, Runs, job_of, submissions
 
 from phi3v.settings import load_run
 
@@ -27,6 +27,20 @@ from phi3v.training.lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]), lambda text: print(text, flush=True))
 lock.acquire()
 END"""
+# Nine steps, each with its checkpoint; after the second it waits for the test.
+STEPS = (
+    LOCK.removesuffix("END")
+    + """
+import time
+saved = Path(sys.argv[1], "checkpoints")
+for step in range(1 + len(list(saved.glob("checkpoint-*"))), 10):
+    while step == 3 and not Path("continue").exists():
+        time.sleep(0.2)
+    with Path(sys.argv[1], "steps").open("a") as steps:
+        print(step, file=steps)
+    (saved / f"checkpoint-{step}").mkdir(parents=True)
+END"""
+)
 
 
 class Stubbed(Runs):
@@ -75,7 +89,7 @@ def test_a_row_leaves_a_node_whose_disk_is_full(stubbed, cluster, until, tmp_pat
         until("the first attempt", lambda: "node1" in cluster.out("squeue", "-h", "-t", "R", "-o", "%N"))
     finally:
         cluster.out("scontrol", "update", "NodeName=node[2-4]", "State=RESUME")
-    assert snakemake.finish(120) == 0, snakemake.output[-6000:]
+    assert snakemake.finish(300) == 0, snakemake.output[-6000:]
     assert submissions(snakemake.output, row) == 2
     assert "attempt on node1\n" in stubbed.log(f"train/{row}.1.log")
     assert "No space left on device" in stubbed.log(f"train/{row}.1.log")
@@ -83,28 +97,57 @@ def test_a_row_leaves_a_node_whose_disk_is_full(stubbed, cluster, until, tmp_pat
     cluster.on("node1", "umount", str(disk))
 
 
-def test_a_job_that_finds_its_row_owned_is_no_attempt(stubbed, cluster, until, tmp_path):
-    """Without any retry, a row is still tried again until the job that owns its folder has ended."""
-    row = ROW["lora"]
-    folder = stubbed.folder / "results/short/train" / row
+def test_each_fault_is_answered_in_its_own_way(stubbed, cluster, until):
+    """In one run: scancel, SIGKILL, a requeue, a machine without power, and a row whose folder another job owns."""
+    owned = f"{ROW['full']}-seed1"
+    rows = [*ROWS, owned]
+    folders = {row: stubbed.folder / "results/short/train" / row for row in rows}
     # A lock that is not released: the job goes on.
-    hold = f"output={folder}; mkdir -p $output; export PYTHONPATH={stubbed.folder}/src; {LOCK}\nsleep 600"
-    holder = cluster.out("sbatch", "--parsable", "--mem=100", "--output=/dev/null", f"--wrap={hold}").strip()
-    until("the lock", (folder / ".lock.json").exists)
-    stubbed.work(LOCK)
-    snakemake = stubbed.start(
-        stubbed.configure("short", [row]), "--retries", "0", f"results/short/train/{row}/manifest.json"
+    hold = f"output={folders[owned]}; mkdir -p $output; export PYTHONPATH={stubbed.folder}/src; {LOCK}\nsleep 600"
+    options = ["--parsable", "--mem=100", "--nodelist=node4", "--output=/dev/null"]
+    holder = cluster.out("sbatch", *options, f"--wrap={hold}").strip()
+    until("the lock", (folders[owned] / ".lock.json").exists)
+    stubbed.work(STEPS)
+    targets = [f"results/short/train/{row}/manifest.json" for row in rows]
+    config = stubbed.configure("short", ROWS, overrides={ROW["full"]: {"seeds": [42, 1]}})
+    # The refused row may be tried again once, and is refused twice.
+    snakemake = stubbed.start(config, "--jobs", "6", "--retries", "1", *targets)
+    until(
+        "all of them are under way",
+        lambda: (
+            all((folders[row] / "checkpoints/checkpoint-2").exists() for row in ROWS)
+            and "another job owns it" in snakemake.output
+        ),
     )
-    until("the first attempt is refused", lambda: "another job owns it" in snakemake.output)
-    assert f"owned by job {holder}, pid" in stubbed.log(f"train/{row}.log")
-    until("the second one waits", lambda: submissions(snakemake.output, row) == 2)
-    assert "PENDING" in cluster.jobs().values()
+    jobs = {method: job_of(cluster, ROW[method]) for method in METHODS}
+    assert f"owned by job {holder}, pid" in stubbed.log(f"train/{owned}.log")
+    cluster.out("scancel", jobs["full"][0])
+    cluster.out("scancel", "--signal=KILL", "--full", jobs["frozen"][0])
+    cluster.out("scontrol", "requeue", jobs["lora"][0])
+    down = jobs["qlora"][1]
+    assert down != "node4"
+    cluster.kill(down)
+    cluster.out("scontrol", "update", f"NodeName={down}", "State=DOWN", "Reason=test")
+    for method in ("qlora", "lora"):
+        until(f"{method} waits", lambda job=jobs[method][0]: cluster.jobs()[job] == "PENDING")
+    (stubbed.folder / "continue").touch()
+    until("the refused row waits", lambda: submissions(snakemake.output, owned) == 2)
+    cluster.release()
+    until("it is refused again", lambda: snakemake.output.count("another job owns it") == 2)
     cluster.out("scancel", "--signal=KILL", "--full", holder)
     until("the holder ends", lambda: cluster.jobs()[holder] not in ("RUNNING", "COMPLETING"))
+    until("it waits again", lambda: submissions(snakemake.output, owned) == 3)
     cluster.release()
-    assert snakemake.finish(120) == 0, snakemake.output[-6000:]
-    assert submissions(snakemake.output, row) == 2
-    assert "taken over: to SLURM its job is" in stubbed.log(f"train/{row}.log")
+    code = snakemake.finish(300)
+    cluster.start_node(down)
+    assert code == 0, snakemake.output[-6000:]
+    # A requeued job keeps its number.
+    submitted = {method: submissions(snakemake.output, ROW[method]) for method in METHODS}
+    assert submitted == {"full": 2, "frozen": 2, "lora": 1, "qlora": 1}
+    for row in ROWS:
+        # From the last checkpoint, not from the start.
+        assert [*map(int, (folders[row] / "steps").read_text().split())] == [*range(1, 10)]
+    assert "taken over: to SLURM its job is" in stubbed.log(f"train/{owned}.log")
 
 
 @pytest.mark.verify

@@ -6,6 +6,8 @@ import re
 import sys
 import time
 
+import pytest
+
 
 def test_each_node_has_a_name_and_process_ids_of_its_own(cluster):
     seen = cluster.on(
@@ -19,6 +21,7 @@ def test_each_node_has_a_name_and_process_ids_of_its_own(cluster):
     assert len(set(spaces)) == 4
 
 
+@pytest.mark.verify
 def test_a_node_that_loses_power_takes_its_jobs_with_it(cluster, tmp_path, until):
     beat = tmp_path / "beat"
     script = f"trap '' TERM; setsid sh -c 'while sleep 0.2; do date +%s.%N >{beat}; done' & wait"
@@ -34,6 +37,7 @@ def test_a_node_that_loses_power_takes_its_jobs_with_it(cluster, tmp_path, until
     until("the node is back", lambda: cluster.out("sinfo", "-h", "-n", "node2", "-p", "cpu", "-o", "%T") == "idle\n")
 
 
+@pytest.mark.verify
 def test_a_bare_cluster_forgets_jobs_and_keeps_no_accounts(bare_cluster):
     described = bare_cluster.out("scontrol", "show", "config")
     assert re.search(r"^MinJobAge +=\s+30 ", described, re.M)

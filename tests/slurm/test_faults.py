@@ -11,6 +11,7 @@ from cluster_run import EPOCHS, METHODS, ROW, ROWS, SITE, assert_complete, epoch
 SPEED = "phi3-a100-full-eager-8gpu"
 
 
+@pytest.mark.verify
 def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undisturbed):
     """A row of each method, each with a fault of its own, and a speed row, in one run."""
     snakemake = runs.start(runs.configure("faults", ROWS, [SPEED], epochs=EPOCHS, save_minutes=0.02), "--jobs", "6")
@@ -58,6 +59,7 @@ def test_a_job_that_is_out_of_time_goes_on_in_the_next(runs, undisturbed):
     assert submissions(output, ROW["lora"]) > 1
 
 
+@pytest.mark.verify
 def test_snakemake_killed_and_started_again(runs, cluster, until, undisturbed):
     """Its job continues; a second Snakemake takes it over, and nothing is trained twice."""
     epochs = epochs_of(runs, 40)
@@ -78,16 +80,22 @@ def test_snakemake_killed_and_started_again(runs, cluster, until, undisturbed):
 
 
 @pytest.mark.verify
-def test_a_row_that_does_not_get_on_is_not_tried_for_ever(runs, undisturbed):
-    """A training job that always fails at the same place ends after its second attempt, not after thirty."""
-    config = runs.configure(
-        "stuck", [ROW["lora"]], epochs=EPOCHS, overrides={ROW["lora"]: {"learning_rate": 0.9, "batch_size": 16}}
-    )
-    folder = runs.train("stuck", ROW["lora"])
+def test_a_row_that_does_not_get_on_ends_and_the_same_command_continues(runs, undisturbed):
+    """A training job that always fails at the same place ends after its second attempt; once repaired, it is trained."""
+    failing, other = ROW["lora"], ROW["full"]
+    config = runs.configure("stuck", [failing, other], epochs=EPOCHS)
+    folder = runs.train("stuck", failing)
     folder.mkdir(parents=True)
     # A file where training wants a folder.
     (folder / "checkpoints").write_text("")
-    code, output = runs.run(config, f"results/stuck/train/{ROW['lora']}/manifest.json")
+    code, output = runs.run(config)
     assert code != 0
-    assert submissions(output, ROW["lora"]) == 2
-    assert f"{ROW['lora']}: attempt 2 saved nothing after the one before: not tried again" in output
+    assert submissions(output, failing) == 2
+    assert f"{failing}: attempt 2 saved nothing after the one before: not tried again" in output
+    assert (runs.folder / "results/stuck/report-partial/index.html").is_file()
+    assert (runs.folder / f"results/stuck/evaluate/{other}/manifest.json").is_file()
+    (folder / "checkpoints").unlink()
+    code, output = runs.run(config)
+    assert code == 0, output[-8000:]
+    assert (submissions(output, failing), submissions(output, other)) == (1, 0)
+    assert_complete(runs, "stuck", [failing, other])

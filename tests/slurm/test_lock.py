@@ -70,6 +70,7 @@ def test_the_lock_of_a_killed_job_is_free_on_another_node_at_once(cluster, jobs,
     assert "mine after 1 s" in jobs.said(once)
 
 
+@pytest.mark.verify
 def test_a_job_that_slurm_requeues_after_its_node_died_takes_its_own_lock_over(cluster, jobs, until):
     job = jobs.submit("node1", "hold", "--requeue")
     cluster.kill("node1")

@@ -22,6 +22,7 @@ def trained(runs):
     return train
 
 
+@pytest.mark.verify
 def test_two_machines_of_two_train_like_one_of_four(runs, cluster, trained):
     alone = trained("alone", nodes=1, per_node=4)
     together = trained("together", nodes=2, per_node=2)

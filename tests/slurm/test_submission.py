@@ -68,7 +68,7 @@ class Sleeps:
         return len(list(self.folder.glob("done/*")))
 
 
-def finish(snakemake: Snakemake, seconds: float = 120) -> str:
+def finish(snakemake: Snakemake, seconds: float = 300) -> str:
     assert snakemake.finish(seconds) == 0, snakemake.output[-6000:]
     return snakemake.output
 
