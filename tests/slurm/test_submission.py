@@ -38,7 +38,7 @@ rule sleep:
 class Sleeps:
     """A workflow of `count` jobs that each sleep, with this repository's rules and profile."""
 
-    def __init__(self, root: Path, folder: Path, count: int = 1, seconds: float = 1) -> None:
+    def __init__(self, root: Path, folder: Path, count: int = 1, seconds: float | str = 1) -> None:
         self.root, self.folder = root, folder
         folder.mkdir(parents=True, exist_ok=True)
         values = yaml.safe_load((root / "config/demo.yaml").read_text())
@@ -152,12 +152,15 @@ def test_a_job_that_slurm_forgets_between_two_looks(root, until, tmp_path, accou
 
 def test_a_restart_beside_running_jobs(root, cluster, until, tmp_path):
     """A job of the killed Snakemake is taken over, the others are submitted, and nothing runs twice."""
-    sleeps = Sleeps(root, tmp_path, count=2, seconds=12)
+    sleeps = Sleeps(root, tmp_path, count=2, seconds="0; while [ ! -e go ]; do sleep 0.2; done")
     first = sleeps.start("--jobs", "1")
     until("a job", lambda: sleeps.jobs(0) or sleeps.jobs(1) or first.process.poll() is not None)
     first.kill()
     finish(sleeps.start("--unlock"))
-    output = finish(sleeps.start())
+    second = sleeps.start()
+    until("the job is taken over", lambda: "taken over" in second.output or second.process.poll() is not None)
+    (tmp_path / "go").touch()
+    output = finish(second)
     assert len(re.findall(r"rule_sleep_wildcards_\d: job \d+ still runs or waits and is taken over", output)) == 1
     assert [len(sleeps.jobs(number)) for number in (0, 1)] == [1, 1]
     assert sleeps.done() == 2
