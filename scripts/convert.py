@@ -22,7 +22,7 @@ from pathlib import Path
 
 from phi3v.data.convert import convert_dataset, convert_files
 from phi3v.data.formats import FORMATS
-from phi3v.settings import METRICS, Dataset, OptionValue, check_known, read_entries, run_script
+from phi3v.settings import METRICS, Dataset, OptionValue, check_choice, read_entries, run_script
 
 
 def arguments() -> argparse.Namespace:
@@ -94,7 +94,7 @@ def convert(given: argparse.Namespace) -> None:
     """An entry of a datasets file, or your own files."""
     if given.dataset:
         known = read_entries(given.datasets, Dataset, Path())
-        check_known("command line", "dataset", given.dataset, known)
+        check_choice("command line", "dataset", given.dataset, known)
         entry = known[given.dataset]
         convert_dataset(given.dataset, entry, given.source_dir, given.output_dir, given.on_error, given.workers)
         return

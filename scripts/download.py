@@ -17,7 +17,7 @@ from pathlib import Path
 
 from phi3v.data.convert import dataset_sources, fetch_pictures
 from phi3v.data.fetch import fetch
-from phi3v.settings import Dataset, Model, check_known, read_entries, run_script
+from phi3v.settings import Dataset, Model, check_choice, read_entries, run_script
 
 
 def arguments() -> argparse.Namespace:
@@ -41,7 +41,7 @@ def main() -> int:
     kind: type[Dataset | Model] = Dataset if given.dataset else Model
     name, files = (given.dataset, given.datasets) if given.dataset else (given.model, given.models)
     known = read_entries(files, kind, Path())
-    check_known("command line", kind.__name__.lower(), name, known)
+    check_choice("command line", kind.__name__.lower(), name, known)
     entry = known[name]
     if entry.licence:
         print(f"{name}: {entry.title}. Licence: {entry.licence}", file=sys.stderr)

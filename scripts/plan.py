@@ -19,7 +19,7 @@ from phi3v.planning.advice import Advice, advise
 from phi3v.planning.geometry import model_geometry
 from phi3v.planning.plan import plan_run
 from phi3v.planning.resources import check_disk
-from phi3v.settings import Dataset, Hardware, Model, check_known, load_run, read_entries, run_script
+from phi3v.settings import Dataset, Hardware, Model, check_choice, load_run, read_entries, run_script
 
 # Flags that only advice takes.
 ADVICE = ("count", "nodes", "dataset", "model", "hardware", "datasets")
@@ -90,8 +90,8 @@ def _advice(given: argparse.Namespace) -> Advice:
     entries = read_entries(["config/hardware.yaml", *(given.hardware or [])], Hardware, root)
     models = read_entries(["config/models.yaml"], Model, root)
     datasets = read_entries(["config/datasets.yaml", *(given.datasets or [])], Dataset, root)
-    check_known("command line", "dataset", dataset, datasets)
-    check_known("command line", "model", model, models)
+    check_choice("command line", "dataset", dataset, datasets)
+    check_choice("command line", "model", model, models)
     geometry = model_geometry(model, models[model], root)
     return advise(given.gpu, given.count or 1, dataset, entries, geometry, datasets[dataset], given.nodes or 1, root)
 

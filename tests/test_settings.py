@@ -122,9 +122,9 @@ ROW = "phi35-nlvr2-full-bf16\tphi35-vision\tnlvr2\tfull\tbf16\tyes\t1e-5\t3\t\t\
         (ROW.replace("\tnlvr2\t", "\tnlvr3\t"), ["field `dataset`", "'nlvr3'", "expected one of", "hateful_memes"]),
         (ROW.replace("\tphi35-vision\t", "\tphi4\t"), ["field `model`", "'phi4'", "expected one of"]),
         (ROW.replace("\t1e-5\t", "\t-1e-5\t"), ["field `learning_rate`", "'-1e-5'", "greater than 0"]),
-        (ROW.replace("\tfull\t", "\tlora\t"), ["lora_rank", "expects an integer"]),
+        (ROW.replace("\tfull\t", "\tlora\t"), ["lora_rank: empty", "method is lora"]),
         (ROW.replace("\t64\t4", "\t62\t4"), ["field `batch_size`", "got 62", "multiple of 4 processes"]),
-        (ROW.replace("\t", " "), ["line 3", "fields; expected 21"]),
+        (ROW.replace("\t", " "), ["line 3", "expected 21"]),
     ],
 )
 def test_wrong_row_is_refused(tree, new, said):
@@ -143,7 +143,7 @@ def test_official_splits_are_entries_that_are_only_evaluated(tree, monkeypatch, 
     (tmp_path / "results/official/docvqa").mkdir(parents=True)
     assert run.official(job, tmp_path) == "docvqa_official"
     spoil(tree, "accuracy.tsv", ROW, ROW.replace("\tnlvr2\t", "\tnlvr2_official\t"))
-    with pytest.raises(SettingsError, match=r"field `dataset`: got 'nlvr2_official': it has no split `train`"):
+    with pytest.raises(SettingsError, match=r"field `dataset`: got 'nlvr2_official': .*`train`"):
         tree()
     spoil(tree, "datasets.yaml", "official: docvqa_official", "official: docvqa_unofficial")
     with pytest.raises(
@@ -165,7 +165,7 @@ def test_line_and_row_are_named(tree):
 
 def test_unknown_column(tree):
     spoil(tree, "accuracy.tsv", "\tepochs\t", "\tepoch\t")
-    with pytest.raises(SettingsError, match=r"accuracy\.tsv: line 2: column 'epoch': unknown; expected row, model"):
+    with pytest.raises(SettingsError, match=r"accuracy\.tsv: line 2: column 'epoch': unknown; .*row, model"):
         tree()
 
 
@@ -178,7 +178,7 @@ def test_duplicate_row(tree):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read"), ("", "empty; expected a header"), ("row\tmodel\n", "a header but no rows")],
+    [(None, "cannot be read"), ("", "empty; expected a header"), ("row\tmodel\n", "got a header without rows")],
 )
 def test_missing_or_empty_table(tree, content, said):
     path = tree.root / "config/accuracy.tsv"
@@ -191,10 +191,10 @@ def test_missing_or_empty_table(tree, content, said):
     ("content", "said"),
     [
         (None, "cannot be read"),
-        ("", "got nothing; expected fields"),
-        ("a: [", "not YAML"),
+        ("", "got an empty file"),
+        ("a: [", "not valid YAML"),
         ("- a\n", "got list"),
-        ("a: 1\na: 2\n", "not YAML: field `a` is given twice"),
+        ("a: 1\na: 2\n", "not valid YAML: field `a`"),
     ],
 )
 def test_missing_or_malformed_yaml(tree, content, said):
@@ -211,13 +211,13 @@ def test_pattern_takes_what_the_hardware_can_do(tree):
     run = tree(hardware=V100)
     assert {job.row.dtype for job in run.accuracy} == {"fp16"}
     reasons = {skipped.row.row: skipped.reason for skipped in run.not_run}
-    assert reasons["phi35-nlvr2-full-bf16"] == "dtype: bf16, NVIDIA V100 32 GB has none; expected fp16"
+    assert reasons["phi35-nlvr2-full-bf16"].startswith("dtype: bf16, ")
     assert reasons["phi3-a100-full-flash-32gpu"].startswith("dtype: bf16")
     assert reasons["phi3-v100-full-eager-8gpu"] == "needs 8 v100-32gb on 1 node(s)"
 
 
 def test_row_by_name_must_be_possible(tree):
-    with pytest.raises(SettingsError, match=r"phi35-nlvr2-full-bf16`: named in `rows`, but field dtype: bf16"):
+    with pytest.raises(SettingsError, match=r"phi35-nlvr2-full-bf16`: .*field dtype: bf16"):
         tree(hardware=V100, rows={"accuracy": ["phi35-nlvr2-full-bf16"], "speed": []})
 
 
@@ -238,7 +238,7 @@ def test_overrides_are_recorded_and_checked(tree):
     run = tree(overrides={"*-nlvr2-full-*": {"learning_rate": 1e-3, "epochs": 3}})
     assert run.job("phi35-nlvr2-full-bf16").departures == {"learning_rate": (1e-5, 1e-3)}
     assert run.job("phi35-nlvr2-frozen-bf16").departures == {}
-    with pytest.raises(SettingsError, match="pattern '\\*-nlvr9-\\*' matches no row"):
+    with pytest.raises(SettingsError, match=r"pattern .\*-nlvr9-\*.*matches no row"):
         tree(overrides={"*-nlvr9-*": {"epochs": 3}})
     with pytest.raises(SettingsError, match="field `learning_rate`: got -1"):
         tree(overrides={"*-nlvr2-full-*": {"learning_rate": -1}})
@@ -355,7 +355,7 @@ def test_help_groups_the_flags_and_gives_type_limits_and_default(monkeypatch, ca
     page = capsys.readouterr().out
     assert re.search(r"--lora_rank int +Rank of the adapters\. \(integer ≥ 1; default: 64\)", page)
     assert re.search(r"--zero_stage \{0,1,2,3\}\s", page)
-    assert page.index("model, data and results:") < page.index("what decides the result:") < page.index("how it runs")
+    assert page.index("--model_name_or_path") < page.index("--lora_rank") < page.index("--bf16") < page.index("--tqdm")
 
 
 def test_bare_flags_mean_what_the_recipe_means():
@@ -377,14 +377,14 @@ def test_qlora_is_lora_however_the_settings_are_made(adapters):
     ("flags", "said"),
     [
         (["--learning_rate", "-1"], "field `learning_rate`: got '-1'"),
-        (["--bf16", "--fp16"], "expected one of bf16, fp16, fp32"),
+        (["--bf16", "--fp16"], "expected only one of bf16, fp16, fp32"),
         (["--lerning_rate", "1"], "unrecognized arguments: --lerning_rate"),
         (["--batch_size", "many"], "field `batch_size`: got 'many'"),
         (["--wd", "x"], "field `weight_decay` (given as --wd): got 'x'"),
         (["--weight_decay", "x"], "field `weight_decay`: got 'x'"),
         (
             ["--batch_size_per_gpu=auto", "--batching", "packed"],
-            "micro_batch_size (given as --batch_size_per_gpu): auto, with",
+            "micro_batch_size (given as --batch_size_per_gpu): auto",
         ),
     ],
 )
@@ -510,7 +510,7 @@ def test_a_seeds_id_must_not_be_another_rows(tree):
     (tree.root / "config/accuracy.tsv").write_text(
         text + line.replace("phi35-nlvr2-full-bf16", "phi35-nlvr2-full-bf16-seed43") + "\n"
     )
-    with pytest.raises(SettingsError, match="seed 43 makes the id phi35-nlvr2-full-bf16-seed43, which is a row of"):
+    with pytest.raises(SettingsError, match=r"`seeds`: seed 43 .* phi35-nlvr2-full-bf16-seed43, .*accuracy\.tsv"):
         tree(overrides={"phi35-nlvr2-full-bf16": {"seeds": [43]}})
 
 
@@ -535,11 +535,11 @@ def test_a_row_takes_any_further_setting_of_finetune(tree, empty):
 @pytest.mark.parametrize(
     ("row", "values", "said"),
     [
-        ("phi35-nlvr2-full-bf16", {"learning_rate": 1e-3}, "`finetune.learning_rate`: has a field of the row or run"),
+        ("phi35-nlvr2-full-bf16", {"learning_rate": 1e-3}, "`finetune.learning_rate`: is a field of the row"),
         ("phi35-nlvr2-full-bf16", {"evil_steps": 5}, "`finetune.evil_steps`: unknown; expected one of .*eval_steps"),
         ("phi35-nlvr2-full-bf16", {"eval_steps": -5}, "field `eval_steps`: got -5"),
         ("phi35-nlvr2-full-bf16", {"keep_best": True}, "keep_best: set, but eval_steps is 0"),
-        ("phi35-nlvr2-full-bf16", {"use_dora": True}, "use_dora: without adapters"),
+        ("phi35-nlvr2-full-bf16", {"use_dora": True}, "use_dora: .*--use_lora"),
     ],
 )
 def test_a_wrong_further_setting_is_refused(tree, row, values, said):
@@ -629,6 +629,6 @@ def test_a_problem_of_several_fields_names_the_wrong_one_and_not_all():
     with pytest.raises(SettingsError) as refused:
         validate(Dataset, {"title": "t", "metric": "accuracy", "splits": {"train": split, "val": split}}, "entry `a`")
     first, second = str(refused.value).splitlines()
-    assert first.startswith("entry `a`: field `splits.train`: options: got 'promt_suffix'; expected, for format table")
+    assert first.startswith("entry `a`: field `splits.train`: options: got 'promt_suffix'; format table accepts")
     assert second.startswith("entry `a`: field `splits.val`: options: got")
     assert "file:x" not in first

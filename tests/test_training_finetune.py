@@ -405,7 +405,7 @@ def test_a_loss_that_is_no_number_stops_with_the_examples(folders, tmp_path):
 
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(NotANumberError, match="2 steps in a row; the examples"):
-        train((model, folders[1]), tmp_path / "out", fp32=True, nan_patience=2)
+        train((model, folders[1]), tmp_path / "out", fp32=True, max_nan_steps=2)
     saved = read(tmp_path / "out" / "bad_examples.rank0.json")
     assert [len(ids) for ids in saved["ids"]] == [8, 8]
     assert saved["ids"][0][0].startswith("train-")

@@ -178,7 +178,7 @@ def _setup(
         batch_size=row.batch_size,
         nodes=nodes,
         per_node=per_node,
-        micro_batch=row.known_micro_batch,
+        micro_batch=row.micro_batch_size_or_one,
         rank=row.lora_rank or 0,
         recompute=1.0 if row.recompute is None else row.recompute,
         optimizer=row.optimizer,

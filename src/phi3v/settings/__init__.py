@@ -4,7 +4,7 @@ from phi3v.settings.base import (
     Role,
     SettingsError,
     Strict,
-    check_known,
+    check_choice,
     explain,
     fields_with,
     read_entries,

@@ -1,4 +1,4 @@
-"""What all settings share: strict models, the roles of their fields, errors that name the place, and YAML files."""
+"""What all settings share: strict models, field roles, error messages, and YAML files."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Role(StrEnum):
-    """What another value of a field means for a result. A field without a role is `RECIPE`."""
+    """How changing a field affects the result. A field without a role is `RECIPE`."""
 
     IDENTITY = "identity"
-    """Names the result, or says where inputs and outputs are; contents are compared by digest instead."""
+    """Names the result, or locates inputs and outputs. Results compare the contents by digest instead."""
     PUBLISHED = "published"
-    """The figure to compare with, where it was measured, and what is said about it."""
+    """The published figure to compare with, where it was measured, and notes about it."""
     RECIPE = "recipe"
-    """Decides the result."""
+    """Determines the result."""
     NUMERICS = "numerics"
-    """Requested type and kernels; a manifest records which ones really ran."""
+    """Requested dtype and kernels. The manifest records which ones ran."""
     EQUIVALENT = "equivalent"
-    """Another value gives the same updates up to rounding, or another seed's run of the same recipe."""
+    """Another value gives the same updates up to rounding, or the same recipe with another seed."""
     RUNTIME = "runtime"
-    """Same bytes in the end."""
+    """Does not change a byte of the result."""
 
 
 @dataclass(frozen=True)
 class Bare:
-    """Mark of a field whose flag may stand without a value."""
+    """Marks a field whose flag can be given without a value."""
 
     yes: str
     """What the bare flag means."""
     no: str | None = None
-    """What --no-FLAG means; None: there is no such flag."""
+    """What --no-FLAG means. If None, there is no such flag."""
 
 
 @functools.cache
 def fields_with(model: type[BaseModel], *roles: Role) -> tuple[str, ...]:
-    """Names of a model's fields that have one of the roles: by role in the order given, then as they are declared."""
+    """Names of the model's fields that have one of the roles, ordered by role and then by declaration."""
 
     def role(name: str) -> Role:
         return next((mark for mark in model.model_fields[name].metadata if isinstance(mark, Role)), Role.RECIPE)
@@ -55,7 +55,7 @@ def fields_with(model: type[BaseModel], *roles: Role) -> tuple[str, ...]:
 
 @functools.cache
 def accepted_names(model: type[BaseModel]) -> frozenset[str]:
-    """Names under which a model takes its fields: their own and their aliases."""
+    """All names that a model accepts for its fields, aliases included."""
     names = set(model.model_fields)
     for field in model.model_fields.values():
         if isinstance(field.validation_alias, AliasChoices):
@@ -71,27 +71,27 @@ class Strict(
     protected_namespaces=(),
     allow_inf_nan=False,
 ):
-    """Unknown fields are errors; docstrings under the fields become their descriptions."""
+    """Rejects unknown fields. The docstring under a field is its description."""
 
 
 _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
-"""User and password of a URL: never shown."""
+"""User and password in a URL. Error messages hide them."""
 
 
 class SettingsError(ValueError):
-    """A wrong setting; the message names file, row, field, value and what was expected."""
+    """A wrong setting. The message names the file, row, field, value, and what was expected."""
 
 
-def check_known(where: str, field: str, value: str, known: Iterable[str]) -> None:
-    """Raises SettingsError if the value is none of the known names."""
-    if value not in known:
-        raise SettingsError(f"{where}: field `{field}`: got {value!r}: expected one of {', '.join(sorted(known))}")
+def check_choice(where: str, field: str, value: str, choices: Iterable[str]) -> None:
+    """Raises SettingsError if the value is not one of the choices."""
+    if value not in choices:
+        raise SettingsError(f"{where}: field `{field}`: got {value!r}: expected one of {', '.join(sorted(choices))}")
 
 
 def explain(error: ValidationError, where: str, typed: Mapping[str, str] | None = None) -> SettingsError:
-    """One line per problem: where, field, value, what was expected.
+    """One line per problem: location, field, value, and what was expected.
 
-    typed: field to the other name under which it was given, which stands beside its own.
+    typed: field to the alias that the user typed. The message names both.
     """
     other = {name: f" (given as {alias})" for name, alias in (typed or {}).items()}
     lines = []
@@ -107,7 +107,7 @@ def explain(error: ValidationError, where: str, typed: Mapping[str, str] | None 
             lines.append(f"{where}: field `{field}`: missing; expected a value")
             continue
         value = _IN_URL.sub("***@", repr(item["input"]))
-        # A problem of several fields has all of them as its value, and names the wrong one itself.
+        # If several fields conflict, the input is the whole mapping and the message already names the field.
         got = "" if item["type"] == "value_error" and isinstance(item["input"], Mapping) else f" got {value}:"
         at = f"field `{field}`{other.get(field, '')}:{got} " if field else ""
         lines.append(f"{where}: {at}{expected}")
@@ -115,7 +115,7 @@ def explain(error: ValidationError, where: str, typed: Mapping[str, str] | None 
 
 
 def validate(model: type[M], values: Any, where: str) -> M:
-    """`values` as `model`; raises SettingsError with `where` in front of each problem."""
+    """Parses `values` as `model`. Raises SettingsError that starts each problem with `where`."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -123,20 +123,20 @@ def validate(model: type[M], values: Any, where: str) -> M:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A mapping that names a key twice is an error; YAML itself would drop the first."""
+    """Rejects a mapping that contains a key twice. YAML itself would drop the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"field `{key}` is given twice", problem_mark=node.start_mark
+                    problem=f"field `{key}` appears twice; remove one of them", problem_mark=node.start_mark
                 )
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; raises SettingsError when missing, empty or malformed."""
+    """Reads a YAML file that contains a mapping. Raises SettingsError if it is missing, empty or malformed."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -144,18 +144,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise SettingsError(f"{path}: got {'nothing' if values is None else type(values).__name__}; expected fields")
+        raise SettingsError(
+            f"{path}: got {'an empty file' if values is None else type(values).__name__}; expected `field: value` lines"
+        )
     return values
 
 
 def read_entries(paths: list[str], model: type[M], root: Path) -> dict[str, M]:
-    """Named entries of YAML files; the same name twice is an error."""
+    """Reads named entries from YAML files. Raises SettingsError if two files define the same name."""
     entries: dict[str, M] = {}
     for path in paths:
         for name, values in read_yaml(root / path).items():
             if name in entries:
-                raise SettingsError(f"{path}: entry `{name}`: already defined by an earlier file of this run")
+                raise SettingsError(
+                    f"{path}: entry `{name}`: already defined in an earlier file of this run; rename one of them"
+                )
             entries[name] = validate(model, values, f"{path}: entry `{name}`")
     return entries

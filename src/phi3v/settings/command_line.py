@@ -1,7 +1,7 @@
-"""The scripts' common part: settings as a command line and back (`flags` writes what `parse` reads), and exit codes.
+"""Settings as a command line and back (`flags` writes what `parse` reads), and the exit codes of scripts.
 
-pydantic-settings parses. Added to it here: lists as `--image a.png b.png` with values that may hold commas, flags that
-may stand without a value, limits in the help text, and its groups by role.
+pydantic-settings does the parsing. This module adds lists such as `--image a.png b.png` whose values can contain
+commas, flags that can be given without a value, limits in the help text, and groups of flags by role.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ C = TypeVar("C", bound="Command")
 
 GROUPS = {
     Role.IDENTITY: "model, data and results",
-    Role.RECIPE: "what decides the result",
+    Role.RECIPE: "settings that determine the result",
     Role.NUMERICS: "precision and kernels",
-    Role.EQUIVALENT: "same result up to rounding, or another seed's",
-    Role.RUNTIME: "how it runs; the result is the same",
+    Role.EQUIVALENT: "same result up to rounding, or another seed",
+    Role.RUNTIME: "execution; the result stays the same",
 }
 
 
@@ -40,7 +40,7 @@ FILE_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirect
 
 
 def type_text(schema: dict[str, Any]) -> str:
-    """A field's type, choices and limits, from its JSON schema."""
+    """The type, choices and limits of a field, from its JSON schema."""
     if "$ref" in schema:
         return str(schema["$ref"]).rsplit("/", 1)[-1]
     if "enum" in schema:
@@ -59,7 +59,7 @@ def type_text(schema: dict[str, Any]) -> str:
 
 
 class _List(argparse.Action):
-    """Store the values of a flag as a JSON list, which pydantic-settings reads as it is: commas and quotes stay."""
+    """Stores the values of a flag as a JSON list. pydantic-settings keeps commas and quotes in it unchanged."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
@@ -68,7 +68,7 @@ class _List(argparse.Action):
 
 
 def _add_argument(settings: type[Command], parser: argparse.ArgumentParser) -> Callable[..., None]:
-    """How a field of the settings becomes an argument of the parser."""
+    """Returns the function that adds a field of the settings to the parser."""
     schemas = settings.model_json_schema()["properties"]
     groups = {
         name: group
@@ -102,7 +102,7 @@ def _add_argument(settings: type[Command], parser: argparse.ArgumentParser) -> C
 
 
 def _typed(settings: type[Command], arguments: list[str]) -> dict[str, str]:
-    """Field to the flag that was typed for it, where that is an alias."""
+    """Field to the flag that the user typed for it, if that flag is an alias."""
     given = {argument.partition("=")[0] for argument in arguments}
     return {
         name: f"--{choice}"
@@ -118,10 +118,10 @@ class _CommandLine(
     cli_implicit_flags=True,
     cli_enforce_required=True,
     cli_avoid_json=True,
-    cli_parse_none_str="\0",  # no argument holds it, so `None` is a text like any other
+    cli_parse_none_str="\0",  # no argument can contain it, so `None` is ordinary text
     cli_hide_none_type=True,
 ):
-    """What settings become while a command line is parsed: nothing is read from environment variables or files."""
+    """The settings class while a command line is parsed. It reads no environment variables and no files."""
 
     @classmethod
     def settings_customise_sources(
@@ -136,7 +136,7 @@ class _CommandLine(
 
 
 def parse(settings: type[C], description: str | None, arguments: list[str] | None = None) -> C:
-    """The settings of a command line, a flag for each field; a wrong one prints usage and reason, and exits with 2."""
+    """Parses a command line with one flag per field. On a wrong value, prints usage and the error, and exits with 2."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -160,7 +160,7 @@ def parse(settings: type[C], description: str | None, arguments: list[str] | Non
 
 
 def flags(settings: Command) -> list[str]:
-    """The flags that make `parse` give these settings; a setting at its default has none."""
+    """The flags that make `parse` return these settings. Settings at their defaults are omitted."""
     written = []
     for name in fields_with(type(settings), *Role):
         value = getattr(settings, name)
@@ -175,16 +175,16 @@ def flags(settings: Command) -> list[str]:
 
 
 FIRST_PROCESS_SECONDS = 2.0
-"""How long the other processes of a machine leave the report to the first; torchrun looks every 0.1 s by default."""
+"""How long the other processes of a machine wait, so that the first one reports. torchrun polls every 0.1 s."""
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and exit with its code.
+    """Runs a script's `main` and exits with its code.
 
-    An error class of this package has a message that needs no traceback: one line, exit code 2 for wrong input
-    (ValueError) and 1 for what failed while running, or the class's own `exit_code`. The same holds for files that are missing, in the way or not
-    writable, and for a full disk. On several processes, the first one of each machine reports wrong input; if it finds
-    none, torchrun leaves the others alive, and they report theirs.
+    Errors of this package print one line without a traceback. The exit code is 2 for wrong input (ValueError), 1 for
+    other failures, or the class's own `exit_code`. File errors (missing, already there, not writable) and a full disk
+    print one line too. With several processes, the first process of each machine reports wrong input. If it finds
+    none, torchrun does not stop the others, and they report their own.
     """
     try:
         sys.exit(main())
@@ -196,6 +196,6 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         if wrong_input and os.environ.get("LOCAL_RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(FIRST_PROCESS_SECONDS)
-        remedy = "; the disk is full: free some space and run the same command, it continues from there" if full else ""
+        remedy = "; the disk is full: free some space and run the same command again to resume" if full else ""
         print(f"error: {error}{remedy}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2 if wrong_input else 1))

@@ -1,7 +1,7 @@
-"""The commands of a job: what a row, its machines and the run make of each script's settings.
+"""The commands of a job: how its row, its machines and the run set each script's settings.
 
-flags(finetune(run, job))       # what a person types after `torchrun … scripts/finetune.py`
-command(run, job, "finetune", finetune(run, job))       # the whole line, as the workflow runs it
+flags(finetune(run, job))                            # the arguments after `torchrun … scripts/finetune.py`
+command(run, job, "finetune", finetune(run, job))    # the complete command line, as the workflow runs it
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from phi3v.settings.run import Job, ResolvedRun
 
 
 def _device(hardware: Hardware) -> Literal["cpu", "cuda"]:
-    """No job for a GPU may take the CPU, nor one for CPUs a GPU. PyTorch calls ROCm cuda."""
+    """Keeps a job for GPUs off the CPU, and a job for CPUs off the GPU. PyTorch calls ROCm devices cuda."""
     return "cpu" if hardware.kind == "cpu" else "cuda"
 
 
 def _common(run: ResolvedRun, job: Job, dataset: str, seed: int) -> dict[str, Any]:
-    """What every command of a job takes from its machines and the run."""
+    """Settings of every command of a job that come from its machines and the run."""
     return {
         "row": job.row.row,
         "dataset": dataset,
@@ -50,22 +50,23 @@ def is_alone(run: ResolvedRun, job: Job) -> bool:
 
 
 def command(run: ResolvedRun, job: Job, script: str, settings: Command, scripts: str = "scripts") -> str:
-    """What a person types to run a script on the job's processes. scripts: the script's folder, quoted for a shell."""
+    """Command line that runs a script on the job's processes. scripts: the script's folder, quoted for a shell."""
     if is_alone(run, job):
-        # torchrun would import PyTorch once more, which takes as long as a small job.
+        # torchrun would import PyTorch a second time, which takes as long as a small job.
         return " ".join(["python", f"{scripts}/{script}.py", shlex.join(flags(settings))])
     if job.nodes == 1:
         words = ["torchrun --standalone", f"--nproc_per_node={job.processes_per_node}"]
     else:
         words = [f"{scripts}/torchrun_nodes.sh", str(job.nodes), str(job.processes_per_node)]
     if script == "finetune":
-        # torchrun alone kills a job that saves 30 s after SIGTERM, and does not pass SIGUSR1 on.
+        # By default, torchrun kills a job that takes more than 30 s to save after SIGTERM, and does not forward
+        # SIGUSR1.
         words += ["--shutdown-timeout=900", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     return " ".join([*words, f"{scripts}/{script}.py", shlex.join(flags(settings))])
 
 
 def finetune(run: ResolvedRun, job: Job) -> FinetuneSettings:
-    """Training of a row; the row may state itself when it saves."""
+    """Settings for training a row. A row's own save_minutes or save_steps replaces the run's."""
     return own_settings(
         job.row,
         f"row `{job.row.row}`",
@@ -81,7 +82,7 @@ def finetune(run: ResolvedRun, job: Job) -> FinetuneSettings:
 
 
 def speed(run: ResolvedRun, job: Job) -> SpeedSettings:
-    """Timing of a row."""
+    """Settings for timing a row."""
     row, timing = job.row, run.settings.speed
     assert isinstance(row, SpeedRow)
     return SpeedSettings.model_validate(
@@ -103,13 +104,13 @@ def speed(run: ResolvedRun, job: Job) -> SpeedSettings:
 
 
 def evaluate(run: ResolvedRun, job: Job, what: Literal["base", "trained", "official"]) -> EvaluateSettings:
-    """Evaluation of the model before training, of the trained row, or of it on the authors' own split."""
+    """Settings for evaluating the base model, the trained row, or the trained row on the authors' own split."""
     own, how = job.row.dataset, run.settings.evaluation
     dataset = run.datasets[own].official if what == "official" else own
     entry = run.datasets[dataset]
     values = _common(run, job, dataset, run.settings.seed) | {
         "model_name_or_path": f"{run.results}/train/{job.row.row}/final",
-        # A function of the user's scores the predictions afterwards (rule score), outside the job that holds the GPUs.
+        # Rule `score` applies the user's own metric functions later, outside the job that occupies the GPUs.
         "metrics": [name for name in entry.metrics if ":" not in name] or ["accuracy"],
         "group_by": entry.group_by,
         "batch_size_per_gpu": how.batch_size_per_gpu,
@@ -129,7 +130,10 @@ def evaluate(run: ResolvedRun, job: Job, what: Literal["base", "trained", "offic
 
 
 def score(run: ResolvedRun, dataset: str, evaluated: str) -> ScoreSettings:
-    """Scoring of an evaluation by the dataset's metrics, functions of the user's among them. evaluated: ROW, base/KEY or official/ROW."""
+    """Settings for scoring an evaluation by the dataset's metrics, the user's own functions included.
+
+    evaluated: ROW, base/KEY or official/ROW.
+    """
     return ScoreSettings(
         input_dir=f"{run.results}/evaluate/{evaluated}",
         output_dir=f"{run.results}/score/{evaluated}",
@@ -140,7 +144,7 @@ def score(run: ResolvedRun, dataset: str, evaluated: str) -> ScoreSettings:
 
 
 def predict(run: ResolvedRun, job: Job, name: str) -> PredictSettings:
-    """Answers of the trained row to the pictures of an entry of the run's `predictions`."""
+    """Settings for answering the pictures of an entry of the run's `predictions` with the trained row."""
     entry, how = run.settings.predictions[name], run.settings.evaluation
     return PredictSettings.model_validate(
         {
@@ -163,7 +167,7 @@ def predict(run: ResolvedRun, job: Job, name: str) -> PredictSettings:
 
 
 def demo_base(run: ResolvedRun) -> FinetuneSettings:
-    """Training of the demo's base model, by the same script as every row."""
+    """Settings for training the demo's base model, with the same script as every row."""
     assert run.demo is not None
     demo = run.demo
     return FinetuneSettings(

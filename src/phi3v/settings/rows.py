@@ -1,4 +1,4 @@
-"""Rows of the two tables: config/accuracy.tsv and config/speed.tsv.
+"""Rows of the two tables, config/accuracy.tsv and config/speed.tsv.
 
 Defaults are the constants of Microsoft's recipe (PhiCookBook, FineTuning_Vision.md, and its scripts).
 """
@@ -43,10 +43,10 @@ YesNo = Annotated[bool, BeforeValidator(_table_bool)]
 YesNoOrAuto = Annotated[bool | Literal["auto"], BeforeValidator(_table_bool)]
 CountOrAuto = Annotated[int | Literal["auto"], _count_or_auto(1)]
 WorkersOrAuto = Annotated[int | Literal["auto"], _count_or_auto(0)]
-# numpy, which accelerate's set_seed seeds as well, takes 32 bits.
+# numpy, which accelerate's set_seed also seeds, takes 32 bits.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-# A name, and for a row of a grid what it has of each of the grid's fields: NAME@learning_rate=1e-5@epochs=3.
+# A name. A row of a grid adds the value of each grid field: NAME@learning_rate=1e-5@epochs=3.
 RowId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*(@[a-z0-9_]+=[A-Za-z0-9_.+-]+)*$")]
 
 
@@ -78,52 +78,53 @@ RULES = frozenset(
         "speed_row",
     ]
 )
-"""Names of the workflow's rules, which are targets like the rows."""
+"""Names of the workflow's rules. They are targets too, so no row can have one of these names."""
 
 
 def _no_rule(value: str) -> str:
     if value in RULES:
-        raise ValueError("the workflow has a rule of this name; expected another name for the row")
+        raise ValueError("this is the name of a workflow rule; choose another name for the row")
     return value
 
 
 class Recipe(Strict):
-    """What a column of the tables and a flag of scripts/finetune.py decide alike."""
+    """Settings that are both a table column and a flag of scripts/finetune.py."""
 
     batch_size: int = Field(64, ge=1)
-    """Examples of one optimizer step over all processes."""
+    """Examples per optimizer step, over all processes."""
     micro_batch_size: Annotated[CountOrAuto, Role.EQUIVALENT] = 1
-    """Examples of one forward pass of one process; auto: the most that fit, found before training (ours)."""
+    """Examples per forward pass of one process. auto: as many as fit, found before training (not in the recipe)."""
     learning_rate: float = Field(4e-5, gt=0, lt=1)
     """Peak learning rate."""
     epochs: float = Field(1, gt=0)
-    """Passes over the training split."""
+    """Number of passes over the training split."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout before the adapters."""
+    """Dropout probability at the input of the adapters."""
     num_crops: int | None = Field(None, ge=1, le=64)
-    """Largest number of tiles of an image; left out: the dataset's, else 16."""
+    """Largest number of tiles per image. Default: the dataset's value, else 16."""
     weight_decay: float = Field(0.01, ge=0)
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of AdamW."""
     warmup_steps: int = Field(50, ge=0)
-    """Steps of linear warm-up before the linear decay."""
+    """Optimizer steps of linear warm-up before the decay."""
     optimizer: Optimizer = "adamw"
     """adamw: AdamW with float32 states. adamw_8bit: 8-bit states (bitsandbytes), without ZeRO. paged_adamw_8bit: the
-    same in memory that moves to the host when the GPU is full. adamw_offload: float32 states and master weights in
-    the host's memory (DeepSpeed ZeRO 3); for full fine-tuning (ours)."""
+    same, in memory that pages to the host when the GPU is full. adamw_offload: float32 states and master weights in
+    host memory (DeepSpeed ZeRO 3), only for full fine-tuning (all but adamw are not in the recipe)."""
     gradient_checkpointing: Annotated[YesNoOrAuto, Role.EQUIVALENT, Bare("yes", no="no")] = True
-    """Recompute activations in the backward pass (non-reentrant); as a flag also bare, or --no-gradient_checkpointing.
-    auto: in as few layers as the memory allows, found before training (ours)."""
+    """Recompute activations in the backward pass (non-reentrant). The flag works without a value and as
+    --no-gradient_checkpointing. auto: recompute as few layers as the memory allows, found before training (not in the
+    recipe)."""
     recompute_every: Annotated[int, Role.EQUIVALENT] = Field(1, ge=1)
-    """With gradient_checkpointing: recompute every n-th layer only; 1: all layers (ours)."""
+    """With gradient_checkpointing, recompute only every n-th layer. 1: all layers (not in the recipe)."""
 
     @property
-    def known_micro_batch(self) -> int:
-        """micro_batch_size, or 1 if it is still to be found."""
+    def micro_batch_size_or_one(self) -> int:
+        """micro_batch_size, or 1 if it is still auto."""
         return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
     def recompute(self) -> float | None:
-        """Share of the layers that are recomputed in the backward pass; None if it is still to be chosen."""
+        """Share of the layers that are recomputed in the backward pass, or None if it is still auto."""
         return (
             None if self.gradient_checkpointing == "auto" else float(self.gradient_checkpointing) / self.recompute_every
         )
@@ -131,45 +132,47 @@ class Recipe(Strict):
 
 class _Named(Strict):
     row: Annotated[RowId, AfterValidator(_no_rule), Role.IDENTITY]
-    """Unique id; it carries the model."""
+    """Unique id of the row. It names the model."""
     model: str
     """Entry of the models file."""
     dataset: str
     """Entry of the datasets file."""
     method: Method
-    """full, frozen (full with the vision part frozen), lora or qlora."""
+    """full, frozen (full fine-tuning with the vision part frozen), lora or qlora."""
     dtype: Annotated[Dtype, Role.NUMERICS]
-    """Compute type; fp16 is mixed precision over float32 weights."""
+    """Compute dtype. fp16 is mixed precision with float32 weights."""
     flash_attention: Annotated[YesNo, Role.NUMERICS]
-    """Flash attention in both towers; on GPUs older than Ampere PyTorch's memory-efficient kernel instead."""
+    """Use flash attention in the vision tower and the decoder. GPUs older than Ampere use PyTorch's memory-efficient
+    kernel instead."""
 
 
 class Training(Recipe, _Named):
-    """What an accuracy row and a speed row share: model, data, method and the recipe's constants."""
+    """Fields that accuracy and speed rows share: model, data, method and the recipe's constants."""
 
     lora_rank: int | None = Field(None, ge=1)
-    """Rank of the adapters; LoRA and QLoRA need it, others have none."""
+    """Rank of the adapters. Required for lora and qlora; empty for other methods."""
     lora_alpha: float | None = Field(None, gt=0)
-    """Scale of the adapters; goes with the rank."""
+    """Scale of the adapters. Required for lora and qlora; empty for other methods."""
     finetune: dict[str, Any] = {}
-    """In overrides: further settings of scripts/finetune.py by their names, as {eval_steps: 100, keep_best: true}; a
-    value may be a grid."""
+    """Only in overrides: further settings of scripts/finetune.py by name, such as {eval_steps: 100, keep_best: true}. A
+    value can be a grid."""
     published_doubted: Annotated[YesNo, Role.PUBLISHED] = False
-    """The published figure is very likely not that of its row; the note gives the reason, and there is no verdict."""
+    """The published figure very likely belongs to another row. The note gives the reason, and the row gets no
+    verdict."""
     legacy_freezing: YesNo = False
-    """Frozen rows only: freeze the text embedding as well, as the recipe's scripts did."""
+    """Only for frozen rows: freeze the text embedding too, as the recipe's scripts did."""
 
     @model_validator(mode="after")
     def _method_and_adapter_agree(self) -> Training:
         if self.method in ("lora", "qlora"):
             if self.lora_rank is None:
-                raise ValueError(f"lora_rank: empty, method {self.method} expects an integer >= 1")
+                raise ValueError(f"lora_rank: empty, but method is {self.method}; expected an integer >= 1")
             if self.lora_alpha is None:
-                raise ValueError(f"lora_alpha: empty, a rank ({self.lora_rank}) expects an alpha > 0")
+                raise ValueError(f"lora_alpha: empty, but lora_rank is {self.lora_rank}; expected a number > 0")
         elif self.lora_rank is not None or self.lora_alpha is not None:
-            raise ValueError(f"lora_rank/lora_alpha: set, method {self.method} expects none")
+            raise ValueError(f"lora_rank/lora_alpha: set, but method is {self.method}; expected empty cells")
         if self.legacy_freezing and self.method != "frozen":
-            raise ValueError(f"legacy_freezing: yes, method {self.method}: expected only with method frozen")
+            raise ValueError(f"legacy_freezing: yes, but method is {self.method}; expected no, or method frozen")
         return self
 
 
@@ -177,31 +180,32 @@ class AccuracyRow(Training):
     """A line of config/accuracy.tsv."""
 
     gpus: Annotated[int, Role.EQUIVALENT] = Field(4, ge=1)
-    """Processes on the published hardware; a run uses what it has."""
+    """Number of processes on the published hardware. A run uses the devices that it has."""
     seeds: Annotated[list[Seed], BeforeValidator(_table_list), Role.EQUIVALENT] = []
-    """Train and evaluate once for each, in a cell as 42,43,44; empty: the run's seed alone. The run's seed keeps the
-    row's id, every other seed's job and folders are ROW-seedN."""
+    """Seeds to train and evaluate with, in a cell as 42,43,44. Empty: only the run's seed. The job of the run's seed
+    keeps the row's id. The jobs and folders of other seeds are named ROW-seedN."""
     published: Annotated[float | None, Role.PUBLISHED] = Field(None, ge=0, le=100)
-    """The recipe's figure, 0-100; empty where there is none."""
+    """The recipe's figure, 0-100. Empty if the recipe gives none."""
     published_examples: Annotated[int | None, Role.PUBLISHED] = Field(None, ge=1)
-    """Examples behind the recipe's figure: its scripts take the first 500 rows, of DocVQA the 200 of the mini set."""
+    """Number of examples behind the recipe's figure. Its scripts use the first 500 rows, for DocVQA the 200 of the mini
+    set."""
     origin: Annotated[Literal["published", "ours"], Role.PUBLISHED]
-    """published: hyperparameters and figure are the recipe's; ours: the recipe gives no figure."""
+    """published: hyperparameters and figure are from the recipe. ours: the recipe gives no figure."""
     source: Annotated[str, Role.PUBLISHED] = ""
-    """Table or file the row comes from."""
+    """Table or file that the row comes from."""
     note: Annotated[str, Role.PUBLISHED] = ""
-    """Shown with the row."""
+    """Text beside the row in the report."""
 
     @model_validator(mode="after")
     def _each_seed_once(self) -> AccuracyRow:
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds: {self.seeds}; expected each seed once")
+            raise ValueError(f"seeds: got {self.seeds}; expected each seed once")
         return self
 
     @model_validator(mode="after")
     def _published_has_value(self) -> AccuracyRow:
         if self.origin == "published" and self.published is None:
-            raise ValueError("published: empty, origin `published` expects a value 0-100")
+            raise ValueError("published: empty, but origin is published; expected a figure 0-100")
         return self
 
 
@@ -209,24 +213,24 @@ class SpeedRow(Training):
     """A line of config/speed.tsv."""
 
     hardware: Annotated[str, Role.PUBLISHED]
-    """Entry of the hardware file the figure was taken on."""
+    """Entry of the hardware file that the figure was measured on."""
     nodes: Annotated[int, Role.PUBLISHED] = Field(ge=1)
-    """Machines."""
+    """Number of machines."""
     gpus_per_node: Annotated[int, Role.PUBLISHED] = Field(ge=1)
-    """Devices, and processes, of each machine."""
+    """Devices, and processes, per machine."""
     published_images_per_second: Annotated[float | None, Role.PUBLISHED] = Field(None, gt=0)
-    """The recipe's figure over all GPUs."""
+    """The recipe's figure, summed over all GPUs."""
     published_speedup: Annotated[float | None, Role.PUBLISHED] = Field(None, gt=0)
-    """Against the table's first row."""
+    """The recipe's speed-up relative to the first row of the table."""
     published_memory_gb: Annotated[float | None, Role.PUBLISHED] = Field(None, gt=0)
-    """Peak memory of one GPU."""
+    """The recipe's peak memory per GPU, in GB."""
     accompanies: Annotated[Name | None, Role.PUBLISHED] = None
-    """Published row of the same method that this row is shown beside, run as we would run it: with a micro-batch and
-    recomputation of our choice. Such a row has no published figures; empty: a published row."""
+    """Published row of the same method that the report pairs with this row. This row then uses a micro-batch and
+    recomputation of our choice, and has no published figures. Empty: a published row."""
     source: Annotated[str, Role.PUBLISHED] = ""
-    """Table the row comes from."""
+    """Table that the row comes from."""
     note: Annotated[str, Role.PUBLISHED] = ""
-    """Shown with the row."""
+    """Text beside the row in the report."""
 
     @model_validator(mode="after")
     def _our_row_has_no_published_figures(self) -> SpeedRow:
@@ -234,7 +238,9 @@ class SpeedRow(Training):
         given = [name for name in figures if getattr(self, name) is not None]
         if self.accompanies and given:
             raise ValueError(
-                f"{given[0]}: set, but the row accompanies {self.accompanies}; expected no published figures"
+                f"{given[0]}: set, but accompanies is {self.accompanies}; expected an empty cell, because only "
+                "published "
+                "rows have published figures"
             )
         return self
 
@@ -243,15 +249,15 @@ RowT = TypeVar("RowT", bound=Training)
 
 
 def table_line(row: str) -> str:
-    """The id of the table's line from the id of a row of its grid."""
+    """The id of the table line from the id of a row of its grid."""
     return row.partition("@")[0]
 
 
 def grid(model: type[Training], values: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(suffix of the id, values) of each row that the values stand for: all combinations of alternatives as `1e-5|4e-5`.
+    """(suffix of the id, values) of each row that the values describe: all combinations of alternatives as `1e-5|4e-5`.
 
-    One with the suffix "" without alternatives. Names, published figures and notes have none. Raises SettingsError for
-    alternatives that cannot stand in an id, or are given twice.
+    Values without alternatives yield one row with the suffix "". Names, published figures and notes take no
+    alternatives. Raises SettingsError for alternatives that cannot be part of an id, or that repeat.
     """
     texts = fields_with(model, Role.IDENTITY, Role.PUBLISHED)
     own = {name: value for name, value in values.items() if name not in texts}
@@ -261,8 +267,9 @@ def grid(model: type[Training], values: Mapping[str, Any], where: str) -> Iterat
             axes[name] = [part.strip() for part in value.split("|")]
             if len({*axes[name]}) < len(axes[name]) or not all(re.fullmatch(r"[\w.+-]+", part) for part in axes[name]):
                 raise SettingsError(
-                    f"{where}: field `{name}`: got {value!r}: expected different values between the |, of letters, "
-                    "digits and . _ + - alone: they stand in the ids of the rows"
+                    f"{where}: field `{name}`: got {value!r}: expected different values between the |, each of "
+                    "letters, digits "
+                    "and . _ + - only, because the row ids contain them"
                 )
     for parts in itertools.product(*axes.values()):
         chosen = dict(zip(axes, parts, strict=True))
@@ -276,7 +283,8 @@ def grid(model: type[Training], values: Mapping[str, Any], where: str) -> Iterat
 
 
 def read_table(path: str, model: type[RowT], root: Path) -> list[RowT]:
-    """Rows of a tab-separated table with a header; lines that start with # are comments, empty cells are defaults."""
+    """Rows of a tab-separated table with a header. Lines that start with # are comments; empty cells mean the
+    default."""
     try:
         text = (root / path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -288,24 +296,24 @@ def read_table(path: str, model: type[RowT], root: Path) -> list[RowT]:
     for column in header:
         if column not in model.model_fields:
             expected = ", ".join(model.model_fields)
-            raise SettingsError(f"{path}: line {first}: column {column!r}: unknown; expected {expected}")
+            raise SettingsError(f"{path}: line {first}: column {column!r}: unknown; expected one of {expected}")
     if len(set(header)) != len(header):
-        raise SettingsError(f"{path}: line {first}: a column is named twice; expected each once")
+        raise SettingsError(f"{path}: line {first}: got a column name twice; expected each once")
     rows = []
     for number, cells in rest:
         if len(cells) != len(header):
             raise SettingsError(
-                f"{path}: line {number}: {len(cells)} fields; expected {len(header)}, separated by tabs"
+                f"{path}: line {number}: got {len(cells)} cells; expected {len(header)}, separated by tabs"
             )
         values = {column: cell for column, cell in zip(header, cells, strict=True) if cell}
         where = f"{path}: line {number}: row `{values.get('row', '')}`"
         for suffix, own in grid(model, values, where):
             rows.append(validate(model, own | {"row": own.get("row", "") + suffix} if suffix else own, where))
     if not rows:
-        raise SettingsError(f"{path}: a header but no rows; expected at least one")
+        raise SettingsError(f"{path}: got a header without rows; add at least one row")
     return rows
 
 
 def read_tables(paths: list[str], model: type[RowT], root: Path) -> list[tuple[str, RowT]]:
-    """(file, row) of every row of several tables."""
+    """(file, row) for every row of several tables."""
     return [(path, row) for path in paths for row in read_table(path, model, root)]

@@ -1,4 +1,4 @@
-"""A run: its configuration file, and its selected rows placed on the machines it has.
+"""A run: its configuration file, and the assignment of its rows to the machines that it has.
 
 run = load_run("config/demo.yaml")          # raises SettingsError
 for job in run.accuracy:
@@ -21,7 +21,7 @@ from phi3v.settings.base import (
     Role,
     SettingsError,
     Strict,
-    check_known,
+    check_choice,
     fields_with,
     read_entries,
     read_yaml,
@@ -43,37 +43,38 @@ from phi3v.settings.rows import (
 
 AnyRow = AccuracyRow | SpeedRow
 Departures = dict[str, tuple[Any, Any]]
-"""Field to (table's value, this run's value)."""
+"""Field to (value in the table, value in this run)."""
 
 
 class Pool(Strict):
-    """Machines of one kind that the run has."""
+    """Machines of one kind that the run can use."""
 
     device: str
     """Entry of the hardware file."""
     per_node: int = Field(ge=1)
-    """Devices (CPU: processes) of one machine."""
+    """Devices per machine. For CPUs, processes per machine."""
     nodes: int = Field(1, ge=1)
-    """Machines."""
+    """Number of machines."""
     rows: list[str] = ["*"]
-    """Rows that may run here, by name or shell pattern."""
+    """Rows that may run here, by id or shell pattern."""
     slurm_partition: str = ""
-    """Partition of these machines; empty: the site file's, or the cluster's default."""
+    """SLURM partition of these machines. Empty: the site file's partition, or the cluster's default."""
     stand_in: bool = False
-    """Stands for any published hardware: speed rows run here with these processes, and are labelled so."""
+    """Use these machines in place of any published hardware. Speed rows run here with `per_node` processes, and the
+    report labels them."""
     price_per_hour: float | None = Field(None, gt=0)
-    """What one device costs you for an hour, in your currency; empty: the plan shows no price."""
+    """Price of one device per hour, in your currency. Empty: the plan contains no price."""
 
 
 class Files(Strict):
-    """The tables of a run; later files add to earlier ones."""
+    """Tables of a run. Later files add to earlier ones."""
 
     models: list[str] = Field(min_length=1)
-    """Files of models."""
+    """YAML files of checkpoints."""
     datasets: list[str] = Field(min_length=1)
-    """Files of datasets."""
+    """YAML files of datasets."""
     hardware: list[str] = Field(min_length=1)
-    """Files of devices."""
+    """YAML files of devices."""
     accuracy: list[str] = []
     """Tables of accuracy rows."""
     speed: list[str] = []
@@ -81,158 +82,161 @@ class Files(Strict):
 
 
 class Selection(Strict):
-    """Rows by name or shell pattern. A row with its exact name must be able to run; a pattern takes the rows that can."""
+    """Rows by id or shell pattern. A row given by its exact id must be able to run. A pattern skips rows that
+    cannot."""
 
     accuracy: list[str] = ["*"]
-    """Accuracy rows of this run."""
+    """Accuracy rows to run."""
     speed: list[str] = ["*"]
-    """Speed rows of this run."""
+    """Speed rows to run."""
 
     def names(self, row: str) -> bool:
-        """Whether a row is asked for by its exact id, or by that of the table's line whose grid it is of."""
+        """Whether the selection contains the exact id of a row, or of the table line whose grid the row belongs to."""
         return not {row, table_line(row)}.isdisjoint((*self.accuracy, *self.speed))
 
 
 class Evaluation(Strict):
-    """How checkpoints are evaluated."""
+    """Evaluation of checkpoints."""
 
     batch_size_per_gpu: int = Field(8, ge=1)
-    """Prompts generated together by one process."""
+    """Prompts per generation batch of one process."""
     max_new_tokens: int = Field(64, ge=1)
-    """The recipe's limit of an answer."""
+    """Most tokens in an answer (64 in the recipe)."""
     control: bool = True
-    """Evaluate the trained model also with the pictures swapped among the examples."""
+    """Also evaluate the trained model with the pictures swapped among the examples."""
 
 
 class Prediction(Strict):
-    """Pictures without labels that a trained row answers (the target `predictions`)."""
+    """Pictures without labels that a trained row answers (target `predictions`)."""
 
     row: str
     """Accuracy row whose trained model answers."""
     table: str = ""
-    """Rows to answer, each with a picture and a question: csv, tsv, json, jsonl or parquet."""
+    """Table of pictures and questions to answer: csv, tsv, json, jsonl or parquet."""
     columns: dict[str, str] = {}
-    """What the table's columns are: `{image: photo, question: prompt, id: number}`."""
+    """Role of each table column: `{image: photo, question: prompt, id: number}`."""
     images_dir: str = ""
-    """Where the table's picture paths start; empty: beside the table."""
+    """Folder that the table's picture paths are relative to. Empty: the table's folder."""
     folder: str = ""
-    """Folder whose pictures are answered, with its subfolders."""
+    """Folder whose pictures are answered, subfolders included."""
     question: str = ""
-    """What is asked about each picture of the folder, or of a table without a question column."""
+    """Question about each picture of the folder, or each row of a table without a question column."""
     max_new_tokens: int | None = Field(None, ge=1)
-    """Longest answer in tokens; empty: that of the row's evaluation."""
+    """Most tokens in an answer. Empty: the same as in the row's evaluation."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Prediction:
         if bool(self.table) == bool(self.folder):
-            raise ValueError("expected a table or a folder")
+            raise ValueError("got both or none of table and folder; expected one of them")
         return self
 
     @property
     def files(self) -> list[str]:
-        """The table, or every file of the folder."""
+        """The table, or all files of the folder."""
         if self.table:
             return [self.table]
         return [str(path) for path in sorted(Path(self.folder).rglob("*")) if path.is_file()]
 
 
 class SpeedMeasurement(Strict):
-    """How a speed row is timed."""
+    """Timing of a speed row."""
 
     warmup_steps: int = Field(10, ge=10)
-    """Optimizer steps before the clock starts."""
+    """Untimed optimizer steps before the first timed window."""
     timed_steps: int = Field(20, ge=1)
-    """Optimizer steps of one repeat."""
+    """Optimizer steps in one timed window."""
     repeats: int = Field(3, ge=3)
-    """Timed windows."""
+    """Number of timed windows."""
 
 
 class DemoBase(Strict):
-    """How the demo's tiny base model is first trained a little."""
+    """Initial training of the demo's tiny base model."""
 
     processes: int = Field(2, ge=1)
-    """Training processes."""
+    """Number of training processes."""
     learning_rate: float = Field(gt=0, lt=1)
     """Peak learning rate."""
     epochs: float = Field(gt=0)
-    """Passes over the mixture."""
+    """Number of passes over the mixture."""
     batch_size: int = Field(64, ge=1)
-    """Examples of one optimizer step over all processes."""
+    """Examples per optimizer step, over all processes."""
     micro_batch_size: int = Field(32, ge=1)
-    """Examples of one forward pass."""
+    """Examples per forward pass of one process."""
     num_crops: int = Field(4, ge=1)
-    """Largest number of tiles of an image."""
+    """Largest number of tiles per picture."""
 
 
 class Demo(Strict):
-    """Synthetic source files and the tiny base model that the demo starts from."""
+    """Synthetic source files and the tiny base model of the demo."""
 
     folder: str
-    """Where they are written; the demo's dataset and model URLs point there."""
+    """Folder for them. The demo's dataset and model URLs point to it."""
     seed: int = 0
-    """Seed of the synthetic sources and of the random weights."""
+    """Seed of the synthetic sources and of the base model."""
     sizes: dict[str, int]
-    """Rows of each source file."""
+    """Rows per source file."""
     datasets: list[str] = []
-    """Datasets files with `texts` and `mixture`, beside this file; a run need not name them again."""
+    """Datasets files with the entries of `texts` and `mixture`, in the folder of this file. A run does not have to list
+    them again."""
     texts: list[str] = Field(min_length=1)
-    """Datasets whose training texts the tokenizer learns."""
+    """Datasets whose training texts train the tokenizer."""
     geometry: dict[str, int]
     """Shape of the tiny model: arguments of phi3v.demo.tiny.build_tiny."""
     mixture: str
-    """Dataset that the tiny base model is first trained on."""
+    """Dataset that the base model is trained on."""
     base: DemoBase
-    """How the tiny base model is trained."""
+    """Initial training of the base model."""
 
 
 class Run(Strict):
-    """A run configuration file."""
+    """A run's configuration file."""
 
     name: Name
-    """Results go to results/NAME."""
+    """Name of the run. Results go to results/NAME."""
     title: str
     """Heading of the report."""
     notice: str = ""
-    """Shown above every table, for runs whose numbers must not be compared."""
+    """Text above every table, for runs whose numbers must not be compared."""
     comparable: bool = True
-    """False: no number of this run may be compared with a published one (demo)."""
+    """false: numbers of this run must not be compared with published ones (demo)."""
     seed: Seed = 42
-    """Data order, initial adapters, controls; a row's `seeds` ask for more of them."""
+    """Seed of the data order, initial adapter weights and controls. A row's `seeds` add more seeds."""
     files: Files
-    """Files that this run reads."""
+    """Tables of the run."""
     hardware: list[Pool] = Field(min_length=1)
-    """Machines that this run has; a row goes to the first pool that can do it."""
+    """Machines that this run can use. A row runs on the first pool that supports it."""
     rows: Selection = Selection()
-    """Which rows of the tables run."""
+    """Rows to run."""
     overrides: dict[str, dict[str, Any]] = {}
-    """Row pattern to fields: every departure of this run from the tables, shown in the report."""
+    """Row pattern to fields: all of this run's departures from the tables. The report lists them."""
     evaluation: Evaluation = Evaluation()
-    """How checkpoints are evaluated."""
+    """Evaluation of checkpoints."""
     predictions: dict[Name, Prediction] = {}
-    """Answers for new pictures, by name; the target `predictions` writes them to results/NAME/predictions/."""
+    """Answers for new pictures, by name. The target `predictions` writes them to results/NAME/predictions/."""
     speed: SpeedMeasurement = SpeedMeasurement()
-    """How speed rows are timed."""
+    """Timing of speed rows."""
     num_workers: WorkersOrAuto = "auto"
-    """Data loading processes of each training process; auto: one less than its CPUs on a GPU, at most 8, none on a CPU."""
+    """Data loading processes per training process. auto: on a GPU, its share of CPUs minus one, at most 8; on a CPU,
+    none."""
     save_minutes: float = Field(30, ge=0)
-    """Checkpoint of each training job after so many minutes: what a machine that fails may cost; 0: none."""
+    """Save a checkpoint of each training job every N minutes. A crash repeats at most this much work. 0: off."""
     demo: str | None = None
-    """File that describes how synthetic sources and a tiny base model are made, for runs whose URLs point there."""
+    """File that describes the synthetic sources and the tiny base model, for runs whose URLs point to them."""
 
 
 class Job(BaseModel):
-    """A row placed on a pool, with one seed."""
+    """A row assigned to a pool, with one seed."""
 
     model_config = ConfigDict(frozen=True)
 
     row: AnyRow
-    """`row.row` is the job's id: the table row's, or ROW-seedN."""
+    """`row.row` is the id of the job: the table row's id, or ROW-seedN."""
     table: str
-    """File of the table that the row stands in."""
+    """File of the row's table."""
     table_row: str
-    """Id of the line in the table; the jobs of a row's seeds share it."""
+    """Id of the line in the table. The jobs of all seeds of a row share it."""
     seed: int
-    """Of training; evaluation's controls follow the run's seed, so that all seeds answer the same questions."""
+    """Seed of training. Evaluation uses the run's seed, so that all training seeds answer the same questions."""
     pool: Pool
     nodes: int
     processes_per_node: int
@@ -245,20 +249,20 @@ class Job(BaseModel):
 
     @property
     def baseline(self) -> str:
-        """Name of the evaluation before training; rows that start from the same model and inputs share it."""
+        """Name of the evaluation before training. Rows with the same model and inputs share it."""
         row = self.row
         return f"{row.model}-{row.dataset}-{row.dtype}{'-flash' if row.flash_attention else ''}-crops{self.num_crops}"
 
 
 class NotRun(BaseModel):
-    """A selected row that this run's hardware cannot do."""
+    """A selected row that the run's hardware cannot run."""
 
     row: AnyRow
     reason: str
 
 
 class ResolvedRun(BaseModel):
-    """A run with its tables read, its rows selected and placed."""
+    """A run with its tables read and its selected rows assigned to machines."""
 
     settings: Run
     models: dict[str, Model]
@@ -287,7 +291,7 @@ class ResolvedRun(BaseModel):
         return f"results/models/{model_key(model, self.models[model])}"
 
     def job(self, row: str) -> Job:
-        """The job of an id; raises KeyError."""
+        """The job with an id. Raises KeyError."""
         return self._by_id[row]
 
     @functools.cached_property
@@ -306,23 +310,24 @@ class ResolvedRun(BaseModel):
 
     @functools.cached_property
     def baselines(self) -> dict[str, Job]:
-        """Name of each evaluation before training to the first job that starts from it."""
+        """Name of each evaluation before training to the first job that uses it."""
         return {job.baseline: job for job in reversed(self.accuracy)}
 
     @functools.cached_property
     def digest(self) -> str:
-        """Changes if anything that the run's files state does."""
+        """Changes if any content of the run's files changes."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     def evaluated(self, name: str) -> str:
-        """The dataset of an evaluation: ROW, base/KEY or official/ROW. Raises KeyError."""
+        """The dataset of an evaluation. name: ROW, base/KEY or official/ROW. Raises KeyError."""
         kind, _, name = name.rpartition("/")
         job = self.baselines[name] if kind == "base" else self.job(name)
         return self.datasets[job.row.dataset].official if kind == "official" else job.row.dataset
 
     def manifests(self, job: Job) -> list[str]:
-        """What a row ends with: its evaluations before and after, that on the authors' own split where its files are
-        there, or its timing. An evaluation that functions of the user's score ends with their scores."""
+        """Manifests of a row's last steps: its timing, or its evaluations before and after training, and on the
+        authors' own split if its files exist. For evaluations with the user's own metrics, these are the manifests of
+        their scores."""
         row = job.row.row
         if isinstance(job.row, SpeedRow):
             return [f"{self.results}/speed/{row}/manifest.json"]
@@ -332,12 +337,12 @@ class ResolvedRun(BaseModel):
         return [f"{self.results}/{kind}/{name}/manifest.json" for kind, name in zip(kinds, names, strict=True)]
 
     def official(self, job: Job, root: Path = Path()) -> str | None:
-        """Entry of the authors' own split for a row's dataset, where its files are there."""
+        """Entry of the authors' own split for a row's dataset, or None if there is none or its files do not exist."""
         name = self.datasets[job.row.dataset].official
         return name if name and self.datasets[name].missing_source(root) is None else None
 
     def targets(self) -> dict[str, list[Job]]:
-        """Name of each target to its jobs: a row's id to those of all its seeds and of its grid, a seed's id to its own."""
+        """Name of each target to its jobs: a row's id to the jobs of its seeds and grid, a seed's id to its own job."""
         found: dict[str, list[Job]] = {}
         for job in (*self.accuracy, *self.speed):
             for name in dict.fromkeys((job.row.row, job.table_row, table_line(job.table_row))):
@@ -345,13 +350,14 @@ class ResolvedRun(BaseModel):
         return found
 
 
-# Loading ---------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> ResolvedRun:
-    """Read a run configuration and its tables, check them, and place the selected rows on the run's hardware.
+    """Reads and checks a run configuration and its tables, and assigns the selected rows to the run's hardware.
 
-    config: path of a YAML file, or its values (what Snakemake hands over). root: folder that file names start from.
+    config: path of a YAML file, or its values as Snakemake passes them. root: folder that file names are relative to.
     Raises SettingsError.
     """
     root = Path(root)
@@ -389,55 +395,62 @@ def load_run(config: str | Path | dict[str, Any], root: str | Path = ".") -> Res
             for row, departures in _overridden(where, table_row, settings.overrides, unused, row_files)
         ]
         for pattern in selected:
-            # The default takes every row; a run may have tables of one kind only.
+            # The default pattern may match nothing, because a run can have tables of only one kind.
             nothing_needed = pattern == "*" and any(tables.values())
             if not nothing_needed and not any(_matches(row.row, pattern) for _, row, _ in rows):
                 raise SettingsError(
-                    f"{where}: field `rows.{kind}`: got {pattern!r}: matches no row; expected a row id or a pattern of "
+                    f"{where}: field `rows.{kind}`: got {pattern!r}: matches no row; expected a row id or pattern from "
                     f"{', '.join(getattr(settings.files, kind)) or 'a table (none is named in files)'}"
                 )
         for path, row, departures in rows:
             if any(_matches(row.row, pattern) for pattern in selected):
                 getattr(run, kind).extend(_jobs(where, run, path, row, departures, row_files))
     for name, prediction in settings.predictions.items():
-        check_known(where, f"predictions.{name}.row", prediction.row, [job.row.row for job in run.accuracy])
+        check_choice(where, f"predictions.{name}.row", prediction.row, [job.row.row for job in run.accuracy])
     if unused:
-        raise SettingsError(f"{where}: field `overrides`: pattern {sorted(unused)[0]!r} matches no row of the tables")
+        raise SettingsError(
+            f"{where}: field `overrides`: got pattern {sorted(unused)[0]!r}: matches no row of the tables; correct it "
+            "or "
+            "remove it"
+        )
     return run
 
 
 def _check_names(where: str, run: ResolvedRun) -> None:
-    """Raises SettingsError if an entry, a pool or the demo names something unknown."""
+    """Raises SettingsError if a dataset entry, a pool or the demo names an unknown entry."""
     for name, entry in run.datasets.items():
         if entry.official:
-            check_known(f"dataset `{name}`", "official", entry.official, run.datasets)
+            check_choice(f"dataset `{name}`", "official", entry.official, run.datasets)
     for pool in run.settings.hardware:
-        check_known(where, "hardware.device", pool.device, run.hardware)
+        check_choice(where, "hardware.device", pool.device, run.hardware)
     if run.demo:
         for field, name in [*(("texts", name) for name in run.demo.texts), ("mixture", run.demo.mixture)]:
-            check_known(str(run.settings.demo), field, name, run.datasets)
+            check_choice(str(run.settings.demo), field, name, run.datasets)
 
 
 def _check_tables(run: ResolvedRun, tables: list[tuple[str, AnyRow]]) -> dict[str, str]:
-    """Id of each row to its file. Raises SettingsError for an id used twice, or the name of something unknown."""
+    """Id of each row to its file. Raises SettingsError for a repeated id, or the name of an unknown entry."""
     files: dict[str, str] = {}
     published = [row.row for _, row in tables if isinstance(row, SpeedRow) and not row.accompanies]
     for path, row in tables:
         where = f"{path}: row `{row.row}`"
         if row.row in files:
-            raise SettingsError(f"{where}: field `row`: already used in {files[row.row]}; expected unique")
+            raise SettingsError(
+                f"{where}: field `row`: already used in {files[row.row]}; choose another id for one of them"
+            )
         files[row.row] = path
-        check_known(where, "model", row.model, run.models)
-        check_known(where, "dataset", row.dataset, run.datasets)
+        check_choice(where, "model", row.model, run.models)
+        check_choice(where, "dataset", row.dataset, run.datasets)
         if "train" not in run.datasets[row.dataset].splits:
             raise SettingsError(
-                f"{where}: field `dataset`: got {row.dataset!r}: it has no split `train`; expected one to train on"
+                f"{where}: field `dataset`: got {row.dataset!r}: has no split `train`; expected a dataset with one"
             )
         if isinstance(row, SpeedRow):
-            check_known(where, "hardware", row.hardware, run.hardware)
+            check_choice(where, "hardware", row.hardware, run.hardware)
             if row.accompanies and row.accompanies not in published:
                 raise SettingsError(
-                    f"{where}: field `accompanies`: got {row.accompanies!r}: expected a published row of the speed table"
+                    f"{where}: field `accompanies`: got {row.accompanies!r}: expected a published row of the speed "
+                    "table"
                 )
     for pool in run.settings.hardware:
         for pattern in pool.rows:
@@ -456,9 +469,9 @@ def _matches(row: str, pattern: str) -> bool:
 def _overridden(
     where: str, row: AnyRow, overrides: dict[str, dict[str, Any]], unused: set[str], files: dict[str, str]
 ) -> Iterator[tuple[AnyRow, Departures]]:
-    """The row with the run's overrides, and what they changed; several rows if an override is a grid.
+    """The row with the run's overrides, and the fields that they changed. Yields several rows if an override is a grid.
 
-    The patterns that match are taken out of `unused`.
+    Removes the patterns that match from `unused`.
     """
     values: dict[str, Any] = {}
     for pattern, fields in overrides.items():
@@ -468,38 +481,41 @@ def _overridden(
     where = f"{where}: overrides of row `{row.row}`"
     fixed = [name for name in values if name in fields_with(type(row), Role.IDENTITY, Role.PUBLISHED)]
     if fixed:
-        raise SettingsError(f"{where}: field `{fixed[0]}` cannot be overridden")
+        raise SettingsError(f"{where}: field `{fixed[0]}` cannot be overridden; change it in a table of your own")
     before = row.model_dump()
     for suffix, own in grid(type(row), values, where):
         changed = validate(type(row), {**before, **own, "row": row.row + suffix}, where)
         if suffix and changed.row in files:
-            raise SettingsError(f"{where}: the grid makes the id {changed.row}, which is a row of {files[changed.row]}")
+            raise SettingsError(
+                f"{where}: the grid creates the id {changed.row}, which {files[changed.row]} already contains; rename "
+                "that row"
+            )
         own_settings(changed, where)
         after = changed.model_dump()
         yield changed, {field: (before[field], after[field]) for field in own if before[field] != after[field]}
 
 
 def _cannot(row: Training, device: Hardware) -> str | None:
-    """Why the device cannot do the row, or None."""
+    """Why the device cannot run the row, or None."""
     if row.dtype == "bf16" and not device.bf16:
-        return f"dtype: bf16, {device.title} has none; expected fp16"
+        return f"dtype: bf16, which {device.title} does not support; expected fp16"
     if row.dtype == "fp16" and not device.fp16:
-        return f"dtype: fp16, {device.title} has none; expected bf16"
+        return f"dtype: fp16, which {device.title} does not support; expected bf16"
     if row.method == "qlora" and not device.quantisation:
-        return f"method: qlora, {device.title} has no 4-bit kernels; expected full, frozen or lora"
+        return f"method: qlora, which needs 4-bit kernels that {device.title} lacks; expected full, frozen or lora"
     return None
 
 
 def place_accuracy(gpus: int, pool: Pool) -> tuple[int, int]:
-    """(nodes, processes a node) of an accuracy row that asks for `gpus`: as many where the pool has them, else all.
+    """(nodes, processes per node) of an accuracy row that asks for `gpus` devices: that many, or all that the pool has.
 
-    Several machines only where one has too few devices, and each gives all of its own.
+    Uses several machines only if one has too few devices, and then all devices of each.
     """
     return max(1, min(pool.nodes, gpus // pool.per_node)), min(gpus, pool.per_node)
 
 
 def _place_speed(row: SpeedRow, pool: Pool) -> tuple[int, int] | str:
-    """(nodes, processes a node), or why the pool is not the one of the row."""
+    """(nodes, processes per node), or why the pool does not match the row."""
     if pool.stand_in:
         return 1, pool.per_node
     if pool.device == row.hardware and pool.nodes >= row.nodes and pool.per_node >= row.gpus_per_node:
@@ -508,9 +524,9 @@ def _place_speed(row: SpeedRow, pool: Pool) -> tuple[int, int] | str:
 
 
 def _place(where: str, row: AnyRow, pools: list[Pool], hardware: dict[str, Hardware]) -> tuple[Pool, int, int] | str:
-    """(first pool that can do the row, nodes, processes per node), or why none can.
+    """(first pool that can run the row, nodes, processes per node), or why none can.
 
-    Raises SettingsError if the batch size is all that is wrong with a pool.
+    Raises SettingsError if only the batch size prevents a pool from running the row.
     """
     reasons: list[str] = []
     wrong_batch = ""
@@ -518,16 +534,16 @@ def _place(where: str, row: AnyRow, pools: list[Pool], hardware: dict[str, Hardw
         if not any(_matches(row.row, pattern) for pattern in pool.rows):
             reasons.append(f"hardware.rows: no pattern of the {pool.device} pool matches")
             continue
-        placed = _cannot(row, hardware[pool.device]) or (
+        assigned = _cannot(row, hardware[pool.device]) or (
             place_accuracy(row.gpus, pool) if isinstance(row, AccuracyRow) else _place_speed(row, pool)
         )
-        if isinstance(placed, str):
-            reasons.append(placed)
+        if isinstance(assigned, str):
+            reasons.append(assigned)
             continue
-        processes = placed[0] * placed[1]
-        step = processes * row.known_micro_batch
+        processes = assigned[0] * assigned[1]
+        step = processes * row.micro_batch_size_or_one
         if row.batch_size % step == 0:
-            return pool, *placed
+            return pool, *assigned
         wrong_batch = (
             f"{where}: row `{row.row}`: field `batch_size`: got {row.batch_size}: expected a multiple of "
             f"{processes} processes x micro_batch_size {row.micro_batch_size} = {step}"
@@ -540,24 +556,24 @@ def _place(where: str, row: AnyRow, pools: list[Pool], hardware: dict[str, Hardw
 def _jobs(
     where: str, run: ResolvedRun, path: str, row: AnyRow, departures: Departures, files: dict[str, str]
 ) -> list[Job]:
-    """The jobs of a selected row, one for each of its seeds; none if no pool can do it, which `run.not_run` tells."""
-    placed = _place(path, row, run.settings.hardware, run.hardware)
-    if isinstance(placed, str):
+    """The jobs of a selected row, one per seed. If no pool can run it, adds it to `run.not_run` and returns no job."""
+    assigned = _place(path, row, run.settings.hardware, run.hardware)
+    if isinstance(assigned, str):
         if run.settings.rows.names(row.row):
-            raise SettingsError(f"{path}: row `{row.row}`: named in `rows`, but field {placed}")
+            raise SettingsError(f"{path}: row `{row.row}`: selected by its id in `rows`, but field {assigned}")
         if {"dtype", "method"} & set(departures):
-            raise SettingsError(f"{where}: overrides of row `{row.row}`: field {placed}")
-        run.not_run.append(NotRun(row=row, reason=placed))
+            raise SettingsError(f"{where}: overrides of row `{row.row}`: field {assigned}")
+        run.not_run.append(NotRun(row=row, reason=assigned))
         return []
-    pool, nodes, processes = placed
+    pool, nodes, processes = assigned
     crops = row.num_crops or run.datasets[row.dataset].num_crops
     jobs = []
     for seed in (isinstance(row, AccuracyRow) and row.seeds) or [run.settings.seed]:
         own = row if seed == run.settings.seed else row.model_copy(update={"row": f"{row.row}-seed{seed}"})
         if own is not row and own.row in files:
             raise SettingsError(
-                f"row `{row.row}`: field `seeds`: seed {seed} makes the id {own.row}, which is a row of "
-                f"{files[own.row]}; expected another id there"
+                f"row `{row.row}`: field `seeds`: seed {seed} creates the id {own.row}, which {files[own.row]} already "
+                "contains; rename that row"
             )
         machines = {"pool": pool, "nodes": nodes, "processes_per_node": processes}
         jobs.append(

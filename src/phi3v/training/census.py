@@ -145,13 +145,13 @@ def census_label(settings: FinetuneSettings) -> str:
 class LossGuard:
     """Watches the loss of one process. scale: the float16 loss scale now; None without one."""
 
-    def __init__(self, folder: Path, process: int, nan_patience: int, scale: Callable[[], float | None]) -> None:
-        self.folder, self.process, self.nan_patience, self.scale = folder, process, nan_patience, scale
+    def __init__(self, folder: Path, process: int, max_nan_steps: int, scale: Callable[[], float | None]) -> None:
+        self.folder, self.process, self.max_nan_steps, self.scale = folder, process, max_nan_steps, scale
         self._has_collapsed = False
         self._bad_ids: list[list[str]] = []
 
     def check(self, step: int, loss: float, ids: list[str]) -> None:
-        """Look at a step's loss; ids: its examples. Raises NotANumberError after `nan_patience` bad steps in a row."""
+        """Look at a step's loss; ids: its examples. Raises NotANumberError after `max_nan_steps` bad steps in a row."""
         scale = self.scale()
         if scale is not None and scale < 1 and not self._has_collapsed:
             self._has_collapsed = True
@@ -164,7 +164,7 @@ class LossGuard:
             return
         self._bad_ids.append(ids)
         bad = len(self._bad_ids)
-        if bad < self.nan_patience:
+        if bad < self.max_nan_steps:
             return
         path = self.folder / f"bad_examples.rank{self.process}.json"
         write_json(path, {"step": step, "ids": self._bad_ids})

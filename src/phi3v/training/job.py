@@ -35,7 +35,7 @@ from phi3v.training.writer import CheckpointWriter
 def check_settings(settings: FinetuneSettings, device: torch.device) -> None:
     """Raises SettingsError if a folder, the batch's division, `auto` or a tracker cannot work."""
     processes, micro = world_size(), settings.micro_batch_size
-    share = processes * (1 if settings.batching == "packed" else settings.known_micro_batch)
+    share = processes * (1 if settings.batching == "packed" else settings.micro_batch_size_or_one)
     if settings.batch_size % share:
         each = "" if micro == "auto" or share == processes else f" x --batch_size_per_gpu {micro}"
         raise SettingsError(
@@ -142,7 +142,7 @@ def plan_of(settings: FinetuneSettings, examples: PickedExamples) -> BatchPlan:
     return BatchPlan(
         examples=len(examples),
         batch_size=settings.batch_size,
-        micro_batch_size=settings.known_micro_batch,
+        micro_batch_size=settings.micro_batch_size_or_one,
         processes=world_size(),
         seed=settings.seed,
         grouping=settings.batching,
@@ -207,7 +207,7 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Lo
         if settings.eval_steps:
             dataset = read_split(settings, processor, "val")
             count = min(settings.eval_examples or len(dataset), len(dataset))
-            in_order = BatchPlan(count, count, settings.known_micro_batch, world_size(), seed=0)
+            in_order = BatchPlan(count, count, settings.micro_batch_size_or_one, world_size(), seed=0)
             collator = Collator(pad, "fixed", model.config)
             validation = replace(training, plan=in_order, examples=PickedExamples(dataset), collate=collator)
         return make_loop(settings, accelerator, model, output, device, training, validation, (total, warmup))
@@ -244,7 +244,7 @@ def make_loop(
         training=training,
         validation=validation,
         writer=CheckpointWriter(output / "checkpoints", settings.keep_checkpoints, process, accelerator.num_processes),
-        guard=LossGuard(output, process, settings.nan_patience, lambda: loss_scale(settings, accelerator, prepared)),
+        guard=LossGuard(output, process, settings.max_nan_steps, lambda: loss_scale(settings, accelerator, prepared)),
         total_steps=total_steps,
         warmup_steps=warmup_steps,
     )

@@ -198,7 +198,7 @@ def warn_of_memory(settings: FinetuneSettings, config: Phi3VConfig, data: Picked
     tokens, index = max((tokens, -index) for index, tokens in enumerate(data.lengths))
     setup = _setup(settings, config, data.example(-index), device)
     fit = (settings.max_tokens_per_micro_batch or math.inf) // tokens
-    size = int(max(1, min(settings.known_micro_batch, fit)))
+    size = int(max(1, min(settings.micro_batch_size_or_one, fit)))
     need, capacity = memory(replace(setup, micro_batch=size)).allocated_gb * GB, capacity_bytes(device, None)
     if of_all(need - capacity, "MAX", device) > 0:
         say(
