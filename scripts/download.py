@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Fetch a dataset's sources or a model's weights, once for all runs; the lock file is written last.
+"""Download a dataset's sources or a model's weights once for all runs. Writes the lock file last.
 
     python scripts/download.py --datasets config/datasets.yaml --dataset docvqa --output_dir results/data/docvqa/source
     python scripts/download.py --models config/models.yaml --model phi35-vision --output_dir results/models/phi35-vision
 
-Pictures whose URLs stand in the rows of a dataset are fetched as well, into urls/ of the output folder.
-Hub files go through huggingface_hub (HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are honoured). What is there
-already is checked against its recorded size and sha256 and not fetched again.
+If the rows of a dataset contain picture URLs, the pictures are downloaded too, into urls/ of the output folder.
+Hub files go through huggingface_hub, which reads HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE. Files that already
+exist are checked against their recorded size and sha256, and not downloaded again.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ def arguments() -> argparse.Namespace:
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--dataset", metavar="NAME", help="entry of a datasets file")
     chosen.add_argument("--model", metavar="NAME", help="entry of a models file")
-    parser.add_argument("--output_dir", required=True, metavar="DIR", help="where the files and their lock go")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="files fetched at a time (default: 4)")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder for the files and their lock file")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="parallel downloads (default: 4)")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Parse the command line and download."""
+    """Parses the command line and downloads."""
     given = arguments()
     kind: type[Dataset | Model] = Dataset if given.dataset else Model
     name, files = (given.dataset, given.datasets) if given.dataset else (given.model, given.models)
-    known = read_entries(files, kind, Path())
-    check_choice("command line", kind.__name__.lower(), name, known)
-    entry = known[name]
+    entries = read_entries(files, kind, Path())
+    check_choice("command line", kind.__name__.lower(), name, entries)
+    entry = entries[name]
     if entry.licence:
         print(f"{name}: {entry.title}. Licence: {entry.licence}", file=sys.stderr)
     if isinstance(entry, Dataset):

@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""Check a data folder before training on it; every problem is listed as file:line: field, and the exit status is 1 if
-there is any.
+"""Check a data folder before training. Prints each problem as file:line: field, and exits with 1 if there is any.
 
-    python scripts/validate.py results/data/docvqa
-    python scripts/validate.py my_data --level paths        # do not decode the pictures
-    python scripts/validate.py my_data --model MODEL_DIR    # also count tokens and tiles: statistics.json, .svg
+python scripts/validate.py results/data/docvqa
+python scripts/validate.py my_data --level paths        # do not decode the pictures
+python scripts/validate.py my_data --model MODEL_DIR    # also count tokens and tiles: statistics.json, .svg
 """
 
 from __future__ import annotations
@@ -21,28 +20,33 @@ from phi3v.settings import run_script
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_dir", type=Path, metavar="DIR", help="folder with images/ and a jsonl for each split")
+    parser.add_argument("data_dir", type=Path, metavar="DIR", help="folder with images/ and one JSONL file per split")
     parser.add_argument(
         "--level",
         choices=["shape", "paths", "images"],
         default="images",
-        help="shape: lines and ids; paths: also image paths; images: also decode them and look for leaks (default)",
+        help="shape: check lines and ids; paths: also picture paths; images: also decode pictures and search for leaks "
+        "(default)",
     )
     parser.add_argument(
-        "--allow-leaks", "--allow_leaks", action="store_true", help="pictures shared by splits are counted, not errors"
+        "--allow-leaks", "--allow_leaks", action="store_true", help="count pictures shared by splits, but accept them"
     )
-    parser.add_argument("--model", metavar="DIR", help="checkpoint folder, to count tokens and tiles")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint folder; count tokens and tiles with its tokenizer")
     parser.add_argument(
-        "--num_crops", type=int, metavar="N", help="largest number of tiles of an image (default: the data folder's)"
+        "--num_crops", type=int, metavar="N", help="largest number of tiles per picture (default: the data folder's)"
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="pictures decoded at a time"
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="pictures to decode in parallel (default: number of CPUs)",
     )
     return parser.parse_args()
 
 
 def main() -> int:
-    """Parse the command line and print what is wrong."""
+    """Parses the command line and prints the problems."""
     given = arguments()
     processor = None
     if given.model:

@@ -105,7 +105,7 @@ def no_room(folder: Path, disk: Path) -> None:
             "download.py", "--datasets", folder / "datasets.yaml", "--dataset", "set", "--output_dir", disk / "out"
         )
         assert done.returncode == 2, done.stderr
-        assert f"{2 * len(PAYLOAD) / 1e6:,.0f} MB to fetch" in done.stderr, done.stderr
+        assert f"{2 * len(PAYLOAD) / 1e6:,.0f} MB to download" in done.stderr, done.stderr
         assert not any(method == "GET" for method, _, _ in hub.requests)
 
 

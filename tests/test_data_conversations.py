@@ -62,7 +62,7 @@ def test_a_turn_as_the_model_sees_it() -> None:
         (b"\n", "an empty line"),
         (b'{"id": NaN}', "NaN is not JSON"),
         (b'{"id": -Infinity}', "Infinity is not JSON"),
-        (b'{"id": "a", "id": "b"}', "key 'id' is given twice"),
+        (b'{"id": "a", "id": "b"}', "key 'id' appears twice"),
         (b'{"id": "\xff"}', "byte 8 is not UTF-8"),
         (b'{"id": "a"', "not JSON: "),
         (b"[" * 100_000, "nested too deeply"),
@@ -141,7 +141,7 @@ def test_a_line_of_a_hundred_megabytes_is_refused_without_being_held(tmp_path: P
 
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
-    with pytest.raises(DataError, match="empty; expected one JSON object a line"):
+    with pytest.raises(DataError, match="empty; expected one JSON object"):
         list(read_conversations(tmp_path / "a.jsonl"))
 
 

@@ -93,7 +93,7 @@ def test_every_wrong_line_is_named_in_whatever_way_it_is_wrong(tmp_path: Path) -
     ]
     text = "\n".join(found)
     for expected in (
-        "given twice",
+        "appears twice",
         "not JSON",
         "field `id`: got 'train-0'",
         "is not UTF-8",
@@ -194,14 +194,14 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 def test_folders_without_data_and_descriptions_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no jsonl"):
+    with pytest.raises(DataError, match="no JSONL file"):
         validate_folder(tmp_path / "empty")
     data = folder(tmp_path / "d", train=[example(0)])
     (data / "dataset.json").write_text(
         json.dumps({"splits": {"train": {"file": "train.jsonl", "examples": 2}, "val": {"file": "val.jsonl"}}})
     )
     assert [line.rpartition("/")[2] for line in problems(data)] == [
-        "train.jsonl: 1 lines; expected 2, as dataset.json states",
+        "train.jsonl: 1 lines; expected 2, the number in dataset.json",
         "val.jsonl: missing; dataset.json names it as split val",
     ]
     (data / "dataset.json").write_text('{"splits": {"train": {"file": "../x.jsonl"}}}')

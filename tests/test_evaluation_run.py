@@ -458,7 +458,7 @@ def test_a_table_is_answered_and_a_killed_run_ends_with_the_same_files(root, che
         checkpoint, "--table", tmp_path / "new.jsonl", "--images_dir", data / "images", "--columns", *columns
     )
     output = finish(run_script(root, *flags, "--output_dir", tmp_path / "whole", script="predict"))
-    assert "23 answers" in output and "1 not taken" in output
+    assert "23 answers" in output and "1 not answered" in output
     (rejected,) = (tmp_path / "whole/data/rejected.jsonl").read_text().splitlines()
     assert "nowhere.png" in json.loads(rejected)["reason"]
     process = run_script(root, *flags, "--output_dir", tmp_path / "killed", script="predict")

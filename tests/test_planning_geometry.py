@@ -76,7 +76,10 @@ def test_golden_size_sweep():
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [((0, 5, 4), "image size 0x5: expected at least 1x1 pixels"), ((5, 5, 0), "num_crops: 0; expected at least 1")],
+    [
+        ((0, 5, 4), "image size: got 0x5; expected at least 1x1 pixels"),
+        ((5, 5, 0), "num_crops: got 0; expected at least 1"),
+    ],
 )
 def test_refusals(size, message):
     with pytest.raises(ValueError, match=message):

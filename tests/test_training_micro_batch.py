@@ -250,10 +250,10 @@ def test_a_job_that_goes_on_keeps_its_size(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"batch_size_per_gpu": "auto", "batching": "packed"}, "with packed batches"),
-        ({"batch_size_per_gpu": "auto", "zero_stage": 3}, "with zero_stage 3"),
-        ({"gradient_checkpointing": "auto", "batching": "packed"}, "with packed batches"),
-        ({"gradient_checkpointing": "auto", "zero_stage": 3}, "with zero_stage 3"),
+        ({"batch_size_per_gpu": "auto", "batching": "packed"}, "batching is packed"),
+        ({"batch_size_per_gpu": "auto", "zero_stage": 3}, "zero_stage is 3"),
+        ({"gradient_checkpointing": "auto", "batching": "packed"}, "batching is packed"),
+        ({"gradient_checkpointing": "auto", "zero_stage": 3}, "zero_stage is 3"),
         ({"gradient_checkpointing": False, "recompute_every": 2}, "gradient_checkpointing is not on"),
         ({"batch_size_per_gpu": "many"}, "`batch_size_per_gpu`: got 'many': expected an integer >= 1, or auto"),
         ({"batch_size_per_gpu": 0}, "expected an integer >= 1, or auto"),

@@ -216,10 +216,10 @@ def test_adapters_with_8_bit_states_are_merged(base, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optimizer": "adamw_8bit", "zero_stage": 2}, "zero_stage: 2, with optimizer adamw_8bit; expected 0"),
-        ({"optimizer": "adamw_offload", "zero_stage": 2}, "zero_stage: 2, with optimizer adamw_offload; expected 3"),
-        ({"optimizer": "adamw_offload", "use_lora": True}, "with adapters, whose states are small"),
-        ({"optimizer": "adamw_offload", "batch_size_per_gpu": "auto"}, "micro_batch_size: auto, with zero_stage 3"),
+        ({"optimizer": "adamw_8bit", "zero_stage": 2}, "zero_stage: 2, .*adamw_8bit; expected 0"),
+        ({"optimizer": "adamw_offload", "zero_stage": 2}, "zero_stage: 2, .*adamw_offload; expected 3"),
+        ({"optimizer": "adamw_offload", "use_lora": True}, "optimizer: adamw_offload, .*adapters"),
+        ({"optimizer": "adamw_offload", "batch_size_per_gpu": "auto"}, "micro_batch_size: auto, .*zero_stage is 3"),
         ({"optimizer": "sgd"}, "optimizer"),
     ],
 )

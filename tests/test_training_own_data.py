@@ -153,7 +153,7 @@ def test_a_moved_job_with_rates_of_its_own_resumes_to_the_same_bytes(base, tmp_p
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"freeze_decoder": True, "freeze_vision_model": "vision"}, "nothing would train"),
+        ({"freeze_decoder": True, "freeze_vision_model": "vision"}, "leave nothing to train"),
         ({"vision_learning_rate": 1e-5, "freeze_vision_model": "tower"}, "freezes that part"),
         ({"projector_learning_rate": 1e-5, "freeze_vision_model": "vision"}, "freezes that part"),
         ({"use_rslora": True}, "without adapters"),

@@ -166,7 +166,7 @@ def test_a_row_must_not_have_the_name_of_a_rule(snakemake, root, tmp_path, name)
     assert re.search(
         rf"own\.tsv: line \d+: row `{name}`: field `row`: got '{name}': the workflow has a rule of this name", output
     )
-    assert "expected another name for the row" in output
+    assert "choose another name for the row" in output
     assert "Traceback" not in output
 
 
@@ -200,7 +200,7 @@ def test_a_disk_that_is_too_small_stops_the_run_before_any_job(snakemake, root, 
     code, output = snakemake("--cores", "1", "--configfile", huge, "--nolock", target)
     assert code != 0
     assert "not enough disk, nothing was started" in output
-    assert re.search(r"results: \d+ GB free, this run still writes about \d+ GB \(models \d+, datasets \d+", output)
+    assert re.search(r"results: \d+ GB free, but this run will write about \d+ GB \(models \d+, datasets \d+", output)
     assert "Traceback" not in output
     assert not (root / "results/huge").exists()
 

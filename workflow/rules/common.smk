@@ -25,6 +25,8 @@ sys.path.insert(0, str(ROOT / "src"))
 from phi3v import settings
 from phi3v.cluster.site import SITE_FILE, Site, load_site
 from phi3v.planning.fits import runnable
+from phi3v.planning.resources import Resources as Wanted
+from phi3v.planning.resources import check_free_space, resources
 from phi3v.settings import jobs
 
 # The SLURM profile's default resources name an account, be it none; jobs inherit them.
@@ -120,3 +122,106 @@ def on_job(function):
 def command(script, settings_of, **more):
     """Params of a row's job: its command line, without the pipe to the log."""
     return on_job(lambda job: jobs.command(RUN, job, script, settings_of(RUN, job, **more), SCRIPTS))
+
+
+def with_work(resources, *work):
+    """A job's resources and a digest of what it works on: only for the same does a new start take a running job over."""
+    digest = hashlib.sha256("\n".join(work).encode()).hexdigest()[:16]
+    # A job that SLURM puts back into the queue continues its log.
+    flags = ["--open-mode=append", resources["slurm_extra"], f"{WORK}{digest}"]
+    return resources | {"slurm_extra": " ".join(filter(None, flags))}
+
+
+def with_attempts(flags):
+    """A resources function: the job's own flags of sbatch, and those that follow from its failed attempts."""
+
+    def value(wildcards, rulename):
+        key = rulename, *wildcards
+        return f"{flags(wildcards)} {ATTEMPTS[key].flags if key in ATTEMPTS else ''}".rstrip()
+
+    return value
+
+
+@functools.cache
+def planned(row, kind):
+    """(threads, resources) of a row's job; `kind` is its part of the plan: train, evaluate, official or speed."""
+    job = RUN.job(row)
+    entry = SITE.of(job.pool.device, job.pool.slurm_partition)
+    wanted = entry.fit(resources(RUN, job, kind=kind))
+    if not ON_SLURM:
+        return wanted.cpus, {"mem_mb": wanted.mem_mb, "runtime": wanted.runtime}
+    work = [RESULTS, RUN_SETTINGS, job.model_dump_json()]
+    work += [RUN.data_folder(job.row.dataset), RUN.model_folder(job.row.model)]
+    return wanted.cpus, with_work(SITE.resources(entry, wanted, is_row=True), *work)
+
+
+def threads_of(kind):
+    """Threads of a row's job."""
+    return on_job(lambda job: planned(job.row.row, kind)[0])
+
+
+def resources_of(kind):
+    """Resources of a row's job, by the names that Snakemake's executors know."""
+    some = planned(JOBS[0].row.row, "train" if RUN.accuracy else "speed")[1]
+    named = {name: on_job(lambda job, name=name: planned(job.row.row, kind)[1][name]) for name in some}
+    if ON_SLURM:
+        named["slurm_extra"] = with_attempts(named["slurm_extra"])
+    return {"accelerators": on_job(lambda job: job.processes_per_node), **named}
+
+
+def start_of(wildcards, input):
+    """What stands before a row's command: threads of one process, and on SLURM the job's step if torchrun starts none.
+
+    Not recorded, as it takes `input`: another site must not train finished rows again.
+    """
+    job = job_of(wildcards)
+    threads = f"OMP_NUM_THREADS={planned(job.row.row, 'train')[0] // job.processes_per_node}"
+    alone = ON_SLURM and jobs.is_alone(RUN, job)
+    return f"{threads} {SCRIPTS}/torchrun_nodes.sh 1 1" if alone else threads
+
+
+def on_cpus(mem_mb, runtime, threads=1, results=""):
+    """Resources of a job that needs no row's machines. results: the folder of the run, if the job is of this run alone."""
+    if not ON_SLURM:
+        return {"mem_mb": mem_mb, "runtime": runtime}
+    entry = SITE.of(CPU)
+    wanted = entry.fit(Wanted(runtime, mem_mb, threads, 1, "", ""))
+    found = with_work(SITE.resources(entry, wanted, is_row=False), results)
+    found["slurm_extra"] = with_attempts(lambda wildcards, flags=found["slurm_extra"]: flags)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def results_of(jobs):
+    """What rows end with. Of what else they leave (weights, answers, scores) only what a finished row lacks, to make it again:
+
+    to list all of it would double time and memory of a run of 10,000 rows.
+    """
+    found = []
+    for job in jobs:
+        found += RUN.manifests(job)
+        row = {"row": job.row.row, "baseline": job.baseline}
+        made = [rules.finetune, rules.evaluate_base, rules.evaluate]
+        if isinstance(job.row, settings.SpeedRow):
+            made = [rules.speed_row]
+        elif RUN.official(job):
+            made.append(rules.evaluate_official)
+        for each in made:
+            manifest, *others = [Path(path.format_map(row)) for path in each.output]
+            if manifest.exists():
+                found += [str(path) for path in others if not path.exists()]
+    return list(dict.fromkeys(found))
+
+
+def refuse_full_disk():
+    """Hours of downloads and training should not end at a full disk; what is left to write counts.
+
+    Targets that are files, and the plan, are left to the jobs, which look at the disk themselves.
+    """
+    named = set(sys.argv)
+    rows = {job.row.row for name, members in RUN.targets().items() if name in named for job in members}
+    if not rows and ("plan" in named or any(name.startswith("results/") for name in named)):
+        return
+    try:
+        check_free_space(RUN, rows or {job.row.row for job in JOBS}, downloads_only="data" in named)
+    except settings.SettingsError as error:
+        raise WorkflowError(f"not enough disk, nothing was started\n{error}")

@@ -1,10 +1,10 @@
-"""Checking a data folder: every line's shape, ids, image paths, the pictures themselves, and leaks between splits.
+"""Checks of a data folder: the shape of every line, ids, picture paths, the pictures, and leaks between splits.
 
-Three levels, each with the ones before it: "shape" (lines and ids), "paths" (every image path is a file inside the
-folder), "images" (every picture decodes; the same pixels in two splits are reported). All problems are gathered: the
-first 20 of each kind are kept with file:line:field, the rest are counted.
+There are three levels, and each includes the previous ones: "shape" (lines and ids), "paths" (every picture path is a
+file inside the folder), "images" (every picture decodes; the same pixels in two splits are reported). All problems are
+collected. The first 20 of each kind keep their file:line: field; the others are counted.
 
-`leakage` compares bytes, not pixels: that costs next to nothing, so the converter does it for every dataset.
+`leakage` compares bytes, not pixels. This is cheap, so the converter does it for every dataset.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from phi3v.data.conversations import (
     Conversation,
     DataError,
     decode_line,
+    quoted,
     raw_lines,
     read_conversations,
     record_problem,
-    shown,
 )
 from phi3v.data.folder import Pictures, SplitEntry, check_unchanged, describe, splits_of
 from phi3v.data.pictures import thin_problem
@@ -42,20 +42,20 @@ KEPT_OF_A_KIND = 20
 
 
 class Problems:
-    """What is wrong, gathered by kind."""
+    """Problems, collected by kind."""
 
     def __init__(self) -> None:
         self.kept: dict[str, list[str]] = {}
         self.counts: dict[str, int] = {}
 
     def add(self, kind: str, message: str) -> None:
-        """One more problem of a kind."""
+        """Adds a problem of a kind."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if self.counts[kind] <= KEPT_OF_A_KIND:
             self.kept.setdefault(kind, []).append(message)
 
     def forget(self, prefix: str) -> None:
-        """Drop the kinds that start so."""
+        """Removes the kinds that start with the prefix."""
         for kind in [kind for kind in self.counts if kind.startswith(prefix)]:
             del self.counts[kind], self.kept[kind]
 
@@ -65,7 +65,7 @@ class Problems:
         return sum(self.counts.values())
 
     def lines(self) -> Iterator[str]:
-        """Messages, and a count if more of a kind were found than are kept."""
+        """The messages, and for each kind the number of problems beyond those kept."""
         for kind, kept in self.kept.items():
             yield from kept
             if self.counts[kind] > len(kept):
@@ -74,12 +74,12 @@ class Problems:
 
 @dataclass
 class SplitCheck:
-    """What was found in a split."""
+    """Contents of a split."""
 
     file: str
     examples: int = 0
     pictures: dict[str, int] = field(default_factory=dict)
-    """Path of each picture to the line that first names it."""
+    """Path of each picture to the first line that names it."""
 
 
 def _kind(problem: str) -> str:
@@ -89,7 +89,8 @@ def _kind(problem: str) -> str:
 
 
 def check_lines(path: Path, problems: Problems, with_paths: bool, ids: set[str]) -> SplitCheck:
-    """Shape of every line and uniqueness of ids; with_paths also gathers the pictures. ids: those of other splits."""
+    """Checks the shape of every line and the uniqueness of ids. with_paths: also collect the pictures. ids: ids so
+    far."""
     found = SplitCheck(path.name)
     with open(path, "rb") as file:
         for found.examples, line in raw_lines(file):
@@ -106,19 +107,19 @@ def check_lines(path: Path, problems: Problems, with_paths: bool, ids: set[str])
                 problems.add(_kind(problem), f"{where}: {problem}")
                 continue
             if record["id"] in ids:
-                problems.add("id: not unique", f"{where}: field `id`: got {shown(record['id'])}; expected it once")
+                problems.add("id: not unique", f"{where}: field `id`: got {quoted(record['id'])}; expected a unique id")
             ids.add(record["id"])
             if with_paths:
                 for turn in record["conversations"]:
                     for name in turn.get("images", ()):
                         found.pictures.setdefault(name, found.examples)
     if not found.examples:
-        problems.add("empty file", f"{path}: empty; expected one JSON object a line")
+        problems.add("empty file", f"{path}: empty; expected one JSON object per line")
     return found
 
 
 def check_paths(pictures: Pictures, found: SplitCheck, problems: Problems) -> None:
-    """Every picture is a file inside images/, links included; those that are not are dropped from `found`."""
+    """Checks that every picture is a file inside images/, also through links. Removes the others from `found`."""
     for name, number in list(found.pictures.items()):
         try:
             file = pictures.file(name, "")
@@ -126,7 +127,7 @@ def check_paths(pictures: Pictures, found: SplitCheck, problems: Problems) -> No
         except DataError:
             reason = "is a link that leaves the folder"
         if reason:
-            message = f"{found.file}:{number}: image {shown(name)}: {reason} in {pictures.data_dir / 'images'}"
+            message = f"{found.file}:{number}: image {quoted(name)}: {reason} in {pictures.data_dir / 'images'}"
             problems.add(f"image: {reason}", message)
             del found.pictures[name]
 
@@ -145,14 +146,15 @@ def check_picture(pictures: Pictures, path: str) -> tuple[str, bytes, int, int]:
 def check_images(
     pictures: Pictures, checks: dict[str, SplitCheck], problems: Problems, workers: int, tile_size: int
 ) -> dict[str, int]:
-    """Every picture decodes; the same pixels in two splits are a leak. Returns {"SPLIT and SPLIT": shared pictures}."""
+    """Checks that every picture decodes, and that no pixels occur in two splits. Returns {"SPLIT and SPLIT":
+    shared}."""
     jobs = [(split, name) for split, found in checks.items() for name in found.pictures]
     owners: dict[str, dict[bytes, str]] = {split: {} for split in checks}
     with process_pool(workers) as pool:
         results = pool.map(partial(check_picture, pictures), [path for _, path in jobs], chunksize=16)
         bar = tqdm(results, total=len(jobs), desc="decoding", unit="picture", disable=None)
         for (split, name), (problem, digest, width, height) in zip(jobs, bar, strict=True):
-            where = f"{checks[split].file}:{checks[split].pictures[name]}: image {shown(name)}"
+            where = f"{checks[split].file}:{checks[split].pictures[name]}: image {quoted(name)}"
             if problem:
                 problems.add("image does not decode", f"{where}: {problem}")
                 continue
@@ -169,7 +171,8 @@ def check_images(
             name = theirs[digest]
             problems.add(
                 f"leak: picture of {other} also in {one}",
-                f"{checks[other].file}:{lines[name]}: image {shown(name)}: the same pixels as {shown(mine[digest])} of "
+                f"{checks[other].file}:{lines[name]}: image {quoted(name)}: the same pixels as {quoted(mine[digest])} "
+                "of "
                 f"split {one}",
             )
     return shared
@@ -178,28 +181,30 @@ def check_images(
 def validate_folder(
     data_dir: str | Path, level: Level = "images", workers: int = 1, tile_size: int = 336
 ) -> tuple[dict[str, SplitCheck], Problems, dict[str, int]]:
-    """(what each split holds, everything that is wrong, shared pictures of two splits). Raises DataError: no data.
+    """(contents of each split, problems, shared pictures of two splits). Raises DataError if there is no data.
 
-    tile_size: the model's, in pixels; a picture whose sides differ by a larger factor can vanish in it.
+    tile_size: side of the model's tiles in pixels. A picture whose sides differ by a larger factor can vanish in it.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
-        raise DataError(f"{data_dir}: no such folder; expected one with images/ and a jsonl for each split")
+        raise DataError(f"{data_dir}: no such folder; expected a folder with images/ and one JSONL file per split")
     splits = splits_of(data_dir)
     if not splits:
-        raise DataError(f"{data_dir}: no jsonl; expected one for each split")
+        raise DataError(f"{data_dir}: no JSONL file; expected one per split; run scripts/convert.py to write them")
     problems = Problems()
     checks: dict[str, SplitCheck] = {}
     ids: set[str] = set()
     described = describe(data_dir).get("splits", {})
     for split, path in splits.items():
         if not path.is_file():
-            problems.add("split missing", f"{path}: missing; dataset.json names it as split {split}")
+            problems.add(
+                "split missing", f"{path}: missing, but dataset.json lists it as split {split}; convert the data again"
+            )
             continue
         found = checks[split] = check_lines(path, problems, level != "shape", ids)
         expected = described.get(split, {}).get("examples", found.examples)
         if expected != found.examples:
-            message = f"{path}: {found.examples} lines; expected {expected}, as dataset.json states"
+            message = f"{path}: {found.examples} lines; expected {expected}, the number in dataset.json"
             problems.add("number of examples", message)
     if level == "shape" or not any(found.pictures for found in checks.values()):
         return checks, problems, {}
@@ -217,10 +222,10 @@ def validate_folder(
 
 
 def in_training(paths: Iterable[str], own: Pictures, train: Iterable[Conversation], theirs: Pictures) -> set[str]:
-    """Those of the paths whose bytes are also a picture of the training split.
+    """The paths whose bytes are also a picture of the training split.
 
-    Of the training pictures only those are read that are as long as one of the paths'. Raises DataError if one of the
-    paths' is not there.
+    Reads only training pictures with the same length as one of the paths' files. Raises DataError if such a file is
+    missing.
     """
     digests = {path: hashlib.sha256(own.bytes_of(path, "leakage")).digest() for path in sorted(set(paths))}
     sizes = {own.stored_bytes(path, "leakage") for path in digests}
@@ -233,14 +238,14 @@ def in_training(paths: Iterable[str], own: Pictures, train: Iterable[Conversatio
                     done.add(path)
                     seen.add(hashlib.sha256(theirs.bytes_of(path, example.id)).digest())
             except DataError:
-                continue  # a picture that cannot be read cannot have been trained on
+                continue  # training cannot have used a picture that cannot be read
     return {path for path, digest in digests.items() if digest in seen}
 
 
 def leakage(folders: dict[str, Path], splits: dict[str, SplitEntry]) -> dict[str, dict[str, int]]:
-    """dataset.json's `leakage`: {"val": {"examples": 3, "of": 500, "pictures": 3}} for each split but train.
+    """dataset.json's `leakage`: {"val": {"examples": 3, "of": 500, "pictures": 3}} for each split except train.
 
-    splits: as in dataset.json; folders: the data folder of each. {} without a split train. Raises DataError.
+    splits: as in dataset.json. folders: the data folder of each split. {} without a split train. Raises DataError.
     """
     if "train" not in splits:
         return {}

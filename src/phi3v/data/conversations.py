@@ -1,11 +1,11 @@
-"""The conversations jsonl: one example a line, read strictly, written one way.
+"""The JSONL file of conversations: one example per line, read strictly and written in one canonical form.
 
     {"id": "val-0000000300", "source": "ucf101", "conversations": [
       {"images": ["val/BabyCrawling/clip.0.jpg"], "user": "Classify the video …", "assistant": "BabyCrawling"}]}
 
-`images` are paths relative to DIR/images; a turn without pictures has an empty list (or none). Optional: `system`, an
-instruction before the question; `answers`, every accepted answer, of which `assistant` is the first; and `meta` of the
-example. Any other line is refused with file, line, field, value and what was expected. docs/reference/file-formats.md and
+`images` are paths relative to DIR/images. A turn without pictures has an empty list or none. Optional fields: `system`,
+an instruction before the question; `answers`, all accepted answers, of which `assistant` is the first; and `meta` of
+the example. Any other line raises DataError with file, line, field, value and what was expected. docs/data.md and
 workflow/schemas/conversations.schema.json describe the format.
 """
 
@@ -19,36 +19,36 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 MAX_LINE_BYTES = 8 * 2**20
-"""A longer line is refused without being held in memory: no conversation has megabytes of text."""
+"""Longest line in bytes. Longer lines are rejected without reading them into memory."""
 
 CONTROL_TOKEN = re.compile(
     r"<\|(?:user|assistant|system|end|endoftext|image|image_\d+|placeholder\d+)\|>|<s>|</s>|<unk>"
 )
-"""The model's own marks. In a text they would end an answer, open a turn or stand for a picture that is not there."""
+"""The model's control tokens. In a text, they would end an answer, start a turn or refer to a missing picture."""
 
 _TURN_KEYS = {"images", "system", "user", "assistant", "answers"}
 _RECORD_KEYS = {"id", "source", "conversations", "meta"}
 
 
 class DataError(ValueError):
-    """Data that must not get in; the message names file, row, field, value and what was expected."""
+    """Invalid data. The message names the file, row, field, value, and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question and its answer, with the pictures that come with the question."""
+    """A question with its pictures, and its answer."""
 
     images: tuple[str, ...]
     user: str
     assistant: str
     answers: tuple[str, ...] = ()
-    """All accepted answers, `assistant` first; empty when there is only that one."""
+    """All accepted answers, `assistant` first. Empty if `assistant` is the only one."""
     system: str = ""
-    """A system message before the question; empty: none."""
+    """System message before the question. Empty: none."""
 
     @property
     def accepted(self) -> tuple[str, ...]:
-        """The answers an evaluation accepts."""
+        """The answers that evaluation accepts."""
         return self.answers or (self.assistant,)
 
 
@@ -60,7 +60,7 @@ class Conversation:
     source: str
     turns: tuple[Turn, ...]
     meta: dict[str, str] = field(default_factory=dict)
-    """What the source says of it, such as a category."""
+    """Attributes of the example in the source, such as a category."""
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -68,14 +68,15 @@ class Conversation:
         return tuple(image for turn in self.turns for image in turn.images)
 
 
-def shown(value: object) -> str:
-    """A value for a message: its repr, cut to 80 characters."""
+def quoted(value: object) -> str:
+    """The repr of a value, cut to 80 characters, for messages."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def image_path_problem(path: object) -> str | None:
-    """What is wrong with an image path, or None: it must stay inside the images folder whatever the system."""
+    """What an image path is expected to be, or None if it is valid. It must stay inside the images folder on any
+    system."""
     if type(path) is not str:
         return "a string"
     if not path or path[0] == "/" or "\\" in path or "\0" in path or "\n" in path or ":" in path[1:2]:
@@ -101,7 +102,7 @@ def _surrogate_problem(text: str) -> str | None:
 
 
 def text_problem(text: object, empty: bool = False) -> str | None:
-    """What is wrong with a text, or None. `empty`: whether blank text is allowed."""
+    """What a text is expected to be, or None if it is valid. empty: whether blank text is allowed."""
     if type(text) is not str:
         return "a string"
     if not empty and (not text or text.isspace()):
@@ -119,7 +120,9 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values = dict(pairs)
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {shown(next(key for key in keys if keys.count(key) > 1))} is given twice")
+        raise ValueError(
+            f"key {quoted(next(key for key in keys if keys.count(key) > 1))} appears twice; expected each key once"
+        )
     return values
 
 
@@ -127,17 +130,17 @@ _decode = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_uniqu
 
 
 def decode_line(line: bytes) -> Any:
-    """The JSON value of a line. Raises ValueError that names the fault."""
+    """The JSON value of a line. Raises ValueError that describes the problem."""
     if line[:3] == b"\xef\xbb\xbf":
-        raise ValueError("a byte order mark; expected UTF-8 without one")
+        raise ValueError("got a byte order mark; expected UTF-8 without one")
     if b"\r" in line:
-        raise ValueError("a carriage return; expected lines that end in \\n alone")
+        raise ValueError("got a carriage return; expected lines that end in \\n only")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is not UTF-8") from None
+        raise ValueError(f"byte {error.start} is not UTF-8; expected UTF-8 text") from None
     if not text or text.isspace():
-        raise ValueError("an empty line; expected one JSON object a line")
+        raise ValueError("got an empty line; expected one JSON object per line")
     try:
         return _decode(text)
     except RecursionError:
@@ -150,12 +153,12 @@ def _text_field_problem(values: dict[str, Any], key: str, field: str, empty: boo
     if key not in values:
         return f"field `{field}`: missing; expected a string"
     expected = text_problem(values[key], empty)
-    return f"field `{field}`: got {shown(values[key])}; expected {expected}" if expected else None
+    return f"field `{field}`: got {quoted(values[key])}; expected {expected}" if expected else None
 
 
 def _turn_problem(where: str, turn: object, unlabelled: bool) -> str | None:
     if type(turn) is not dict:
-        return f"field `{where}`: got {shown(turn)}; expected an object"
+        return f"field `{where}`: got {quoted(turn)}; expected an object"
     for key in turn.keys() - _TURN_KEYS:
         return f"field `{where}.{key}`: unknown; expected images, system, user, assistant, answers"
     for key in ("user", "assistant", *(["system"] if "system" in turn else [])):
@@ -163,50 +166,52 @@ def _turn_problem(where: str, turn: object, unlabelled: bool) -> str | None:
             return problem
     images = turn.get("images", [])
     if type(images) is not list:
-        return f"field `{where}.images`: got {shown(images)}; expected a list of paths"
+        return f"field `{where}.images`: got {quoted(images)}; expected a list of paths"
     for index, path in enumerate(images):
         if expected := image_path_problem(path):
-            return f"field `{where}.images[{index}]`: got {shown(path)}; expected {expected}"
+            return f"field `{where}.images[{index}]`: got {quoted(path)}; expected {expected}"
     if "answers" in turn:
         answers = turn["answers"]
         if type(answers) is not list or not answers:
-            return f"field `{where}.answers`: got {shown(answers)}; expected a list of accepted answers"
+            return f"field `{where}.answers`: got {quoted(answers)}; expected a list of accepted answers"
         for index, answer in enumerate(answers):
             if expected := text_problem(answer):
-                return f"field `{where}.answers[{index}]`: got {shown(answer)}; expected {expected}"
+                return f"field `{where}.answers[{index}]`: got {quoted(answer)}; expected {expected}"
         if answers[0] != turn["assistant"]:
-            expected = f"the assistant's answer, {shown(turn['assistant'])}"
-            return f"field `{where}.answers[0]`: got {shown(answers[0])}; expected {expected}"
+            expected = f"the assistant's answer, {quoted(turn['assistant'])}"
+            return f"field `{where}.answers[0]`: got {quoted(answers[0])}; expected {expected}"
     return None
 
 
 def record_problem(record: object, unlabelled: bool = False) -> str | None:
-    """What is wrong with a decoded line (first field that is wrong), or None. unlabelled: answers may be empty."""
+    """The first problem of a decoded line, or None. unlabelled: answers may be empty."""
     if type(record) is not dict:
-        return f"got {shown(record)}; expected an object"
+        return f"got {quoted(record)}; expected an object"
     for key in record.keys() - _RECORD_KEYS:
         return f"field `{key}`: unknown; expected id, source, conversations, meta"
     for key in ("id", "source"):
         if problem := _text_field_problem(record, key, key):
             return problem
         if "\n" in record[key]:
-            return f"field `{key}`: got {shown(record[key])}; expected no line break"
+            return f"field `{key}`: got {quoted(record[key])}; expected no line break"
     meta = record.get("meta", {})
     if type(meta) is not dict or any(text_problem(value, empty=True) for value in meta.values()):
-        return f"field `meta`: got {shown(meta)}; expected an object of texts"
+        return f"field `meta`: got {quoted(meta)}; expected an object whose values are strings"
     turns = record.get("conversations")
     if type(turns) is not list or not turns:
-        return f"field `conversations`: got {shown(turns)}; expected a list of turns"
+        return f"field `conversations`: got {quoted(turns)}; expected a list of turns"
     return next(
         filter(None, (_turn_problem(f"conversations[{k}]", turn, unlabelled) for k, turn in enumerate(turns))), None
     )
 
 
 def parse_line(line: bytes, where: str, unlabelled: bool = False) -> Conversation:
-    """One line (with or without its line end) as a Conversation. Raises DataError; `where` (file:line) comes first in
-    its message. unlabelled: answers may be empty."""
+    """Parses one line, with or without its line end. Raises DataError that starts with `where` (file:line).
+
+    unlabelled: answers may be empty.
+    """
     if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"{where}: {len(line)} bytes; expected a line of at most {MAX_LINE_BYTES}")
+        raise DataError(f"{where}: got {len(line)} bytes; expected a line of at most {MAX_LINE_BYTES}")
     try:
         record = decode_line(line)
     except ValueError as error:
@@ -217,7 +222,7 @@ def parse_line(line: bytes, where: str, unlabelled: bool = False) -> Conversatio
 
 
 def parse_record(record: dict[str, Any]) -> Conversation:
-    """A decoded line that has no problem."""
+    """Parses a decoded line that has no problem."""
     turns = (
         Turn(
             tuple(turn.get("images", ())),
@@ -232,7 +237,8 @@ def parse_record(record: dict[str, Any]) -> Conversation:
 
 
 def raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes) of a jsonl; of an overlong line only the first MAX_LINE_BYTES + 1 bytes are held."""
+    """(line number from 1, bytes) of a JSONL file. Reads at most MAX_LINE_BYTES + 1 bytes of a line that is too
+    long."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -243,18 +249,21 @@ def raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def read_conversations(path: str | Path, unlabelled: bool = False) -> Iterator[Conversation]:
-    """Every example of a jsonl, one at a time. Raises DataError at the first wrong line, and when there is none at
-    all. unlabelled: answers may be empty."""
+    """Yields the examples of a JSONL file. Raises DataError at the first invalid line, and if there is no line.
+
+    unlabelled: answers may be empty.
+    """
     number = 0
     with open(path, "rb") as file:
         for number, line in raw_lines(file):
             yield parse_line(line, f"{path}:{number}", unlabelled)
     if not number:
-        raise DataError(f"{path}: empty; expected one JSON object a line")
+        raise DataError(f"{path}: empty; expected one JSON object per line")
 
 
 def format_line(conversation: Conversation, unlabelled: bool = False) -> bytes:
-    """A line of the jsonl with its line end: fields in one order, text as UTF-8, so equal examples are equal bytes.
+    """A line of the JSONL file with its line end. Field order and encoding are fixed, so equal examples give equal
+    bytes.
 
     unlabelled: answers may be empty. Raises DataError.
     """
@@ -269,15 +278,15 @@ def format_line(conversation: Conversation, unlabelled: bool = False) -> bytes:
     if conversation.meta:
         record["meta"] = conversation.meta
     if problem := record_problem(record, unlabelled):
-        raise DataError(f"example {shown(conversation.id)}: {problem}")
+        raise DataError(f"example {quoted(conversation.id)}: {problem}")
     return json.dumps(record, ensure_ascii=False, separators=(", ", ": ")).encode("utf-8") + b"\n"
 
 
 def prompt_text(turn: Turn, first_image: int = 1) -> str:
-    """The turn up to where the answer starts, as Phi-3-vision's chat template writes it, after its system message.
+    """The text of a turn up to the start of the answer, as in Phi-3-vision's chat template.
 
-    A mark for each picture stands on its own line before the text. first_image: number of the turn's first picture;
-    pictures are numbered over the whole conversation.
+    Starts with the system message. A mark for each picture is on its own line before the text. first_image: number of
+    the turn's first picture. Pictures are numbered over the whole conversation.
     """
     marks = "".join(f"<|image_{first_image + index}|>\n" for index in range(len(turn.images)))
     system = f"<|system|>\n{turn.system}<|end|>\n" if turn.system else ""
@@ -285,5 +294,5 @@ def prompt_text(turn: Turn, first_image: int = 1) -> str:
 
 
 def answer_text(turn: Turn) -> str:
-    """The answer with the marks that end it (recipe)."""
+    """The answer and the marks that end it (recipe)."""
     return f"{turn.assistant}<|end|>\n<|endoftext|>"

@@ -1,7 +1,7 @@
-"""Converting sources to a data folder: images/, the conversations jsonl of each split, dataset.json last.
+"""Converts sources to a data folder: images/, one JSONL file of conversations per split, and dataset.json last.
 
-Everything is made in a hidden folder beside its final place and moved there at the end, so an interrupted conversion
-leaves the old content. Equal sources give equal bytes.
+All files are written to a hidden folder and moved to their final place at the end, so an interrupted conversion leaves
+the previous content intact. Equal sources give equal bytes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from phi3v.data.conversations import (
     Turn,
     format_line,
     image_path_problem,
+    quoted,
     read_conversations,
-    shown,
 )
 from phi3v.data.fetch import FAILURES, fetch_urls, locked_files, url_file
 from phi3v.data.folder import LENGTHS, Description, SplitEntry, describe, record_picture
@@ -44,13 +44,13 @@ from phi3v.settings import CONVERTER_VERSION, FORMAT_OPTIONS, Dataset, Division,
 
 OnError = Literal["stop", "skip"]
 Pages = Iterator[Callable[[], list[StoredPicture]]]
-"""What waits for the pages of each picture of a row, or decodes them."""
+"""Functions that return the decoded pages of each picture of a row, some after waiting for a thread."""
 
 SMALL_BYTES = 2**14
-"""Handing a picture of fewer bytes to a thread takes longer than decoding it."""
+"""Pictures with fewer bytes are decoded without a thread, because starting it takes longer."""
 
 MAX_NAME_BYTES = 255
-"""Of a file or folder on nearly every file system."""
+"""Longest name of a file or folder on nearly every file system."""
 
 _MARK = ".converted"
 """Marker file: the converter wrote images/ and the jsonl beside it and may overwrite them."""
@@ -58,26 +58,26 @@ _MARK = ".converted"
 
 @dataclass(frozen=True)
 class SplitSource:
-    """Where one split comes from."""
+    """Source of one split."""
 
     format: str
     inputs: Inputs
     url: str
     revision: str | None
     sha256: str
-    """Of the source file, or of the listing of several."""
+    """Digest of the source file, or of the list of source files."""
     options: dict[str, OptionValue]
     rows: str = ":"
     first_turn: bool = False
-    """Only the first turn is kept."""
+    """Whether only the first turn is used."""
     urls: Path = Path()
-    """Cache of the files that URLs in rows were fetched to."""
+    """Folder of the files that were downloaded from URLs in rows."""
     chosen: tuple[Division, str] | None = None
-    """How the rows are divided, and the part that is taken."""
+    """The division of the rows, and the name of the part to use."""
 
     @property
     def samples(self) -> Iterator[tuple[int, Sample | Rejection]]:
-        """(place in the source, sample) of the rows that are taken."""
+        """(row number in the source, sample) of the selected rows."""
         rows = row_slice(self.rows)
         found = itertools.islice(enumerate(FORMATS[self.format](self.inputs)), rows.start, rows.stop)
         parts = divide(self.format, self.inputs, self.chosen[0], rows) if self.chosen else itertools.repeat("")
@@ -89,7 +89,7 @@ class SplitSource:
             yield number, sample
 
     def origin(self) -> dict[str, object]:
-        """What dataset.json states of it."""
+        """The description of the source in dataset.json."""
         return {
             "format": self.format,
             "url": self.url,
@@ -108,13 +108,14 @@ def row_slice(rows: str) -> slice:
 
 
 def divide(format_name: str, inputs: Inputs, how: Division, taken: slice = slice(None)) -> list[str]:
-    """The split of each row: whole groups, in an order that the seed decides, until a split has its share.
+    """The split of each row: whole groups, in an order that the seed determines, until a split has its share.
 
-    Each label (of a group's first row) is shared out by itself, and what rounding leaves goes to the next one; a share
-    that is smaller than every group still gets one. Raises DataError for a format without columns or an unknown column.
+    Each label (of a group's first row) is divided separately, and rounding remainders carry over to the next label. A
+    share smaller than every group still gets one group. Raises DataError for a format without columns or an unknown
+    column.
     """
     if format_name not in ROWS:
-        raise DataError(f"split: format {format_name} has splits of its own; expected one of {', '.join(ROWS)}")
+        raise DataError(f"split: format {format_name} defines its own splits; expected one of {', '.join(ROWS)}")
     group_of, of_row = dict[str, int](), list[int]()
     sizes, labels = list[int](), list[str]()
     for place, (where, _, row) in enumerate(itertools.islice(ROWS[format_name](inputs), taken.start, taken.stop)):
@@ -149,25 +150,28 @@ def divide(format_name: str, inputs: Inputs, how: Division, taken: slice = slice
         if part not in parts and len(spare) > 1:
             parts[min(spare, key=lambda group: sizes[group])] = part
     if how.group and len(set(parts)) < 2:
-        raise DataError(f"{inputs.root}: split.group: column `{how.group}` has {len(sizes)} values; expected more")
+        raise DataError(
+            f"{inputs.root}: split.group: column `{how.group}` has {len(sizes)} different values, too few to divide; "
+            "expected more"
+        )
     return [parts[group] for group in of_row]
 
 
 def jsonl_name(format_name: str, split: str) -> str:
-    """File name of a split; UCF-101's is the recipe's."""
+    """File name of a split. UCF-101 uses the recipe's name."""
     return f"ucf101_{split}.jsonl" if format_name == "ucf101" else f"{split}.jsonl"
 
 
 @dataclass
 class OwnIds:
-    """Ids that the source gives its rows, made unique over all splits of the folder."""
+    """Makes the ids in the source unique over all splits of the folder."""
 
     others: list[Path]
-    """Splits that stay."""
+    """JSONL files of other splits that stay in the folder."""
     counts: dict[str, int] | None = None
 
     def unique(self, name: str, split: str) -> str:
-        """The id itself; if another row has it, with the split in front, and then numbered."""
+        """The id itself. If it is already in use, the id with the split as prefix, then also with a number."""
         if self.counts is None:
             self.counts = {example.id: 1 for path in self.others for example in read_conversations(path)}
         uses = self.counts[name] = self.counts.get(name, 0) + 1
@@ -178,7 +182,7 @@ class OwnIds:
 
 @dataclass
 class SplitWriter:
-    """Writes the pictures of a split under images/SPLIT of the working folder, and makes its lines."""
+    """Writes the pictures of a split to images/SPLIT of the working folder, and formats its lines."""
 
     split: str
     source: SplitSource
@@ -187,12 +191,12 @@ class SplitWriter:
     written: int = 0
     warnings: list[str] = field(default_factory=list)
     of_row: dict[Path, bytes] = field(default_factory=dict)
-    """Files of the row under way, and their content."""
+    """Files of the current row, and their contents."""
     folders: set[Path] = field(default_factory=set)
-    """Folders that are there."""
+    """Folders that already exist."""
 
     def forget_row(self) -> None:
-        """The row under way is not taken: remove its pictures."""
+        """Removes the pictures of the current row, which is rejected."""
         for path in self.of_row:
             path.unlink()
         self.written -= len(self.of_row)
@@ -200,18 +204,18 @@ class SplitWriter:
     def read(self, picture: Picture, where: str) -> list[StoredPicture]:
         """The decoded pages of a picture. Raises DataError."""
         data = self._fetched(picture.data, where) if isinstance(picture.data, str) else picture.data
-        asked = self.source.inputs.options
-        options = PictureOptions(asked.pixel_range, asked.max_pixels, asked.dpi)
+        given = self.source.inputs.options
+        options = PictureOptions(given.pixel_range, given.max_pixels, given.dpi)
         try:
             return read_pictures(data, where, options, picture.page, picture.decoded)
         except DataError as error:
             if not (isinstance(picture.data, str) and isinstance(data, Path)):
                 raise
-            # Of a fetched picture the row's URL says which one it is, not the cache's name.
+            # For a downloaded picture, name its URL, not the file name in the cache.
             raise DataError(str(error).replace(data.name, picture.data)) from None
 
     def line(self, number: int, sample: Sample | Rejection, pages: Pages) -> bytes:
-        """The line of a sample, its pictures written. Raises DataError."""
+        """Writes the pictures of a sample and returns its line. Raises DataError."""
         if isinstance(sample, Rejection):
             raise DataError(f"{sample.where}: {sample.reason}")
         inputs, place, turns = self.source.inputs, 0, []
@@ -227,7 +231,7 @@ class SplitWriter:
         return format_line(Conversation(name, inputs.source, tuple(turns), sample.meta), inputs.options.unlabelled)
 
     def write(self, picture: Picture, pages: list[StoredPicture], number: int, place: int, where: str) -> list[str]:
-        """Store the pages of a picture and return their paths relative to images/. Raises DataError.
+        """Writes the pages of a picture and returns their paths relative to images/. Raises DataError.
 
         number, place: source row and position in it, for the picture's name.
         """
@@ -243,12 +247,12 @@ class SplitWriter:
             if stored.warning:
                 self.warnings.append(f"{where}: {stored.warning}")
             try:
-                with open(target, "xb") as file:  # a copy: saving over the original must not change converted data
+                with open(target, "xb") as file:  # a copy, so that editing the original does not change converted data
                     file.write(stored.data)
             except FileExistsError:
                 if target.read_bytes() != stored.data:
                     raise DataError(
-                        f"{where}: picture {shown(path)}: another picture has this name; expected different names"
+                        f"{where}: picture {quoted(path)}: another picture has the same name; expected unique names"
                     ) from None
             else:
                 self.written += 1
@@ -259,12 +263,12 @@ class SplitWriter:
         path = url_file(self.source.urls, url)
         if not path.is_file():
             reason = self.failures.get(url, "run scripts/download.py again")
-            raise DataError(f"{where}: picture {url}: not fetched: {reason}")
+            raise DataError(f"{where}: picture {url}: not downloaded: {reason}")
         return path
 
     @functools.cached_property
     def failures(self) -> dict[str, str]:
-        """Reasons of the URLs that could not be fetched, read once: there may be hundreds of thousands."""
+        """Reasons of failed downloads. Read once, because there may be hundreds of thousands."""
         path = self.source.urls / FAILURES
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -275,16 +279,16 @@ class SplitWriter:
         path = f"{self.split}/{name}"
         longest = max(len(part.encode()) for part in path.split("/"))
         if expected := image_path_problem(path) or (
-            longest > MAX_NAME_BYTES and f"at most {MAX_NAME_BYTES} bytes a part"
+            longest > MAX_NAME_BYTES and f"at most {MAX_NAME_BYTES} bytes per part of the path"
         ):
-            raise DataError(f"{where}: picture name {shown(path)}; expected {expected}")
+            raise DataError(f"{where}: picture name {quoted(path)}; expected {expected}")
         return path
 
 
 def _read_ahead(source: SplitSource, writer: SplitWriter) -> Iterator[tuple[int, Sample | Rejection, Pages]]:
-    """(row number, sample, its pictures' pages) in order; threads decode the pictures of the next samples meanwhile.
+    """(row number, sample, pages of its pictures) in order, while threads decode the pictures of the next samples.
 
-    Decoding leaves Python's lock, so threads serve; two samples a thread keep memory flat.
+    Decoding releases the GIL, so threads run in parallel. Two samples per thread limit the memory.
     """
     waiting: deque[tuple[int, Sample | Rejection, Pages]] = deque()
 
@@ -310,7 +314,7 @@ def _convert_split(
     name = jsonl_name(source.format, split)
     examples, rejected, bare, digest, first_reason = 0, 0, 0, hashlib.sha256(), ""
     writer = SplitWriter(split, source, work / "images", ids)
-    # A bar on a terminal, a line every half minute in a log.
+    # A progress bar on a terminal, a line every 30 seconds in a log.
     delay, pause = (0.0, 0.1) if sys.stderr.isatty() else (30.0, 30.0)
     with open(work / name, "wb") as file, open(work / f"{split}.sha256", "w", encoding="utf-8") as record:
         for number, sample, pages in tqdm(
@@ -322,8 +326,9 @@ def _convert_split(
                 reason = str(error).removeprefix(f"{sample.where}: ")
                 if on_error == "stop":
                     raise DataError(
-                        f"{split}: {sample.where}: {reason}\n--on-error skip leaves such rows out, and lists them in "
-                        "rejected.jsonl"
+                        f"{split}: {sample.where}: {reason}\nTo skip such rows and list them in rejected.jsonl, use "
+                        "--on-error "
+                        "skip, or `on_error: skip` in the dataset's entry"
                     ) from None
                 writer.forget_row()
                 rejected += 1
@@ -344,13 +349,14 @@ def _convert_split(
         _log(log, split, file_name, reason)
     if not examples:
         raise DataError(
-            f"{split}: {source.url}: no example ({rejected} rows rejected, rows {source.rows!r}); expected at least one"
-            f"{first_reason}"
+            f"{split}: {source.url}: got no valid example ({rejected} rows rejected, rows {source.rows!r}); expected "
+            "at "
+            f"least one{first_reason}"
         )
     without = f"; {bare} examples without a picture" if bare else ""
     print(f"{split}: {examples} examples, {writer.written} pictures, {rejected} rejected{without}", file=sys.stderr)
     for what, notes in (
-        ("files not taken", [f"{file}: {reason}" for file, reason in untaken]),
+        ("files skipped", [f"{file}: {reason}" for file, reason in untaken]),
         ("pictures with a warning", writer.warnings),
     ):
         if notes:
@@ -363,7 +369,7 @@ def _convert_split(
 
 
 def _log(log: TextIO, split: str, where: str, reason: str) -> None:
-    """A line of rejected.jsonl."""
+    """Writes a line of rejected.jsonl."""
     log.write(json.dumps({"split": split, "where": where, "reason": reason}, ensure_ascii=False) + "\n")
 
 
@@ -375,16 +381,16 @@ def convert(
     on_error: OnError = "stop",
     keep_other_splits: bool = False,
 ) -> Description:
-    """Convert splits into output_dir and return dataset.json's content.
+    """Converts splits to output_dir and returns the content of dataset.json.
 
     facts: how the examples train and are scored, for dataset.json.
-    on_error: "stop" at the first row that cannot be taken, or "skip" it: it is listed in rejected.jsonl and counted.
-    keep_other_splits: splits already there stay (conversion of one split by hand); else they go.
-    Raises DataError, or OSError (a full disk): then nothing of the output folder has changed.
+    on_error: "stop" at the first row that cannot be converted, or "skip" it, list it in rejected.jsonl and count it.
+    keep_other_splits: keep the splits that already exist (conversion of one split by hand). Otherwise they are removed.
+    Raises DataError, or OSError (a full disk). The output folder is then unchanged.
     """
     for split in splits:
         if image_path_problem(split) or "/" in split:
-            raise DataError(f"split: got {split!r}; expected a name that a folder can have")
+            raise DataError(f"split: got {split!r}; expected a valid folder name")
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(output_dir, {split: jsonl_name(source.format, split) for split, source in splits.items()})
@@ -421,14 +427,14 @@ def convert(
 
 
 def _refuse_foreign(output_dir: Path, names: dict[str, str]) -> None:
-    """Raise DataError for content that the converter did not write and would replace."""
+    """Raises DataError for existing content that the converter did not write and would replace."""
     if (output_dir / _MARK).exists():
         return
     for split, name in names.items():
         for path in (output_dir / name, output_dir / "images" / split, output_dir / "dataset.json"):
             if path.exists() or path.is_symlink():
                 raise DataError(
-                    f"{path}: exists, and the converter did not write it; expected a new or empty output folder"
+                    f"{path}: exists, but the converter did not write it; choose a new or empty output folder"
                 )
 
 
@@ -457,9 +463,11 @@ def _digest(listing: list[list[str | int]]) -> str:
 
 
 def dataset_sources(name: str, dataset: Dataset, source_dir: str | Path, workers: int = 2) -> dict[str, SplitSource]:
-    """Each split of an entry, from what scripts/download.py fetched into source_dir. Raises DataError."""
+    """The source of each split of an entry, from the downloads in source_dir. Raises DataError."""
     sources: dict[str, SplitSource] = {}
-    locked = functools.cache(functools.partial(locked_files, source_dir))  # local files are read whole to compare them
+    locked = functools.cache(
+        functools.partial(locked_files, source_dir)
+    )  # local files are read completely to compare them
     for split, entry in dataset.splits.items():
         folder, files, lock = locked(entry.url, entry.revision)
         digest = _digest([[file.path, file.size, file.sha256] for file in lock.files])
@@ -481,7 +489,7 @@ def dataset_sources(name: str, dataset: Dataset, source_dir: str | Path, workers
 
 
 def fetch_pictures(sources: dict[str, SplitSource], workers: int = 8) -> None:
-    """Fetch the pictures whose URLs stand in rows into the cache of their source; what fails is printed and listed.
+    """Downloads the pictures whose URLs are in rows to the cache of their source. Prints and records failures.
 
     Raises DataError for rows without the columns, OSError if the disk is full.
     """
@@ -497,7 +505,8 @@ def fetch_pictures(sources: dict[str, SplitSource], workers: int = 8) -> None:
     if urls:
         files, failures = fetch_urls(urls, cache, limit, workers)
         few = "".join(f"\n  {url}: {reason}" for url, reason in list(failures.items())[:5])
-        print(f"{len(files)} pictures of rows fetched, {len(failures)} not ({cache / FAILURES}){few}", file=sys.stderr)
+        failed = f"{len(failures)} failed ({cache / FAILURES})"
+        print(f"downloaded {len(files)} pictures from URLs in rows, {failed}{few}", file=sys.stderr)
 
 
 def convert_dataset(
@@ -508,9 +517,9 @@ def convert_dataset(
     on_error: OnError | None = None,
     workers: int = 2,
 ) -> Description:
-    """Convert an entry of a datasets file from what scripts/download.py fetched. Raises DataError.
+    """Converts an entry of a datasets file from the downloads in source_dir. Raises DataError.
 
-    on_error: None: as the entry states.
+    on_error: None uses the entry's setting.
     """
     facts: Description = {"turns": dataset.turns, "metric": dataset.metric, "num_crops": dataset.num_crops}
     if len(dataset.metrics) > 1:
@@ -538,11 +547,11 @@ def convert_files(
     on_error: OnError = "stop",
     workers: int = 2,
 ) -> Description:
-    """Convert a file or folder by hand into one split; other splits of output_dir stay. Raises DataError."""
+    """Converts a file or folder to one split. Other splits of output_dir stay. Raises DataError."""
     name, given = name or Path(output_dir).resolve().name, dict(options or {})
     entry = validate(Split, {"url": str(source), "format": format_name, "rows": rows, "options": given}, "command line")
     if not source.exists():
-        raise DataError(f"--input: {source}: no such file or folder")
+        raise DataError(f"--input: {source}: no such file or folder; expected a table, JSON file, archive or folder")
     if source.is_dir():
         root, files = source, sorted(path for path in source.rglob("*") if path.is_file())
         digest = _digest([[path.relative_to(root).as_posix(), path.stat().st_size] for path in files])

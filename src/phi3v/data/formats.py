@@ -1,7 +1,7 @@
-"""Formats of people's own files: what a source's rows mean, as samples. FORMATS lists the names for `format`.
+"""Formats of users' files: converts the rows of a source to samples. FORMATS lists the names for `format`.
 
-Tables and image folders map columns to the roles of a question; `messages` reads the chats of other trainers;
-`conversations` is this package's own jsonl. The recipe's formats are in phi3v.data.recipe.
+Tables and image folders map columns to the roles of a question. `messages` reads chats in the formats of other
+trainers. `conversations` is this package's own JSONL. The recipe's formats are in phi3v.data.recipe.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from phi3v.data import recipe
-from phi3v.data.conversations import DataError, parse_record, record_problem, shown
+from phi3v.data.conversations import DataError, parse_record, quoted, record_problem
 from phi3v.data.fetch import PROTOCOLS
 from phi3v.data.pictures import picture_problem, picture_suffixes, sample_frames
 from phi3v.data.recipe import Samples, classes_prompt
@@ -48,42 +48,42 @@ SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "system": "system",
     "developer": "system",
 }  # fmt: skip
-"""Who speaks, by the `from` or `role` of a message."""
+"""Speaker by the `from` or `role` of a message."""
 
 ROLES = {
     "image": ("image", "images"), "video": ("video", "videos"), "question": ("question",), "answer": ("answer",),
     "answers": ("answers",), "options": (), "system": ("system",), "id": ("id",), "page": ("page",),
     "meta": (), "messages": ("messages", "conversations", "conversation"),
 }  # fmt: skip
-"""What a column can be, and the columns that are it without being named."""
+"""Roles of columns, and the column names that have a role by default."""
 
 QUESTION_ROLES = tuple(role for role in ROLES if role != "messages")
 
 INSTEAD = {"image": "video", "answer": "answers"}
-"""A column that serves where a needed one is missing."""
+"""Role that can replace a required role."""
 
 PEEK = 20
-"""Rows whose columns decide what `columns` may name."""
+"""Number of first rows whose columns `columns` can name."""
 
 MAX_PATH = 4096
-"""A longer text in an image column is a picture in base64."""
+"""Longest path. A longer text in an image column is a picture in base64."""
 
 
 @functools.lru_cache(maxsize=4096)
 def _key(keys: tuple[str, ...], name: str) -> str | None:
-    """The key that is a name, in any case; rows of a source have the same few lists of keys."""
+    """The key that matches a name, ignoring case. Cached, because rows of a source share a few lists of keys."""
     folded = name.strip().casefold()
     return name if name in keys else next((key for key in keys if key.strip().casefold() == folded), None)
 
 
 @functools.lru_cache(maxsize=4096)
 def _there(keys: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
-    """The names that are keys or lead into one."""
+    """The names that are keys, or start with a key and a dot."""
     return [name for name in names if {_key(keys, name), _key(keys, name.partition(".")[0])} != {None}]
 
 
 def column(row: Row, name: str) -> object:
-    """The value of a column, in any case; dots lead into objects. Raises KeyError."""
+    """The value of a column, ignoring case. Dots lead into objects. Raises KeyError."""
     if (key := _key(tuple(row), name)) is not None:
         return row[key]
     first, _, rest = name.partition(".")
@@ -94,9 +94,9 @@ def column(row: Row, name: str) -> object:
 
 
 def as_text(value: object) -> str:
-    """A cell as text: numbers and objects as JSON with sorted keys, nothing as "".
+    """A cell as text: numbers and objects as JSON with sorted keys, a missing value as "".
 
-    Dates and decimals of parquet files are written as ISO 8601 and with all their digits.
+    Dates of parquet files become ISO 8601, and decimals keep all their digits.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -109,18 +109,18 @@ def as_text(value: object) -> str:
 
 @dataclass(frozen=True)
 class Value:
-    """What a role holds: a column's value, or text with columns in it."""
+    """Value of a role: a column, or text that contains columns."""
 
     column: str
     pieces: tuple[tuple[str, str | None], ...] = ()
-    """(text, column behind it) of a template; empty: the column itself."""
+    """(text, column after it) of a template. Empty: the column itself."""
     others: tuple[str, ...] = ()
-    """Columns of a row that has nothing in the first."""
+    """Columns to try if the first is empty."""
     default: Value | None = None
-    """What a row without any of the columns has."""
+    """Value of a row that has none of the columns."""
 
     def find(self, row: Row) -> tuple[str, object]:
-        """(the column, its value): the first with something in it, else the first that the row has, else ("", None)."""
+        """(column, its value): the first column that is not empty, else the first that the row has, else ("", None)."""
         first: tuple[str, object] = ("", None)
         for name in _there(tuple(row), (self.column, *self.others)):
             with contextlib.suppress(KeyError):
@@ -131,7 +131,7 @@ class Value:
         return first
 
     def of(self, row: Row, where: str) -> object:
-        """The value of a row; None without the column. Raises DataError for a template with nothing to fill in."""
+        """The value for a row, or None without the column. Raises DataError if a column of a template is empty."""
         if not self.pieces:
             found, value = self.find(row)
             return value if found or not self.default else self.default.of(row, where)
@@ -153,8 +153,8 @@ def _value(source: str, role: str, known: list[str], where: str) -> Value:
 
     def refuse(name: str) -> DataError:
         return DataError(
-            f"{where}: columns.{role}: got {source!r}, and there is no column `{name}`; expected one of "
-            f"{', '.join(known)}, a text with columns in braces, or a constant text with a space in it{near(name, known)}"
+            f"{where}: columns.{role}: got {source!r}: no column `{name}`; expected one of {', '.join(known)}, a text "
+            f"with columns in braces, or a constant text that contains a space{near(name, known)}"
         )
 
     if is_column(source):
@@ -164,7 +164,9 @@ def _value(source: str, role: str, known: list[str], where: str) -> Value:
     try:
         pieces = tuple((text, name) for text, name, *_ in string.Formatter().parse(source))
     except ValueError as error:
-        raise DataError(f"{where}: columns.{role}: got {source!r}: {error}; write {{{{ and }}}} for braces") from None
+        raise DataError(
+            f"{where}: columns.{role}: got {source!r}: {error}; write literal braces as {{{{ and }}}}"
+        ) from None
     for _, name in pieces:
         if name is not None and not is_column(name):
             raise refuse(name)
@@ -176,9 +178,9 @@ def _value(source: str, role: str, known: list[str], where: str) -> Value:
 def _values(
     inputs: Inputs, rows: Rows, roles: Iterable[str], needed: Iterable[str], **given: Value
 ) -> tuple[dict[str, list[Value]], Rows]:
-    """(what each role holds, all rows): by the option `columns`, or by the columns' own names. Raises DataError.
+    """(values of each role, all rows): from the option `columns`, or from the column names. Raises DataError.
 
-    given: what a needed role holds if there is no such column.
+    given: value of a required role that has no column.
     """
     rows = iter(rows)
     first = list(itertools.islice(rows, PEEK))
@@ -202,28 +204,28 @@ def _values(
     for role in needed if known else ():
         if role not in there | inputs.options.columns.keys() and INSTEAD.get(role) not in there:
             raise DataError(
-                f"{where}: column `{role}`: missing; expected {', '.join(needed)}; got {', '.join(known)} (option "
-                f"`columns` says what they are: `{role}: NAME`{_hint(role, peeked)}){near(role, known)}"
+                f"{where}: column `{role}`: missing; expected {', '.join(needed)}; got {', '.join(known)} (assign them "
+                f"with option `columns`: `{role}: NAME`{_hint(role, peeked)}){near(role, known)}"
             )
     return found, itertools.chain(first, rows)
 
 
 def _hint(role: str, rows: list[Row]) -> str:
-    """What else may be meant by rows without a column."""
+    """A suggestion for rows that lack a required column."""
     row = rows[0]
     chats = [name for name in row if name.casefold() in ROLES["messages"]]
     if role == "messages":
-        return "; format `table` reads questions and answers"
+        return "; for questions and answers, use format `table`"
     if chats:
-        return f"; format `messages` reads the chats of `{chats[0]}`"
+        return f"; for the chats in `{chats[0]}`, use format `messages`"
     lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if lists and len(rows) == 1:
-        return f"; option `field: {lists[0]}` reads the list in it"
-    return ", or a text for every row" if role in ("question", "answer") else ""
+        return f"; to read the list in it, use option `field: {lists[0]}`"
+    return ", or a constant text for all rows" if role in ("question", "answer") else ""
 
 
 def _listed(value: object) -> object:
-    """A list that stands in a cell as JSON; any other value as it is."""
+    """Parses a list that is written as JSON in a cell. Returns any other value unchanged."""
     if isinstance(value, str) and value.startswith("["):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
@@ -231,8 +233,11 @@ def _listed(value: object) -> object:
 
 
 def pictures_of(inputs: Inputs, value: object, where: str, field: str = "image") -> list[Picture]:
-    """The pictures of a cell or a message's part: a path or several with `;` between, a URL, encoded bytes, base64,
-    an object that holds one of them, or a list. Raises DataError."""
+    """The pictures of a cell or of a message part. Raises DataError.
+
+    The value can be a path, several paths separated by `;`, a URL, encoded bytes, base64, an object that contains one
+    of these, or a list.
+    """
     if value is None or value == "" or value != value:
         return []
     if isinstance(value, Picture):
@@ -245,16 +250,16 @@ def pictures_of(inputs: Inputs, value: object, where: str, field: str = "image")
         for key in ("bytes", "image_url", "url", "image", "source", "data", "path", "file_name"):
             if value.get(key):
                 return pictures_of(inputs, f"data:;base64,{value[key]}" if key == "data" else value[key], where, field)
-        raise DataError(f"{where}: field `{field}`: got {shown(value)}; expected bytes, a path, a URL or base64")
+        raise DataError(f"{where}: field `{field}`: got {quoted(value)}; expected bytes, a path, a URL or base64")
     if not isinstance(value, str):
-        raise DataError(f"{where}: field `{field}`: got {shown(value)}; expected a string")
+        raise DataError(f"{where}: field `{field}`: got {quoted(value)}; expected a string")
     text = value.strip()
     scheme = re.match(r"([A-Za-z][\w+.-]*)://", text[:32])
     if scheme and scheme[1].lower() in PROTOCOLS:
         return [Picture(text)]
     if scheme and scheme[1] != "file":
         raise DataError(
-            f"{where}: field `{field}`: got {shown(text)}; expected a path, or {'://, '.join(PROTOCOLS)}://"
+            f"{where}: field `{field}`: got {quoted(text)}; expected a path, or {'://, '.join(PROTOCOLS)}://"
         )
     if inputs.only_urls and not text.startswith("["):
         return []
@@ -262,7 +267,7 @@ def pictures_of(inputs: Inputs, value: object, where: str, field: str = "image")
         try:
             return [Picture(base64.b64decode(text.rpartition(",")[2], validate=True))]
         except binascii.Error as error:
-            raise DataError(f"{where}: field `{field}`: got {shown(text)}: {error}; expected base64") from None
+            raise DataError(f"{where}: field `{field}`: got {quoted(text)}: {error}; expected base64") from None
     if isinstance(names := _listed(text), list):
         return pictures_of(inputs, names, where, field)
     if ";" not in text or (len(text) < 256 and (inputs.images_dir / text).is_file()):
@@ -275,7 +280,7 @@ def clip_frames(inputs: Inputs, value: object, where: str) -> list[list[Picture]
     clips = []
     for clip in pictures_of(inputs, value, where, "video"):
         if not isinstance(clip.data, Path):
-            raise DataError(f"{where}: field `video`: got {shown(clip.data)}; expected a path")
+            raise DataError(f"{where}: field `video`: got {quoted(clip.data)}; expected a path")
         frames = [] if inputs.only_urls else sample_frames(clip.data, inputs.options.frames)
         clips.append([Picture(data, f"{clip.name}.{index}.jpg", decoded=True) for index, data in enumerate(frames)])
     return clips
@@ -285,7 +290,7 @@ def _choices(options: object, answer: object, where: str) -> tuple[str, str]:
     """(the options as lettered lines, the letter of the answer). Raises DataError."""
     options = list(options.values()) if isinstance(options, dict) else _listed(options)
     if not isinstance(options, list) or not 2 <= len(options) <= 26:
-        raise DataError(f"{where}: field `options`: got {shown(options)}; expected a list of 2 to 26")
+        raise DataError(f"{where}: field `options`: got {quoted(options)}; expected a list of 2 to 26 options")
     texts = [as_text(option) for option in options]
     letters = string.ascii_uppercase[: len(texts)]
     lines = "".join(f"\n{letter}. {text}" for letter, text in zip(letters, texts, strict=True))
@@ -295,8 +300,8 @@ def _choices(options: object, answer: object, where: str) -> tuple[str, str]:
     if type(answer) is int and 0 <= answer < len(texts):
         return lines, letters[answer]
     if given and given.strip("().").upper() not in letters:
-        expected = f"one of the options, its letter or its number from 0 ({shown(texts)})"
-        raise DataError(f"{where}: field `answer`: got {shown(answer)}; expected {expected}")
+        expected = f"one of the options, its letter or its number from 0 ({quoted(texts)})"
+        raise DataError(f"{where}: field `answer`: got {quoted(answer)}; expected {expected}")
     return lines, given.strip("().").upper()
 
 
@@ -309,7 +314,7 @@ def _meta(values: dict[str, list[Value]], row: Row, where: str) -> dict[str, str
 
 
 def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[[str, int, Row], Sample]:
-    """How a row of roles becomes a sample of one turn."""
+    """Returns the function that converts a row with roles to a sample of one turn."""
 
     def build(where: str, number: int, row: Row) -> Sample:
         first = partial(_first, values, row, where)
@@ -318,9 +323,11 @@ def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[
             pictures += itertools.chain(*clip_frames(inputs, value.of(row, where), where))
         if inputs.only_urls:
             return Sample(where, "", (SampleTurn(tuple(pictures), "", ()),))
-        if page := as_text(first("page")).removesuffix(".0"):  # what programs make of numbers beside empty cells
+        if page := as_text(first("page")).removesuffix(
+            ".0"
+        ):  # pandas writes integers like this if the column has empty cells
             if not page.isdecimal():
-                raise DataError(f"{where}: field `page`: got {shown(page)}; expected a number from 1")
+                raise DataError(f"{where}: field `page`: got {quoted(page)}; expected a number from 1")
             pictures = [replace(picture, page=int(page)) for picture in pictures]
         question = some_text(as_text(first("question")), where, "question") + inputs.options.prompt_suffix
         answer = as_text(first("answer"))
@@ -332,8 +339,8 @@ def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[
         answers = tuple(dict.fromkeys(filter(None, [answer, *map(as_text, listed)])))
         if not answers and not inputs.options.unlabelled:
             raise DataError(
-                f"{where}: field `answer`: got {shown(first('answer'))}; expected some text (option `unlabelled` takes "
-                "rows without, for predictions)"
+                f"{where}: field `answer`: got {quoted(first('answer'))}; expected some text (to answer rows without "
+                "labels, set option `unlabelled`)"
             )
         turn = SampleTurn(tuple(pictures), question, answers, as_text(first("system")))
         return Sample(where, as_text(first("id")) or inputs.row_id(number), (turn,), _meta(values, row, where))
@@ -342,7 +349,7 @@ def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[
 
 
 def table(inputs: Inputs) -> Samples:
-    """Rows of CSV, TSV, JSON, jsonl, parquet, a hub or saved data set: columns image, question, answer, or `columns`."""
+    """Rows of CSV, TSV, JSON, JSONL, parquet, or a dataset: columns image, question, answer, or option `columns`."""
     needed = ("image", "question") if inputs.options.unlabelled else ("image", "question", "answer")
     values, rows = _values(inputs, read_rows(inputs), QUESTION_ROLES, needed)
     return each_row(rows, _build_question(inputs, values))
@@ -359,7 +366,7 @@ SPLIT_FOLDERS = ("train", "val", "validation", "valid", "dev", "test")
 
 
 def _metadata(inputs: Inputs, path: Path) -> Iterator[tuple[str, str, Row]]:
-    """(path of a picture, place for messages, row) of a metadata file of an image folder. Raises DataError."""
+    """(path of a picture, location for messages, row) of an image folder's metadata file. Raises DataError."""
     for where, _, row in read_rows(replace(inputs, files=[path], options=Options())):
         if isinstance(row, DataError):
             raise DataError(f"{where}: {row}")
@@ -367,16 +374,17 @@ def _metadata(inputs: Inputs, path: Path) -> Iterator[tuple[str, str, Row]]:
 
 
 def _beside(files: dict[str, list[Path]], picture: Path, suffix: str) -> Path | None:
-    """The file of a picture's name and another suffix: in its folder, or else the only one."""
+    """The file with a picture's name and another suffix: in the same folder, or the only one anywhere."""
     wanted = picture.with_suffix(suffix)
     return next((files[key][0] for key in (str(wanted), wanted.name) if len(files.get(key, [])) == 1), None)
 
 
 def folder_rows(inputs: Inputs) -> tuple[Rows, list[str]]:
-    """(a row for each picture of [SPLIT/][CLASS/]NAME, the classes). Raises DataError if there is no picture.
+    """(one row per picture in [SPLIT/][CLASS/]NAME, the classes). Raises DataError if there is no picture.
 
-    Columns: image, file_name, label (the class), those of metadata.csv or metadata.jsonl (whose file_name names the
-    picture), and what NAME.json and NAME.txt hold: `json`, its fields, and `text`. Other files go into inputs.untaken.
+    Columns: image, file_name, label (the class), the columns of metadata.csv or metadata.jsonl (whose file_name names
+    the picture), and the contents of NAME.json and NAME.txt: `json`, its fields, and `text`. Adds other files to
+    inputs.untaken.
     """
     names, extra, files = list[Path](), dict[str, Row](), dict[str, list[Path]]()
     untaken: dict[str, str] = {}
@@ -386,9 +394,9 @@ def folder_rows(inputs: Inputs) -> tuple[Rows, list[str]]:
             continue
         if path.stem == "metadata" and path.suffix in (*TABLES, ".jsonl", ".parquet"):
             for picture, where, found in _metadata(inputs, path):
-                extra[picture], untaken[picture] = found, f"{where} names it; no such picture"
+                extra[picture], untaken[picture] = found, f"listed in {where}, but there is no such picture"
         elif path.suffix in (".json", ".txt"):
-            untaken[str(name)] = "no picture of that name"
+            untaken[str(name)] = "no picture has this name"
             for key in {str(name), name.name}:
                 files.setdefault(key, []).append(name)
         elif path.suffix.lower() not in picture_suffixes() and (reason := picture_problem(path)):
@@ -405,7 +413,8 @@ def folder_rows(inputs: Inputs) -> tuple[Rows, list[str]]:
     chosen = sorted((label, name) for split, label, name in placed if split == wanted)
     if not chosen:
         raise DataError(
-            f"{inputs.root}: no pictures as NAME, CLASS/NAME or {inputs.split}/CLASS/NAME; {len(inputs.files)} files, "
+            f"{inputs.root}: no pictures; expected NAME, CLASS/NAME or {inputs.split}/CLASS/NAME; got "
+            f"{len(inputs.files)} files, "
             f"splits {', '.join(filter(None, sorted(splits))) or 'none'}"
         )
     for split, _, name in placed:
@@ -434,7 +443,7 @@ def folder_rows(inputs: Inputs) -> tuple[Rows, list[str]]:
 
 
 def imagefolder(inputs: Inputs) -> Samples:
-    """Pictures in folders: the class is the answer, unless `columns` or the metadata name another."""
+    """Pictures in folders. The class is the answer, unless `columns` or the metadata define another."""
     rows, classes = folder_rows(inputs)
     prompt = inputs.options.prompt or classes_prompt("image", ["{classes}"])
     prompt = prompt.replace("{classes}", ", ".join(classes))
@@ -446,7 +455,7 @@ def imagefolder(inputs: Inputs) -> Samples:
 
 MARK = re.compile("(<image>|<video>)")
 Part = tuple[str, list[Picture] | None]
-"""(text, None), or (a mark, the pictures that it stands for; None: the row's next)."""
+"""(text, None), or (mark, its pictures). None instead of pictures means the row's next picture."""
 
 
 def _message(inputs: Inputs, message: object, where: str, field: str) -> tuple[str, list[Part]]:
@@ -455,7 +464,7 @@ def _message(inputs: Inputs, message: object, where: str, field: str) -> tuple[s
     sharegpt = isinstance(message, dict) and "from" in message
     if kind is None or not isinstance(message, dict):
         key, expected = ("from", "human, gpt") if sharegpt else ("role", "user, assistant")
-        raise DataError(f"{where}: field `{field}.{key}`: got {shown(message)}; expected {expected} or system")
+        raise DataError(f"{where}: field `{field}.{key}`: got {quoted(message)}; expected {expected} or system")
     content = message.get("value") if message.get("value") is not None else message.get("content")
     if not isinstance(content, list):
         text = (
@@ -479,24 +488,25 @@ def _message(inputs: Inputs, message: object, where: str, field: str) -> tuple[s
             parts.append(("<video>", clips[0] if clips else None))
         else:
             raise DataError(
-                f"{where}: field `{field}.content[{place}]`: got {shown(part)}; expected type text, image, image_url or video"
+                f"{where}: field `{field}.content[{place}]`: got {quoted(part)}; expected type text, image, image_url "
+                "or video"
             )
     return kind, parts
 
 
 @dataclass
 class _Talk:
-    """The pictures of a chat that have no place yet, and how many have one."""
+    """Pictures of a chat that no turn has used yet, and the number of used ones."""
 
     images: deque[Picture]
     clips: deque[list[Picture]]
-    placed: int = 0
+    used: int = 0
 
     def turn(self, parts: list[Part], first: list[Picture]) -> tuple[list[Picture], str]:
-        """(pictures, text) of a question. Marks around the text go; one inside it becomes "image N", because the
-        pictures of a turn stand before its text."""
+        """(pictures, text) of a question. Removes marks around the text. A mark inside the text becomes "image N",
+        because the pictures of a turn come before its text."""
         pictures, text = first, ""
-        self.placed += len(first)
+        self.used += len(first)
         for piece, found in parts:
             if not MARK.fullmatch(piece):
                 text += piece
@@ -504,19 +514,20 @@ class _Talk:
             if found is None:
                 found = [self.images.popleft()] if piece == "<image>" else self.clips.popleft()
             pictures += found
-            self.placed += len(found)
-            # A text between marks holds none, so these stand for themselves alone.
-            text += f"<image>{self.placed}<image>" if piece == "<image>" else piece
+            self.used += len(found)
+            # Texts between marks contain no marks, so these temporary marks are unambiguous.
+            text += f"<image>{self.used}<image>" if piece == "<image>" else piece
         ends = r"(?:\s|<image>\d+<image>|<video>)+"
         text = re.sub(r"<image>(\d+)<image>", r"image \1", re.sub(rf"^{ends}|{ends}$", "", text))
         return pictures, text.replace("<video>", "") or "Describe what you see."
 
 
 def messages(inputs: Inputs) -> Samples:
-    """Chats: a list of {from, value} or {role, content}, with the pictures in columns image(s), video(s), or in parts.
+    """Chats: a list of {from, value} or {role, content}, with pictures in columns image(s), video(s), or in message
+    parts.
 
-    A message takes as many of the row's pictures as it has `<image>` marks or parts without a picture of their own;
-    pictures without a mark come first. A system message stays one, before the question that follows it.
+    A message uses one picture of the row for each `<image>` mark, or part without its own picture. Pictures without a
+    mark come first. A system message stays separate, before the next question.
     """
     roles = ("messages", "image", "video", "system", "id", "meta")
     values, rows = _values(inputs, read_rows(inputs), roles, ("messages",))
@@ -533,10 +544,10 @@ def messages(inputs: Inputs) -> Samples:
             listed = _listed(cell)
             if not isinstance(listed, list) or not listed:
                 raise DataError(
-                    f"{where}: field `{name or value.column}`: got {shown(listed)}; expected a list of messages"
+                    f"{where}: field `{name or value.column}`: got {quoted(listed)}; expected a list of messages"
                 )
             if all(isinstance(pair, dict) and pair.keys() <= SPEAKERS.keys() for pair in listed):
-                # ms-swift's form of sharegpt: {human: question, assistant: answer}
+                # ms-swift's variant of ShareGPT: {human: question, assistant: answer}
                 listed = [{"from": speaker, "value": text} for pair in listed for speaker, text in pair.items()]
             for index, message in enumerate(listed):
                 field = f"{name}[{index}]"
@@ -544,7 +555,9 @@ def messages(inputs: Inputs) -> Samples:
         wanted = Counter(piece for _, _, parts in spoken for piece, found in parts if found is None)
         for mark, there in (("<image>", talk.images), ("<video>", talk.clips)):
             if wanted[mark] > len(there):
-                raise DataError(f"{where}: {wanted[mark]} {mark} marks; expected as many as pictures ({len(there)})")
+                raise DataError(
+                    f"{where}: got {wanted[mark]} {mark} marks; expected at most {len(there)}, the number of pictures"
+                )
         first = [talk.images.popleft() for _ in range(len(talk.images) - wanted["<image>"])]
         first += itertools.chain(*(talk.clips.popleft() for _ in range(len(talk.clips) - wanted["<video>"])))
         system, turns = as_text(_first(values, row, where, "system")), list[SampleTurn]()
@@ -559,14 +572,15 @@ def messages(inputs: Inputs) -> Samples:
                 turns.append(SampleTurn(tuple(question[0]), question[1], (text,), system))
                 question, system = None, ""
             else:
-                expected = "no picture in an answer" if marked else "human and gpt in turn"
+                expected = "no picture in an answer" if marked else "user and assistant messages in turn"
                 raise DataError(f"{where}: field `{field}.from`: got {speaker}; expected {expected}")
         if question is not None and inputs.options.unlabelled:
             turns.append(SampleTurn(tuple(question[0]), question[1], (), system))
         elif question is not None or not turns:
             raise DataError(
-                f"{where}: field `messages`: {len(spoken)} of them; expected an answer to every question (option "
-                "`unlabelled` takes a last question without, for predictions)"
+                f"{where}: field `messages`: got {len(spoken)} messages; expected an answer to every question (to "
+                "answer "
+                "a last question without label, set option `unlabelled`)"
             )
         own_id = as_text(_first(values, row, where, "id")) or inputs.row_id(number)
         return Sample(where, own_id, tuple(turns), _meta(values, row, where))
@@ -575,13 +589,13 @@ def messages(inputs: Inputs) -> Samples:
 
 
 def conversation_rows(inputs: Inputs) -> Rows:
-    """Lines of this package's own jsonl: of SPLIT.jsonl or NAME_SPLIT.jsonl, unless `file` names another."""
+    """Lines of this package's own JSONL: SPLIT.jsonl or NAME_SPLIT.jsonl, unless `file` names another file."""
     own = [path for path in inputs.files if path.suffix == ".jsonl" and re.search(rf"(^|_){inputs.split}$", path.stem)]
     return read_rows(replace(inputs, files=own) if len(own) == 1 and not inputs.options.file else inputs)
 
 
 def conversations(inputs: Inputs) -> Samples:
-    """The conversations jsonl, made by hand: picture paths start at images/ beside it, or at images_dir."""
+    """Conversations written by hand. Picture paths are relative to images/ beside the JSONL file, or to images_dir."""
     root = inputs.images_dir
     if inputs.options.images_dir == "." and (root / "images").is_dir():
         root = root / "images"
@@ -615,4 +629,4 @@ ROWS: dict[str, Callable[[Inputs], Rows]] = {
     **dict.fromkeys(("imagefolder", "image_folder"), lambda inputs: folder_rows(inputs)[0]),
     "conversations": conversation_rows,
 }
-"""Formats whose rows can be shared out to splits by their columns."""
+"""Formats whose rows can be divided into splits by their columns."""

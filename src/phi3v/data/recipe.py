@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from phi3v.data.conversations import DataError, shown
+from phi3v.data.conversations import DataError, quoted
 from phi3v.data.pictures import sample_frames
 from phi3v.data.processes import process_pool, read_ahead
 from phi3v.data.rows import (
@@ -65,7 +65,7 @@ def _parquet(inputs: Inputs, columns: list[str]) -> Rows:
 def _picture(value: object, where: str, field: str) -> Picture:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes) or not data:
-        raise DataError(f"{where}: field `{field}.bytes`: got {shown(data)}; expected the picture's encoded bytes")
+        raise DataError(f"{where}: field `{field}.bytes`: got {quoted(data)}; expected the picture's encoded bytes")
     return Picture(data)
 
 
@@ -76,7 +76,7 @@ def docvqa_mini(inputs: Inputs) -> Samples:
         query, answers = row["query"], row["answers"]
         question = some_text(query.get("en") if isinstance(query, dict) else query, where, "query.en")
         if not isinstance(answers, list) or not answers:
-            raise DataError(f"{where}: field `answers`: got {shown(answers)}; expected a list of accepted answers")
+            raise DataError(f"{where}: field `answers`: got {quoted(answers)}; expected a list of accepted answers")
         texts = dict.fromkeys(some_text(answer, where, f"answers[{k}]") for k, answer in enumerate(answers))
         turn = SampleTurn((_picture(row["image"], where, "image"),), f"{question}\nAnswer briefly.", tuple(texts))
         return Sample(where, inputs.row_id(number), (turn,))
@@ -93,14 +93,14 @@ def cauldron(inputs: Inputs) -> Samples:
     def build(where: str, number: int, row: Row) -> Sample:
         images, texts = row["images"], row["texts"]
         if not isinstance(images, list) or not images:
-            raise DataError(f"{where}: field `images`: got {shown(images)}; expected a list of pictures")
+            raise DataError(f"{where}: field `images`: got {quoted(images)}; expected a list of pictures")
         if not isinstance(texts, list) or not texts:
-            raise DataError(f"{where}: field `texts`: got {shown(texts)}; expected a list of questions and answers")
+            raise DataError(f"{where}: field `texts`: got {quoted(texts)}; expected a list of questions and answers")
         pictures = tuple(_picture(image, where, f"images[{index}]") for index, image in enumerate(images))
         turns = []
         for index, text in enumerate(texts):
             if not isinstance(text, dict):
-                raise DataError(f"{where}: field `texts[{index}]`: got {shown(text)}; expected user and assistant")
+                raise DataError(f"{where}: field `texts[{index}]`: got {quoted(text)}; expected user and assistant")
             user = without_markers(some_text(text.get("user"), where, f"texts[{index}].user"))
             answer = some_text(text.get("assistant"), where, f"texts[{index}].assistant")
             turns.append(SampleTurn(() if index else pictures, user, (answer,)))
@@ -117,7 +117,7 @@ def nlvr2_official(inputs: Inputs) -> Samples:
         name = some_text(item.get("identifier"), where, "identifier")
         label = str(item.get("label"))
         if label not in ("True", "False"):
-            raise DataError(f"{where}: field `label`: got {shown(label)}; expected True or False")
+            raise DataError(f"{where}: field `label`: got {quoted(label)}; expected True or False")
         files = [f"{name.rpartition('-')[0]}-img{k}.png" for k in (0, 1)]
         pictures = tuple(picture_under(inputs.images_dir, file, where, "identifier") for file in files)
         user = prompt.replace("{sentence}", some_text(item.get("sentence"), where, "sentence"))
@@ -133,7 +133,7 @@ def hateful_memes_official(inputs: Inputs) -> Samples:
     def build(where: str, number: int, item: Row) -> Sample:
         label = item.get("label")
         if label not in (0, 1):
-            raise DataError(f"{where}: field `label`: got {shown(label)}; expected 0 or 1")
+            raise DataError(f"{where}: field `label`: got {quoted(label)}; expected 0 or 1")
         picture = picture_under(inputs.images_dir, item.get("img"), where, "img")
         return Sample(where, f"meme-{item.get('id')}", (SampleTurn((picture,), prompt, ("Yes" if label else "No",)),))
 

@@ -1,4 +1,4 @@
-"""What can I do with my GPUs? The recipe's hardware advice, checked against memory and time. No torch.
+"""Recommends a training method for given GPUs: the recipe's advice, checked against memory and time. Imports no torch.
 
 The recipe: A100 and H100: full fine-tuning with flash attention and bf16. V100 32 GB: full fine-tuning with fp16 and
 without flash attention, much slower. No data-centre GPU: LoRA on two GPUs. Turing and newer: QLoRA.
@@ -26,25 +26,25 @@ from phi3v.planning.step_time import images_per_second
 from phi3v.settings import Dataset, Geometry, Hardware, SettingsError, Workload
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
-# The recipe's scripts' defaults.
+# Defaults of the recipe's scripts.
 EPOCHS, BATCH = 1, 64
-# Images a second without flash attention over those with it, 8 A100, in the recipe's speed table: full fine-tuning;
-# LoRA and QLoRA alike.
+# Throughput without flash attention divided by the throughput with it, on 8 A100 in the recipe's speed table: for full
+# fine-tuning, and for LoRA and QLoRA.
 EAGER_FULL, EAGER_ADAPTERS = 0.58, 0.46
-# No machine of config/hardware.yaml's makers has more.
+# No machine of the makers in config/hardware.yaml has more devices.
 DEVICES_OF_A_MACHINE = 16
-# Before Turing: PyTorch's builds for CUDA 13 have no kernels for them (pytorch/pytorch issue 172352).
+# Architectures before Turing. PyTorch's builds for CUDA 13 have no kernels for them (pytorch/pytorch issue 172352).
 WITHOUT_CUDA_13 = ("Maxwell", "Pascal", "Volta")
 
 
 @dataclass(frozen=True)
 class Option:
-    """A method on the devices asked about."""
+    """A training method on the requested devices."""
 
     fit: Fit
     images_per_second: float
     hours: float
-    """One epoch over the dataset."""
+    """Duration of one epoch over the dataset."""
     remark: str
 
     @property
@@ -54,12 +54,12 @@ class Option:
 
     @property
     def verdict(self) -> str:
-        """yes, tight or no by its memory; never: the hardware cannot do the method."""
+        """yes, tight or no, by its memory. never: the hardware does not support the method."""
         return self.fit.verdict if can_run(self.fit.setup) else "never"
 
     @property
     def micro_batch(self) -> int | None:
-        """The largest that fits."""
+        """The largest micro-batch that fits, or None."""
         return self.fit.largest_micro_batch if can_run(self.fit.setup) else None
 
     def values(self) -> dict[str, object]:
@@ -78,7 +78,7 @@ class Option:
         }
 
     def line(self) -> str:
-        """A line of the table."""
+        """A line of the table of options."""
         need = self.fit.memory
         return (
             f"{self.method:8} {self.verdict:5} {need.allocated_gb:8.1f} {need.reserved_gb:8.1f} {need.device_gb:9.1f}"
@@ -88,7 +88,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Advice:
-    """The options in the recipe's order; `chosen` is the recommended one, None if none fits."""
+    """The options in the recipe's order. `chosen` is the recommended one, or None if none fits."""
 
     device: str
     dataset: str
@@ -97,28 +97,29 @@ class Advice:
     reasons: list[str]
 
     @property
-    def asked(self) -> Setup:
-        """The devices, data type and batch of all options."""
+    def requested(self) -> Setup:
+        """Devices, dtype and batch size of all options."""
         return self.options[0].fit.setup
 
     def text(self) -> str:
-        """The answer to a person."""
-        asked, chosen = self.asked, self.chosen
-        machines = f" ({asked.nodes} machines of {asked.per_node})" if asked.nodes > 1 else ""
-        lines = [f"{asked.devices} x {asked.hardware.title}{machines}, {self.dataset}:"]
+        """The recommendation as text for the terminal."""
+        requested, chosen = self.requested, self.chosen
+        machines = f" ({requested.nodes} machines with {requested.per_node} each)" if requested.nodes > 1 else ""
+        lines = [f"{requested.devices} x {requested.hardware.title}{machines}, {self.dataset}:"]
         if chosen is None:
             lines.append("recommended: none")
         else:
-            flash, micro_batch = "yes" if asked.flash else "no", chosen.micro_batch or 1
+            flash, micro_batch = "yes" if requested.flash else "no", chosen.micro_batch or 1
             lines.append(
-                f"recommended: {chosen.method}, {asked.dtype}, flash attention {flash}, micro-batch {micro_batch} "
-                f"(batch {asked.batch_size})\n  {self.command()}"
+                f"recommended: {chosen.method}, {requested.dtype}, flash attention {flash}, micro-batch {micro_batch} "
+                f"(batch {requested.batch_size})\n  {self.command()}"
             )
-        if chosen and asked.nodes > 1:
+        if chosen and requested.nodes > 1:
             lines.append(
-                f"  on each of the {asked.nodes} machines, HOST being the name of one of them; or once in a SLURM job "
-                f"that has them: scripts/torchrun_nodes.sh {asked.nodes} {asked.per_node} scripts/finetune.py "
-                "and the same flags"
+                f"  Run this command on each of the {requested.nodes} machines; HOST is the name of one of them. In a "
+                "SLURM "
+                f"job with all machines, run once: scripts/torchrun_nodes.sh {requested.nodes} {requested.per_node} "
+                "scripts/finetune.py with the same flags"
             )
         lines += [f"- {reason}" for reason in self.reasons]
         lines.append(
@@ -128,7 +129,7 @@ class Advice:
         return "\n".join([*lines, *(option.line() for option in self.options)])
 
     def command(self) -> str | None:
-        """The training command of the choice, in the recipe's flags; None without one."""
+        """Training command of the recommended option, in the recipe's flags, or None."""
         if self.chosen is None:
             return None
         setup = self.chosen.fit.setup
@@ -145,16 +146,17 @@ class Advice:
         return " ".join([*words, "--model_name_or_path MODEL --output_dir FOLDER"])
 
     def values(self) -> dict[str, object]:
-        """JSON values: what was asked about, the recommendation (None: none), why, and every option."""
-        asked = self.asked
+        """JSON values: the requested devices, the recommended method (None if none fits), the reasons, and all
+        options."""
+        requested = self.requested
         return {
             "device": self.device,
-            "count": asked.per_node,
-            "nodes": asked.nodes,
+            "count": requested.per_node,
+            "nodes": requested.nodes,
             "dataset": self.dataset,
-            "dtype": asked.dtype,
-            "flash_attention": asked.flash,
-            "batch_size": asked.batch_size,
+            "dtype": requested.dtype,
+            "flash_attention": requested.flash,
+            "batch_size": requested.batch_size,
             "recommended": self.chosen and self.chosen.method,
             "command": self.command(),
             "reasons": self.reasons,
@@ -172,21 +174,21 @@ def advise(
     nodes: int = 1,
     root: Path = Path(),
 ) -> Advice:
-    """Recommend a method for `count` devices of each of `nodes` machines.
+    """Recommends a method for `count` devices on each of `nodes` machines.
 
-    gpu: as a person or a driver says it. geometry: the model's. data: the datasets entry named `dataset`. Raises
-    SettingsError for an unknown GPU, and for more devices than a machine has.
+    gpu: device name as a user or a driver writes it. geometry: layer sizes of the model. data: entry of the dataset.
+    Raises SettingsError for an unknown GPU, and if a machine cannot have `count` devices.
     """
     key = find_hardware(gpu, entries)
     hardware = entries[key]
     if count > DEVICES_OF_A_MACHINE and hardware.kind != "cpu":
         raise SettingsError(
-            f"command line: field `count`: got {count}: expected the devices of one machine, {DEVICES_OF_A_MACHINE} at "
-            f"most; for several machines --nodes, as --count 8 --nodes {-(-count // 8)}"
+            f"command line: field `count`: got {count}: expected the devices of one machine, at most "
+            f"{DEVICES_OF_A_MACHINE}; for several machines, add --nodes, such as --count 8 --nodes {-(-count // 8)}"
         )
     load = workload(dataset, data, root)
     dtype = "bf16" if hardware.bf16 else "fp16"
-    # The recipe's 64, or the next multiple of the devices.
+    # The recipe's 64, or the next multiple of the number of devices.
     batch = -(-BATCH // (count * nodes)) * count * nodes
     works = mean_and_longest(load, geometry, data.num_crops)
     base = Setup(geometry, hardware, "full", dtype, hardware.flash_attention, *works, batch, nodes, count)
@@ -194,11 +196,12 @@ def advise(
     if hardware.kind == "cpu":
         fastest = min(options, key=lambda item: item.hours)
         reason = (
-            "a CPU is for the demo (`make demo`: a tiny model, the same workflow); with this model an epoch would take "
-            f"{fastest.hours:.0f} hours with the fastest method, {fastest.method}"
+            "the CPU is only meant for the demo (`make demo`: a tiny model in the same workflow). With this model, an "
+            f"epoch takes {fastest.hours:.0f} hours with the fastest method, {fastest.method}"
         )
         return Advice(key, dataset, options, None, [reason])
-    # The published V100 rows did full fine-tuning on full devices; for adapters a comfortable method is better.
+    # The published V100 rows used full fine-tuning although it was tight. For adapters, prefer a method that fits
+    # easily.
     ranked = [item for item in options if (item.verdict, item.method) == ("tight", "full")]
     ranked += [item for verdict in ("yes", "tight") for item in options if item.verdict == verdict]
     chosen = ranked[0] if ranked else None
@@ -211,11 +214,11 @@ def advise(
 def _option(setup: Setup, load: Workload) -> Option:
     fit, remark = what_fits(setup), ""
     if not can_run(setup):
-        remark = "the recipe asks for Turing or newer for 4 bits (`quantisation` of the hardware's entry)"
+        remark = "4-bit weights require Turing or newer (field `quantisation` of the hardware entry)"
     elif fit.verdict == "no":
-        remark = f"{fit.memory.least_gb - (setup.hardware.memory_gb or 0):.0f} GB too much"
+        remark = f"{fit.memory.least_gb - (setup.hardware.memory_gb or 0):.0f} GB more than the device has"
         if more := more_devices(setup):
-            remark += f"; {more.setup.devices} devices in all would do"
+            remark += f"; {more.setup.devices} devices would be enough"
     elif fit.verdict == "tight":
         remark = "works only if PyTorch frees cached memory; slower"
     rate = images_per_second(setup)
@@ -223,12 +226,13 @@ def _option(setup: Setup, load: Workload) -> Option:
 
 
 def _what_would_fit(options: list[Option], load: Workload, num_crops: int) -> str:
-    """For a device on which nothing fits: the method that needs the least, and with how many tiles one would fit."""
+    """For a device on which nothing fits: the method that needs the least memory, and the num_crops at which one
+    fits."""
     possible = [item.fit for item in options if can_run(item.fit.setup)]
     smallest = min(possible, key=lambda fit: fit.memory.least_gb)
     text = (
-        f"nothing fits: {smallest.setup.method} needs the least, {smallest.memory.least_gb:.0f} GB per device, and "
-        f"this one has {smallest.setup.hardware.memory_gb or 0:.0f} GB; what would fit: "
+        f"nothing fits: {smallest.setup.method} needs the least memory, {smallest.memory.least_gb:.0f} GB per device, "
+        f"but this device has {smallest.setup.hardware.memory_gb or 0:.0f} GB; would fit: "
     )
     fewer = [found for fit in possible if (found := fewer_crops(fit.setup, load, num_crops))]
     if fewer:
@@ -238,71 +242,71 @@ def _what_would_fit(options: list[Option], load: Workload, num_crops: int) -> st
 
 
 def _device_reasons(setup: Setup) -> list[str]:
-    """Data type, attention, environment and batch: what follows from the devices alone."""
+    """Reasons for the dtype, attention, environment and batch size, which depend only on the devices."""
     hardware = setup.hardware
     if hardware.bf16:
-        reasons = ["bf16: the device computes it, and it needs no loss scaling"]
+        reasons = ["bf16: the device supports it, and it needs no loss scaling"]
     else:
-        reasons = [f"fp16: {hardware.generation or hardware.title} has no bf16 (Ampere and newer)"]
+        reasons = [f"fp16: {hardware.generation or hardware.title} does not support bf16 (Ampere and newer do)"]
     if hardware.flash_attention:
         reasons.append(
-            f"flash attention: in the recipe's table {1 / EAGER_FULL:.1f} times the throughput for full fine-tuning and "
+            f"flash attention: in the recipe's table, {1 / EAGER_FULL:.1f} times the throughput for full fine-tuning, "
+            "and "
             f"{1 / EAGER_ADAPTERS:.1f} times for LoRA and QLoRA"
         )
     else:
         reasons.append(
-            "eager attention, as in the recipe's rows for such devices: flash attention needs Ampere or newer. In its table "
-            f"a run without it has {EAGER_FULL} of the throughput for full fine-tuning and {EAGER_ADAPTERS} for LoRA and "
-            "QLoRA. With --use_flash_attention PyTorch's memory-efficient kernel runs on this device, which keeps no scores "
-            "and so needs less memory"
+            "eager attention, as in the recipe's rows for such devices: flash attention requires Ampere or newer. In "
+            "the "
+            f"recipe's table, runs without it have {EAGER_FULL} of the throughput for full fine-tuning and "
+            f"{EAGER_ADAPTERS} for LoRA and QLoRA. With --use_flash_attention, this device uses PyTorch's "
+            "memory-efficient kernel, which stores no attention scores and so needs less memory"
         )
     if hardware.generation in WITHOUT_CUDA_13:
         reasons.append(
             f"the locked environment does not run on {hardware.generation}: its PyTorch is built for CUDA 13, which "
-            "begins with Turing; PyTorch's build of the same version for CUDA 12.6 does (docs/troubleshooting.md)"
+            "requires Turing or newer. Install the build of the same version for CUDA 12.6 (docs/planner.md)"
         )
     if setup.batch_size != BATCH:
         reasons.append(
-            f"batch {setup.batch_size}: the recipe's {BATCH} is no multiple of {setup.devices} devices, this is "
-            "the next one"
+            f"batch {setup.batch_size}: the recipe's {BATCH} is not a multiple of {setup.devices} devices; this is the "
+            "next multiple"
         )
     return reasons
 
 
 def _optimizer_reasons(full: Option) -> list[str]:
-    """With which optimizers full fine-tuning fits, if it does not fit comfortably with float32 states."""
+    """Optimizers with which full fine-tuning fits, if it does not fit easily with float32 states."""
     if full.verdict == "yes":
         return []
     setup = full.fit.setup
     found = other_optimizers(setup)
     if not found:
-        return [
-            "full fine-tuning fits with none of the optimizers; docs/how-to/small-gpu.md has what each of them needs"
-        ]
+        return ["full fine-tuning fits with none of the optimizers; docs/training.md lists the memory of each"]
     ways = []
     for fit in found:
-        host = f", {fit.memory.host_gb:.0f} GB of the host's memory per process" if fit.memory.host else ""
+        host = f", {fit.memory.host_gb:.0f} GB of host memory per process" if fit.memory.host else ""
         ways.append(f"--optimizer {fit.setup.optimizer} ({fit.need} per device{host})")
     return [f"full fine-tuning with another optimizer: {'; '.join(ways)}"]
 
 
 def _choice_reasons(full: Option, chosen: Option | None) -> list[str]:
-    """Why this method, in the recipe's terms."""
+    """Reasons for the method, in the recipe's terms."""
     if chosen is None:
         return []
     capacity, least = full.fit.setup.hardware.memory_gb or 0, full.fit.memory.least_gb
     if chosen.method != "full":
         reasons = [
-            f"{chosen.method}: full fine-tuning needs at least {least:.0f} GB per device, this one "
-            f"has {capacity:.0f} GB ({full.remark or 'see the table'})"
+            f"{chosen.method}: full fine-tuning needs at least {least:.0f} GB per device, but this device has "
+            f"{capacity:.0f} GB ({full.remark or 'see the table'})"
         ]
         if chosen.method == "qlora":
-            reasons.append("QLoRA: LoRA does not fit comfortably; 4-bit kernels run on Turing and newer")
+            reasons.append("QLoRA: LoRA does not fit easily; 4-bit kernels run on Turing and newer")
         return reasons
-    reasons = ["full fine-tuning: the recipe's advice whenever it fits"]
+    reasons = ["full fine-tuning: the recipe recommends it whenever it fits"]
     if chosen.verdict == "tight":
         reasons.append(
-            f"memory: tight. Tensors and context take {least:.0f} of {capacity:.0f} GB, so it"
-            " works only if PyTorch frees cached memory. If it runs out of memory, use LoRA"
+            f"memory: tight. Tensors and context take {least:.0f} of {capacity:.0f} GB, so this works only if PyTorch "
+            "frees cached memory. If it runs out of memory, use LoRA"
         )
     return reasons

@@ -1,4 +1,4 @@
-"""Sizes that follow from a model's geometry: parameters by group, tiles and tokens of a picture. No torch.
+"""Sizes that follow from a model's geometry: parameters by group, and tiles and tokens of a picture. No torch.
 
 The formulas are those of the published Phi-3-vision files: CLIP with a class token and biases, a two-layer projector
 over 2x2 merged patches, a decoder without biases, and a head of its own.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from phi3v.settings import Geometry, Model, SettingsError, VisionGeometry, validate
 
-# The published config.json has no vision_config: it means this tower (openai/clip-vit-large-patch14-336).
+# The published config.json has no vision_config. This tower is meant (openai/clip-vit-large-patch14-336).
 CLIP_VIT_L_14_336 = VisionGeometry(
     hidden_size=1024,
     intermediate_size=4096,
@@ -26,7 +26,8 @@ CLIP_VIT_L_14_336 = VisionGeometry(
 
 
 def geometry_from_config(config: Mapping[str, object], where: str = "config.json") -> Geometry:
-    """The geometry of a config.json's values, or of `model.config.to_dict()`; raises SettingsError naming `where`."""
+    """The geometry from the values of a config.json or `model.config.to_dict()`. Raises SettingsError that names
+    `where`."""
     vision = config.get("vision_config")
     tower = CLIP_VIT_L_14_336.model_dump()
     if isinstance(vision, Mapping):
@@ -37,9 +38,9 @@ def geometry_from_config(config: Mapping[str, object], where: str = "config.json
 
 
 def model_geometry(name: str, model: Model, root: Path = Path()) -> Geometry:
-    """The geometry of a models entry: its own field, or config.json of the folder that its url names.
+    """The geometry of a models entry: its own field, or config.json in the folder of its URL.
 
-    root: folder that the url starts from. Raises SettingsError if neither is there: a geometry is never guessed.
+    root: folder that the URL is relative to. Raises SettingsError if neither exists. A geometry is never guessed.
     """
     if model.geometry:
         return model.geometry
@@ -53,7 +54,7 @@ def model_geometry(name: str, model: Model, root: Path = Path()) -> Geometry:
     )
 
 
-# Name to (inputs, outputs) of the linear layers of a layer, in the order they run.
+# Name to (inputs, outputs) of the linear layers of a layer, in execution order.
 Linears = dict[str, tuple[int, int]]
 
 
@@ -88,7 +89,7 @@ def clip_layer_parameters(vision: VisionGeometry) -> int:
 
 
 def parameters(geometry: Geometry) -> dict[str, int]:
-    """Parameters by group (phi3v.model.modeling.GROUPS), without adapters; their sum is the model's."""
+    """Parameters by group (phi3v.model.modeling.GROUPS), without adapters. Their sum is the size of the model."""
     vision, width = geometry.vision, geometry.hidden_size
     embeddings = vision.hidden_size * (1 + 3 * vision.patch_size**2 + 1 + patches_per_tile(vision))
     layer = sum(inputs * outputs for inputs, outputs in decoder_layer_linears(geometry).values()) + 2 * width
@@ -103,9 +104,9 @@ def parameters(geometry: Geometry) -> dict[str, int]:
 
 
 def has_adapter(group: str, name: str, frozen: Collection[str] = (), targets: Collection[str] = ()) -> bool:
-    """Whether LoRA gives a group's layer of that name an adapter.
+    """Whether LoRA adds an adapter to the layer `name` of a group.
 
-    frozen: groups without adapters. targets: names of the layers that have one (--lora_targets); empty: all.
+    frozen: groups without adapters. targets: names of layers with adapters (--lora_targets). Empty: all.
     """
     return group not in frozen and (not targets or name in targets)
 
@@ -113,9 +114,9 @@ def has_adapter(group: str, name: str, frozen: Collection[str] = (), targets: Co
 def adapter_parameters(
     geometry: Geometry, rank: int, frozen: Collection[str] = (), targets: Collection[str] = ()
 ) -> int:
-    """LoRA parameters: rank x (inputs + outputs) of each linear layer.
+    """Number of LoRA parameters: rank x (inputs + outputs) of each linear layer.
 
-    Those of the decoder, the head, the projector, and the tower's layers that run; frozen, targets: see has_adapter.
+    Counts the decoder, the head, the projector, and the tower's layers that run. frozen, targets: see has_adapter.
     """
     layers = [("decoder", geometry.num_hidden_layers, decoder_layer_linears(geometry))]
     layers += [("clip", geometry.vision.num_hidden_layers - 1, clip_layer_linears(geometry.vision))]
@@ -136,10 +137,10 @@ def trainable_parameters(
     frozen: Collection[str] = (),
     lora_targets: Collection[str] = (),
 ) -> dict[str, int]:
-    """Parameters that the optimizer holds, by group (zero if a group is frozen).
+    """Parameters that the optimizer updates, by group (0 for a frozen group).
 
-    method: full, frozen, lora or qlora. The tower's last layer and the norm after it never run and are never trained.
-    frozen: further groups. lora_targets: names of the layers with adapters; empty: all.
+    method: full, frozen, lora or qlora. The tower's last layer and the norm after it never run, so they never train.
+    frozen: additional frozen groups. lora_targets: names of layers with adapters. Empty: all.
     """
     held = parameters(geometry)
     vision = geometry.vision
@@ -151,7 +152,7 @@ def trainable_parameters(
 
 
 def quantised_parameters(geometry: Geometry) -> int:
-    """Weights that QLoRA keeps in 4 bits: every linear layer but the head, the tower's last layer included."""
+    """Weights that QLoRA stores in 4 bits: all linear layers except the head, including the tower's last layer."""
     decoder = sum(i * o for i, o in decoder_layer_linears(geometry).values()) * geometry.num_hidden_layers
     tower = sum(i * o for i, o in clip_layer_linears(geometry.vision).values()) * geometry.vision.num_hidden_layers
     return decoder + tower + sum(i * o for i, o in projector_linears(geometry))
@@ -163,10 +164,10 @@ def patches_per_tile(vision: VisionGeometry) -> int:
 
 
 class TileLayout(NamedTuple):
-    """Where a picture goes: its size in pixels once scaled, and the grid of tiles that holds it after padding."""
+    """Layout of a picture: its size in pixels after scaling, and the grid of tiles after padding."""
 
     width: int
-    """0 if the picture is too thin to keep one pixel; `height` likewise."""
+    """0 if the picture is so thin that no pixel is left. The same applies to `height`."""
     height: int
     tiles_down: int
     tiles_across: int
@@ -175,20 +176,21 @@ class TileLayout(NamedTuple):
 def tile_layout(width: int, height: int, num_crops: int, tile_size: int = 336) -> TileLayout:
     """Layout of a picture of `width` x `height` pixels, by the published processor's rule.
 
-    The picture is scaled, up as well as down, to the widest grid of at most `num_crops` tiles that fits its ratio,
-    then padded on its short side to whole tiles. Portrait pictures are laid out transposed. tile_size: side of a tile,
-    pixels. Raises ValueError for sizes or crop numbers below 1.
+    The picture is scaled up or down to the widest grid of at most `num_crops` tiles that matches its aspect ratio, then
+    padded on its short side to whole tiles. Portrait pictures are laid out transposed. tile_size: side of a tile, in
+    pixels. Raises ValueError for sizes or num_crops below 1.
     """
     if width < 1 or height < 1:
-        raise ValueError(f"image size {width}x{height}: expected at least 1x1 pixels.")
+        raise ValueError(f"image size: got {width}x{height}; expected at least 1x1 pixels")
     if num_crops < 1:
-        raise ValueError(f"num_crops: {num_crops}; expected at least 1.")
+        raise ValueError(f"num_crops: got {num_crops}; expected at least 1")
     ratio = max(width, height) / min(width, height)
     scale = 1
     while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
         scale += 1
     long = scale * tile_size
-    # A float division, truncated: exact integer arithmetic gives one row more for some sizes (golden 1414x1818).
+    # Truncated float division, as in the published code. Integer arithmetic gives one row more for some sizes (golden
+    # 1414x1818).
     short = int(long / ratio)
     tiles = math.ceil(short / tile_size)
     if width < height:
@@ -197,13 +199,13 @@ def tile_layout(width: int, height: int, num_crops: int, tile_size: int = 336) -
 
 
 def num_image_tokens(tiles_down: int, tiles_across: int, tile_grid: int = 12) -> int:
-    """Image tokens of a picture: local and global tiles, one separator a row of each grid, one between the two.
+    """Number of image tokens: local and global tiles, one separator per row of each grid, and one between the grids.
 
-    tile_grid: side of a tile in image tokens.
+    tile_grid: side of a tile, in image tokens.
     """
     return (tiles_down * tiles_across + 1) * tile_grid**2 + 1 + (tiles_down + 1) * tile_grid
 
 
 def tile_grid(vision: VisionGeometry) -> int:
-    """Side of a tile in image tokens: patches are merged 2 x 2."""
+    """Side of a tile in image tokens. Patches are merged 2 x 2."""
     return vision.image_size // vision.patch_size // 2

@@ -1,6 +1,6 @@
-"""Devices: hardware entries by the names people and drivers use, and MFU and HFU over their peaks. No torch.
+"""Devices: finds hardware entries by the names that users and drivers give, and computes MFU and HFU. No torch.
 
-Nothing is guessed: an unknown device is refused, or has no utilisation.
+An unknown device raises an error or has no utilisation. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from phi3v.settings import FinetuneSettings, Hardware, SettingsError, read_entri
 
 HARDWARE_FILES = ("config/hardware.yaml",)
 HOW_TO_ADD = (
-    "add an entry with its datasheet's figures to your own hardware file (fields: docs/reference/configuration.md, "
-    "Hardware) and name it in `files.hardware` of your run, or with scripts/plan.py --hardware FILE"
+    "add an entry with the figures of its datasheet to a hardware file of your own (fields: "
+    "docs/reference/configuration.md, Hardware), and name the file in `files.hardware` of your run, or with scripts/plan.py --hardware FILE"
 )
-# Words in a driver's device name that make it another board than the one without them, with other peaks.
+# Words in a driver's device name that mark a different board with other peaks.
 OTHER_BOARDS = {"pcie", "nvl", "ti", "super", "d", "laptop", "mobile", "max", "mig"}
 
 
@@ -31,12 +31,12 @@ def _plain(name: str) -> str:
 
 
 def find_hardware(name: str, entries: dict[str, Hardware]) -> str:
-    """Key of the entry that a person means by `name` ("V100-32GB", "rtx 4090"); raises SettingsError otherwise.
+    """Key of the entry that a user means by `name` ("V100-32GB", "rtx 4090"). Raises SettingsError if there is none.
 
-    Case, spaces and makers' names do not matter. The part before the memory is enough ("T4", "V100") if it fits one
-    entry alone; one that fits several is refused with their names. The beginning of a word is another board's name (L40
-    and L40S, H20 and H200, MI300A and MI300X): it is refused with what may be meant. A driver's name works too
-    ("NVIDIA A100-SXM4-80GB", from nvidia-smi).
+    Ignores case, spaces and makers' names. The part before the memory is sufficient ("T4", "V100") if only one entry
+    has it; otherwise the error lists the candidates. The beginning of a word may be another board (L40 and L40S, H20
+    and H200, MI300A and MI300X), so it is an error that lists similar names. A driver's name works too ("NVIDIA
+    A100-SXM4-80GB", from nvidia-smi).
     """
     wanted = _plain(name)
     exact = [key for key in entries if _plain(key) == wanted]
@@ -46,7 +46,7 @@ def find_hardware(name: str, entries: dict[str, Hardware]) -> str:
     if len(starting) == 1:
         return starting[0]
     if starting:
-        raise SettingsError(f"GPU {name!r}: fits {', '.join(starting)}; expected one of them")
+        raise SettingsError(f"GPU {name!r}: matches several entries; expected one of {', '.join(starting)}")
     if device := hardware_of_device(name, entries):
         return device
     close = [key for key in entries if wanted and wanted in _plain(key)]
@@ -55,26 +55,26 @@ def find_hardware(name: str, entries: dict[str, Hardware]) -> str:
 
 
 def hardware_of_device(device_name: str, entries: dict[str, Hardware]) -> str | None:
-    """Key of the entry for a driver's device name ("NVIDIA A100-SXM4-80GB", "Tesla T4"), or None if none fits.
+    """Key of the entry for a driver's device name ("NVIDIA A100-SXM4-80GB", "Tesla T4"), or None if none matches.
 
-    Every part of the entry's name must stand in the device's name as a word of its own (or two or three words in
-    one); the longest such entry wins. A further word can mean another board (H100 PCIe, RTX 3090 Ti, RTX 4090 D): then
-    none fits.
+    All parts of the entry's name must be words of the device name (or two or three joined words). The longest such
+    entry is used. An additional word can mark another board (H100 PCIe, RTX 3090 Ti, RTX 4090 D); then no entry
+    matches.
     """
     words = re.findall(r"[a-z0-9]+", device_name.lower())
     pairs = [first + second for first, second in itertools.pairwise(words)]
-    known = {*words, *pairs, *(pair + third for pair, third in zip(pairs, words[2:], strict=False))}
+    joined = {*words, *pairs, *(pair + third for pair, third in zip(pairs, words[2:], strict=False))}
     fitting = []
     for key, entry in entries.items():
         parts = re.findall(r"[a-z0-9]+", key.lower())
         other_board = OTHER_BOARDS & set(words) - set(parts)
-        if entry.kind != "cpu" and all(part in known for part in parts) and not other_board:
+        if entry.kind != "cpu" and all(part in joined for part in parts) and not other_board:
             fitting.append((sum(map(len, parts)), key))
     return max(fitting)[1] if fitting else None
 
 
 def hardware_entry(device_name: str, files: Sequence[str] = HARDWARE_FILES) -> tuple[str, Hardware] | None:
-    """(key, entry) of a device by the driver's name; None for a CPU, and if no file has it."""
+    """(key, entry) of a device by the driver's name. None for a CPU, or if no file has an entry."""
     present = [file for file in files if Path(file).is_file()]
     if device_name.startswith("CPU") or not present:
         return None
@@ -85,17 +85,17 @@ def hardware_entry(device_name: str, files: Sequence[str] = HARDWARE_FILES) -> t
 
 @dataclass(frozen=True)
 class Utilisation:
-    """Rates and shares of the peak of a job on `devices` devices."""
+    """Computes the FLOP rate and utilisation of a job on `devices` devices."""
 
     count: Callable[[Work], TrainingFlops]
     devices: int
     peak_tflops: float | None
-    """Dense peak of one device in the compute type; None if the device is not in the hardware files."""
+    """Dense peak per device in the compute dtype. None if the device is not in the hardware files."""
     peak_source: str | None = None
-    """The hardware entry and where its figure comes from, or that it was measured."""
+    """The hardware entry and its source, or a note that the peak was measured."""
 
     def of(self, work: Work, seconds: float) -> dict[str, float | None]:
-        """{"tflops", "mfu", "hfu"}: model TFLOP/s of all devices, and shares of the peak (None: unknown)."""
+        """{"tflops", "mfu", "hfu"}: model TFLOP/s over all devices, and shares of the peak (None: unknown)."""
         flops = self.count(work)
         rates: dict[str, float | None] = {"tflops": flops.model / seconds / 1e12, "mfu": None, "hfu": None}
         if self.peak_tflops:
@@ -111,11 +111,11 @@ def utilisation_of(
     devices: int,
     files: Sequence[str] = HARDWARE_FILES,
 ) -> Utilisation:
-    """How to count this job. config: the model's; device_name: the driver's name of the device.
+    """Utilisation of a job. config: values of the model's config.json. device_name: name of the device from the driver.
 
-    files: hardware files; later ones extend earlier ones, and missing ones are ignored.
+    files: hardware files. Later files extend earlier ones; missing files are ignored.
     """
-    assert settings.recompute is not None, "auto has been replaced by its choice"
+    assert settings.recompute is not None, "replace auto by its choice first"
     count = partial(
         training_flops,
         geometry_from_config(config),

@@ -1,20 +1,20 @@
-"""Memory of one device while it trains: this project's code, counted from the lifetimes of its tensors. No torch.
+"""Peak memory per device during training, counted from the lifetimes of this project's tensors. No torch.
 
     need = memory(setup)
     need.allocated_gb, need.reserved_gb, need.context_gb, need.parts(), need.verdict(setup.hardware.memory_gb)
 
-Three numbers that GPU tools report separately:
+GPU tools report three numbers separately:
 
-- allocated: live tensors at the peak (torch.cuda.max_memory_allocated). Counted here, and held to traced runs.
-- reserved: what PyTorch's allocator holds, its cached free blocks included (torch.cuda.max_memory_reserved).
-- context: what the process takes beside the allocator: CUDA context, kernels, NCCL. nvidia-smi shows reserved + context.
+- allocated: live tensors at the peak (torch.cuda.max_memory_allocated). Counted here and compared with traced runs. -
+reserved: memory of PyTorch's allocator, including cached free blocks (torch.cuda.max_memory_reserved). - context:
+memory of the process outside the allocator: CUDA context, kernels, NCCL. nvidia-smi shows reserved + context.
 
-A step has several moments at which memory peaks. Each holds what rests on the device (weights, optimizer states) and
-what lives at that moment; the largest decides.
+Memory can peak at several moments of a step. Each moment adds its own tensors to those that always stay on the device
+(weights, optimizer states). The peak is the moment with the largest sum.
 
-Below stands a second model, of the memory that the published code took (published_memory). The recipe's scripts cannot
-be run here; that model is fitted to the peaks of the published tables, which are readings of whole devices (inferred:
-they are round numbers that reach a V100's full 32 GB, so they include the context and what the allocator keeps cached).
+published_memory is a second model, for the memory of the published code. It is fitted to the peaks in the published
+tables. We infer that these are readings of the whole device, with the context and the allocator's cache, because they
+are round numbers up to the full 32 GB of a V100.
 """
 
 from __future__ import annotations
@@ -29,79 +29,80 @@ from phi3v.planning.geometry import decoder_layer_linears, parameters, quantised
 GB = 1e9
 # nf4: half a byte, and a float32 scale for each block of 64 weights (bitsandbytes, double quantisation off).
 NF4_BYTES = 0.5 + 4 / 64
-# ZeRO's shard while it rests, per trained parameter: float32 weight and AdamW's two moments (deepspeed
-# runtime/zero/stage_1_and_2.py, single_partition_of_fp32_groups). Adapters: the same, whole on every device.
+# ZeRO's shard between steps, per trained parameter: float32 weight and AdamW's two moments (deepspeed
+# runtime/zero/stage_1_and_2.py, single_partition_of_fp32_groups). Adapters have the same, unsharded.
 STATE_BYTES = 12
-# The same by optimizer, the float32 weight apart (phi3v.training.optimizers). 8 bits: two numbers and a float32 scale for
-# each block of 256 of them (bitsandbytes optim/optimizer.py, init_state); its tensors under 4,096 elements, which keep
-# float32 states, are 0.03 % of the weights. Paged states are in managed memory, which moves to the host if the device is full.
+# The moments by optimizer, without the float32 weight (phi3v.training.optimizers). 8 bits: two numbers and a float32
+# scale for each block of 256 of them (bitsandbytes optim/optimizer.py, init_state). Tensors under 4,096 elements keep
+# float32 states, but are only 0.03 % of the weights. Paged states are in managed memory, which pages to the host if
+# needed.
 MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 0.0, "adamw_offload": 0.0}
-# On the host, per trained parameter. ZeRO 3's offload: float32 weight, moments, the gradient, and the buffer in which the
-# gradients of micro-steps are summed (deepspeed runtime/zero/stage3.py, grad_partitions_flat_buffer).
+# On the host, per trained parameter. ZeRO 3's offload: float32 weight, moments, the gradient, and the buffer in which
+# the gradients of micro-steps are summed (deepspeed runtime/zero/stage3.py, grad_partitions_flat_buffer).
 HOST_BYTES = {"paged_adamw_8bit": MOMENT_BYTES["adamw_8bit"], "adamw_offload": 20.0}
 # Elements of gathered weights that ZeRO 3 keeps (stage3_max_live_parameters, DeepSpeed's default).
 LIVE_WEIGHTS = 1_000_000_000
-# Gradients are summed in float32 (grad_accum_dtype of phi3v.training.optimizers); those of adapters are float32 as well.
+# Gradients are summed in float32 (grad_accum_dtype of phi3v.training.optimizers). Adapter gradients are float32 too.
 GRADIENT_BYTES = 4
-# Adapters: a copy of the factors in the compute type (phi3v.model.lora), and with several devices the float32 buckets
+# Adapters: a copy of the factors in the compute dtype (phi3v.model.lora), and with several devices the float32 buckets
 # of DistributedDataParallel.
 FACTOR_COPY_BYTES, DDP_BYTES = 2, 4
-# DeepSpeed's reduction bucket, elements, two of which are held in the backward pass (phi3v.training.optimizers). A flattened
-# copy is reduced, but for bfloat16 within a machine. A device that owns the whole bucket also widens it to float32.
+# Elements of DeepSpeed's reduction bucket. The backward pass needs two (phi3v.training.optimizers), and a flattened
+# copy, except for bfloat16 within a machine. A device that owns the whole bucket also converts it to float32.
 BUCKETS, BUCKET, CPU_BUCKET = 2, 100_000_000, 5_000_000
 
-# What layers hold, bytes per row in half precision, as (width, feed-forward width). SAVED: for the backward pass of one
-# layer, its input (2 of the width) included. WORKING: on top, when the most is alive, in the feed-forward block:
-# gradients of the output and of both sides of the activation, less the activation's output, which is freed by then.
-# Decoder: input, norm 4, queries to values 6, rotated queries and keys 4, attention 2, residual and norm 4; gate and up
-# 4, product 2.
+# Activations of a layer, in bytes per row in half precision, as (per width, per feed-forward width). SAVED: for the
+# backward pass of one layer, its input (2 per width) included. WORKING: the additional tensors at the layer's peak, in
+# the feed-forward block: gradients of the output and of both sides of the activation, minus the activation's output,
+# which is already freed. Decoder: input, norm 4, queries to values 6, rotated queries and keys 4, attention 2, residual
+# and norm 4; gate and up 4, product 2.
 DECODER_SAVED, DECODER_WORKING = (20, 6), (2, 4)
 # Tower: input, norm 4, queries to values 6, attention 2, residual and norm 4; before and after the activation 4.
 TOWER_SAVED, TOWER_WORKING = (16, 4), (2, 2)
-# What plain operators hold over fused kernels, on GPUs before Ampere: traced without recomputation before there were
-# fused kernels, 21.7 GB for one example of full fine-tuning; with them 16.4.
+# Factor of plain operators over fused kernels, for GPUs before Ampere. Traced without recomputation, one example of
+# full fine-tuning: 21.7 GB with plain operators, 16.4 GB with fused kernels.
 PLAIN_ACTIVATIONS = 1.3
-# Eager attention, bytes per score: probabilities in float32 and in half precision are saved; in the softmax's backward
-# pass two float32 gradients are alive beside the float32 probabilities, and ATTENTION_WORKING of the width. With float16
-# the second of them is float16: PyTorch's softmax on CUDA converts it by itself (ATen/native/SoftMax.cpp).
+# Eager attention, bytes per score: probabilities in float32 and in half precision are saved. The softmax's backward
+# pass also needs two float32 gradients beside the float32 probabilities, and ATTENTION_WORKING per width. With float16
+# the second gradient is float16, because PyTorch's softmax on CUDA converts internally (ATen/native/SoftMax.cpp).
 SCORES_SAVED, SCORES_WORKING, FLOAT16_SCORES_WORKING, ATTENTION_WORKING = 6, 12, 10, 10
 # Logits: half precision 2, float32 4, log-softmax 4, gradients 6.
 LOGIT_BYTES = 16
 
-# Per process beside the allocator: CUDA context and kernels about 0.5 GB, NCCL's buffers and workspaces the rest. An
-# estimate: no GPU has measured it.
+# Memory per process outside the allocator: about 0.5 GB of CUDA context and kernels, the rest NCCL's buffers and
+# workspaces. An estimate, not measured on a GPU.
 CONTEXT = 1.0e9
-# What fragmentation adds to tensors that come and go, with expandable segments. An estimate, as above.
+# Fragmentation of temporary tensors with expandable segments, as a share of them. An estimate, not measured on a GPU.
 FRAGMENTATION = 0.15
-# What a CPU process holds once PyTorch, transformers and accelerate are imported, bytes: 0.50 GB measured.
+# Memory of a CPU process after importing PyTorch, transformers and accelerate, in bytes. Measured: 0.50 GB.
 CPU_RUNTIME = 0.5e9
 
 Verdict = Literal["yes", "tight", "no"]
-"""Whether a job fits a device: yes: reserved and context do; tight: only if PyTorch frees cached memory, which is
-slower; no."""
+"""Whether a job fits on a device. yes: reserved and context fit. tight: only allocated and context fit, so PyTorch must
+free cached memory, which is slower. no: not even these fit."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device."""
+    """Memory of a job on one device, in bytes."""
 
     resting: dict[str, float]
-    """Held throughout training, by part."""
+    """Tensors that exist throughout training, by part."""
     moments: dict[str, dict[str, float]]
-    """What lives on top at each moment of a step that can be the peak, by part."""
+    """Additional tensors at each moment of a step that can be the peak, by part."""
     fragmentation: float
-    """Share of the peak's passing tensors that the allocator holds in addition."""
+    """Additional share of the temporary tensors at the peak that the allocator reserves."""
     context: float
     host: float = 0.0
-    """In the host's memory, for this device: states that are paged or offloaded."""
+    """Host memory for this device: paged or offloaded states."""
 
     @property
     def peak_moment(self) -> str:
-        """The moment at which most is alive."""
+        """The moment with the most live tensors."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     def parts(self) -> dict[str, float]:
-        """Part to GB at the peak; they add up to allocated_gb."""
+        """GB at the peak by part. The sum is allocated_gb."""
         parts = dict(self.resting)
         for name, size in self.moments[self.peak_moment].items():
             parts[name] = parts.get(name, 0.0) + size
@@ -114,31 +115,31 @@ class Memory:
 
     @property
     def reserved_gb(self) -> float:
-        """What the allocator holds at the peak, GB."""
+        """Memory that the allocator reserves at the peak, GB."""
         return self.allocated_gb + self.fragmentation * sum(self.moments[self.peak_moment].values()) / GB
 
     @property
     def context_gb(self) -> float:
-        """What the process takes beside the allocator, GB."""
+        """Memory of the process outside the allocator, GB."""
         return self.context / GB
 
     @property
     def device_gb(self) -> float:
-        """What a reading of the device shows, GB: reserved and context."""
+        """Memory that tools report for the device, GB: reserved and context."""
         return self.reserved_gb + self.context_gb
 
     @property
     def host_gb(self) -> float:
-        """What the optimizer holds in the host's memory for this device, GB."""
+        """Host memory of the optimizer for this device, GB."""
         return self.host / GB
 
     @property
     def least_gb(self) -> float:
-        """What the job cannot do without, GB: allocated and context."""
+        """Least memory that the job can run with, GB: allocated and context."""
         return self.allocated_gb + self.context_gb
 
     def verdict(self, capacity_gb: float | None) -> Verdict:
-        """Whether a device of `capacity_gb` holds it; None: a CPU, which always fits."""
+        """Whether a device with `capacity_gb` has enough memory. None means a CPU, on which every job fits."""
         if capacity_gb is None or self.device_gb <= capacity_gb:
             return "yes"
         return "tight" if self.least_gb <= capacity_gb else "no"
@@ -146,19 +147,20 @@ class Memory:
 
 @dataclass(frozen=True)
 class Tower:
-    """A stack of layers that trains: bytes of one micro-batch."""
+    """Activations of a stack of layers that trains, in bytes per micro-batch."""
 
     kept: float
-    """From the forward pass to the backward pass of the last layer."""
+    """Live from the forward pass until the backward pass of the last layer."""
     layer: float
-    """While a layer runs backward, on top of what is kept."""
+    """Additional during the backward pass of a layer."""
 
 
 NOTHING = Tower(0.0, 0.0)
 
 
 def _tower(setup: Setup, stack: Stack, saved: tuple[int, int], working: tuple[int, int]) -> Tower:
-    """What a stack holds when it trains. saved, working: bytes per row as (width, feed-forward width), as above."""
+    """Activations of a stack that trains. saved, working: bytes per row as (per width, per feed-forward width), as
+    above."""
     wider = setup.element_bytes / 2
     eager = 0.0 if setup.flash else wider * stack.heads * stack.pairs
     inputs = stack.rows * wider * 2 * stack.width
@@ -170,13 +172,13 @@ def _tower(setup: Setup, stack: Stack, saved: tuple[int, int], working: tuple[in
     per_score = FLOAT16_SCORES_WORKING if setup.dtype == "fp16" else SCORES_WORKING
     attention = stack.rows * wider * ATTENTION_WORKING * stack.width + per_score * eager
     recomputed = stack.layers * setup.recompute
-    # Layers that are not recomputed free what they saved on the way to the first that is.
+    # Layers without recomputation free their saved tensors before the backward pass reaches the first one with it.
     layer = max(held - inputs + passing, attention) if setup.recompute == 1 else max(passing, attention - held)
     return Tower(recomputed * inputs + (stack.layers - recomputed) * held, layer)
 
 
 def _towers(setup: Setup, work: Work) -> tuple[Tower, Tower, float]:
-    """Vision tower, decoder, and the bytes that are kept between the two: embeddings, projector, image features."""
+    """Activations of vision tower and decoder, and bytes between the two: embeddings, projector, image features."""
     vision, language = stacks(setup.geometry, work)
     tower, decoder, width = NOTHING, NOTHING, setup.element_bytes
     between = float(width * work.tokens * language.width)
@@ -194,7 +196,7 @@ def _towers(setup: Setup, work: Work) -> tuple[Tower, Tower, float]:
 
 
 def _weights(setup: Setup) -> float:
-    """Bytes of the weights, adapters apart."""
+    """Bytes of the weights without adapters."""
     held, width = sum(parameters(setup.geometry).values()), 4 if setup.float32_weights or _casts(setup) else 2
     if setup.optimizer == "adamw_offload" or (setup.zero_stage == 3 and not setup.replicated):
         return width * (held / setup.devices + min(held, LIVE_WEIGHTS))
@@ -205,12 +207,12 @@ def _weights(setup: Setup) -> float:
 
 
 def _casts(setup: Setup) -> bool:
-    """Whether float32 weights are cast to the compute type under autocast: full fine-tuning without ZeRO."""
+    """Whether autocast converts float32 weights to the compute dtype: full fine-tuning without ZeRO."""
     return setup.replicated and not setup.adapters and setup.dtype != "fp32"
 
 
 def _resting(setup: Setup) -> dict[str, float]:
-    """Bytes held between optimizer steps."""
+    """Bytes on the device between optimizer steps."""
     resting = {"weights": _weights(setup)}
     if setup.adapters:
         resting["adapters"] = (4 + MOMENT_BYTES[setup.optimizer] + FACTOR_COPY_BYTES) * float(setup.trained)
@@ -226,7 +228,7 @@ def _resting(setup: Setup) -> dict[str, float]:
 
 
 def _buckets(setup: Setup) -> float:
-    """Bytes of DeepSpeed's reduction during the backward pass."""
+    """Bytes of DeepSpeed's reduction buckets during the backward pass."""
     cpu, alone = setup.hardware.kind == "cpu", setup.devices == 1
     if setup.replicated or (cpu and alone):
         return 0.0
@@ -237,21 +239,22 @@ def _buckets(setup: Setup) -> float:
 
 @lru_cache
 def memory(setup: Setup) -> Memory:
-    """Bytes of the setup on one device, for its longest example times the micro-batch."""
+    """Memory of the setup on one device, for a micro-batch of its longest examples."""
     geometry, work = setup.geometry, setup.peak_work
     tower, decoder, between = _towers(setup, work)
     gradients = GRADIENT_BYTES * setup.trained / (1 if setup.replicated else setup.devices)
     if setup.optimizer == "adamw_offload":
         gradients = 0.0
     elif setup.zero_stage == 1 and not setup.replicated:
-        # Whole, summed in the compute type (phi3v.training.parallel).
+        # Unsharded, and summed in the compute dtype (phi3v.training.parallel).
         gradients = float(setup.element_bytes * setup.trained)
-    # Sums of earlier micro-steps are there from the start, those of the only one grow during its backward pass.
+    # Gradients of earlier micro-steps exist from the start. Without them, gradients accumulate during the backward
+    # pass.
     earlier = gradients if setup.accumulation > 1 else 0.0
     head, largest = parameters(geometry)["head"], geometry.hidden_size * geometry.intermediate_size
-    # Under autocast the weight is cast for it, and its gradient is widened.
+    # Autocast converts the weight for the head, and widens its gradient.
     fresh = 0.0 if setup.adapters else float(setup.element_bytes + (6 if _casts(setup) else 0))
-    # The weight after the feed-forward block's activation: expanded when the most is alive.
+    # The weight after the feed-forward block's activation is expanded at the layer's peak.
     expanded = 2.0 * largest if setup.method == "qlora" else 0.0
     logits = {"logits": work.labels * geometry.vocab_size * LOGIT_BYTES, "weight gradient": fresh * head}
     both, passing = tower.kept + decoder.kept, {"buckets": _buckets(setup), "embeddings": between}
@@ -270,7 +273,8 @@ def memory(setup: Setup) -> Memory:
         "optimizer step": {"gradients": gradients},
     }
     if _casts(setup):
-        # Autocast keeps the weights that it has cast until the forward pass ends, layers that are not recomputed longer.
+        # Autocast keeps converted weights until the end of the forward pass, and longer for layers without
+        # recomputation.
         cast = setup.element_bytes * float(sum(parameters(geometry).values()))
         for name in ("backward of the head", "backward of the decoder"):
             moments[name]["cast weights"] = (1 - setup.recompute) * cast
@@ -288,7 +292,7 @@ def memory(setup: Setup) -> Memory:
 
 
 def probe_bytes(setup: Setup) -> float:
-    """Allocated bytes at the peak of a forward and backward pass alone, without optimizer and with whole gradients."""
+    """Allocated bytes at the peak of one forward and backward pass, without optimizer and with unsharded gradients."""
     need, trained = memory(setup), setup.trained
     each = GRADIENT_BYTES if setup.replicated else setup.element_bytes
     started = {"end of the forward", "backward of the head", "backward of the decoder"}
@@ -301,18 +305,19 @@ def probe_bytes(setup: Setup) -> float:
     return _weights(setup) + need.resting.get("runtime", 0.0) + adapters + max(passing)
 
 
-# Published code --------------------------------------------------------------------------------------------------------
+# Published code
+# --------------------------------------------------------------------------------------------------------
 
-# Adapters are float32 with float32 gradients and moments, whole on each device.
+# Adapters have float32 weights, gradients and moments, unsharded.
 PUBLISHED_ADAPTER_BYTES = 16
-# Reduction and gather buckets in 2 bytes, one of them doubled to overlap: 2e8 elements, as DeepSpeed's examples.
+# Reduction and gather buckets in 2 bytes, one of them doubled for overlap: 2e8 elements, as in DeepSpeed's examples.
 PUBLISHED_BUCKET_BYTES = 3 * 2 * 200_000_000
-# Largest tensors alive while one decoder layer runs backward, per token: width x (layer input and two norms in both
+# Largest live tensors in the backward pass of one decoder layer, per token: width x (layer input and two norms in both
 # precisions 18, queries to output 14), feed-forward width x (gate, up, product 8 and their gradients 6).
 DECODER_LAYER_BYTES = (32, 14)
-# The same of the tower: width x 16, feed-forward width x 14.
+# The same for the tower: width x 16, feed-forward width x 14.
 CLIP_LAYER_BYTES = (16, 14)
-# Eager scores alive in one layer's backward pass. Decoder: float32 and half probabilities 6, gradients 10; CLIP: 8.
+# Live eager scores in one layer's backward pass. Decoder: float32 and half probabilities 6, gradients 10; CLIP: 8.
 DECODER_SCORE_LIVE_BYTES, CLIP_SCORE_LIVE_BYTES = 16, 8
 # Logits: half precision 2, float32 4, its shifted copy 4, log-softmax 4, gradient 4.
 LOGIT_LIVE_BYTES = 18
@@ -320,24 +325,24 @@ LOGIT_LIVE_BYTES = 18
 
 @dataclass(frozen=True)
 class MemoryConstants:
-    """Three numbers of the published code's memory.
+    """Constants of the published code's memory model.
 
     Source: the 10 A100 peaks of config/speed.tsv, fitted on 2026-11-21 by benchmarks/calibrate.py. The largest error is
     6.3 %, and 14.8 % for a row that is left out of the fit (docs/measurements.md).
     """
 
     runtime_gb: float = field(default=3.02, metadata={"unit": "GB a device"})
-    """CUDA context, communication buffers, workspaces and the allocator's slack: what is held beside the tensors."""
+    """CUDA context, communication buffers, workspaces, and unused memory of the allocator."""
     optimizer_bytes: float = field(default=24.5, metadata={"unit": "bytes per trained parameter, divided by devices"})
     """ZeRO's shard at its peak, in the optimizer step: float32 weight, moments and gradient (16), and temporaries."""
     cached_scores: float = field(default=3.28, metadata={"unit": "bytes per attention score and decoder layer"})
-    """Eager attention without ZeRO (adapters): score blocks that the allocator keeps while the device has room."""
+    """Eager attention without ZeRO (adapters): score blocks that the allocator caches while there is free memory."""
 
 
 def published_memory(setup: Setup, constants: MemoryConstants | None = None) -> dict[str, float]:
-    """GB by part at the peak of the published code on one device, if it has room for everything at once.
+    """GB by part at the peak of the published code on one device that does not run out of memory.
 
-    setup: what the recipe's scripts ran (phi3v.planning.fits.published_setup), its longest example times the micro-batch.
+    setup: the setup of the recipe's scripts (phi3v.planning.fits.published_setup).
     """
     constants = constants or MemoryConstants()
     geometry, work = setup.geometry, setup.longest.scaled(setup.micro_batch)

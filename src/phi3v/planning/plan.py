@@ -1,8 +1,8 @@
-"""The plan of a run: each row on the hardware it was placed on, before anything starts. No torch.
+"""The plan of a run: memory, time and cost of each row on its assigned hardware, before anything starts. No torch.
 
 plan = plan_run(load_run("config/config.yaml"))
 plan.values()                               # plan.json
-print(plan.table()); plan.page()            # the same for people: text, and a web page
+print(plan.table()); plan.page()            # the same as text, and as a web page
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from phi3v.settings import AccuracyRow, Geometry, Job, ResolvedRun, SettingsErro
 
 JOB_KINDS = {"accuracy": ("train", "evaluate"), "speed": ("speed",)}
 LEGEND = """\
-n: devices. Memory of one device, GB, predicted for this project's code: alloc: live tensors at the peak; resvd: what
-PyTorch's allocator holds; ctx: CUDA context and NCCL. A reading of the device (nvidia-smi) shows resvd + ctx.
+n: devices. Predicted memory per device in GB, for this project's code: alloc: live tensors at the peak; resvd: reserved
+by PyTorch's allocator; ctx: CUDA context and NCCL. nvidia-smi shows resvd + ctx.
 fits: yes; tight (works only if PyTorch frees cached memory; slower); no. micro: largest micro-batch that fits.
-img/s: over all devices. MFU, HFU: share of the dense peak, without and with recomputation.
-A CPU's peak is calibrated on one machine (docs/measurements.md), so its figures are rough elsewhere.
-time: training (or timing) and evaluation. device-h: time x devices. kWh: at the boards' full power."""
+img/s: images per second over all devices. MFU, HFU: share of the dense peak, without and with recomputation.
+A CPU's peak is calibrated on one machine (docs/planner.md), so its figures are rough on other machines.
+time: training (or timing) and evaluation. device-h: time x devices. kWh: at full board power."""
 PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -47,12 +47,12 @@ PAGE = """\
 </head>
 <body>
 <h1>Plan of run {name}</h1>
-<p>Predicted before anything ran: FLOP and bytes are counted from the layer sizes, with constants calibrated on the
-published speed tables. The published memory is very likely a reading of the whole device (an inference), so compare it
-with resvd + ctx. Published code: the prediction for what the recipe's scripts ran on the published hardware; frozen
-rows there very likely ran the decoder forward only (an inference).</p>
+<p>All figures are predicted. FLOP and bytes are counted from the layer sizes, with constants calibrated on the
+published speed tables. We infer that the published memory is a reading of the whole device, so compare it with resvd +
+ctx. "Published code" is the prediction for the recipe's scripts on the published hardware. We infer that frozen rows
+there ran the decoder forward only.</p>
 <pre>{table}</pre>
-<h2>Each row part by part</h2>
+<h2>Rows in detail</h2>
 <pre>{details}</pre>
 </body>
 </html>
@@ -61,11 +61,11 @@ rows there very likely ran the decoder forward only (an inference).</p>
 
 @dataclass(frozen=True)
 class Planned:
-    """A row on its hardware; quantities of a row that cannot be planned or run are left out, and `status` says why."""
+    """A row on its hardware. Quantities that cannot be planned are None, and `status` gives the reason."""
 
     row: str
     table_row: str
-    """Line of the table; the rows of several seeds share it."""
+    """Id of the line in the table. The rows of all seeds share it."""
     kind: str
     status: str
     device: str = ""
@@ -77,56 +77,56 @@ class Planned:
     parameters: dict[str, int] | None = None
     trainable: dict[str, int] | None = None
     memory_gb: dict[str, float] | None = None
-    """Allocated memory of one device at the peak by part; adds up to allocated_gb (phi3v.planning.memory)."""
+    """Allocated memory per device at the peak, by part. The sum is allocated_gb (phi3v.planning.memory)."""
     longest_tokens: int | None = None
-    """Tokens of the longest training example, which decides the peak."""
+    """Tokens of the longest training example, which determines the peak."""
     lengths: Literal["estimated", "counted"] | None = None
-    """counted: that example is one of the converted data; estimated: it follows from the dataset's entry."""
+    """counted: the longest example of the converted data. estimated: it follows from the dataset's entry."""
     peak_moment: str | None = None
-    """The part of a step at which the peak occurs."""
+    """Part of a step in which the peak occurs."""
     allocated_gb: float | None = None
     """Live tensors at the peak, as torch.cuda.max_memory_allocated reports them."""
     reserved_gb: float | None = None
-    """Memory that PyTorch's allocator holds, cached blocks included. An estimate on top of allocated_gb."""
+    """Memory that PyTorch's allocator reserves, cached blocks included. Estimated from allocated_gb."""
     context_gb: float | None = None
-    """What the process takes beside the allocator: CUDA context, NCCL. An estimate."""
+    """Memory outside the allocator: CUDA context and NCCL. An estimate."""
     fits: Verdict | None = None
     micro_batch: int | None = None
-    """What the row runs with."""
+    """Micro-batch that the row runs with."""
     recompute: float | None = None
     """Share of the layers whose activations are recomputed."""
     largest_micro_batch: int | None = None
-    """Largest that fits, and divides the batch."""
+    """Largest micro-batch that fits and divides the batch."""
     images_per_second: float | None = None
     published_images_per_second: float | None = None
     as_published: float | None = None
     """images_per_second predicted for the published code on the published hardware."""
     as_published_gb: float | None = None
-    """Memory predicted for the published code: a reading of the whole device, as published_memory_gb is."""
+    """Memory predicted for the published code. Like published_memory_gb, it covers the whole device."""
     published_memory_gb: float | None = None
     step_seconds: dict[str, float] | None = None
     mfu: float | None = None
     hfu: float | None = None
     steps: int | None = None
     hours: float | None = None
-    """Training (or timing) and evaluation."""
+    """Hours of training (or timing) and evaluation."""
     gpu_hours: float | None = None
     price: float | None = None
-    """In the currency of the pool's price_per_hour."""
+    """Price in the currency of the pool's price_per_hour."""
     energy_kwh: float | None = None
-    """At the boards' full power: an upper bound, without the rest of the machine."""
+    """Energy at full board power: an upper bound for the devices, without the rest of the machine."""
     disk_gb: float | None = None
-    """Final weights or adapters, and checkpoints while training."""
+    """Final weights or adapters, and checkpoints during training."""
     jobs: dict[str, Resources] | None = None
-    """What the rules ask a cluster for, by kind of job; a site's limits may cut it."""
+    """Resources that the rules request from a cluster, by kind of job. A site's limits may reduce them."""
 
     @property
     def runs(self) -> bool:
-        """Whether it is planned and will run."""
+        """Whether the row could be planned and will run."""
         return self.hours is not None and not self.status.startswith("not run")
 
     def detail(self) -> str:
-        """Parameters, memory, time and cluster jobs, part by part."""
+        """Parameters, memory, time and cluster jobs of the row, in detail."""
         if self.hours is None:
             return f"{self.row}: {self.status}"
         flash = "flash attention" if self.flash_attention else "eager attention"
@@ -161,20 +161,20 @@ class Planned:
 
 
 def _parts(title: str, values: Mapping[str, float] | None) -> str:
-    """A line: the sum, and the parts that are not zero."""
+    """A line with the sum, and the parts that are not zero."""
     listed = ", ".join(f"{name} {value:.4g}" for name, value in (values or {}).items() if value)
     return f"  {title:30} {sum((values or {}).values()):>9.4g} = {listed}"
 
 
 def duration(hours: float) -> str:
-    """Hours, minutes or seconds, whichever reads best: "12.3 h", "45 min", "20 s"."""
+    """A duration in hours, minutes or seconds, whichever reads best: "12.3 h", "45 min", "20 s"."""
     if hours >= 2:
         return f"{hours:.1f} h"
     return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
 
 
 def plan_job(run: ResolvedRun, job: Job, root: Path = Path()) -> Planned:
-    """The plan of one placed row."""
+    """The plan of one row."""
     row = job.row
     kind = "accuracy" if isinstance(row, AccuracyRow) else "speed"
     planned = Planned(row.row, job.table_row, kind, "run", job.pool.device)
@@ -229,7 +229,7 @@ def plan_job(run: ResolvedRun, job: Job, root: Path = Path()) -> Planned:
 
 
 def _with_published(planned: Planned, row: SpeedRow, job: Job, run: ResolvedRun, geometry: Geometry) -> Planned:
-    """With a speed row's published figures, and the predictions for the published code."""
+    """Adds a speed row's published figures, and the predictions for the published code."""
     planned = replace(
         planned,
         published_images_per_second=row.published_images_per_second,
@@ -249,12 +249,12 @@ class Plan:
     name: str
     rows: list[Planned]
     disk: dict[str, float]
-    """GB by kind (phi3v.planning.resources.disk_needed), of all rows that run."""
+    """GB by kind (phi3v.planning.resources.disk_needed), over all rows that run."""
     disk_missing: dict[str, float]
-    """The same without what is there already."""
+    """The same, without files that already exist."""
 
     def values(self) -> dict[str, object]:
-        """JSON values; units as in Planned, the constants in use beside them."""
+        """JSON values, in the units of Planned, and the constants used."""
         return {
             "name": self.name,
             "constants": asdict(CONSTANTS),
@@ -265,7 +265,7 @@ class Plan:
         }
 
     def totals(self) -> dict[str, float | None]:
-        """Totals over the rows that will run. A total is None if any row's value is unknown, as an unset price."""
+        """Totals over the rows that will run. A total is None if any row's value is unknown, such as an unset price."""
         sums: dict[str, float | None] = {}
         for name in ("gpu_hours", "price", "energy_kwh"):
             values = [getattr(row, name) for row in self.rows if row.runs]
@@ -273,7 +273,7 @@ class Plan:
         return sums
 
     def table(self) -> str:
-        """A line a row, then the sums, the disk, and the rows that cannot run."""
+        """One line per row, then the totals, the disk, and the rows that do not run."""
         head = f"{'row':32} {'device':11} {'n':>3} {'alloc':>6} {'resvd':>6} {'ctx':>4} {'fits':5} {'micro':>5} {'img/s':>8}"
         lines = [f"{head} {'MFU':>5} {'HFU':>5} {'time':>8} {'device-h':>8} {'kWh':>6} {'price':>8}".rstrip()]
         for row in self.rows:
@@ -291,42 +291,43 @@ class Plan:
         return "\n".join(lines)
 
     def notes(self) -> list[str]:
-        """Sums, price and disk as sentences."""
+        """Totals, price and disk as sentences."""
         totals = self.totals()
         energy, price = totals["energy_kwh"], totals["price"]
         unplanned = sum(row.status.startswith("not planned") for row in self.rows)
-        used = f"rows that run: {sum(row.runs for row in self.rows)}, in total {totals['gpu_hours'] or 0:.1f} device-hours, "
-        used += "energy: not known (no board power in the hardware file)" if energy is None else f"{energy:.0f} kWh"
+        running = sum(row.runs for row in self.rows)
+        used = f"rows that run: {running}, in total {totals['gpu_hours'] or 0:.1f} device-hours, "
+        used += "energy: unknown (no power_w in the hardware file)" if energy is None else f"{energy:.0f} kWh"
         if unplanned:
-            used += f"; rows that could not be planned and are in no sum: {unplanned}"
-        unset = "not set (`price_per_hour` of each entry under `hardware` in your configuration)"
+            used += f"; rows that could not be planned and are not in the totals: {unplanned}"
+        unset = "not set (set `price_per_hour` for each entry under `hardware` in your configuration)"
         sizes = ", ".join(f"{name} {size:.2f} GB" for name, size in self.disk.items())
         total, missing = sum(self.disk.values()), sum(self.disk_missing.values())
         return [
             used,
             f"price: {unset if price is None else f'{price:.2f} in the currency of price_per_hour'}",
-            f"disk: {total:.1f} GB ({sizes}); still to be written: {missing:.1f} GB",
+            f"disk: {total:.1f} GB ({sizes}); not written yet: {missing:.1f} GB",
         ]
 
     def page(self) -> str:
-        """A web page of its own, without scripts or outside files: the table, then every row part by part."""
+        """A self-contained web page without scripts: the table, then every row in detail."""
         details = "\n\n".join(row.detail() for row in self.rows if row.hours is not None)
         texts = {"name": self.name, "table": self.table(), "details": details}
         return PAGE.format(**{key: escape(text, quote=False) for key, text in texts.items()})
 
     def detail(self, row: str) -> str:
-        """Everything the plan knows of one row; raises SettingsError for a row that is not in it."""
+        """The full plan of one row. Raises SettingsError for a row that is not in the plan."""
         found = [item for item in self.rows if row in (item.row, item.table_row)]
         if not found:
             close = difflib.get_close_matches(row, [item.row for item in self.rows], cutoff=0)
             raise SettingsError(
-                f"row {row!r}: not in the plan of {self.name}; expected one of its rows, the closest: {', '.join(close)}"
+                f"row {row!r}: not in the plan of {self.name}; did you mean one of these: {', '.join(close)}"
             )
         return "\n\n".join(item.detail() for item in found)
 
 
 def plan_run(run: ResolvedRun, root: Path = Path()) -> Plan:
-    """The plan of every selected row, those that cannot run included with their reason."""
+    """The plan of every selected row, and the reasons of the rows that cannot run."""
     rows = [plan_job(run, job, root) for job in (*run.accuracy, *run.speed)]
     for skipped in run.not_run:
         kind = "accuracy" if isinstance(skipped.row, AccuracyRow) else "speed"

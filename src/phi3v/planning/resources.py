@@ -1,7 +1,7 @@
-"""What jobs ask for: time, memory and cores of a cluster job; disk of a run, and whether it is free. No torch.
+"""Resources of jobs: time, memory and cores of a cluster job, and the disk space of a run. No torch.
 
-resources(run, job)["train"]                # for a rule's `resources`
-check_room(run, rows)                       # raises if results/ cannot hold what the rows still write
+resources(run, job, kind="train")           # for a rule's `resources`
+check_free_space(run, rows)                 # raises if the file system of results/ has too little free space
 """
 
 from __future__ import annotations
@@ -31,34 +31,35 @@ from phi3v.settings import (
 )
 from phi3v.settings.commands import own_settings
 
-# Three passes of an accuracy row: before (shared by rows), after, control.
+# Passes of an accuracy row: before (shared by rows), after, control.
 EVALUATION_PASSES = 3
-# A job's time limit over its predicted time, and minutes for start, loading and saving.
+# Time limit of a job divided by its predicted time, and minutes for start, loading and saving.
 MARGIN, START_MINUTES = 1.5, 30
-# CPU peaks are those of one machine.
+# Margin on CPUs, because the peak in the hardware file is from one machine.
 CPU_MARGIN = 4.0
 DOWNLOADS = ("models", "datasets")
 
 
-# Jobs of a cluster ------------------------------------------------------------------------------------------------------
+# Jobs of a cluster
+# ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a cluster job should ask for, per machine if it has several."""
+    """Resources of a cluster job, per machine if it has several."""
 
     runtime: int
-    """Minutes."""
+    """Time limit in minutes."""
     mem_mb: int
     cpus: int
     nodes: int
     gres: str
-    """SLURM's per-node devices, empty on a CPU."""
+    """Generic resources per node in SLURM's notation. Empty on a CPU."""
     partition: str
 
 
 def evaluation_seconds(setup: Setup, load: Workload, passes: int = EVALUATION_PASSES) -> float:
-    """Seconds of the passes: prompts as forward passes, then each answer token reads the weights once."""
+    """Seconds of the passes: prompts are forward passes, then each answer token reads the weights once."""
     forward = replace(setup, method="frozen_forward_only", recompute=0.0, batch_size=setup.devices, micro_batch=1)
     time = step_time(forward)
     prompt = time.matmul + time.attention + time.elementwise
@@ -68,7 +69,8 @@ def evaluation_seconds(setup: Setup, load: Workload, passes: int = EVALUATION_PA
 
 
 def training_steps(row: AccuracyRow | SpeedRow, load: Workload, run: ResolvedRun) -> int:
-    """Optimizer steps of the job: the row's own max_steps, epochs over the data, or the timing's."""
+    """Optimizer steps of the job: from the row's max_steps, from its epochs over the data, or from the timing
+    settings."""
     if isinstance(row, SpeedRow):
         timing = run.settings.speed
         return timing.warmup_steps + timing.timed_steps * timing.repeats
@@ -76,12 +78,12 @@ def training_steps(row: AccuracyRow | SpeedRow, load: Workload, run: ResolvedRun
     return limit if limit > 0 else math.ceil(load.train / row.batch_size) * math.ceil(row.epochs)
 
 
-def resources(run: ResolvedRun, job: Job, root: Path = Path()) -> dict[str, Resources]:
-    """Defaults for the jobs of a placed row by their kind: `train`, `evaluate` and perhaps `official` (the evaluation on
-    the authors' own split) of an accuracy row, `speed` of a speed row.
+def resources(run: ResolvedRun, job: Job, root: Path = Path(), kind: str = "train") -> Resources:
+    """Default resources for a job of a row. kind: `train` (accuracy row), `evaluate`, `official` (evaluation on the
+    authors' own split), or `speed`.
 
-    Times are the plan's with a margin of a half (CPU: fourfold, never under an hour) and half an hour for start and
-    saving, rounded up to ten minutes. Where the row cannot be planned yet (no geometry, data not converted): a day.
+    The time is the plan's, times 1.5 (CPU: times 4, at least an hour), plus half an hour for start and saving, rounded
+    up to ten minutes. If the row cannot be planned yet (no geometry, or data not converted), it is one day.
     """
     official = ["official"] if run.official(job, root) else []
     kinds = ["speed"] if isinstance(job.row, SpeedRow) else ["train", "evaluate", *official]
@@ -105,9 +107,11 @@ def _request(
         else:
             seconds = training_steps(job.row, load, run) * step_time(setup).seconds
         minutes = seconds / 60 * (CPU_MARGIN if cpu else MARGIN) + START_MINUTES
-        # A process holds its libraries, the weights it reads and those it gathers to save; a CPU one all its tensors.
+        # A process needs memory for libraries, the weights that it reads, and those that it gathers to save. A CPU
+        # process also keeps all tensors there.
         weights = 2 * sum(parameters(setup.geometry).values()) / 1e6
-        # Without ZeRO each process reads the whole checkpoint to resume, and the first one copies its state to save.
+        # Without ZeRO, each process reads the whole checkpoint to resume, and the first process copies its state to
+        # save it.
         trains = kind == "train" and setup.replicated
         state = checkpoint_bytes(setup.trained, 0, setup.optimizer, is_sharded=False) / 1e6 if trains else 0
         need = memory(setup)
@@ -119,33 +123,34 @@ def _request(
     return Resources(10 * math.ceil(minutes / 10), math.ceil(mem_mb), cores, job.nodes, gres, job.pool.slurm_partition)
 
 
-# Disk -------------------------------------------------------------------------------------------------------------------
+# Disk
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def most_checkpoints(keep: int, keep_best: bool) -> int:
-    """Checkpoints on the disk while the next is written: the newest `keep`, the best one, and that one."""
+    """Checkpoints on the disk while a new one is written: the newest `keep`, the best one, and the new one."""
     return keep + keep_best + 1
 
 
 def checkpoint_bytes(trained: float, weights: float, optimizer: str, is_sharded: bool) -> float:
-    """Size of a checkpoint: float32 weights that train and their moments; with ZeRO (is_sharded) all weights beside.
+    """Size of a checkpoint: trained weights in float32 and their moments. With ZeRO (is_sharded), also all weights.
 
-    trained: parameters. weights: bytes of all weights as the model holds them.
+    trained: number of parameters. weights: size of all weights in the model, in bytes.
     """
     moments = MOMENT_BYTES["adamw_8bit" if "8bit" in optimizer else "adamw"]
     return trained * (4 + moments) + (weights if is_sharded else 0)
 
 
 def row_gb(setup: Setup, row: Training, save_minutes: float) -> tuple[float, float]:
-    """(what an accuracy row leaves behind, the most that its checkpoints take beside it while it trains)
+    """(GB of an accuracy row's results, most GB of its checkpoints during training)
 
-    Final weights: 2 bytes each, or adapters in 4; a merged row has both. save_minutes: the run's, for a row without a
-    setting of its own.
+    The results are the final weights in 2 bytes each, or adapters in 4; a merged row has both. save_minutes: the run's
+    setting, for rows without their own.
     """
     own = own_settings(row, f"row `{row.row}`")
     if not {"save_minutes", "save_steps"} & row.finetune.keys():
         own = own.model_copy(update={"save_minutes": save_minutes})
-    # Without any of these only a job that is told to leave saves, once.
+    # If all of these are off, only a job that receives a stop signal saves, and only once.
     saves = own.save_minutes or own.save_steps or own.keep_best
     count = most_checkpoints(own.keep_checkpoints, own.keep_best) if saves else 1
     whole, trained = 2 * sum(parameters(setup.geometry).values()), setup.trained
@@ -158,11 +163,11 @@ def row_gb(setup: Setup, row: Training, save_minutes: float) -> tuple[float, flo
 def disk_needed(
     run: ResolvedRun, rows: Collection[str], root: Path = Path(), missing_only: bool = False
 ) -> dict[str, float]:
-    """GB by kind for the rows named: models, datasets (downloads and pictures), final weights, checkpoints of the
-    largest row. Rows that cannot be planned yet count nothing.
+    """GB by kind for the given rows: models, datasets (downloads and pictures), final weights, and checkpoints of the
+    largest row. Rows that cannot be planned yet count as 0.
 
-    missing_only: without what lies under ROOT/results already. One row trains at a time on a machine; a cluster that
-    trains several at once needs their checkpoints too.
+    missing_only: subtract files that already exist under ROOT/results. Assumes that one row trains at a time. A cluster
+    that trains several rows at once needs the space of their checkpoints too.
     """
     found = {"models": 0.0, "datasets": 0.0, "final weights": 0.0, "checkpoints of one row": 0.0}
     results, seen = root / "results", set()
@@ -179,14 +184,14 @@ def disk_needed(
             found["models"] += 2 * sum(parameters(model_geometry(model, run.models[model], root)).values()) / GB
         done = results / "data" / dataset_key(dataset, run.datasets[dataset]) / "dataset.json"
         if done not in seen and not (missing_only and done.is_file()):
-            # The downloaded source and the pictures taken out of it.
+            # The downloaded source, and the pictures extracted from it.
             found["datasets"] += 2 * (load.train + load.evaluation) * load.pictures * load.picture_bytes / GB
         seen |= {lock, done}
         trained = results / run.settings.name / "train" / job.row.row
         if isinstance(job.row, AccuracyRow) and not (missing_only and (trained / "manifest.json").is_file()):
             final, checkpoints = row_gb(setup, job.row, run.settings.save_minutes)
             found["final weights"] += final
-            # A row that resumes has some of its checkpoints already; the next ones take their place.
+            # A row that resumes already has some checkpoints, which the next ones replace.
             held = _size_gb(trained / "checkpoints") if missing_only else 0.0
             found["checkpoints of one row"] = max(found["checkpoints of one row"], checkpoints - held)
     return found
@@ -197,18 +202,21 @@ def _size_gb(folder: Path) -> float:
 
 
 def check_disk(needed: dict[str, float], folder: Path) -> None:
-    """Raises SettingsError if the file system of `folder` (or its nearest parent) has less free than needed, GB."""
+    """Raises SettingsError if the file system of `folder` (or its nearest parent) has less free space than needed, in
+    GB."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     need, free = sum(needed.values()), shutil.disk_usage(there).free / GB
     if need > free:
         raise SettingsError(
-            f"{folder}: {free:.0f} GB free, this run still writes about {need:.0f} GB "
-            f"({', '.join(f'{name} {size:.0f}' for name, size in needed.items())}): {need - free:.0f} GB too "
-            "little; select fewer rows (`rows` in the configuration), or put results/ on a larger file system"
+            f"{folder}: {free:.0f} GB free, but this run will write about {need:.0f} GB "
+            f"({', '.join(f'{name} {size:.0f}' for name, size in needed.items())}), {need - free:.0f} GB more than is "
+            "free; select fewer rows (`rows` in the configuration), or put results/ on a larger file system"
         )
 
 
-def check_room(run: ResolvedRun, rows: Collection[str], root: Path = Path(), downloads_only: bool = False) -> None:
-    """Raises SettingsError if the disk cannot hold what the rows named still write under ROOT/results."""
+def check_free_space(
+    run: ResolvedRun, rows: Collection[str], root: Path = Path(), downloads_only: bool = False
+) -> None:
+    """Raises SettingsError if there is too little free space for the files that the rows will write to ROOT/results."""
     needed = disk_needed(run, rows, root, missing_only=True)
     check_disk({kind: needed[kind] for kind in DOWNLOADS} if downloads_only else needed, root / "results")
