@@ -434,9 +434,7 @@ def test_damaged_archives_and_clips(tmp_path: Path) -> None:
     (tmp_path / "cut.tar.gz").write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
     with pytest.raises(DataError, match="damaged tar archive"):
         converted(tmp_path / "out", "ucf101", tmp_path / "cut.tar.gz")
-    with pytest.raises(
-        DataError, match=r"no clips of split 'val'; expected SPLIT/CLASS/CLIP.avi, got splits \['train'\]"
-    ):
+    with pytest.raises(DataError, match=r"no clips of split 'val', only splits \['train'\]"):
         converted(tmp_path / "out", "ucf101", archive, "val")
     folder = tmp_path / "clips" / "train" / "A"
     write_clip(folder / "short.avi", 5)
@@ -459,7 +457,7 @@ def test_a_clip_that_ends_its_decoder_is_an_error(tmp_path: Path, monkeypatch: p
     # A fork inherits the function above.
     forked = multiprocessing.get_context("fork")
     monkeypatch.setattr(recipe, "process_pool", lambda workers: ProcessPoolExecutor(workers, forked))
-    with pytest.raises(DataError, match=r"a process ended while it decoded a clip; --workers 1 shows which"):
+    with pytest.raises(DataError, match=r"a process crashed while decoding a clip"):
         converted(tmp_path / "out", "ucf101", archive, workers=2)
     assert not tree(tmp_path / "out")
 

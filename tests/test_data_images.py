@@ -107,7 +107,7 @@ def test_12_bits_in_a_16_bit_file_are_scaled_by_their_range_when_asked() -> None
     xray = encoded(Image.fromarray(np.linspace(100, 4095, 64, dtype=np.uint16).reshape(8, 8)), "PNG")
     plain = read(xray)
     assert plain.data == xray
-    assert "from 100 to 4095 of 0 to 65535; option pixel_range: real" in plain.warning
+    assert "from 100 to 4095" in plain.warning and "pixel_range: real" in plain.warning
     assert open_rgb(plain.data, "x").getextrema()[0] == (0, 15)
     scaled = read(xray, pixel_range="real")
     assert scaled.warning == ""
@@ -238,7 +238,7 @@ def test_a_clip_is_known_by_its_content_and_follows_its_display_matrix(tmp_path:
     assert frame.size == (64, 96)
     assert frame.getpixel((32, 10))[0] > 200 > 50 > frame.getpixel((32, 85))[0]  # left became the top
     (tmp_path / "cut.mp4").write_bytes(whole[: whole.index(b"moov")])
-    with pytest.raises(DataError, match=r"cut.mp4: does not decode: cut short, damaged, or no video"):
+    with pytest.raises(DataError, match=r"cut.mp4: cannot be decoded: truncated, damaged, or not a video"):
         sample_frames(tmp_path / "cut.mp4")
     (tmp_path / "a.png").write_bytes(picture_bytes(1, "PNG"))
     with pytest.raises(DataError, match=r"a.png: not a video; expected AVI"):

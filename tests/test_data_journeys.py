@@ -249,8 +249,8 @@ receipts:
     lines = [json.loads(line) for line in Path("out/rejected.jsonl").read_text().splitlines()]
     reasons = {line["where"]: line["reason"] for line in lines}
     assert reasons.keys() == {"fields/extra.json", "scans/clip.mp4"}
-    assert reasons["fields/extra.json"] == "no picture of that name"
-    assert reasons["scans/clip.mp4"].startswith("not a picture that can be read; expected one of JPEG")
+    assert reasons["fields/extra.json"] == "no picture has this name"
+    assert reasons["scans/clip.mp4"].startswith("not a readable picture; expected one of JPEG")
     assert json.loads(Path("out/dataset.json").read_text())["splits"]["train"]["untaken"] == 2
 
 

@@ -338,7 +338,7 @@ def test_what_cannot_be_loaded_is_named(data: Path, tmp_path: Path, processor: P
         dataset[0]
     image.unlink()
     image.symlink_to("/etc/hostname")
-    with pytest.raises(DataError, match=r"val\.jsonl:1: image .* is a link out of"):
+    with pytest.raises(DataError, match=r"val\.jsonl:1: image .* is a link to a file outside"):
         dataset[0]
     image.unlink()
     image.write_bytes(picture_bytes(0, "PNG", (4000, 1)))

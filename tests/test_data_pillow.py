@@ -31,7 +31,7 @@ SECONDS, MEBIBYTES = 5, 1024
 
 TAKEN = (*READ, "MPO", "HEIF", "PDF")
 
-UNREADABLE = ("damaged or truncated", "cannot be opened as a picture", "not a picture that can be read")
+UNREADABLE = ("damaged or truncated", "cannot be opened as a picture", "not a readable picture")
 """How a refusal of what Pillow cannot read either starts."""
 
 
@@ -113,7 +113,7 @@ def outcome(path: Path) -> dict[str, object]:
         deep = kind in TAKEN and str(expected) == "pixels from"
         if not reason.startswith("pixels from" if deep else UNREADABLE) and "pixels; expected at most" not in reason:
             wrong = f"Pillow raises {expected}"
-    elif kind in TAKEN or not reason.startswith("not a picture that can be read"):
+    elif kind in TAKEN or not reason.startswith("not a readable picture"):
         wrong = f"Pillow reads {kind} {expected}"
     label = f"taken: {kind}" if pages else f"refused: {reason.split(':')[0].split(';')[0][:40]}"
     return {

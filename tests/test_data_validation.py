@@ -70,7 +70,7 @@ def test_a_picture_that_changed_after_the_conversion_is_named(tmp_path: Path) ->
     assert problems(tmp_path / "out") == []
     (tmp_path / "out/images/val/1.jpg").write_bytes(picture_bytes(7))
     found = problems(tmp_path / "out")
-    assert len(found) == 1 and "val.sha256: 1 pictures differ from what was converted: 'val/1.jpg'" in found[0]
+    assert len(found) == 1 and "val.sha256: 1 pictures changed since the conversion: 'val/1.jpg'" in found[0]
     assert problems(tmp_path / "out", "paths") == []
 
 

@@ -1,9 +1,9 @@
-"""Loading a data folder: any example by its number, as model inputs.
+"""Loads a data folder: any example by its number, as model inputs.
 
-The jsonl stays on disk: an index of byte offsets (8 bytes a line) is all that is held, so a million examples start
+The JSONL file stays on disk. Only an index of byte offsets (8 bytes per line) is in memory, so a million examples load
 within seconds.
 
-    T = tokens of an example, B = examples of a batch, S = edge of a tile in pixels
+    T = tokens of an example, B = examples of a batch, S = side of a tile in pixels
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 class Encoded(TypedDict):
-    """An example as model inputs; pixel_values are float32, or uint8 that the model normalises."""
+    """An example as model inputs. pixel_values are float32, or uint8 that the model normalises."""
 
     input_ids: torch.Tensor
     """[T]"""
     labels: torch.Tensor
     """[T], -100 except on answers"""
     pixel_values: torch.Tensor
-    """[tiles, 3, S, S]; no tiles for a text-only example"""
+    """[tiles, 3, S, S]. A text-only example has no tiles."""
     image_sizes: torch.Tensor
     """[images, 2]"""
 
@@ -51,8 +51,8 @@ class Example(Encoded):
 class ConversationDataset(Dataset[Example]):
     """A split of a data folder as training examples.
 
-    Which turns train is dataset.json's `turns`: all; draw: one per epoch, drawn from (seed, epoch, i); first. Call
-    `set_epoch` before each epoch.
+    dataset.json's `turns` selects the turns that train. all: every turn. draw: one turn per epoch, drawn from (seed,
+    epoch, index). first: the first turn. Call `set_epoch` before each epoch.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class ConversationDataset(Dataset[Example]):
         self.description = describe(data_dir)
         self.lines = LineIndex(split_file(data_dir, split))
         if not len(self.lines):
-            raise DataError(f"{self.lines.path}: empty; expected one JSON object a line")
+            raise DataError(f"{self.lines.path}: empty; expected one JSON object per line")
         self.pictures = Pictures(data_dir)
         self.turns = turns or self.description.get("turns", "all")
         self.num_crops = num_crops or self.description.get("num_crops") or Entry.model_fields["num_crops"].default
-        # A copy: another dataset may use the same processor with another number of crops.
+        # A copy, because another dataset may use the same processor with another num_crops.
         self.processor = copy.copy(processor)
         self.processor.image_processor = copy.copy(processor.image_processor)
         self.processor.image_processor.num_crops = self.num_crops
@@ -85,20 +85,21 @@ class ConversationDataset(Dataset[Example]):
         return len(self.lines)
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch whose turns are drawn from now on, in loader processes too."""
+        """Sets the epoch whose turns are drawn, also in loader processes."""
         self._epoch[0] = epoch
 
     @property
     def epoch(self) -> int:
-        """The epoch whose turns are drawn."""
+        """Epoch whose turns are drawn."""
         return int(self._epoch[0])
 
     def conversation(self, index: int) -> Conversation:
-        """The record of an example, all its turns. Raises DataError."""
+        """The record of an example with all its turns. Raises DataError."""
         return parse_line(self.lines[index], f"{self.lines.path}:{index + 1}")
 
     def choices(self, conversation: Conversation) -> tuple[Turn, ...]:
-        """The turns that can train. Where one is drawn, each has the record's pictures and its first system message."""
+        """The turns that can train. If one is drawn, each has all pictures and the first system message of the
+        record."""
         if self.turns == "draw" and len(conversation.turns) > 1:
             system = conversation.turns[0].system
             return tuple(
@@ -107,7 +108,7 @@ class ConversationDataset(Dataset[Example]):
         return conversation.turns[:1] if self.turns == "first" else conversation.turns
 
     def selected(self, index: int) -> Conversation:
-        """The record with the turns that train in this epoch."""
+        """The record, with the turns that train in this epoch."""
         conversation = self.conversation(index)
         turns = self.choices(conversation)
         if self.turns == "draw" and len(turns) > 1:
@@ -116,7 +117,7 @@ class ConversationDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
-            raise IndexError(f"example {index}; expected 0 … {len(self) - 1}")
+            raise IndexError(f"example: got {index}; expected 0 … {len(self) - 1}")
         conversation = self.selected(index)
         where = f"{self.lines.path}:{index + 1}"
         pictures = [[self.pictures.open(path, where) for path in turn.images] for turn in conversation.turns]
@@ -132,10 +133,10 @@ def encode(
     pictures: Sequence[Sequence[Image.Image]],
     as_uint8: bool = False,
 ) -> Encoded:
-    """Turns with their decoded pictures as model inputs.
+    """Encodes turns and their decoded pictures as model inputs.
 
-    The prompt of each turn is the processor's (a beginning of sequence before the text and after every picture, as the
-    model was trained); later turns have none in front. Labels are the answers with their end marks.
+    The processor encodes the prompt of each turn as in the model's training, with a beginning-of-sequence token before
+    the text and after every picture. Later turns have none at their start. Labels are the answers with their end marks.
     """
     tokenizer = processor.tokenizer
     ids: list[int] = []
@@ -144,7 +145,7 @@ def encode(
     sizes: list[torch.Tensor] = []
     extra = {"as_uint8": True} if as_uint8 else {}
     for position, (turn, own) in enumerate(zip(turns, pictures, strict=True)):
-        # The processor numbers pictures from 1 in each call; the number itself leaves no trace in the ids.
+        # The processor numbers pictures from 1 in each call. The number does not affect the ids.
         inputs = processor(prompt_text(turn), images=list(own) or None, return_tensors=None, **extra)
         prompt = inputs["input_ids"][0]
         if position and prompt and prompt[0] == tokenizer.bos_token_id:
@@ -166,10 +167,10 @@ def encode(
 def collate(examples: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.Tensor]:
     """A batch for the model, padded on the right.
 
-    input_ids, attention_mask, labels [B, T]; loss_weights [B, T] float: 1 / (label tokens of its example) on label
-    positions, 0 elsewhere, so that every example weighs the same however long its answer is; pixel_values [tiles of all
-    examples, 3, S, S] and image_sizes [images of all examples, 2] in the order of the examples, absent if there are
-    none.
+    input_ids, attention_mask, labels [B, T]. loss_weights [B, T] float: 1 / (label tokens of the example) at label
+    positions, 0 elsewhere, so that every example has the same weight regardless of the length of its answer.
+    pixel_values [tiles of all examples, 3, S, S] and image_sizes [images of all examples, 2], in the order of the
+    examples. Both are absent if there are no pictures.
     """
     pad = partial(pad_sequence, batch_first=True)
     answers = [example["labels"] != -100 for example in examples]

@@ -17,23 +17,23 @@ from phi3v.data.conversations import MAX_LINE_BYTES, DataError
 from phi3v.data.pictures import displayed_size, open_rgb
 
 LENGTHS = ".lengths"
-"""Folder in a data folder: the tokens of its examples, counted before (phi3v.data.lengths)."""
+"""Subfolder with token counts of the examples (phi3v.data.lengths)."""
 
 
 class SplitEntry(TypedDict, total=False):
-    """What dataset.json states of a split."""
+    """Entry of a split in dataset.json."""
 
     file: str
     examples: int
     images: int
     rejected: int
     untaken: int
-    """Files that are not what the format takes; left out if there is none."""
+    """Files that the format skips. Absent if there are none."""
     sha256: str
 
 
 class Description(TypedDict, total=False):
-    """The content of dataset.json; `source` and `leakage` by split."""
+    """Content of dataset.json. `source` and `leakage` are by split."""
 
     name: str
     converter: str
@@ -42,7 +42,7 @@ class Description(TypedDict, total=False):
     turns: str
     metric: str
     metrics: list[str]
-    """Given if there are several."""
+    """Absent if there is only one metric."""
     group_by: str
     max_new_tokens: int
     num_crops: int | None
@@ -52,7 +52,7 @@ class Description(TypedDict, total=False):
 
 
 class LineIndex:
-    """Lines of a file by number; holds their byte offsets only."""
+    """Lines of a file by number. Keeps only their byte offsets in memory."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -64,7 +64,7 @@ class LineIndex:
                 size += len(block)
         edges = np.concatenate([np.zeros(1, np.int64), *ends])
         self.offsets = edges if edges[-1] == size else np.append(edges, size)
-        """[lines + 1] where each line starts, and the file's end."""
+        """[lines + 1] start of each line, and end of the file."""
         self._handle: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -74,14 +74,16 @@ class LineIndex:
         start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
         if stop - start > MAX_LINE_BYTES:
             raise DataError(
-                f"{self.path}:{index + 1}: {stop - start} bytes; expected a line of at most {MAX_LINE_BYTES}"
+                f"{self.path}:{index + 1}: got {stop - start} bytes; expected a line of at most {MAX_LINE_BYTES}"
             )
-        # A handle a process: forked workers must not share one, and a position is given with each read anyway.
+        # One handle per process, because forked workers must not share one.
         if self._handle is None or self._handle[0] != os.getpid():
             self._handle = (os.getpid(), os.open(self.path, os.O_RDONLY))
         line = os.pread(self._handle[1], stop - start, start)
         if len(line) != stop - start:
-            raise DataError(f"{self.path}:{index + 1}: the file became shorter while it was in use")
+            raise DataError(
+                f"{self.path}:{index + 1}: the file became shorter during use; do not edit data of a running job"
+            )
         return line
 
     def __getstate__(self) -> dict[str, object]:
@@ -94,7 +96,7 @@ class LineIndex:
 
 
 def describe(data_dir: str | Path) -> Description:
-    """dataset.json of a data folder; {} for a folder made by hand. Raises DataError if the converter did not write it."""
+    """dataset.json of a data folder, or {} for a folder made by hand. Raises DataError if the file is invalid."""
     path = Path(data_dir) / "dataset.json"
     if not path.exists():
         return {}
@@ -106,15 +108,15 @@ def describe(data_dir: str | Path) -> Description:
         return value
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path}: not a dataset description ({error}); expected what scripts/convert.py writes"
+            f"{path}: not a dataset description ({error}); convert the data again with scripts/convert.py"
         ) from None
 
 
 def split_file(data_dir: str | Path, split: str) -> Path:
-    """The jsonl of a split: as dataset.json names it, else SPLIT.jsonl or *_SPLIT.jsonl. Raises DataError."""
+    """The JSONL file of a split: from dataset.json, else SPLIT.jsonl or *_SPLIT.jsonl. Raises DataError."""
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
-        raise DataError(f"{data_dir}: no such folder; expected one with images/ and {split}.jsonl")
+        raise DataError(f"{data_dir}: no such folder; expected a folder with images/ and {split}.jsonl")
     entry = describe(data_dir).get("splits", {}).get(split)
     if entry:
         found = [data_dir / entry["file"]]
@@ -122,13 +124,15 @@ def split_file(data_dir: str | Path, split: str) -> Path:
         plain = data_dir / f"{split}.jsonl"
         found = [plain] if plain.is_file() else sorted(data_dir.glob(f"*_{split}.jsonl"))
     if len(found) != 1 or not found[0].is_file():
-        there = ", ".join(sorted(path.name for path in data_dir.glob("*.jsonl"))) or "no jsonl"
-        raise DataError(f"{data_dir}: split {split!r}: expected one {split}.jsonl or *_{split}.jsonl; there: {there}")
+        there = ", ".join(sorted(path.name for path in data_dir.glob("*.jsonl"))) or "no JSONL file"
+        raise DataError(
+            f"{data_dir}: split {split!r}: got {there}; expected exactly one {split}.jsonl or *_{split}.jsonl"
+        )
     return found[0]
 
 
 def splits_of(data_dir: Path) -> dict[str, Path]:
-    """Splits and their files: as dataset.json names them, else every *.jsonl but rejected.jsonl."""
+    """Splits and their files: from dataset.json, else every *.jsonl except rejected.jsonl."""
     if entries := describe(data_dir).get("splits"):
         return {split: data_dir / entry["file"] for split, entry in entries.items()}
     files = (path for path in sorted(data_dir.glob("*.jsonl")) if path.name != "rejected.jsonl")
@@ -136,7 +140,7 @@ def splits_of(data_dir: Path) -> dict[str, Path]:
 
 
 class Pictures:
-    """Pictures of a data folder, by their path in the jsonl."""
+    """Pictures of a data folder, by their paths in the JSONL file."""
 
     def __init__(self, data_dir: str | Path) -> None:
         self.data_dir = Path(data_dir)
@@ -144,8 +148,8 @@ class Pictures:
         self._folders: dict[str, str] = {}
 
     def file(self, path: str, where: str) -> Path:
-        """The picture's file. Raises DataError if it lies outside the folder."""
-        # Following every part of a path is eight calls to the file system; a folder's share of them is kept.
+        """The picture's file. Raises DataError if it is outside the folder."""
+        # Resolving a path takes eight file system calls, so resolved folders are cached.
         folder, _, name = path.rpartition("/")
         real = self._folders.get(folder)
         if real is None:
@@ -154,7 +158,9 @@ class Pictures:
         if os.path.islink(file) or not f"{real}/".startswith(f"{self._root}/"):
             file = os.path.realpath(file)
             if not file.startswith(f"{self._root}/"):
-                raise DataError(f"{where}: image {path!r} is a link out of {self._root}; expected a file inside it")
+                raise DataError(
+                    f"{where}: image {path!r} is a link to a file outside {self._root}; expected a file inside it"
+                )
         return Path(file)
 
     def open(self, path: str, where: str) -> Image.Image:
@@ -162,11 +168,11 @@ class Pictures:
         return open_rgb(self.file(path, where), f"{where}: image {path!r}")
 
     def size(self, path: str, where: str) -> tuple[int, int]:
-        """(width, height) as it will be opened, from the header alone. Raises DataError."""
+        """(width, height) of the opened picture, from the header alone. Raises DataError."""
         return displayed_size(self.file(path, where), f"{where}: image {path!r}")
 
     def bytes_of(self, path: str, where: str) -> bytes:
-        """The picture as it is stored. Raises DataError."""
+        """The stored bytes of the picture. Raises DataError."""
         try:
             return self.file(path, where).read_bytes()
         except OSError as error:
@@ -180,7 +186,7 @@ class Pictures:
             return dict(zip(unique, found, strict=True))
 
     def stored_bytes(self, path: str, where: str) -> int:
-        """Size of the stored picture, without reading it. Raises DataError."""
+        """Size of the stored picture in bytes, without reading it. Raises DataError."""
         try:
             return self.file(path, where).stat().st_size
         except OSError as error:
@@ -188,12 +194,13 @@ class Pictures:
 
 
 def record_picture(file: TextIO, path: str, content: bytes) -> None:
-    """Append a picture to its split's SPLIT.sha256, which `sha256sum --check` reads too. path: relative to images/."""
+    """Appends a picture to SPLIT.sha256, which `sha256sum --check` can read. path: relative to images/."""
     file.write(f"{sha256(content).hexdigest()}  images/{path}\n")
 
 
 def check_unchanged(data_dir: str | Path, split: str, digests: dict[str, str]) -> None:
-    """Raise DataError if a picture is not what was converted. A folder made by hand has no record to compare with."""
+    """Raises DataError if a picture changed since the conversion. Folders made by hand have no record to compare
+    with."""
     record = Path(data_dir) / f"{split}.sha256"
     if not record.exists():
         return
@@ -203,6 +210,6 @@ def check_unchanged(data_dir: str | Path, split: str, digests: dict[str, str]) -
     if changed:
         few = ", ".join(repr(path) for path in changed[:3])
         raise DataError(
-            f"{record}: {len(changed)} pictures differ from what was converted: {few}{' …' if len(changed) > 3 else ''}; "
-            "convert the data again, or remove this file to accept them"
+            f"{record}: {len(changed)} pictures changed since the conversion: {few}{' …' if len(changed) > 3 else ''}; "
+            "convert the data again, or delete this file to accept the pictures"
         )

@@ -1,10 +1,10 @@
-"""Tokens and tiles of a data folder's examples: lengths for batches, and statistics with a small plot.
+"""Tokens and tiles of a data folder's examples: lengths for batches, and statistics with a plot.
 
-Tokens are counted from texts and picture headers alone, exactly as loading makes them, without decoding a picture. The
+Tokens are counted from texts and picture headers, without decoding pictures, and equal those of loaded examples. The
 recipe's mean length of DocVQA is phi3v.planning.fits.MEAN_TOKENS.
 
-Lengths are counted once, by all cores, and kept beside the data. What they depend on (the jsonl, which turns train, the
-tokenizer, the sizes of tiles and grids) names their file, so a change of any of it counts anew.
+All cores count the lengths once and store them in the data folder. The file name is a digest of their inputs (the JSONL
+file, which turns train, the tokenizer, tile and grid sizes), so a change of any input counts again.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 PART = 4096
-"""Examples that a process counts at a time; fewer than two parts are not worth starting processes for."""
+"""Examples that a process counts at a time. Fewer than two parts are counted without starting processes."""
 
 VERSION = 2
-"""Raised when the same data and tokenizer count differently."""
+"""Version of the counts. Raise it if the counts change for the same data and tokenizer."""
 
 CHUNK = 256
-"""Examples tokenised together."""
+"""Examples per tokenizer call."""
 
 _TAG = re.compile(r"<\|image_\d+\|>")
 
 
 class SplitStatistics(TypedDict):
-    """What statistics.json holds of a split. Summaries have mean, median, p95 and max; the histogram counts tokens."""
+    """Entry of a split in statistics.json. Summaries have mean, median, p95 and max. The histogram counts tokens."""
 
     examples: int
     turns: int
@@ -60,39 +60,39 @@ class SplitStatistics(TypedDict):
     answer_tokens: dict[str, float]
     tiles: dict[str, float]
     longest: dict[str, int]
-    """Tokens, tiles and label tokens of the longest example, of the longest turn if one is drawn."""
+    """Tokens, tiles and label tokens of the longest example, or of the longest turn if one is drawn."""
     histogram: dict[str, list[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Tokens of one turn."""
+    """Token counts of one turn."""
 
     text: int
-    """Of the prompt, beginnings of sequence included."""
+    """Tokens of the prompt, beginning-of-sequence tokens included."""
     image: int
     answer: int
     """Label tokens, end marks included."""
     tiles: int
-    """Tiles of its pictures, the global views included."""
+    """Tiles of its pictures, global views included."""
     pictures: int
     shrunk: int
-    """Pictures that the grid of tiles scales to less than half their width."""
+    """Pictures that are scaled to less than half their width."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All tokens of the turn."""
         return self.text + self.image + self.answer
 
 
 def count_turns(
     processor: ProcessorMixin, turns: Sequence[Turn], sizes: Sequence[Sequence[tuple[int, int]]]
 ) -> list[Counts]:
-    """Tokens of each turn as a conversation's first; sizes: (width, height) of each turn's pictures."""
+    """Token counts of each turn as the first of a conversation. sizes: (width, height) of each turn's pictures."""
     texts: list[str] = []
     for turn in turns:
         texts += [*_TAG.split(prompt_text(turn)), answer_text(turn)]
-    # Prompts begin alike and answers repeat: each text is tokenised once. The backend leaves out what only counts need.
+    # Prompts start alike and answers repeat, so each text is tokenised once. encode_batch_fast omits offsets.
     unique = list(dict.fromkeys(texts))
     encodings = processor.tokenizer.backend_tokenizer.encode_batch_fast(unique)
     length_of = dict(zip(unique, map(len, encodings), strict=True))
@@ -113,7 +113,7 @@ def count_turns(
 
 
 def counted(dataset: ConversationDataset, start: int = 0, stop: int | None = None) -> Iterator[list[Counts]]:
-    """Counts of the turns of examples start … stop-1 that can train, in order. Raises DataError."""
+    """Counts of the turns that can train, of examples start … stop-1 in order. Raises DataError."""
     bos, tile_size = len(dataset.processor.tokenizer("")["input_ids"]), dataset.processor.image_processor.tile_size
     stop = len(dataset) if stop is None else stop
     for first in range(start, stop, CHUNK):
@@ -121,41 +121,41 @@ def counted(dataset: ConversationDataset, start: int = 0, stop: int | None = Non
         sizes: list[list[tuple[int, int]]] = []
         for index, turns in enumerate(groups, first):
             paths = {path for turn in turns for path in turn.images}
-            known = {path: dataset.pictures.size(path, f"{dataset.lines.path}:{index + 1}") for path in paths}
-            for path, size in known.items():
+            size_of = {path: dataset.pictures.size(path, f"{dataset.lines.path}:{index + 1}") for path in paths}
+            for path, size in size_of.items():
                 layout = tile_layout(*size, dataset.num_crops, tile_size)
                 if not min(layout.width, layout.height):
                     raise DataError(
                         f"{dataset.lines.path}:{index + 1}: image {path!r}: {size[0]} x {size[1]} pixels; expected a "
                         f"picture that keeps a pixel in {dataset.num_crops} tiles of {tile_size} pixels"
                     )
-            sizes += [[known[path] for path in turn.images] for turn in turns]
+            sizes += [[size_of[path] for path in turn.images] for turn in turns]
         counts = iter(count_turns(dataset.processor, [turn for turns in groups for turn in turns], sizes))
         for turns in groups:
             own = list(islice(counts, len(turns)))
             if dataset.turns == "all":
-                # Later turns have no beginning of sequence in front.
+                # Later turns do not start with a beginning-of-sequence token.
                 own[1:] = [replace(count, text=count.text - bos) for count in own[1:]]
             yield own
 
 
 def lengths(dataset: ConversationDataset, processes: int | None = None) -> list[int]:
-    """Tokens of every example; where a turn is drawn, those of the longest, so that a budget holds in every epoch.
+    """Tokens of every example. If a turn is drawn, those of the longest turn, so that a limit holds in every epoch.
 
-    processes: how many count (default: one a core this process may use). Raises DataError for what cannot be read.
+    processes: number of counting processes (default: one per available core). Raises DataError for unreadable data.
     """
     return counts(dataset, processes)[:, 0].tolist()
 
 
 def counts(dataset: ConversationDataset, processes: int | None = None) -> np.ndarray:
-    """[examples, 5] int32: tokens, tokens of its longest answer, turns, pictures, shrunk pictures of each example.
+    """[examples, 5] int32: tokens, tokens of the longest answer, turns, pictures and shrunk pictures of each example.
 
-    Where a turn is drawn, tokens and pictures are the most that it can have. Raises DataError for what cannot be read.
+    If a turn is drawn, tokens and pictures are the largest possible. Raises DataError for unreadable data.
     """
     processes = processes or len(os.sched_getaffinity(0))
-    # Pictures of a folder made by hand may change while the jsonl stays; the converter's do not.
+    # Pictures of a folder made by hand can change without its JSONL file, so their counts are not stored.
     if "source" not in dataset.description:
-        # Every process of a job counts for itself, so those of a machine share its cores.
+        # Every process of a job counts for itself, so the processes of a machine share its cores.
         return count(dataset, max(1, processes // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     folder = dataset.data_dir / LENGTHS
     file = folder / f"{dataset.lines.path.stem}-{_key(dataset)}.npy"
@@ -165,7 +165,7 @@ def counts(dataset: ConversationDataset, processes: int | None = None) -> np.nda
             found = count(dataset, processes)
             content = io.BytesIO()
             np.save(content, found)
-            with contextlib.suppress(OSError):  # a full or read-only disk: the file only saves time
+            with contextlib.suppress(OSError):  # on a full or read-only disk, skip the file, which only saves time
                 write_atomically(file, content.getvalue())
     return found
 
@@ -176,47 +176,50 @@ def summary_lines(
     max_new_tokens: int | None = None,
     found: np.ndarray | None = None,
 ) -> list[str]:
-    """What a person should know of a split before training on it, a fact a line.
+    """Facts of a split that users should check before training, one per line.
 
-    max_length: examples of more tokens are left out; max_new_tokens: limit of an evaluation's answers (default: the data
-    folder's); found: what `counts` gave, if it is there already. Raises DataError for what cannot be read.
+    max_length: examples with more tokens are skipped. max_new_tokens: limit of an answer in evaluation (default: the
+    data folder's). found: result of `counts`, if available. Raises DataError for unreadable data.
     """
     tokens, answers, turns, pictures, shrunk = (counts(dataset) if found is None else found).T
     longest, wordiest, name = int(tokens.argmax()), int(answers.argmax()), dataset.lines.path
     lines = [
         f"{name}: {len(tokens):,} examples, {turns.sum():,} turns, {pictures.sum():,} pictures, "
         f"{(pictures == 0).sum():,} examples without a picture",
-        f"{name}: tokens of an example: median {int(np.median(tokens)):,}, at most {tokens[longest]:,} (line {longest + 1})",
+        f"{name}: tokens per example: median {int(np.median(tokens)):,}, maximum {tokens[longest]:,} (line "
+        f"{longest + 1})",
     ]
     if few := int(shrunk.sum()):
         lines.append(
-            f"warning: {name}: {few:,} of {pictures.sum():,} pictures are scaled to less than half their width; a larger "
-            f"num_crops (now {dataset.num_crops}) keeps more of them (first: line {int(shrunk.argmax()) + 1})"
+            f"warning: {name}: {few:,} of {pictures.sum():,} pictures are scaled to less than half their width; "
+            "increase "
+            f"num_crops (now {dataset.num_crops}) to keep more detail (first such picture: line "
+            f"{int(shrunk.argmax()) + 1})"
         )
     if max_length is not None and (many := int((tokens > max_length).sum())):
-        lines.append(f"warning: {name}: {many:,} examples of more than max_length {max_length:,} tokens are left out")
+        lines.append(f"warning: {name}: {many:,} examples with more than max_length {max_length:,} tokens are skipped")
     limit = max_new_tokens or dataset.description.get("max_new_tokens")
     if limit and (cut := int((answers > limit).sum())):
         lines.append(
-            f"warning: {name}: {cut:,} examples have answers of more than max_new_tokens {limit:,} tokens, up to "
-            f"{answers[wordiest]:,} (line {wordiest + 1}); an evaluation would cut such answers"
+            f"warning: {name}: {cut:,} examples have answers with more than max_new_tokens {limit:,} tokens, at most "
+            f"{answers[wordiest]:,} (line {wordiest + 1}); evaluation will cut such answers off"
         )
     return lines
 
 
 def count(dataset: ConversationDataset, processes: int = 1) -> np.ndarray:
-    """What `counts` gives, counted now. Raises DataError."""
+    """Computes the result of `counts`. Raises DataError."""
     parts = [(start, min(start + PART, len(dataset))) for start in range(0, len(dataset), PART)]
     if processes == 1 or len(parts) < 2:
         return np.concatenate([_count_part(part, dataset) for part in parts])
-    # The tokenizer's own threads would not survive the fork, and these processes are enough.
+    # The tokenizer's threads do not survive a fork, and these processes already use all cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with process_pool(min(processes, len(parts)), _keep, dataset) as pool:
         return np.concatenate(list(pool.map(_count_part, parts)))
 
 
 _KEPT: list[ConversationDataset] = []
-"""Of a counting process: its dataset, inherited and not sent."""
+"""Dataset of a counting process. It is inherited by fork, not sent."""
 
 
 def _keep(dataset: ConversationDataset) -> None:
@@ -252,15 +255,15 @@ def _key(dataset: ConversationDataset) -> str:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Processes of a job come here together: one counts, the others wait and read. Where the folder cannot be written
-    or locked, every process counts."""
+    """Lock for the processes of a job: one counts, the others wait and then read the result.
+    If the folder cannot be written or locked, every process counts."""
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(exist_ok=True)
             lock = stack.enter_context(open(folder / "lock", "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            print(f"{folder}: {error}: every process counts the lengths for itself", file=sys.stderr)
+            print(f"{folder}: {error}; every process of the job counts the lengths itself", file=sys.stderr)
         yield
 
 

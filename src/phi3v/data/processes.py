@@ -1,4 +1,4 @@
-"""Pools of processes that decode and count beside the one that writes."""
+"""Pools of processes that decode and count in parallel to the process that writes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal that a process gets when its parent ends."""
+"""prctl(2): the signal that a process receives when its parent ends."""
 MOST_WORKERS = 8
-"""One example takes 0.1 to 0.2 s of a core and an H100 trains on 3 to 4 of them a second, so 8 processes feed one."""
+"""Most loader processes. An example takes 0.1 to 0.2 s on a core, and an H100 trains on 3 to 4 examples per second."""
 
 
 def usable_cpus() -> int:
-    """CPUs that the processes of a job may use on this machine: SLURM's allotment or the scheduler's mask."""
+    """CPUs that the processes of a job may use on this machine: SLURM's allocation or the scheduler's mask."""
     allotted, mask = os.environ.get("SLURM_CPUS_PER_TASK", ""), len(os.sched_getaffinity(0))
     return min(int(allotted), mask) if allotted.isdecimal() else mask
 
@@ -30,7 +30,7 @@ def loader_workers(asked: int | Literal["auto"], cuda: bool) -> int:
     """Processes (in evaluation: threads) that load data for one process of a job.
 
     asked: a number, or `auto`. On a CPU, auto is none, because loading and computing would share the cores. On CUDA it
-    is the CPUs per process less one for the process itself, from 1 to 8; torchrun says how many processes are here.
+    is the CPUs per process less one for the process itself, from 1 to 8; LOCAL_WORLD_SIZE is the number of processes.
     """
     if asked != "auto":
         return asked
@@ -39,10 +39,10 @@ def loader_workers(asked: int | Literal["auto"], cuda: bool) -> int:
 
 
 def process_pool(workers: int, start: Callable[..., None] | None = None, *arguments: object) -> ProcessPoolExecutor:
-    """A pool of processes; each calls start(*arguments) first, which is inherited and not sent.
+    """A pool of processes. Each calls start(*arguments) first, which is inherited by fork and not sent.
 
-    Without a `start` they are new interpreters: a fork would copy locks that threads of libraries (pyarrow, tqdm,
-    ffmpeg) hold at that moment, and wait for them for ever.
+    Without `start`, the processes are new interpreters. A fork would copy locks that threads of libraries (pyarrow,
+    tqdm, ffmpeg) hold at that moment, and then wait for them forever.
     """
     context = multiprocessing.get_context("fork" if start else "spawn")
     return ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(start, arguments))
@@ -51,7 +51,7 @@ def process_pool(workers: int, start: Callable[..., None] | None = None, *argume
 def read_ahead(
     pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[tuple[Item, Future[Result]]]:
-    """(item, its result) in order, of which the pool makes the next ones meanwhile: `ahead` of them, so memory stays flat."""
+    """Yields (item, its result) in order, while the pool computes the next `ahead` results. This limits the memory."""
     waiting = deque[tuple[Item, Future[Result]]]()
     try:
         for item in items:
@@ -66,8 +66,8 @@ def read_ahead(
 
 
 def _begin(start: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:
-    # A parent that is killed (out of memory) closes no queue: its processes would wait for ever, and so would whoever
-    # reads their output.
+    # A killed parent (out of memory) closes no queue, so its processes and the readers of their output would wait forever.
+    # This signal ends them.
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

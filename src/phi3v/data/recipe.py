@@ -1,6 +1,6 @@
 """Formats of the recipe's own sources: the_cauldron, the mini DocVQA, UCF-101, and the official validation splits.
 
-Their jsonl, ids and picture names are the recipe's; the digests of published results depend on every byte.
+Their JSONL content, ids and picture names follow the recipe. Digests of published results depend on every byte.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from phi3v.data.rows import (
 )
 
 Samples = Iterator[Sample | Rejection]
-"""What a format yields: its rows in order, those that cannot be taken included."""
+"""Output of a format: its rows in order, including those that cannot be converted."""
 
 VIDEO_SUFFIXES = (
     ".avi", ".mp4", ".mkv", ".mov", ".webm", ".m4v", ".wmv", ".asf", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".ogg",
@@ -43,7 +43,7 @@ VIDEO_SUFFIXES = (
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 
 SPLIT_ORDER = ("train", "val", "test")
-"""Ids of clips count over the splits in this order."""
+"""Order of the splits for numbering clips."""
 
 
 def classes_prompt(kind: str, classes: list[str]) -> str:
@@ -52,12 +52,12 @@ def classes_prompt(kind: str, classes: list[str]) -> str:
 
 
 def without_markers(text: str) -> str:
-    """The text without `<image>` marks at its ends: pictures stand before the text by the jsonl's own rule."""
+    """The text without `<image>` marks at its ends, because pictures come before the text in the JSONL format."""
     return re.sub(r"^(?:<image>\s*)+|(?:\s*<image>)+$", "", text.strip())
 
 
 def _parquet(inputs: Inputs, columns: list[str]) -> Rows:
-    """Rows of all files, numbered over all of them."""
+    """Rows of all files, with continuous numbers."""
     numbers = itertools.count()
     return itertools.chain.from_iterable(parquet_rows(path, numbers, columns) for path in inputs.files)
 
@@ -70,7 +70,8 @@ def _picture(value: object, where: str, field: str) -> Picture:
 
 
 def docvqa_mini(inputs: Inputs) -> Samples:
-    """The mini DocVQA set: `image` {bytes, path}, `query` {en, …}, `answers`: all are accepted, the first trains."""
+    """The mini DocVQA set: `image` {bytes, path}, `query` {en, …}, `answers`. All answers are accepted, the first
+    trains."""
 
     def build(where: str, number: int, row: Row) -> Sample:
         query, answers = row["query"], row["answers"]
@@ -87,7 +88,7 @@ def docvqa_mini(inputs: Inputs) -> Samples:
 def cauldron(inputs: Inputs) -> Samples:
     """the_cauldron: `images` (list of {bytes, path}) and `texts` (list of {user, assistant, source}).
 
-    All questions of a row become turns; the pictures go with the first.
+    All questions of a row become turns. The pictures belong to the first turn.
     """
 
     def build(where: str, number: int, row: Row) -> Sample:
@@ -110,7 +111,8 @@ def cauldron(inputs: Inputs) -> Samples:
 
 
 def nlvr2_official(inputs: Inputs) -> Samples:
-    """NLVR2's dev.json, test1.json: one object a line (identifier, sentence, label), and pairs dev-0-0-img{0,1}.png."""
+    """NLVR2's dev.json, test1.json: one object per line (identifier, sentence, label), pictures
+    dev-0-0-img{0,1}.png."""
     prompt = inputs.options.prompt or 'For the images shown, is this caption "{sentence}" true?\nAnswer yes or no.'
 
     def build(where: str, number: int, item: Row) -> Sample:
@@ -141,10 +143,10 @@ def hateful_memes_official(inputs: Inputs) -> Samples:
 
 
 def ucf101(inputs: Inputs) -> Samples:
-    """UCF-101-like clips SPLIT/CLASS/*.avi of an archive or folder: clips of one split in order of class and name.
+    """Clips SPLIT/CLASS/*.avi in an archive or folder, as in UCF-101: those of one split, ordered by class and name.
 
-    Frames at arange(0, n, n/8), named CLASS/CLIP.0.jpg …; the class is the answer. The prompt lists the sorted classes
-    of all splits, and ids count over train, val, test.
+    Frames at arange(0, n, n/8) become pictures CLASS/CLIP.0.jpg …, and the class is the answer. The prompt lists the
+    sorted classes of all splits. Ids count over train, val, test.
     """
     clips = _clips(inputs)
     order = {split: position for position, split in enumerate(SPLIT_ORDER)}
@@ -152,8 +154,8 @@ def ucf101(inputs: Inputs) -> Samples:
     chosen = [(number, key) for number, key in enumerate(keys) if key[0] == inputs.split]
     if not chosen:
         raise DataError(
-            f"{', '.join(map(str, inputs.files))}: no clips of split {inputs.split!r}; expected SPLIT/CLASS/CLIP.avi, "
-            f"got splits {sorted({split for split, _, _ in keys})}"
+            f"{', '.join(map(str, inputs.files))}: got no clips of split {inputs.split!r}, only splits "
+            f"{sorted({split for split, _, _ in keys})}; expected SPLIT/CLASS/CLIP.avi"
         )
     prompt = classes_prompt("video", sorted({label for _, label, _ in keys}))
     decoded = _decoded([clips[key] for _, key in chosen], inputs.options.frames, inputs.workers)
@@ -171,23 +173,23 @@ def ucf101(inputs: Inputs) -> Samples:
 
 
 def _clips(inputs: Inputs) -> dict[tuple[str, str, str], Path]:
-    """(split, class, clip name) to file, of archives and folders: a path's last three parts."""
+    """(split, class, clip name) to file, from archives and folders. These are the last three parts of a path."""
     clips: dict[tuple[str, str, str], Path] = {}
 
     def is_clip(name: str) -> bool:
         if is_junk(PurePosixPath(name)):
             return False
         if not (known := name.lower().endswith(VIDEO_SUFFIXES)):
-            inputs.untaken[name] = f"expected a clip: {', '.join(VIDEO_SUFFIXES)}"
+            inputs.untaken[name] = f"not a clip; expected one of {', '.join(VIDEO_SUFFIXES)}"
         return known
 
     def add(name: str, path: Path) -> None:
         parts = PurePosixPath(name).parts
         if len(parts) < 3:
-            raise DataError(f"{name}: expected SPLIT/CLASS/CLIP, as the path's last folders")
+            raise DataError(f"{name}: expected a path that ends in SPLIT/CLASS/CLIP")
         key = (parts[-3], parts[-2], parts[-1])
         if key in clips:
-            raise DataError(f"{name}: split, class and clip are those of {clips[key]}; expected each once")
+            raise DataError(f"{name}: has the same split, class and name as {clips[key]}; expected unique names")
         clips[key] = path
 
     for file in inputs.files:
@@ -195,7 +197,7 @@ def _clips(inputs: Inputs) -> dict[tuple[str, str, str], Path]:
             for name in unpack(file, inputs.scratch, is_clip):
                 add(name, inputs.scratch / name)
                 if f"/{inputs.split}/" not in f"/{name}":
-                    # Clips of other splits only count: ids continue over all of them.
+                    # Clips of other splits are only counted, because ids continue over all splits.
                     (inputs.scratch / name).unlink()
         elif is_clip(name := file.relative_to(inputs.root).as_posix()):
             add(name, file)
@@ -203,7 +205,7 @@ def _clips(inputs: Inputs) -> dict[tuple[str, str, str], Path]:
 
 
 def _decoded(paths: list[Path], frames: int, workers: int) -> Iterator[list[bytes] | str]:
-    """The frames of each clip, in order, or why there are none. Processes: writing JPEG holds the interpreter."""
+    """The frames of each clip in order, or an error text. Uses processes, because writing JPEG holds the GIL."""
     decode, path = partial(_decode_clip, frames=frames), paths[0]
     if workers == 1:
         yield from map(decode, paths)
@@ -214,7 +216,7 @@ def _decoded(paths: list[Path], frames: int, workers: int) -> Iterator[list[byte
                 yield clip.result()
         except BrokenProcessPool:
             raise DataError(
-                f"a process ended while it decoded a clip; --workers 1 shows which (near {path.name})"
+                f"a process crashed while decoding a clip near {path.name}; find the clip with --workers 1"
             ) from None
 
 
