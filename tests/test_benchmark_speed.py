@@ -138,13 +138,13 @@ def test_other_devices_than_the_rows_are_refused_with_what_was_found(monkeypatch
     with pytest.raises(SettingsError, match="this machine has no CUDA device; --stand_in measures here anyway"):
         machine.check_devices(settings(**wanted), [])
     machine.check_devices(settings(**wanted, stand_in=True), [])
-    with pytest.raises(SettingsError, match="8 processes were started on this machine, it has 1 x Tesla T4"):
+    with pytest.raises(SettingsError, match="got 8 processes on this machine, which has 1 x Tesla T4"):
         machine.check_devices(settings(stand_in=True), ["Tesla T4"])
     with pytest.raises(SettingsError, match="got 'a100': expected one of a10, a100-40gb"):
         machine.check_devices(settings(expect_hardware="a100"), A100)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(SettingsError, match=r"row full-8: .*needs 8 processes, found 4"):
+    with pytest.raises(SettingsError, match=r"row full-8: .*got 4 processes; expected 8"):
         machine.check_devices(settings(**wanted), A100)
 
 

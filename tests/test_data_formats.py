@@ -293,9 +293,9 @@ def test_files_of_an_image_folder_that_are_no_pictures_are_named_and_the_rest_is
     assert [example.turns[0].assistant for example in found] == ["a.jpg", "no_suffix", "renamed.bin"]
     lines = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert [line["where"] for line in lines] == ["icon.ico", "logo.svg", "notes"]
-    assert lines[1]["reason"].startswith("not a picture that can be read: XML or an SVG drawing; expected one of JPEG")
+    assert lines[1]["reason"].startswith("not a readable picture: XML or an SVG drawing; expected one of JPEG")
     (source / "b.png").write_bytes(b"x")  # a picture by its name is an error, not another file
-    with pytest.raises(DataError, match=r"b\.png: not a picture that can be read"):
+    with pytest.raises(DataError, match=r"b\.png: not a readable picture"):
         converted("imagefolder", source, columns={"answer": "file_name"})
 
 

@@ -208,7 +208,7 @@ def test_heic_opens_and_its_damage_and_a_missing_reader_are_named(
     ],
 )
 def test_what_is_no_picture_is_called_by_its_name(data: bytes, expected: str) -> None:
-    with pytest.raises(DataError, match=f"not a picture that can be read: .*{expected}"):
+    with pytest.raises(DataError, match=f"not a readable picture: .*{expected}"):
         read(data)
 
 

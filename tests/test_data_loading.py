@@ -225,7 +225,7 @@ def test_lengths_are_counted_where_nothing_can_be_kept(
     (data / LENGTHS).write_bytes(b"a file where the folder should be")
     dataset = ConversationDataset(data, "train", processor)
     assert lengths(dataset) == count(dataset)[:, 0].tolist()
-    assert "every process counts the lengths for itself" in capsys.readouterr().err
+    assert "every process of the job counts the lengths" in capsys.readouterr().err
 
 
 def test_statistics_are_those_of_the_loaded_examples(data: Path, processor: Phi3VProcessor) -> None:

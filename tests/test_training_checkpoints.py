@@ -82,12 +82,17 @@ def test_damage_to_any_file_is_seen_and_named(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "processes", "sharded", "reason"),
     [
-        ({**SETTINGS, "learning_rate": 2e-3}, 2, True, "written with other settings: learning_rate 0.001, now 0.002"),
-        ({**SETTINGS, "model": "n"}, 2, True, "written with other settings: model 'm', now 'n'"),
-        (SETTINGS, 4, True, "written by 2 processes, now 4"),
+        (
+            {**SETTINGS, "learning_rate": 2e-3},
+            2,
+            True,
+            "written with other settings: learning_rate was 0.001, is now 0.002",
+        ),
+        ({**SETTINGS, "model": "n"}, 2, True, "written with other settings: model was 'm', is now 'n'"),
+        (SETTINGS, 4, True, "written by 2 processes, but now there are 4"),
         (SETTINGS, 4, False, ""),
         ({**SETTINGS, "use_rslora": False, "lora_targets": []}, 2, True, ""),
-        ({**SETTINGS, "use_rslora": True}, 2, True, "use_rslora False, now True"),
+        ({**SETTINGS, "use_rslora": True}, 2, True, "use_rslora was False, is now True"),
     ],
 )
 def test_another_jobs_checkpoint_is_not_gone_on_from(tmp_path, settings, processes, sharded, reason):
@@ -102,7 +107,7 @@ def test_a_checkpoint_of_version_1_is_refused(tmp_path):
     sealed = json.loads((path / SEAL).read_text())
     del sealed["version"]
     (path / SEAL).write_text(json.dumps(sealed))
-    with pytest.raises(CheckpointError, match=r"checkpoint-5: its layout is version 1, this release reads version 2"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-5: got layout version 1; expected version 2"):
         find(tmp_path, SETTINGS, 2, True)
     assert path.is_dir()
 
@@ -116,7 +121,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
 
 def test_space_is_checked_with_the_numbers(tmp_path):
     check_space(tmp_path, 10, 3)
-    with pytest.raises(CheckpointError, match=r"GB free, 3 checkpoints of 1000000.0 GB are needed"):
+    with pytest.raises(CheckpointError, match=r"GB free, .*3 checkpoints of 1000000.0 GB"):
         check_space(tmp_path, 10**15, 3)
 
 
@@ -199,7 +204,7 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
             child.send_signal(signal.SIGTERM)
     code, output = finish(process)
     assert time.monotonic() - asked > 6, output
-    assert f"{newest}: not used: {shard.relative_to(newest).as_posix()} has" in output, output
+    assert f"{newest}: cannot resume from it: {shard.relative_to(newest).as_posix()} has" in output, output
     stopped = int(output.split("saved at step ")[1].split(";")[0])
     assert code != 0
     assert "SIGUSR1" in output, output
@@ -210,7 +215,7 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
     saved = broken / "checkpoints" / f"checkpoint-{stopped}"
     damaged = shutil.copytree(saved, tmp_path / "damaged")
     next(damaged.rglob("*rank_1*optim_states.pt")).unlink()
-    with pytest.raises(ValueError, match="shards are not complete"):
+    with pytest.raises(ValueError, match="incomplete or damaged shards"):
         export_zero_checkpoint(damaged, tmp_path / "model", tmp_path / "nothing")
     plain = load_file(export_zero_checkpoint(saved, tmp_path / "model", tmp_path / "plain") / "model.safetensors")
     base = load_file(tmp_path / "model" / "model.safetensors")

@@ -82,7 +82,7 @@ def test_a_disk_that_fills_up_costs_the_steps_since_the_last_checkpoint(base, tm
     assert seen["code"] == 1, seen["output"]
     assert "Traceback" not in seen["output"]
     assert "error: " in seen["output"]
-    assert "Earlier checkpoints are untouched" in seen["output"], seen["output"]
+    assert "Earlier checkpoints are intact" in seen["output"], seen["output"]
     assert seen["left"] == ["checkpoint-50"]
     assert seen["wrong"] == [""]
     assert seen["again"] == 0, seen["after"]

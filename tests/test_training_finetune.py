@@ -177,7 +177,7 @@ def test_a_finished_row_is_not_trained_again(folders, tmp_path, capfd):
     weights, manifest, log = tensors(out / "final"), read(out / "manifest.json"), (out / "metrics.jsonl").read_bytes()
     shutil.rmtree(out / "final")
     train(folders, tmp_path, fp32=True, batch_size_per_gpu=8)
-    assert "was finished before" in capfd.readouterr().err
+    assert "already finished" in capfd.readouterr().err
     assert (out / "metrics.jsonl").read_bytes() == log
     assert read(out / "manifest.json") == manifest
     again = tensors(out / "final")
@@ -229,7 +229,7 @@ def test_a_merged_model_beside_the_adapter(folders, tmp_path, capfd):
 
     out = train(folders, tmp_path, fp32=True, use_lora=True, batch_size_per_gpu=8, merge=True)
     assert (out / "final" / "adapter_config.json").is_file()
-    assert "logits differ from base and adapter by" in capfd.readouterr().err
+    assert "largest difference of logits" in capfd.readouterr().err
     moved = tensors(out / "merged")
     assert any(not torch.equal(value, moved[name]) for name, value in tensors(folders[0]).items())
     Phi3VForCausalLM.from_pretrained(out / "merged")
@@ -404,7 +404,7 @@ def test_a_loss_that_is_no_number_stops_with_the_examples(folders, tmp_path):
     from safetensors.torch import save_file
 
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(NotANumberError, match="2 steps in a row; the examples"):
+    with pytest.raises(NotANumberError, match=r"2 steps in a row; .*bad_examples"):
         train((model, folders[1]), tmp_path / "out", fp32=True, max_nan_steps=2)
     saved = read(tmp_path / "out" / "bad_examples.rank0.json")
     assert [len(ids) for ids in saved["ids"]] == [8, 8]
@@ -421,7 +421,7 @@ def test_a_collapsed_loss_scale_is_named_once(tmp_path, capfd):
     for step in (1, 2, 3):
         guard.check(step, 1.0, [])
     said = capfd.readouterr().err
-    assert said.count("the float16 loss scale has collapsed to 0.5") == said.count("collapsed") == 1
+    assert said.count("the float16 loss scale has dropped to 0.5") == said.count("dropped") == 1
     assert said.startswith("step 2: ")
 
 
@@ -436,7 +436,7 @@ def test_out_of_memory_is_one_message_with_three_settings():
         raise torch.OutOfMemoryError("tried to allocate 20.00 GiB. More words")
     said = str(error.value)
     assert said.startswith("out of memory on CPU")
-    assert "tried to allocate 20.00 GiB. What helps most: --batch_size_per_gpu 1 (now 4; the batch stays); " in said
+    assert "tried to allocate 20.00 GiB. Try first: --batch_size_per_gpu 1 (now 4; " in said
     assert said.endswith("--gradient_checkpointing (now off); --use_flash_attention (now off)")
 
 
@@ -449,7 +449,7 @@ def test_out_of_memory_while_the_job_is_built_is_explained_too(folders, tmp_path
         raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(job, "make_loop", too_large)
-    with pytest.raises(OutOfMemoryError, match=r"out of memory on CPU.*What helps most: "):
+    with pytest.raises(OutOfMemoryError, match=r"out of memory on CPU.*Try first: "):
         train(folders, tmp_path, fp32=True)
 
 
@@ -496,7 +496,7 @@ def test_longer_examples_are_left_out_and_counted(folders, tmp_path, capfd):
     longer = sum(length > limit for length in lengths(dataset))
     assert longer
     train(folders, tmp_path, fp32=True, max_steps=1, warmup_steps=0, max_length=limit)
-    assert f"{20 - longer} examples, {longer} longer than {limit} tokens left out" in capfd.readouterr().err
+    assert f"{20 - longer} examples, {longer} longer than {limit} tokens skipped" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -504,9 +504,9 @@ def test_longer_examples_are_left_out_and_counted(folders, tmp_path, capfd):
     [
         ({"batch_size": 9, "batch_size_per_gpu": 2}, "`batch_size`: got 9: expected a multiple of 2"),
         ({"data_dir": "/nowhere"}, "`data_dir`: got '/nowhere': no such folder"),
-        ({"model_name_or_path": "/nowhere"}, "`model_name_or_path`: got '/nowhere': no config.json"),
-        ({"max_length": 1}, "split train: no examples"),
-        ({"report_to": ["wand"]}, "`report_to`: got 'wand': expected a tracker .*tensorboard"),
+        ({"model_name_or_path": "/nowhere"}, "`model_name_or_path`: got '/nowhere': .*config.json"),
+        ({"max_length": 1}, "split train: .* at most 1 tokens"),
+        ({"report_to": ["wand"]}, "`report_to`: got 'wand': expected .*tracker .*tensorboard"),
     ],
 )
 def test_wrong_settings_are_refused_before_training(folders, tmp_path, values, message):

@@ -190,7 +190,7 @@ def test_auto_uses_the_room_there_is_and_trains_within_it(base, tmp_path):
 def test_nothing_fits_is_said_with_the_numbers(base, tmp_path):
     with pytest.raises(
         OutOfMemoryError,
-        match=r"not even one example at a time fits: .*micro-batch 1, no layer recomputed: .*GB; 0\.10 GB are available.*--",
+        match=r"not even micro-batch 1 fits: .*micro-batch 1, no layer recomputed: .*GB; available: 0\.10 GB.*--",
     ):
         train(base, tmp_path / "none", 0.1)
 

@@ -136,5 +136,5 @@ def test_a_zero_3_checkpoint_becomes_a_model_and_a_missing_rank_is_named(base, t
     assert any(not torch.equal(value, weights_of_base(base)[name]) for name, value in plain.items())
     damaged = shutil.copytree(saved, tmp_path / "damaged")
     next(damaged.rglob("*rank_1*")).unlink()
-    with pytest.raises(ValueError, match=f"{damaged}: its shards are not complete"):
+    with pytest.raises(ValueError, match=f"{damaged}: incomplete or damaged shards"):
         export_zero_checkpoint(damaged, base / "model", tmp_path / "nothing")

@@ -62,11 +62,11 @@ def test_the_lock_of_a_killed_job_is_free_on_another_node_at_once(cluster, jobs,
     until("the second job ends", lambda: cluster.jobs()[refused] == "FAILED")
     assert f"owned by job {holder}, pid" in jobs.said(refused)
     assert "on node1, " in jobs.said(refused)
-    assert "still alive (to SLURM its job is running)" in jobs.said(refused)
+    assert "still alive (SLURM reports its job as running)" in jobs.said(refused)
     jobs.kill(holder)
     once = jobs.submit("node3", "once")
     until("the third job ends", lambda: cluster.jobs()[once] == "COMPLETED")
-    assert "taken over: to SLURM its job is" in jobs.said(once)
+    assert "SLURM reports its job as" in jobs.said(once)
     assert "mine after 1 s" in jobs.said(once)
 
 
@@ -79,7 +79,7 @@ def test_a_job_that_slurm_requeues_after_its_node_died_takes_its_own_lock_over(c
     cluster.out("scontrol", "update", f"JobId={job}", "ReqNodeList=node2", "StartTime=now")
     until("it runs on node2", lambda: jobs.said(job).count("mine after") == 2, seconds=60)
     assert "on node1, since" in jobs.said(job)
-    assert "taken over: it is an earlier start of this job" in jobs.said(job)
+    assert "it is from an earlier start of this job" in jobs.said(job)
     cluster.start_node("node1")
 
 
@@ -92,4 +92,4 @@ def test_the_lock_of_a_job_that_slurm_has_forgotten_is_free_at_once(bare_cluster
     until("SLURM forgets it", lambda: holder not in bare_cluster.jobs())
     once = jobs.submit("node2", "once")
     until("the second job ends", lambda: bare_cluster.jobs().get(once) == "COMPLETED")
-    assert "taken over: to SLURM its job is unknown" in jobs.said(once)
+    assert "SLURM reports its job as unknown" in jobs.said(once)

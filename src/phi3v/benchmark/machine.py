@@ -1,6 +1,6 @@
-"""What a speed was measured on: devices, power limit, links, driver, libraries, commit, container, data, a CPU's peak.
+"""Records the machine of a speed measurement: devices, power limit, links, driver, libraries, commit, container, data.
 
-What cannot be found out is null, never guessed.
+Unknown values are null. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PRODUCT_SIZE, PRODUCTS = 1024, 8
 
 
 def fingerprint(device: torch.device, data_dir: Path) -> dict[str, Any]:
-    """The machines and the software of this job, from all processes; a collective call. Never raises."""
+    """The machines and the software of this job, from all processes. A collective call. Never raises."""
     own = {"host": platform.node(), "device": device_name(device), **gpu_facts(device)}
     everyone: list[Any] = [own]
     if dist.is_initialized():
@@ -59,13 +59,14 @@ def fingerprint(device: torch.device, data_dir: Path) -> dict[str, Any]:
 
 
 def _one_or_all(values: Iterable[object]) -> object:
-    """The value that all processes agree on, else the sorted list of those seen."""
+    """The common value of all processes, or the sorted list of different values."""
     seen = set(values)
     return seen.pop() if len(seen) == 1 else sorted(seen, key=str)
 
 
 def gpu_facts(device: torch.device) -> dict[str, float | str | None]:
-    """{"power_limit_w", "driver"} of this process's GPU from nvidia-smi; None on CPUs, AMD GPUs and without nvidia-smi."""
+    """{"power_limit_w", "driver"} of this process's GPU by nvidia-smi. None on CPUs, AMD GPUs and without
+    nvidia-smi."""
     facts: dict[str, float | str | None] = {"power_limit_w": None, "driver": None}
     # ROCm's devices are `cuda` to PyTorch, and an nvidia-smi beside them reports other devices.
     if device.type != "cuda" or torch.version.hip:
@@ -82,7 +83,7 @@ def gpu_facts(device: torch.device) -> dict[str, float | str | None]:
 
 
 def interconnect() -> str | None:
-    """Links between the GPUs of this machine, as `nvidia-smi topo -m` names them: NV12, PIX, SYS …; None: one GPU."""
+    """Links between the GPUs of this machine, by `nvidia-smi topo -m`: NV12, PIX, SYS … None with one GPU."""
     # nvidia-smi underlines the heading with terminal codes.
     plain = re.sub(r"\x1b\[[0-9;]*m", "", nvidia_smi("topo", "-m") or "")
     lines = [line.split() for line in plain.splitlines()]
@@ -92,13 +93,13 @@ def interconnect() -> str | None:
 
 
 def network() -> str | None:
-    """InfiniBand ports of this machine and their rates, "8 x 200 Gb/sec (4X HDR)"; None without InfiniBand."""
+    """InfiniBand ports of this machine and their rates, such as "8 x 200 Gb/sec (4X HDR)". None without InfiniBand."""
     rates = [path.read_text(encoding="utf-8").strip() for path in sorted(INFINIBAND.glob("*/ports/*/rate"))]
     return ", ".join(f"{count} x {rate}" for rate, count in sorted(Counter(rates).items())) or None
 
 
 def dataset_revision(data_dir: Path) -> dict[str, Any] | None:
-    """{split: {"url", "revision", "sha256"}} of the sources that a data folder was converted from; None: unknown."""
+    """{split: {"url", "revision", "sha256"}} of the sources of a data folder. None if unknown."""
     try:
         source = json.loads((data_dir / "dataset.json").read_text(encoding="utf-8"))["source"]
         return {split: {name: of[name] for name in ("url", "revision", "sha256")} for split, of in source.items()}
@@ -107,28 +108,28 @@ def dataset_revision(data_dir: Path) -> dict[str, Any] | None:
 
 
 def found_devices(settings: SpeedSettings) -> list[str]:
-    """Names of the CUDA devices of this machine that this process may use. Raises SettingsError, see compute_device."""
+    """Names of the CUDA devices that this process may use. Raises SettingsError, see compute_device."""
     if compute_device(settings).type == "cpu":
         return []
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def check_devices(settings: SpeedSettings, found: list[str]) -> None:
-    """Raises SettingsError, with what was found, if this is not the row's machine; --stand_in allows it.
+    """Raises SettingsError that describes this machine if it is not the row's. --stand_in allows any machine.
 
-    found: names of this machine's devices (found_devices). Checked are the number of processes, that each process of
-    this machine has a device, and that each device's name means the hardware entry `expect_hardware`.
+    found: names of this machine's devices (found_devices). Checks the number of processes, that each process of this
+    machine has a device, and that each device matches the hardware entry `expect_hardware`.
     """
     processes, local = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     seen = ", ".join(f"{count} x {name}" for name, count in Counter(found).items()) or "no CUDA device"
     row = f"row {settings.row or '(unnamed)'}"
     if found and local > len(found):
-        raise SettingsError(f"{row}: {local} processes were started on this machine, it has {seen}; expected one each")
+        raise SettingsError(
+            f"{row}: got {local} processes on this machine, which has {seen}; expected one process per device"
+        )
     missing = []
     if settings.expect_processes and processes != settings.expect_processes:
-        missing.append(
-            f"field `expect_processes`: the row needs {settings.expect_processes} processes, found {processes}"
-        )
+        missing.append(f"field `expect_processes`: got {processes} processes; expected {settings.expect_processes}")
     if settings.expect_hardware:
         entries = read_entries(settings.hardware, Hardware, Path())
         if settings.expect_hardware not in entries:
@@ -139,10 +140,11 @@ def check_devices(settings: SpeedSettings, found: list[str]) -> None:
         entry = entries[settings.expect_hardware]
         kinds = {hardware_of_device(name, entries) for name in found} or {None}
         if entry.kind != "cpu" and kinds != {settings.expect_hardware}:
-            missing.append(f"field `expect_hardware`: the row needs {entry.title}")
+            missing.append(f"field `expect_hardware`: expected {entry.title}")
     if missing and not settings.stand_in:
         raise SettingsError(
-            f"{row}: {'; '.join(missing)}; this machine has {seen}; --stand_in measures here anyway and labels the result"
+            f"{row}: {'; '.join(missing)}; this machine has {seen}; to measure here anyway and label the result, add "
+            "--stand_in"
         )
 
 

@@ -1,10 +1,10 @@
-"""Measure the speed of one row: what scripts/speed.py runs in every process.
+"""Measures the speed of one row. scripts/speed.py runs this in every process.
 
-The steps are fine-tuning's own: same batches, loss, optimizer and loop. Start-up, warm-up, evaluation and saving are
-outside the timed windows. Waiting for data is inside, and its share is reported.
+The steps are those of fine-tuning: same batches, loss, optimizer and loop. The timed windows exclude start-up, warm-up,
+evaluation and saving. They include waiting for data, and its share is reported.
 
-speed.json holds medians over the windows, each window under `repeats`, memory as the largest of all processes, and the
-fingerprint of what it ran on.
+speed.json contains medians over the windows, each window in `repeats`, the memory of the process with the largest peak,
+and a fingerprint of the machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from phi3v.training.loop import Loop, StepRecord
 from phi3v.training.memory import explain_memory, peak_memory_bytes
 
 PROFILED_STEPS = 3
-"""Optimizer steps under the profiler."""
+"""Number of profiled optimizer steps."""
 TRACE, TABLE = "trace.json.gz", "operators.txt"
 OPERATORS = 20
 MEMORY = ("peak_memory_bytes", "reserved_memory_bytes", "context_memory_bytes", "memory_source")
@@ -42,17 +42,17 @@ MEMORY = ("peak_memory_bytes", "reserved_memory_bytes", "context_memory_bytes", 
 
 @dataclass
 class Window:
-    """One timed window of optimizer steps; counts are of all processes together."""
+    """One timed window of optimizer steps, with counts over all processes."""
 
     seconds: float = 0.0
     steps: int = 0
     images: int = 0
     work: Work = field(default_factory=Work)
     loading_seconds: float = 0.0
-    """Spent waiting for data by the process that waited longest."""
+    """Waiting for data, of the process that waited longest."""
 
     def rates(self, utilisation: Utilisation) -> dict[str, float | None]:
-        """What speed.json says of a window: rates over all processes, MFU and HFU of one."""
+        """Values of a window in speed.json: rates over all processes, and MFU and HFU."""
         return {
             "images_per_second": self.images / self.seconds,
             "tokens_per_second": self.work.tokens / self.seconds,
@@ -64,7 +64,7 @@ class Window:
 
 @dataclass
 class Stopwatch:
-    """A hook of the loop: times windows of steps after the warm-up, with the device at rest at both ends."""
+    """A hook of the loop that times windows of steps after the warm-up. Synchronises the device at both ends."""
 
     device: torch.device
     warmup_steps: int
@@ -87,12 +87,12 @@ class Stopwatch:
             self._turn(timed)
 
     def _turn(self, timed: int) -> None:
-        """End the window under way and start the next; what happens here is in neither."""
+        """Ends the current window and starts the next one. The time of this call is in neither."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         if timed == 0 and self.device.type == "cuda":
-            # Loading the model has its own peak; what counts is training's.
+            # Loading the model has a separate peak, which does not count.
             torch.cuda.reset_peak_memory_stats(self.device)
         if self.windows:
             window = self.windows[-1]
@@ -104,10 +104,10 @@ class Stopwatch:
 
 
 class Profile:
-    """A hook of the first process: profiles the steps after `after_step` into FOLDER/trace.json.gz and operators.txt.
+    """A hook of the first process that profiles steps to FOLDER/trace.json.gz and operators.txt.
 
-    The trace opens in https://ui.perfetto.dev or chrome://tracing. Profiling slows the steps down, so nothing is timed
-    meanwhile.
+    The trace opens in https://ui.perfetto.dev or chrome://tracing. Profiling slows down the steps, so none of
+    them is timed.
     """
 
     def __init__(self, folder: Path, device: torch.device, after_step: int) -> None:
@@ -133,7 +133,7 @@ class Profile:
 
 
 def measure(settings: SpeedSettings) -> int:
-    """Time the row's steps and write speed.json and manifest.json into OUTPUT_DIR; returns the exit code.
+    """Times the row's steps and writes speed.json and manifest.json to OUTPUT_DIR. Returns the exit code.
 
     Raises SettingsError, OutOfMemoryError.
     """
@@ -151,7 +151,7 @@ def measure(settings: SpeedSettings) -> int:
     before = measured_peak(settings.dtype) if cpu else None
     windows, observed = run_steps(settings, loop, output)
     if before is not None:
-        # Again after the timing: the larger rate was less disturbed by other programs.
+        # Measured again after the timing. The larger rate was less disturbed by other programs.
         peak, source = max(before, measured_peak(settings.dtype))
         counting = replace(counting, peak_tflops=peak, peak_source=source)
     result = speed_result(settings, loop, windows, counting, observed)
@@ -164,14 +164,14 @@ def measure(settings: SpeedSettings) -> int:
 
 
 def timed_job(settings: SpeedSettings) -> SpeedSettings:
-    """The settings of a job that trains as many steps as are timed and profiled, and neither validates nor saves."""
+    """Settings of a job with as many steps as are timed and profiled, without validation and saving."""
     steps = settings.timed_until + PROFILED_STEPS * settings.profile
     quiet = {"eval_steps": 0, "keep_best": False, "early_stopping_patience": 0, "save_steps": 0, "save_minutes": 0}
     return settings.model_copy(update={"max_steps": steps, "report_to": [], **quiet})
 
 
 def run_steps(settings: SpeedSettings, loop: Loop, output: Path) -> tuple[list[Window], dict[str, Any]]:
-    """Run the job's steps: the timed windows, and what observed.json holds; a collective call."""
+    """Runs the job's steps. Returns the timed windows and the content of observed.json. A collective call."""
     stopwatch = Stopwatch(loop.device, settings.speed_warmup_steps, settings.timed_steps, settings.repeats)
     observer = Observer(loop.module)
     loop.hooks += [lambda record: observer.remove(), stopwatch]
@@ -188,7 +188,7 @@ def run_steps(settings: SpeedSettings, loop: Loop, output: Path) -> tuple[list[W
 def speed_result(
     settings: SpeedSettings, loop: Loop, windows: list[Window], counting: Utilisation, observed: dict[str, Any]
 ) -> dict[str, Any]:
-    """speed.json: medians over the windows, each window, memory, fingerprint; a collective call."""
+    """Content of speed.json: medians over the windows, each window, memory, fingerprint. A collective call."""
     processes = loop.processes
     repeats = [window.rates(counting) for window in windows]
     median: dict[str, Any] = {}
@@ -223,12 +223,12 @@ def speed_result(
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The result in a few lines, with the formula of MFU and HFU."""
-    beside = ""  # what a GPU's reading shows beside the allocated peak
+    """The result in a few lines, with the formulas of MFU and HFU."""
+    beside = ""  # further parts of the memory that tools report for a GPU
     if result["reserved_memory_bytes"] is not None:
         reserved, context = (result[f"{name}_memory_bytes"] / 2**30 for name in ("reserved", "context"))
-        beside = f" allocated, {reserved:.2f} reserved, {context:.2f} beside PyTorch"
-    resident = f"{result['resident_memory_bytes'] / 2**30:.2f} GiB of the machine's memory per process"
+        beside = f" allocated, {reserved:.2f} reserved, {context:.2f} outside PyTorch"
+    resident = f"{result['resident_memory_bytes'] / 2**30:.2f} GiB of host memory per process"
     lines = [
         f"{result['images_per_second']:.3f} img/s, {result['tokens_per_second_per_device']:.0f} tokens/s per device, "
         f"{result['step_seconds']:.3f} s per step, spread {100 * result['spread']:.1f} %, waiting for data "
@@ -236,7 +236,7 @@ def summary(result: dict[str, Any]) -> str:
         f"peak {result['peak_memory_bytes'] / 2**30:.2f} GiB{beside}, {resident}",
     ]
     if result["mfu"] is None:
-        lines.append(f"MFU and HFU unknown: {result['device']} is in no hardware file")
+        lines.append(f"MFU and HFU unknown: no hardware file contains {result['device']}")
     else:
         lines.append(
             f"MFU {100 * result['mfu']:.1f} %, HFU {100 * result['hfu']:.1f} % of {result['peak_tflops']:.4g} TFLOP/s "

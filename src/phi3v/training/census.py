@@ -1,6 +1,7 @@
-"""Two checks of a running job: which parameters got a gradient in the first step, and losses that are no numbers.
+"""Two checks of a running job: which parameters get a gradient in the first step, and whether the loss is finite.
 
-Settings can claim to train what they do not (RECIPE: the published "vision frozen" rows); the gradient census proves it.
+Settings can claim to train weights that do not train (RECIPE: the published "vision frozen" rows). The census of
+gradients detects this.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from phi3v.provenance.manifest import write_json
 from phi3v.settings import FinetuneSettings
 from phi3v.training.launch import say
 
-# Groups that only pictures reach.
+# Groups that only get gradients from pictures.
 PICTURE_GROUPS = ("clip", "projector", "separators")
 
 
@@ -34,7 +35,7 @@ class NotANumberError(RuntimeError):
 
 
 def census_group(name: str) -> str:
-    """A parameter's group; adapters are told apart by what they sit on, e.g. `adapters (clip)`."""
+    """Group of a parameter. Adapters are grouped by the layer they belong to, such as `adapters (clip)`."""
     group = parameter_group(name)
     if group != "adapters":
         return group
@@ -45,13 +46,13 @@ def census_group(name: str) -> str:
 
 @dataclass
 class Group:
-    """Weights of a group, in elements."""
+    """Number of weights in a group."""
 
     parameters: int = 0
     trainable: int = 0
     with_gradient: int = 0
     expected: bool = False
-    """Whether any of it should train."""
+    """Whether any of them should train."""
 
 
 @dataclass
@@ -62,7 +63,7 @@ class _Watched:
     group: str
     size: int
     seen: torch.Tensor | None = None
-    """Whether a gradient had a value other than 0; on the gradient's device. None: no gradient yet."""
+    """Whether a gradient was nonzero, on the gradient's device. None: no gradient yet."""
 
     def note(self, gradient: torch.Tensor) -> None:
         seen = (gradient != 0).any()
@@ -70,7 +71,7 @@ class _Watched:
 
 
 class Census:
-    """Counts parameters by group, and notes which get a gradient that is not all zero until `finish`."""
+    """Counts parameters by group, and until `finish` records which ones get a nonzero gradient."""
 
     def __init__(self, model: nn.Module, label: str) -> None:
         self.label = label
@@ -78,7 +79,7 @@ class Census:
         self._watched: list[_Watched] = []
         self._handles: list[RemovableHandle] = []
         for name, parameter in model.named_parameters():
-            # A 4-bit weight stores two values a byte.
+            # A 4-bit weight stores two values per byte.
             size = size_of(parameter)
             size *= 2 if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8 else 1
             group = census_group(name)
@@ -91,10 +92,11 @@ class Census:
                 self._handles.append(parameter.register_hook(self._watched[-1].note))
 
     def finish(self, device: torch.device, pictures_seen: bool) -> None:
-        """Fill in `with_gradient` over all processes and take the hooks off; a collective call.
+        """Sets `with_gradient` over all processes and removes the hooks. A collective call.
 
         pictures_seen: whether any process had a picture in the step. Raises CensusError for a layer, or a group outside
-        of layers, that should train and got nothing. A group as a whole may still get a gradient through a last norm.
+        of layers, that should train but got no gradient. Layers are checked one by one, because a group can get a
+        gradient through its last norm alone.
         """
         for handle in self._handles:
             handle.remove()
@@ -119,17 +121,18 @@ class Census:
             names = [watched.name for block in silent for watched in block]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise CensusError(
-                f"group {', '.join(groups)}: should train, but the first step gave no gradient to any weight of "
-                f"{len(silent)} of its parts ({', '.join(names[:5])}{more}); nothing was saved"
+                f"group {', '.join(groups)}: should train, but the first step gave no gradient to {len(silent)} of its "
+                "parts "
+                f"({', '.join(names[:5])}{more}); nothing was saved. Check the freezing settings of this row"
             )
 
     def result(self) -> dict[str, object]:
-        """census.json."""
+        """Content of census.json."""
         return {"label": self.label, "groups": {name: asdict(group) for name, group in self.groups.items()}}
 
 
 def census_label(settings: FinetuneSettings) -> str:
-    """The method in words; the recipe's old freezing is named wherever it is used."""
+    """Name of the method. Mentions the recipe's legacy freezing wherever it is used."""
     method, freezing = settings.method, settings.freeze_vision_model
     words = {"full": "full", "frozen": "vision frozen", "lora": "LoRA", "qlora": "QLoRA"}[method]
     words = words.replace("LoRA", "DoRA") if settings.use_dora else words
@@ -143,7 +146,7 @@ def census_label(settings: FinetuneSettings) -> str:
 
 
 class LossGuard:
-    """Watches the loss of one process. scale: the float16 loss scale now; None without one."""
+    """Checks the loss of one process. scale: returns the current float16 loss scale, or None without one."""
 
     def __init__(self, folder: Path, process: int, max_nan_steps: int, scale: Callable[[], float | None]) -> None:
         self.folder, self.process, self.max_nan_steps, self.scale = folder, process, max_nan_steps, scale
@@ -151,12 +154,14 @@ class LossGuard:
         self._bad_ids: list[list[str]] = []
 
     def check(self, step: int, loss: float, ids: list[str]) -> None:
-        """Look at a step's loss; ids: its examples. Raises NotANumberError after `max_nan_steps` bad steps in a row."""
+        """Checks the loss of a step. ids: its examples. Raises NotANumberError after `max_nan_steps` bad steps in a
+        row."""
         scale = self.scale()
         if scale is not None and scale < 1 and not self._has_collapsed:
             self._has_collapsed = True
             say(
-                f"step {step}: the float16 loss scale has collapsed to {scale:g}. Gradients overflow at every scale: "
+                f"step {step}: warning: the float16 loss scale has dropped to {scale:g}. Gradients overflow at every "
+                "scale; "
                 "use --bf16"
             )
         if math.isfinite(loss):
@@ -169,7 +174,6 @@ class LossGuard:
         path = self.folder / f"bad_examples.rank{self.process}.json"
         write_json(path, {"step": step, "ids": self._bad_ids})
         raise NotANumberError(
-            f"step {step}: the loss was not a finite number in {bad} steps in a row; the examples of these steps are "
-            f"in {path}. What usually helps: a lower --learning_rate, --bf16 instead of --fp16, or leaving these "
-            "examples out."
+            f"step {step}: the loss was NaN or infinite in {bad} steps in a row; {path} lists the examples of these "
+            "steps. Try a lower --learning_rate, --bf16 instead of --fp16, or training without these examples"
         )

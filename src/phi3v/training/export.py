@@ -1,6 +1,6 @@
-"""Weights for use: the final folder (official layout or PEFT adapter), a merged model, and plain files from ZeRO's shards.
+"""Exports weights: the final folder (official layout or PEFT adapter), a merged model, and files from ZeRO's shards.
 
-Each folder is written aside and renamed, so it is complete or does not exist.
+Each folder is written under another name and then renamed, so it is complete or does not exist.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from phi3v.training.loop import Loop
 
 
 def export_final(loop: Loop, folder: Path) -> None:
-    """Write FOLDER from the trained model; a collective call, as ZeRO 3 gathers shards for it."""
+    """Writes FOLDER from the trained model. Collective, because ZeRO 3 gathers shards for it."""
     state = loop.accelerator.get_state_dict(loop.model) if loop.is_sharded else None
     if loop.is_main:
         with written_aside(folder) as temporary:
@@ -37,22 +37,23 @@ def export_final(loop: Loop, folder: Path) -> None:
 
 
 def export_merged(output: Path) -> dict[str, float]:
-    """Fold OUTPUT/final, an adapter, into its base and write OUTPUT/merged; for the first process. Returns merge's report.
+    """Merges the adapter in OUTPUT/final into its base and writes OUTPUT/merged. Returns merge's report. For the first
+    process.
 
-    Raises CheckpointError if the merged model does not compute what base and adapter do.
+    Raises CheckpointError if the merged model computes other results than base model and adapter.
     """
     with written_aside(output / "merged") as temporary:
         try:
             return merge(output / "final", temporary)
         except ValueError as error:
             raise CheckpointError(
-                f"{output / 'merged'}: {error} The adapter is complete: {output / 'final'}"
+                f"{output / 'merged'}: {error} The adapter itself is complete, in {output / 'final'}"
             ) from error
 
 
 @contextlib.contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """The path of a folder that replaces `folder` when the block ends without an error, forced to disk."""
+    """Yields the path of a temporary folder. Syncs it and replaces `folder` with it if the block raises no error."""
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     yield temporary
@@ -63,30 +64,33 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 
 def export_zero_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str = "bf16") -> Path:
-    """A ZeRO checkpoint as plain safetensors in the official layout, from its float32 master weights; needs no GPU.
+    """Converts a ZeRO checkpoint to safetensors in the official layout, from its float32 master weights. Needs no GPU.
 
     checkpoint: a checkpoint-N folder. base: the folder that training started from (configuration, processor). The
-    `num_crops` of the training's settings.json is saved with it.
-    Raises ValueError if a rank's shard or a weight is missing, or OUT holds files already.
+    result includes `num_crops` of the training's settings.json.
+    Raises ValueError if a rank's shard or a weight is missing, or if OUT already contains files.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: not empty; expected a new folder for the exported checkpoint")
     if not (checkpoint / "latest").is_file():
-        raise ValueError(f"{checkpoint}: no file `latest`; expected a checkpoint-N folder that ZeRO wrote")
+        raise ValueError(f"{checkpoint}: contains no file `latest`; expected a checkpoint-N folder of a ZeRO job")
     prepare_deepspeed(cuda=False)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does shard by shard
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line per shard
         try:
             state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
         except (FileNotFoundError, AssertionError, ValueError, RuntimeError, KeyError, IndexError) as error:
-            raise ValueError(f"{checkpoint}: its shards are not complete ({error})") from error
+            raise ValueError(
+                f"{checkpoint}: incomplete or damaged shards ({error}); choose another checkpoint"
+            ) from error
     model = Phi3VForCausalLM.from_pretrained(base)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ValueError(
-            f"{checkpoint}: {len(missing)} weights missing, {len(unexpected)} unknown ({[*missing, *unexpected][:3]}); "
-            f"expected those of {base}"
+            f"{checkpoint}: got {len(missing)} missing and {len(unexpected)} unknown weights "
+            f"({[*missing, *unexpected][:3]}); "
+            f"expected the weights of {base}"
         )
     model.to(TORCH_DTYPE[dtype]).save_pretrained(out)
     settings = checkpoint.resolve().parents[1] / "settings.json"

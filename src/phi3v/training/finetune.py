@@ -1,4 +1,4 @@
-"""Fine-tune one row: what scripts/finetune.py runs in every process."""
+"""Fine-tunes one row. scripts/finetune.py runs this in every process."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ from phi3v.training.logging import MetricsFile, Progress, Trackers
 from phi3v.training.loop import Loop, StepRecord
 from phi3v.training.memory import MEMORY_SOURCES, context_bytes, explain_memory, peak_memory_bytes
 
-# Bytes a second that any file system a 4B model is trained on should write; beyond it a save may not end in time.
+# Bytes per second that any suitable file system should write. On a slower one, a save may not finish in time.
 SLOW_DISK = 100e6
 STOPPED = "stopped.json"
-"""In checkpoints/: there while a job has saved and left because it was told to."""
+"""File in checkpoints/ that exists after a job saved and stopped on request."""
 
 
 def run(settings: FinetuneSettings) -> int:
-    """Train and write OUTPUT_DIR; returns the exit code: 0, or 75 when a signal asked to save and leave.
+    """Trains and writes OUTPUT_DIR. Returns the exit code: 0, or 75 if a signal asked the job to save and stop.
 
-    Raises SettingsError for what cannot work, LockedError if another job owns the folder, CheckpointError,
-    CensusError if a group that should train gets no gradient, and NotANumberError if the loss stays no number.
+    Raises SettingsError for impossible settings, LockedError if another job owns the folder, CheckpointError,
+    CensusError if a group that should train gets no gradient, and NotANumberError if the loss stays NaN or infinite.
     """
     output = Path(settings.output_dir)
     lock = FolderLock(output, say) if is_first() else None
@@ -59,11 +59,11 @@ def run(settings: FinetuneSettings) -> int:
             lock.acquire(settings.lock_wait_minutes * 60)
         except OSError as error:
             raise checkpoints.CheckpointError(
-                f"{output}: cannot be written to ({error.strerror}: {error.filename}); expected a folder, or a place "
-                "for a new one: choose another --output_dir"
+                f"{output}: not writable ({error.strerror}: {error.filename}); expected a writable folder, or a path "
+                "where it can be created; choose another --output_dir"
             ) from error
     try:
-        checkpoints.checkpoint_folders(output / "checkpoints")  # readable, or nothing is begun
+        checkpoints.checkpoint_folders(output / "checkpoints")  # raises before anything starts if they are not readable
         with StopRequest() as stop, explain_failure(output):
             return _run(settings, output, stop, lock)
     finally:
@@ -83,7 +83,7 @@ def _run(asked: FinetuneSettings, output: Path, stop: StopRequest, lock: FolderL
     attach(loop, output, stop, lock, observer)
     checkpoint = of_first(lambda: find_checkpoint(asked, loop, output / "checkpoints"))
     if of_first(lambda: finished.restore(output, loop.writer.settings, asked.merge)):
-        say(f"{output}: was finished before with these settings and data; delete this folder to train again")
+        say(f"{output}: already finished with these settings and data; delete this folder to train again")
         return leave(0)
     train_seconds = -time.perf_counter()
     with explain_memory(asked, loop.device, lambda: longest_example(loop)):
@@ -93,7 +93,7 @@ def _run(asked: FinetuneSettings, output: Path, stop: StopRequest, lock: FolderL
     train_seconds += time.perf_counter()
     if loop.stopped_by_signal:
         if loop.is_main:
-            # torchrun answers any failed worker with 1: who starts it again tells the cases apart by this file.
+            # torchrun exits with 1 for any failed worker. Callers recognise a stopped job by this file.
             stopped = {"step": loop.state.step, "exit_code": REQUEUE_EXIT_CODE}
             write_json(output / "checkpoints" / STOPPED, stopped)
         say(f"{stop.signal or 'signal'}: saved at step {loop.state.step}; the same command resumes from there")
@@ -107,23 +107,23 @@ def _run(asked: FinetuneSettings, output: Path, stop: StopRequest, lock: FolderL
 
 
 def finish(loop: Loop, output: Path, observed: dict[str, Any], started: float) -> None:
-    """Merge if asked, and write the manifest, which says that the row is done; for the first process."""
-    # What can still fail comes before the manifest, and checkpoints stay until it is there.
+    """Merges if requested, and writes the manifest, which marks the row as finished. For the first process."""
+    # Write the manifest after everything that can fail. Checkpoints stay until it exists.
     settings = loop.settings
     report = export_merged(output) if settings.merge else None
     write_json(output / "observed.json", observed)
     record(loop, settings, output, "train", started)
     if reason := finished.keep(output, loop.state.step, loop.writer.settings):
-        say(f"{output}: not kept for a second start, which would train again ({reason})")
+        say(f"{output}: could not save the result for a repeated start, which would train again ({reason})")
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     if report is not None:
         write_card(output / "merged", base_of(output / "final"), output / "manifest.json", report)
         differs = report["max_logit_difference"]
-        say(f"{output / 'merged'}: logits differ from base and adapter by {differs:.1e} at most")
+        say(f"{output / 'merged'}: largest difference of logits from base model with adapter: {differs:.1e}")
 
 
 def record(loop: Loop, settings: FinetuneSettings, output: Path, kind: str, started: float) -> None:
-    """Write the manifest of a job that began at `started` (time.perf_counter); for the first process."""
+    """Writes the manifest of a job that started at `started` (time.perf_counter). For the first process."""
     shortened = {} if loop.warmup_steps == settings.warmup_steps else {"warmup_steps": loop.warmup_steps}
     write_manifest(
         output,
@@ -138,26 +138,26 @@ def record(loop: Loop, settings: FinetuneSettings, output: Path, kind: str, star
 
 
 def find_checkpoint(asked: FinetuneSettings, loop: Loop, folder: Path) -> Path | None:
-    """The checkpoint to resume from, or None; for the first process, whose writer learns what checkpoints belong to.
+    """The checkpoint to resume from, or None. Sets the writer's fingerprint. For the first process.
 
-    Reports which checkpoints cannot be resumed and why. Raises CheckpointError if the disk cannot hold what is asked
-    for.
+    Prints which checkpoints cannot be resumed, and why. Raises CheckpointError if the disk has too little free space
+    for the requested checkpoints.
     """
     loop.writer.settings = checkpoints.fingerprint(asked, loop.training.examples.dataset.data_dir)
     path, skipped = checkpoints.find(folder, loop.writer.settings, loop.processes, loop.is_sharded)
     for other, reason in skipped.items():
-        say(f"{other}: not used: {reason}")
+        say(f"{other}: cannot resume from it: {reason}")
         checkpoints.set_aside(other)
     trained = sum(size_of(p) for p in loop.trained)
     weights = sum(size_of(p) * p.element_size() for p in loop.module.parameters())
     needed = checkpoint_bytes(trained, weights, asked.optimizer, loop.is_sharded)
     if asked.save_steps or asked.save_minutes or asked.keep_best:
         checkpoints.check_space(folder, needed, most_checkpoints(asked.keep_checkpoints, asked.keep_best))
-    patience = seconds_to_save(parents_command(), os.environ)
-    if patience is not None and needed / patience > SLOW_DISK:
+    grace = seconds_to_save(parents_command(), os.environ)
+    if grace is not None and needed / grace > SLOW_DISK:
         say(
-            f"torchrun kills its workers {patience:.0f} s after SIGTERM, a checkpoint of {needed / 1e9:.1f} GB "
-            "may take longer: torchrun --shutdown-timeout=900 … gives it the time"
+            f"warning: torchrun kills its workers {grace:.0f} s after SIGTERM, but writing a checkpoint of "
+            f"{needed / 1e9:.1f} GB may take longer; to allow more time, start with torchrun --shutdown-timeout=900 …"
         )
     if path is not None:
         say(f"{path}: resuming from here")
@@ -165,29 +165,30 @@ def find_checkpoint(asked: FinetuneSettings, loop: Loop, folder: Path) -> Path |
 
 
 def longest_example(loop: Loop) -> str:
-    """A sentence about the longest example of the micro-batch that was computed last."""
+    """A sentence about the longest example in the last micro-batch."""
     tokens, index = loop.longest
     if not tokens:
         return ""
     return (
-        f"The micro-batch held {loop.training.examples.where(index)} of {tokens:,} tokens; --max_length leaves out longer "
-        "examples than it names. "
+        f"The micro-batch contained {loop.training.examples.where(index)} with {tokens:,} tokens; to skip long "
+        "examples, "
+        "set --max_length. "
     )
 
 
 def attach(loop: Loop, output: Path, stop: StopRequest, lock: FolderLock | None, observer: Observer) -> None:
-    """What a training job does at its steps: keep the lock, take the census, write metrics, show progress."""
+    """Attaches the lock check, the census, metrics and progress to the steps of a job."""
     settings = loop.settings
     census = Census(loop.module, census_label(settings))
     loop.stop = stop
-    # FLOP are counted from the layers that the recipe's methods train; of other choices nothing is stated.
+    # FLOP are only counted for the recipe's selections of trained layers.
     if not (settings.freeze_decoder or settings.lora_targets or settings.freeze_vision_model == "tower"):
         config = loop.training.collate.config.to_dict()
         loop.utilisation = utilisation_of(settings, config, device_name(loop.device), loop.processes)
 
     def check_lock(record: StepRecord) -> None:
         if lock is not None and lock.lost:
-            raise LockedError(f"{output}: another job took this folder over; nothing more is written from here")
+            raise LockedError(f"{output}: another job has taken over this folder, so this job stops")
 
     def look_once(record: StepRecord) -> None:
         loop.hooks.remove(look_once)
@@ -203,7 +204,7 @@ def attach(loop: Loop, output: Path, stop: StopRequest, lock: FolderLock | None,
 
 
 def say_headline(loop: Loop, more: str = "") -> None:
-    """One line that says what is about to run; another if --use_flash_attention runs another kernel on this device."""
+    """Prints a line about the job, and another if flash attention uses a different kernel on this device."""
     settings, plan, examples = loop.settings, loop.training.plan, loop.training.examples
     trainable = sum(map(size_of, loop.trained))
     how = f", ZeRO {settings.zero_stage}" if loop.is_sharded else ""
@@ -211,7 +212,7 @@ def say_headline(loop: Loop, more: str = "") -> None:
     if settings.batching == "packed":
         micro_steps = f"packs of {settings.tokens_per_pack} tokens"
     longer = len(examples.dataset) - len(examples)
-    left_out = f", {longer} longer than {settings.max_length} tokens left out" if longer else ""
+    left_out = f", {longer} longer than {settings.max_length} tokens skipped" if longer else ""
     say(
         f"{settings.row or settings.dataset or 'finetune'}: {settings.method} {settings.dtype}{how} on "
         f"{loop.processes} x {device_name(loop.device)}; {plan.examples} examples{left_out}, batch "
@@ -224,7 +225,7 @@ def say_headline(loop: Loop, more: str = "") -> None:
 
 
 def observe(loop: Loop, observer: Observer, train_seconds: float) -> dict[str, Any]:
-    """observed.json: what ran, beside what was asked for; a collective call."""
+    """Content of observed.json: what ran, besides what was requested. A collective call."""
     settings, device = loop.settings, loop.device
     layers, weight_bytes = linear4bit(loop.module)
     cuda = device.type == "cuda"

@@ -1,10 +1,10 @@
-"""A finished row, kept where Snakemake removes nothing: the same command then ends at once instead of training again.
+"""Keeps a finished row where Snakemake does not delete it, so that the same command ends at once instead of training.
 
-Snakemake removes the outputs of a job before it starts, and after a failure. It counts a job as failed if a file system
-shows a finished job's files late, or if it was killed itself while the job ran to its end.
+Snakemake deletes the outputs of a job before it starts and after a failure. It counts a finished job as failed if the
+job's files appear late on a network file system, or if Snakemake itself is killed while the job finishes.
 
-.finished/    checkpoint.json      the seal, as that of a checkpoint: settings, and the digest of every file
-              final/               hard links to the files of final/, which take no room
+.finished/    checkpoint.json      the seal, as in a checkpoint: settings, and the digest of every file
+              final/               hard links to the files of final/, which use no additional space
               manifest.json
 """
 
@@ -22,7 +22,8 @@ MANIFEST = "manifest.json"
 
 
 def keep(output: Path, step: int, settings: dict[str, object]) -> str:
-    """Keep OUTPUT/final and its manifest; returns why it could not be done, or "". settings: checkpoints.fingerprint."""
+    """Keeps OUTPUT/final and its manifest. Returns the reason of a failure, or "". settings:
+    checkpoints.fingerprint."""
     aside = output / f"{KEPT}.writing"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -38,9 +39,9 @@ def keep(output: Path, step: int, settings: dict[str, object]) -> str:
 
 
 def restore(output: Path, settings: dict[str, object], merged: bool) -> bool:
-    """Write OUTPUT/final and its manifest from what was kept; False if there is nothing, or if it belongs to other settings.
+    """Restores OUTPUT/final and its manifest. Returns False if nothing was kept, or with other settings.
 
-    merged: OUTPUT/merged, which is not kept, must be there too.
+    merged: OUTPUT/merged must exist too. It is not kept here.
     """
     kept = output / KEPT
     if not kept.is_dir() or (merged and not (output / "merged").is_dir()):
@@ -56,5 +57,5 @@ def restore(output: Path, settings: dict[str, object], merged: bool) -> bool:
 
 
 def _link(folder: Path, target: Path) -> None:
-    """A copy of a folder whose files are hard links. Snakemake's own timestamp in it is left out."""
+    """Copies a folder with hard links to its files, without Snakemake's timestamp."""
     shutil.copytree(folder, target, copy_function=os.link, ignore=shutil.ignore_patterns(".snakemake_timestamp"))

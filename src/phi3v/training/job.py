@@ -1,4 +1,4 @@
-"""From settings to a loop that is ready to run: what fine-tuning and the speed measurement share."""
+"""Builds a loop from settings. Fine-tuning and the speed measurement share this."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from phi3v.training.writer import CheckpointWriter
 
 
 def check_settings(settings: FinetuneSettings, device: torch.device) -> None:
-    """Raises SettingsError if a folder, the batch's division, `auto` or a tracker cannot work."""
+    """Raises SettingsError if a folder, the division of the batch, an `auto` setting or a tracker cannot work."""
     processes, micro = world_size(), settings.micro_batch_size
     share = processes * (1 if settings.batching == "packed" else settings.micro_batch_size_or_one)
     if settings.batch_size % share:
@@ -47,24 +47,25 @@ def check_settings(settings: FinetuneSettings, device: torch.device) -> None:
     settings.data_folder()
     if not (Path(settings.model_name_or_path) / "config.json").is_file():
         raise SettingsError(
-            f"command line: field `model_name_or_path`: got {settings.model_name_or_path!r}: no config.json there; "
+            f"command line: field `model_name_or_path`: got {settings.model_name_or_path!r}: contains no config.json; "
             "expected a checkpoint folder in the official layout"
         )
 
 
 def check_automatic(settings: FinetuneSettings, processes: int, device: torch.device) -> None:
-    """Raises SettingsError for `auto` with whole optimizer states on several GPUs, whose memory nobody has measured."""
+    """Raises SettingsError for `auto` with unsharded optimizer states on several GPUs, whose memory was never
+    measured."""
     whole = settings.method in ("full", "frozen") and settings.zero_stage < 2 and settings.optimizer == "adamw"
     if settings.is_probed and whole and processes > 1 and device.type == "cuda":
         raise SettingsError(
-            f"command line: field `zero_stage`: got {settings.zero_stage} with auto on {processes} GPUs, whose memory "
-            "has not been measured without shards; expected --zero_stage 2, or a number for --batch_size_per_gpu and "
-            "yes or no for gradient checkpointing"
+            f"command line: field `zero_stage`: got {settings.zero_stage} with auto on {processes} GPUs, for which the "
+            "memory without shards was never measured; expected --zero_stage 2, or a number for --batch_size_per_gpu "
+            "and yes or no for gradient checkpointing"
         )
 
 
 def load_model(settings: FinetuneSettings, device: torch.device) -> Any:
-    """The model with its trainable weights chosen: all, without the vision part, or adapters."""
+    """Loads the model and selects its trainable weights: all, all except the vision part, or adapters."""
     widen_float16_products(device, TORCH_DTYPE[settings.dtype])
     attention, dtype = attention_implementation(settings, device), weight_dtype(settings)
     if settings.use_qlora:
@@ -91,7 +92,7 @@ def load_model(settings: FinetuneSettings, device: torch.device) -> Any:
 
 
 def chosen_targets(settings: FinetuneSettings, model: Phi3VForCausalLM) -> list[str]:
-    """Module paths of the layers with adapters: the recipe's, without frozen groups, of --lora_targets if it is given.
+    """Module paths of the layers that get adapters: the recipe's, without frozen groups, restricted to --lora_targets.
 
     Raises SettingsError if none is left.
     """
@@ -104,21 +105,21 @@ def chosen_targets(settings: FinetuneSettings, model: Phi3VForCausalLM) -> list[
     ]
     if not targets:
         raise SettingsError(
-            f"command line: field `lora_targets`: got {settings.lora_targets}: frozen are "
-            f"{', '.join(sorted(settings.frozen_groups))}, so no layer gets an adapter; expected layers of another part"
+            f"command line: field `lora_targets`: got {settings.lora_targets}: all these layers are in frozen groups "
+            f"({', '.join(sorted(settings.frozen_groups))}); expected layers of another group"
         )
     return targets
 
 
 def read_split(settings: FinetuneSettings, processor: Phi3VProcessor, split: str) -> ConversationDataset:
-    """A split of the data folder, with the pixels of its pictures as bytes."""
+    """A split of the data folder, with pixels as uint8."""
     return ConversationDataset(
         settings.data_folder(), split, processor, settings.num_crops, settings.seed, as_uint8=True
     )
 
 
 def training_examples(settings: FinetuneSettings, processor: Phi3VProcessor) -> PickedExamples:
-    """The training split without examples beyond --max_length. Raises SettingsError if none is left."""
+    """The training split without examples longer than --max_length. Raises SettingsError if none is left."""
     dataset = read_split(settings, processor, "train")
     found = counts(dataset)
     tokens, kept = found[:, 0].tolist(), None
@@ -130,14 +131,15 @@ def training_examples(settings: FinetuneSettings, processor: Phi3VProcessor) -> 
         tokens = [tokens[index] for index in kept]
         if not kept:
             raise SettingsError(
-                f"{dataset.data_dir}: split train: no examples to train on; expected at least one of at most "
-                f"{settings.max_length} tokens"
+                f"{dataset.data_dir}: split train: got no example with at most {settings.max_length} tokens; expected "
+                "at "
+                "least one; increase --max_length"
             )
     return PickedExamples(dataset, kept, tokens)
 
 
 def plan_of(settings: FinetuneSettings, examples: PickedExamples) -> BatchPlan:
-    """The micro-batches of every epoch."""
+    """The division of every epoch into micro-batches."""
     packed = settings.batching == "packed"
     return BatchPlan(
         examples=len(examples),
@@ -152,10 +154,10 @@ def plan_of(settings: FinetuneSettings, examples: PickedExamples) -> BatchPlan:
 
 
 def steps_of(settings: FinetuneSettings, examples: int) -> tuple[int, int]:
-    """(optimizer steps of the job, those of its warm-up).
+    """(optimizer steps of the job, optimizer steps of its warm-up).
 
-    The recipe's default warm-up becomes a tenth of a job that it would swallow. Raises SettingsError for another
-    warm-up that leaves no step at the full rate. A speed measurement trains for the clock alone.
+    The recipe's default warm-up becomes a tenth of a job that is not longer than it. Raises SettingsError for another
+    warm-up that leaves no step at the full rate. A speed measurement ignores this.
     """
     total = settings.max_steps
     if total <= 0:
@@ -166,16 +168,18 @@ def steps_of(settings: FinetuneSettings, examples: int) -> tuple[int, int]:
     if warmup == FinetuneSettings.model_fields["warmup_steps"].default:
         return total, total // 10
     raise SettingsError(
-        f"command line: field `warmup_steps`: got {warmup}: the job has {total} optimizer steps ({examples} examples in "
-        f"batches of {settings.batch_size}), so the learning rate would never reach {settings.learning_rate:g}; expected "
-        f"less than {total}, or more --epochs or --max_steps"
+        f"command line: field `warmup_steps`: got {warmup}: the job has only {total} optimizer steps ({examples} "
+        "examples in "
+        f"batches of {settings.batch_size}), so the learning rate would never become {settings.learning_rate:g}; "
+        "expected "
+        f"less than {total}; lower it, or increase --epochs or --max_steps"
     )
 
 
 def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Loop:
-    """Everything up to `loop.run()`; trackers: TensorBoard and others.
+    """Builds everything up to `loop.run()`. trackers: whether to log to TensorBoard and other trackers.
 
-    Raises SettingsError, before anything heavy, if something cannot work, and OutOfMemoryError.
+    Raises SettingsError for impossible settings before loading the model, and OutOfMemoryError.
     """
     device = compute_device(settings)
     prepare_process(settings, device)
@@ -190,13 +194,13 @@ def build(settings: FinetuneSettings, output: Path, trackers: bool = True) -> Lo
         say(f"warm-up of {warmup} steps instead of {settings.warmup_steps}: the job has {total} optimizer steps")
     join_processes(device)
     model = None
-    # The weights reach the device here, and DeepSpeed's float32 copies with their optimizer states.
+    # The weights move to the device here, as do DeepSpeed's float32 copies and optimizer states.
     with explain_memory(settings, device):
         if settings.is_probed:
             model = load_model(settings, device)
             settings = micro_batch.choose(settings, output, model, examples, pad, device)
         plan = plan_of(settings, examples)
-        # accelerate comes before the model: with ZeRO 3 it makes the weights load in shards.
+        # accelerate comes before the model, because with ZeRO 3 it makes the weights load in shards.
         accelerator = make_accelerator(settings, output, plan.accumulation, device, trackers)
         if model is None:
             model = load_model(settings, device)
@@ -223,9 +227,9 @@ def make_loop(
     validation: PlannedSplit | None,
     steps: tuple[int, int],
 ) -> Loop:
-    """The loop with its optimizer and schedule; every random number of training follows from the seed set here.
+    """The loop with its optimizer and schedule. All random numbers of training follow from the seed set here.
 
-    steps: of the job and of its warm-up.
+    steps: optimizer steps of the job and of its warm-up.
     """
     set_seed(settings.seed)
     if not uses_zero(settings) and not settings.use_qlora:

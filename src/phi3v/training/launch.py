@@ -1,4 +1,4 @@
-"""A process of a job from its start to its end: environment, process group, signals, and failures in plain words."""
+"""A process of a job from start to end: environment, process group, signals, and explained failures."""
 
 from __future__ import annotations
 
@@ -26,45 +26,46 @@ from phi3v.settings import FinetuneSettings, SettingsError
 from phi3v.training.checkpoints import RESUMES, CheckpointError
 from phi3v.training.compat import prepare_deepspeed
 
-# A process may wait so long for the others. At resume one process reads and hashes whole checkpoints (58 GB each in
-# full fine-tuning) and merging is its work too, which takes longer than PyTorch's default of 10 minutes.
+# Longest wait of a process for the others. At resume, one process reads and hashes whole checkpoints (58 GB each in
+# full fine-tuning), and it also merges adapters. Both can take longer than PyTorch's default of 10 minutes.
 LONGEST_WAIT = timedelta(hours=2)
 REQUEUE_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: try again later. Schedulers requeue on it; no Python error ends with it."""
-# What gloo, TCPStore and NCCL report of a peer that is gone (PyTorch has no class of its own for it).
+"""EX_TEMPFAIL of sysexits.h: try again later. Schedulers requeue on it, and no Python error uses it."""
+# Messages of gloo, TCPStore and NCCL about a lost peer (PyTorch has no exception class for it).
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-# What PyTorch reports of an operator that --deterministic refuses.
+# Message of PyTorch about an operator that --deterministic rejects.
 NOT_DETERMINISTIC = "does not have a deterministic implementation"
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the job is gone."""
+    """Another process of the job has ended."""
 
 
 T = TypeVar("T")
 
 
-# The processes of the job ----------------------------------------------------------------------------------------------
+# The processes of the job
+# ----------------------------------------------------------------------------------------------
 
 
 def is_first() -> bool:
-    """Whether this is the job's first process, which alone writes and reports."""
+    """Whether this is the job's first process. Only this process writes and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def world_size() -> int:
-    """Processes of the job."""
+    """Number of processes of the job."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def say(text: str) -> None:
-    """A line for the log, from the first process only."""
+    """Prints a line to the log, from the first process only."""
     if is_first():
         print(text, file=sys.stderr, flush=True)
 
 
 def of_first(compute: Callable[[], T]) -> T:
-    """What `compute` returns or raises in the first process, in all of them; a collective call."""
+    """Calls `compute` in the first process, and returns or raises its result in all processes. A collective call."""
     shared: list[Any] = [None, None]
     if is_first():
         try:
@@ -79,7 +80,7 @@ def of_first(compute: Callable[[], T]) -> T:
 
 
 def over_processes(values: list[float], how: Literal["MIN", "MAX", "SUM"], device: torch.device) -> list[float]:
-    """The values of all processes as one, exact for whole numbers to 2^53; a collective call."""
+    """Reduces the values over all processes. Exact for whole numbers up to 2^53. A collective call."""
     if not dist.is_initialized():
         return values
     total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
@@ -88,7 +89,7 @@ def over_processes(values: list[float], how: Literal["MIN", "MAX", "SUM"], devic
 
 
 def of_all(value: float, how: Literal["MIN", "MAX", "SUM"], device: torch.device) -> float:
-    """One value of `over_processes`."""
+    """Reduces one value with `over_processes`."""
     return over_processes([value], how, device)[0]
 
 
@@ -96,15 +97,15 @@ def of_all(value: float, how: Literal["MIN", "MAX", "SUM"], device: torch.device
 
 
 def prepare_process(settings: FinetuneSettings, device: torch.device) -> None:
-    """Environment of a process before the heavy imports: quiet libraries, rendezvous for a lone process."""
-    # PyTorch takes MKL_NUM_THREADS over OMP_NUM_THREADS, and Snakemake exports the former as the whole rule's threads:
-    # every process would then have as many as all together.
+    """Prepares a process before the heavy imports: quiet libraries, and a rendezvous for a single process."""
+    # PyTorch prefers MKL_NUM_THREADS to OMP_NUM_THREADS. Snakemake sets it to the threads of the whole rule, which each
+    # process would then use.
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if uses_zero(settings) and "RANK" not in os.environ:
-        # DeepSpeed needs a process group even for one process started without torchrun.
+        # DeepSpeed needs a process group even for one process without torchrun.
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -118,7 +119,7 @@ def prepare_process(settings: FinetuneSettings, device: torch.device) -> None:
 
 
 def quiet_libraries() -> None:
-    """Turn off the messages that libraries print for their own developers."""
+    """Turns off the messages that libraries print for their own developers."""
     for name in ("bitsandbytes", "accelerate", "torch.distributed", "DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for category in (FutureWarning, DeprecationWarning):
@@ -130,10 +131,10 @@ def quiet_libraries() -> None:
 
 
 def deterministic_kernels(device: torch.device) -> None:
-    """Only operators that repeat bit by bit; must run before the first kernel on a GPU.
+    """Allows only operators that are deterministic bit by bit. Must run before the first kernel on a GPU.
 
-    There an operator without such a kernel raises. With a warning instead, PyTorch would keep the atomics of its flash
-    and memory-efficient attention (ATen, attention_backward.cu); the flash-attn package reads transformers' variable.
+    On a GPU, an operator without a deterministic kernel raises. With warnings instead, PyTorch would keep the atomics
+    of its flash and memory-efficient attention (ATen, attention_backward.cu). flash-attn reads transformers' variable.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
@@ -141,7 +142,7 @@ def deterministic_kernels(device: torch.device) -> None:
 
 
 def join_processes(device: torch.device) -> None:
-    """Join the process group if torchrun started this process; accelerate remembers the device in any case."""
+    """Joins the process group if torchrun started this process. Sets accelerate's device in any case."""
     from accelerate import PartialState
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -154,7 +155,7 @@ def join_processes(device: torch.device) -> None:
 
 
 class StopRequest:
-    """Whether SIGTERM or SIGUSR1 asked this process to save and leave; listens inside a `with` block."""
+    """Records whether SIGTERM or SIGUSR1 asked this process to save and stop, inside a `with` block."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -162,15 +163,15 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        # Only the main thread may handle signals; elsewhere (a notebook's worker) nobody asks.
+        # Only the main thread can handle signals. Other threads, such as a notebook's, receive no request.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        # After an error the signals stay without effect: torchrun sends SIGTERM as soon as another process is gone, and
-        # this one still has to report what it saw.
+        # After an error, the signals stay blocked: torchrun sends SIGTERM as soon as another process ends, but this one
+        # still has to report its error.
         if error is None:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -180,17 +181,17 @@ class StopRequest:
 
 
 def ignore_sigterm(worker: int) -> None:
-    """For a data loading process: a signal to the whole job must not take away the data of the step under way.
+    """Makes a data loading process ignore SIGTERM, so that the current step gets its data.
 
-    PyTorch would let it die of SIGTERM, and the step with it. It ends when its parent asks or is gone.
+    PyTorch would let the process die, and the step would fail. The process ends when its parent requests it or ends.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def seconds_to_save(command: Sequence[str], environment: Mapping[str, str]) -> float | None:
-    """How long torchrun lets its workers live after SIGTERM; None if no torchrun started this process.
+    """Seconds until torchrun kills its workers after SIGTERM. None if torchrun did not start this process.
 
-    command: the parent's command line. environment: this process's. Torch 2.13: launcher/api.py, 30 s by default.
+    command: the parent's command line. environment: this process's. Torch 2.13: launcher/api.py, default 30 s.
     """
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
@@ -202,7 +203,7 @@ def seconds_to_save(command: Sequence[str], environment: Mapping[str, str]) -> f
 
 
 def parents_command() -> list[str]:
-    """The command line of the parent process; empty if it cannot be read."""
+    """The command line of the parent process. Empty if unreadable."""
     try:
         return Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")
     except (OSError, UnicodeDecodeError):
@@ -214,7 +215,7 @@ def parents_command() -> list[str]:
 
 @contextlib.contextmanager
 def explain_failure(output: Path) -> Iterator[None]:
-    """Report a full disk, a lost process and an operator that does not repeat in one sentence each."""
+    """Explains a full disk, a lost process and a non-deterministic operator in one sentence each."""
     try:
         yield
     except OSError as error:
@@ -222,7 +223,8 @@ def explain_failure(output: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(output).free / 1e9
         raise CheckpointError(
-            f"{error.filename or output}: the disk is full ({error.strerror}; {free:.2f} GB are free). {RESUMES}"
+            f"{error.filename or output}: the disk is full ({error.strerror}; {free:.2f} GB free); free some space. "
+            f"{RESUMES}"
         ) from error
     except RuntimeError as error:
         first_line = str(error).splitlines()[0] if str(error) else ""
@@ -240,7 +242,7 @@ def explain_failure(output: Path) -> Iterator[None]:
 
 
 def leave(code: int) -> int:
-    """Close the process group, so that no process is still communicating when another ends."""
+    """Closes the process group after a barrier, so that no process ends while others still communicate."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

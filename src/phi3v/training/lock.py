@@ -1,8 +1,8 @@
-"""One owner for a row's folder: a lock file with a heartbeat.
+"""Lock of a row's folder: a file with a heartbeat.
 
-A workflow that was killed and started again may submit a job while the old one still runs; both would write. Who holds
-the lock is judged by the best witness there is: squeue if the holder is a SLURM job, its process if that ran on this
-machine, and the age of its heartbeat in every other case, since a process id means nothing on another host.
+A restarted workflow may submit a job while the old one still runs. Both would write to the same folder. Whether the
+owner of a lock is alive is decided by squeue if the owner is a SLURM job of the same user, by its process if it runs on
+this machine, and otherwise by the age of its heartbeat, because process ids have no meaning on other hosts.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pathlib import Path
 
 NAME = ".lock.json"
 REFUSED = ".lock.refused"
-"""There from a refused job until the folder has an owner again or `take_refusal`."""
+"""Marker file of a refused job. It exists until the folder has a new owner, or until `take_refusal`."""
 BEAT_SECONDS = 10.0
 STALE_BEATS = 6
-"""Three missed beats and as much again for a slow file server."""
+"""Missed heartbeats after which a lock is stale: three, doubled for slow file servers."""
 # Job states of squeue(1) in which no process of the job runs.
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 ENDED |= {"REVOKED", "TIMEOUT", "PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 FORGOTTEN = "unknown"
-"""State of a job that SLURM does not know any more."""
+"""State of a job that SLURM has forgotten."""
 
 
 class LockedError(RuntimeError):
@@ -40,16 +40,16 @@ class LockedError(RuntimeError):
 
 
 class Liveness(Enum):
-    """What is known of a holder."""
+    """Whether the owner of a lock is alive."""
 
     ALIVE = "still alive"
-    GONE = "gone"
-    SILENT = "perhaps still alive"
-    """No witness but the heartbeat, and that is recent."""
+    GONE = "no longer running"
+    SILENT = "possibly still alive"
+    """Only the heartbeat is available, and it is recent."""
 
 
 def _identity() -> dict[str, object]:
-    """Who this process is: its SLURM job and user, and what its process id refers to."""
+    """Identity of this process: SLURM job, user, and the context of its process id."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return {
         "job": os.environ.get("SLURM_JOB_ID", ""),
@@ -65,17 +65,17 @@ def _identity() -> dict[str, object]:
 
 
 def _started(pid: object) -> str | None:
-    """Start time of a process in clock ticks since boot; None if there is no such process."""
+    """Start time of a process in clock ticks since boot, or None if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
-    # Field 22, counted after the command name, which may hold spaces and brackets (proc(5)).
+    # Field 22, counted after the command name, which may contain spaces and brackets (proc(5)).
     return text.rpartition(")")[2].split()[19]
 
 
 def _slurm_state(job: object) -> str | None:
-    """State of a SLURM job by squeue; None if squeue cannot tell."""
+    """State of a SLURM job by squeue, or None if squeue does not answer."""
     try:
         asked = subprocess.run(
             ["squeue", "-h", "--states=all", "-j", str(job), "-o", "%T"], capture_output=True, text=True, timeout=60
@@ -88,28 +88,28 @@ def _slurm_state(job: object) -> str | None:
 
 
 class FolderLock:
-    """Own `folder` from `acquire` to `release`; a thread keeps the heartbeat."""
+    """Owns `folder` from `acquire` to `release`. A thread updates the heartbeat."""
 
     def __init__(self, folder: Path, say: Callable[[str], None], beat_seconds: float = BEAT_SECONDS) -> None:
         self.folder, self.path, self.say, self.beat_seconds = folder, folder / NAME, say, beat_seconds
         self.token = uuid.uuid4().hex
         self.lost = False
-        """True when another job has taken the lock over: this one must stop writing."""
+        """True after another job has taken over the lock. This job must then stop writing."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def acquire(self, wait_seconds: float = 0.0) -> None:
-        """Take the lock; raises LockedError that names the holder.
+        """Takes the lock. Raises LockedError that names the owner.
 
-        Waits up to `wait_seconds` for a holder that is alive, and for one that may be gone until its heartbeat is old
-        enough to tell.
+        Waits up to `wait_seconds` for a live owner. If only the heartbeat is available, waits until it is old enough
+        for a decision.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         started, reported, contended = time.monotonic(), False, False
         while not (self._create() and self._kept(contended)):
             holder, contended = self._read(self.path), True
             if holder is None:
-                continue  # released between the two looks
+                continue  # released in the meantime
             liveness, reason = self._judge(holder)
             if liveness is Liveness.GONE:
                 self._take_over(holder, reason)
@@ -122,8 +122,9 @@ class FolderLock:
             if left <= 0:
                 self.path.with_name(REFUSED).touch()
                 raise LockedError(
-                    f"{owned}, {liveness.value} ({reason}); both would write the same files. Wait for it, cancel it, or "
-                    "give --lock_wait_minutes"
+                    f"{owned}, {liveness.value} ({reason}); two jobs would write the same files. Wait for that job, "
+                    "cancel "
+                    "it, or set --lock_wait_minutes"
                 )
             if not reported:
                 self.say(f"{owned}; waiting: {reason}")
@@ -133,7 +134,7 @@ class FolderLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the folder back; nothing happens if the lock is not held any more."""
+        """Releases the folder. Does nothing if this job no longer owns the lock."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -141,7 +142,7 @@ class FolderLock:
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        """Write the lock file unless there is another's; a hard link is atomic on network file systems too."""
+        """Writes the lock file unless one exists. A hard link is atomic on network file systems too."""
         since = datetime.now(UTC).isoformat(timespec="seconds")
         holder = {**_identity(), "since": since, "token": self.token}
         temporary = self.path.with_name(f"{NAME}.{self.token}")
@@ -155,13 +156,13 @@ class FolderLock:
             temporary.unlink()
 
     def _kept(self, contended: bool) -> bool:
-        """Whether the new lock is still there after others that judged the same old one could have moved it."""
+        """Whether the new lock still exists after other waiting jobs could have moved it."""
         if contended:
             time.sleep(self.beat_seconds / 10)
         return self._is_mine()
 
     def _read(self, path: Path) -> dict[str, object] | None:
-        """The holder; None if there is no lock. A lock that is not JSON has an unknown holder."""
+        """The owner of a lock, or None if there is no lock. A lock that is not JSON has an unknown owner, {}."""
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -174,7 +175,7 @@ class FolderLock:
         return (self._read(self.path) or {}).get("token") == self.token
 
     def _judge(self, holder: dict[str, object]) -> tuple[Liveness, str]:
-        """Whether the holder is gone, and by which witness."""
+        """Whether the owner is alive, and the evidence."""
         mine = _identity()
 
         def same(*names: str) -> bool:
@@ -183,23 +184,23 @@ class FolderLock:
         here, job, state = same("host", "boot", "namespace"), holder.get("job"), None
         if job and same("cluster", "job"):
             if not (here and same("restart")):
-                return Liveness.GONE, "it is an earlier start of this job"
+                return Liveness.GONE, "it is from an earlier start of this job"
         elif job and same("cluster", "user"):
-            # Of another user's jobs, squeue may be told to show nothing.
+            # For other users' jobs, squeue may be configured to hide them.
             state = _slurm_state(job)
             if state in ENDED or state == FORGOTTEN:
-                return Liveness.GONE, f"to SLURM its job is {state.lower()}"
+                return Liveness.GONE, f"SLURM reports its job as {state.lower()}"
             if state not in (None, "COMPLETING"):
-                return Liveness.ALIVE, f"to SLURM its job is {state.lower()}"
+                return Liveness.ALIVE, f"SLURM reports its job as {state.lower()}"
         if here and state is None:
             alive = _started(holder.get("pid")) == holder.get("started")
-            return (Liveness.ALIVE, "its process runs") if alive else (Liveness.GONE, "its process is gone")
+            return (Liveness.ALIVE, "its process is running") if alive else (Liveness.GONE, "its process has ended")
         age = self._age()
         silent = age < STALE_BEATS * self.beat_seconds
-        return Liveness.SILENT if silent else Liveness.GONE, f"no heartbeat for {age:.0f} s"
+        return Liveness.SILENT if silent else Liveness.GONE, f"last heartbeat {age:.0f} s ago"
 
     def _age(self) -> float:
-        """Seconds since the last heartbeat, by the file server's own clock."""
+        """Seconds since the last heartbeat, by the clock of the file server."""
         probe = self.path.with_name(f"{NAME}.clock.{self.token}")
         try:
             probe.touch()
@@ -216,10 +217,10 @@ class FolderLock:
         except FileNotFoundError:
             return
         if self._read(aside) != holder:
-            os.rename(aside, self.path)  # the new lock of another waiting job, which was quicker
+            os.rename(aside, self.path)  # another waiting job was faster, and this is its lock
             return
         aside.unlink()
-        self.say(f"{self.folder}: lock of {describe(holder)} taken over: {reason}")
+        self.say(f"{self.folder}: took over the lock of {describe(holder)}: {reason}")
 
     def _beat(self) -> None:
         while not self._stop.wait(self.beat_seconds):
@@ -230,8 +231,8 @@ class FolderLock:
 
 
 def take_refusal(folder: Path) -> bool:
-    """Whether a job was refused the folder since this was last asked."""
-    # A listing asks the file server; a lone look at a name may be answered from a cache.
+    """Whether a job was refused this folder since the last call."""
+    # Listing the folder queries the file server. A lookup of one name may come from a cache.
     if not folder.is_dir() or REFUSED not in os.listdir(folder):
         return False
     (folder / REFUSED).unlink(missing_ok=True)
@@ -239,6 +240,6 @@ def take_refusal(folder: Path) -> bool:
 
 
 def describe(holder: dict[str, object]) -> str:
-    """The holder in words."""
+    """Description of the owner of a lock."""
     job = f"job {holder['job']}, " if holder.get("job") else ""
     return f"{job}pid {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"

@@ -1,4 +1,4 @@
-"""What people watch while a job runs: metrics.jsonl, a progress bar or sparse lines, TensorBoard and other trackers."""
+"""Logs of a running job: metrics.jsonl, a progress bar or occasional lines, TensorBoard and other trackers."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
 
-# Fields of a metrics.jsonl line, in order; a validation line has step, epoch, eval_loss and eval_seconds instead.
+# Fields of a metrics.jsonl line, in order. A validation line has step, epoch, eval_loss and eval_seconds instead.
 FIELDS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "images_per_second", "tokens_per_second",
     "loading_share", "padding_share", "tflops", "mfu", "hfu",
 )  # fmt: skip
 Line = dict[str, Any]
-"""Values of an optimizer step (FIELDS), or of a validation, by name."""
+"""Values of an optimizer step (FIELDS) or of a validation, by name."""
 
 
 class Log(Protocol):
-    """Where the lines of a job go; only the first process has any."""
+    """Destination of a job's log values. Only the first process has any."""
 
     def begin(self, step: int, total: int) -> None:
-        """The job starts, or resumes, after `step` of `total` optimizer steps."""
+        """Called when the job starts or resumes after `step` of `total` optimizer steps."""
 
     def write(self, line: Line) -> None:
-        """A step or a validation is done."""
+        """Called after a step or a validation."""
 
     def close(self) -> None:
-        """The job ends."""
+        """Called when the job ends."""
 
 
 class MetricsFile:
-    """Writes metrics.jsonl line by line; after a resume the lines beyond the checkpoint are dropped."""
+    """Writes metrics.jsonl line by line. A resume removes the lines after the checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,7 +53,7 @@ class MetricsFile:
         kept = ""
         if self.path.is_file() and step:
             for line in self.path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, KeyError):  # the line a killed process was writing
+                with contextlib.suppress(ValueError, KeyError):  # an incomplete line of a killed process
                     kept += f"{line}\n" if json.loads(line)["step"] <= step else ""
         self._file = self.path.open("w", encoding="utf-8", buffering=1)
         self._file.write(kept)
@@ -62,7 +62,7 @@ class MetricsFile:
         assert self._file is not None
         if "loss" in line:
             line = {name: line.get(name) for name in FIELDS}
-        # JSON has no NaN: a loss that is none is written as null.
+        # JSON has no NaN, so a loss that is not finite becomes null.
         line = {name: None if isinstance(v, float) and v - v != 0 else v for name, v in line.items()}
         self._file.write(json.dumps(line) + "\n")
 
@@ -72,7 +72,7 @@ class MetricsFile:
 
 
 class Progress:
-    """A tqdm bar on a terminal, else about ten lines a run."""
+    """A tqdm bar on a terminal. Otherwise about ten lines per run."""
 
     def __init__(self, bar: bool, memory: Callable[[], int]) -> None:
         self.wants_bar = bar and sys.stderr.isatty()
@@ -109,7 +109,7 @@ class Progress:
 
 
 class Trackers:
-    """accelerate's trackers: the values of metrics.jsonl under train/ and eval/."""
+    """accelerate's trackers: the values of metrics.jsonl as train/… and eval/…."""
 
     def __init__(self, accelerator: Accelerator, settings: FinetuneSettings) -> None:
         self.accelerator, self.settings = accelerator, settings
@@ -120,11 +120,11 @@ class Trackers:
         project = os.environ.get("WANDB_PROJECT", "phi3v")
         self.accelerator.init_trackers(project, init_kwargs=names)
         for tracker in self.accelerator.trackers:
-            if tracker.name != "tensorboard":  # it takes numbers and short texts only, and makes a folder for them
+            if tracker.name != "tensorboard":  # it only accepts numbers and short texts, and creates a folder for them
                 tracker.store_init_configuration(self.settings.model_dump())
 
     def write(self, line: Line) -> None:
-        # Trackers take numbers only: a peak that is not known stays away.
+        # Trackers only accept numbers, so unknown values are omitted.
         values = {
             f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
             for name, value in line.items()
@@ -138,7 +138,7 @@ class Trackers:
 
 
 def trackers_of(settings: FinetuneSettings, output: Path) -> list[str | GeneralTracker]:
-    """TensorBoard in OUTPUT/tensorboard, and what --report_to names."""
+    """TensorBoard in OUTPUT/tensorboard, and the trackers of --report_to."""
     from accelerate.tracking import TensorBoardTracker
 
     others = [name for name in settings.report_to if name != "tensorboard"]
@@ -146,13 +146,13 @@ def trackers_of(settings: FinetuneSettings, output: Path) -> list[str | GeneralT
 
 
 def check_trackers(names: list[str]) -> None:
-    """Raises SettingsError if --report_to names what accelerate does not know, or what is not installed."""
+    """Raises SettingsError if --report_to names a tracker that accelerate does not support or that is not installed."""
     from accelerate.tracking import get_available_trackers
 
     here = [tracker.value for tracker in get_available_trackers()]
     for name in names:
         if name not in here:
             raise SettingsError(
-                f"command line: field `report_to`: got {name!r}: expected a tracker of accelerate that is installed "
-                f"here ({', '.join(here)}); wandb, mlflow, trackio and others come with `pip install {name}`"
+                f"command line: field `report_to`: got {name!r}: expected an installed tracker of accelerate "
+                f"({', '.join(here)}); install wandb, mlflow, trackio and others with `pip install {name}`"
             )

@@ -1,8 +1,8 @@
 """The training loop: forward, backward, clip, step, log, evaluate, save, stop, in that order.
 
-accelerate lets the same lines run under DDP, DeepSpeed and mixed precision. A step is an optimizer step over the
-examples of a global batch; each process makes its micro-steps, and gradients are reduced in the last of them only.
-The loss of a step is the mean over its examples of each example's mean over its label tokens.
+accelerate runs the same code under DDP, DeepSpeed and mixed precision. A step is an optimizer step over the examples
+of a global batch. Each process runs its micro-steps and reduces gradients only in the last one. The loss of a step is
+the mean over its examples of each example's mean over its label tokens.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from phi3v.training.writer import CheckpointWriter
 
 @dataclass
 class TrainingState:
-    """How far a job has come; part of every checkpoint."""
+    """Progress of a job, stored in every checkpoint."""
 
     step: int = 0
-    """Optimizer steps made."""
+    """Completed optimizer steps."""
     validation_losses: dict[int, float] = field(default_factory=dict)
-    """By the step they were measured after."""
+    """Validation losses by step."""
 
     @property
     def best_step(self) -> int:
-        """The step with the lowest validation loss; 0: none."""
+        """The step with the lowest validation loss, or 0."""
         finite = {step: loss for step, loss in self.validation_losses.items() if np.isfinite(loss)}
         return min(finite, key=finite.__getitem__, default=0)
 
     @property
     def stale_validations(self) -> int:
-        """How many of the last validations brought no new lowest loss."""
+        """Number of validations since the lowest loss."""
         return sum(step > self.best_step for step in self.validation_losses)
 
 
@@ -61,23 +61,23 @@ class StepRecord:
     epoch: float
     loss: float
     grad_norm: float | None
-    """Before clipping."""
+    """Gradient norm before clipping."""
     learning_rate: float
     images: int
     slots: int
-    """Tokens with padding."""
+    """Tokens including padding."""
     work: Work
-    """Examples, tokens without padding, and what else FLOP are counted from."""
+    """Examples, tokens without padding, and the other amounts that determine the FLOP."""
     seconds: float
-    """Wall time since the step before, without evaluation and saving; of this process."""
+    """Wall time of this process since the previous step, without evaluation and saving."""
     loading_seconds: float
-    """Part of it spent waiting for data; of this process."""
+    """Part of it that this process waited for data."""
     stop_asked: bool = False
-    """Whether any process was told to save and leave."""
+    """Whether any process received a request to save and stop."""
     save_asked: bool = False
-    """Whether --save_minutes are over."""
+    """Whether --save_minutes have passed."""
     parts_written: int = 0
-    """Processes whose part of a checkpoint waits to be sealed."""
+    """Number of processes whose part of a checkpoint is complete."""
 
     def line(self, utilisation: Utilisation | None = None) -> dict[str, Any]:
         """The values of a metrics.jsonl line."""
@@ -99,18 +99,18 @@ class StepRecord:
 
 @dataclass
 class Loop:
-    """Trains a model that accelerate has prepared; `run` once, after `resume` if there is a checkpoint.
+    """Trains a model that accelerate has prepared. Call `run` once, after `resume` if there is a checkpoint.
 
-    `job.build` makes one.
+    `job.build` creates a loop.
     """
 
     settings: FinetuneSettings
-    """What runs: `auto` is a number here."""
+    """Effective settings. `auto` is already replaced by a number."""
     accelerator: Accelerator
     module: nn.Module
-    """The model itself, with or without adapters."""
+    """The model, with or without adapters."""
     model: Any
-    """The same as accelerate prepared it: DDP's or DeepSpeed's wrapper, or the module."""
+    """The module as prepared by accelerate: in DDP's or DeepSpeed's wrapper, or the module itself."""
     optimizer: Any
     scheduler: Any
     training: PlannedSplit
@@ -119,24 +119,25 @@ class Loop:
     guard: LossGuard
     total_steps: int
     warmup_steps: int
-    """As they run: the default is shortened for a job of fewer steps."""
+    """Effective warm-up. The default is shortened for a job with fewer steps."""
     state: TrainingState = field(default_factory=TrainingState)
     stop: StopRequest = field(default_factory=StopRequest)
     hooks: list[Callable[[StepRecord], None]] = field(default_factory=list)
-    """Called after every optimizer step in every process, before its values are logged."""
+    """Functions to call after every optimizer step in every process, before logging."""
     logs: list[Log] = field(default_factory=list)
     longest: tuple[int, int] = (0, 0)
-    """(tokens, position in the training split) of the longest example of the newest training micro-batch."""
+    """(tokens, index in the training split) of the longest example in the last training micro-batch."""
     utilisation: Utilisation | None = None
     stopped_by_signal: bool = False
     examples: int = 0
-    """Examples trained on by this start of the job, over all processes."""
+    """Examples trained on since this start of the job, over all processes."""
 
     def __post_init__(self) -> None:
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.is_sharded = uses_zero(self.settings)
-        """Whether DeepSpeed trains; it reduces, clips, steps and saves in its own way behind accelerate's interface."""
+        """Whether DeepSpeed trains. It then reduces, clips, steps and saves in its own way behind accelerate's
+        interface."""
         self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._random: dict[str, torch.Tensor] | None = None
         self._ended = False
@@ -147,7 +148,7 @@ class Loop:
     # The loop --------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train from `state` to the last step, or until a signal or early stopping ends it; a collective call."""
+        """Trains from `state` to the last step, or until a signal or early stopping. A collective call."""
         self._loader = self.training.loader(self.accelerator.process_index, persistent=True)
         try:
             for log in self.logs:
@@ -160,8 +161,8 @@ class Loop:
             if self.settings.keep_best and not self.stopped_by_signal:
                 self._load_best()
         except BaseException as error:
-            # The loader's processes ignore SIGTERM, so an interpreter that exits would wait for them. They end with
-            # the last reference to the loader, and the frames of an error hold one.
+            # The loader's processes ignore SIGTERM, so an exiting interpreter would wait for them. They end with the
+            # last reference to the loader, and the frames of an exception hold one.
             traceback.clear_frames(error.__traceback__)
             raise
         finally:
@@ -201,7 +202,7 @@ class Loop:
             self.stopped_by_signal = self._ended = True
         every = self.settings.save_steps
         asked = record.stop_asked or record.save_asked or bool(every and step % every == 0)
-        # The export follows the last step; a checkpoint of it would be removed at once.
+        # After the last step comes the export, so a checkpoint would be deleted at once.
         if (asked and not last) or (is_best and self.settings.keep_best):
             self.save()
 
@@ -226,9 +227,9 @@ class Loop:
         return self._record(losses, counts, grad_norm, learning_rate)
 
     def micro_step(self, batch: MicroBatch) -> torch.Tensor:
-        """Forward and backward; the loss of `loss_of`, detached. Processes reduce their gradients at the step's end."""
+        """Forward and backward. Returns the detached `loss_of`. Gradients are reduced in the last micro-step."""
         last = self.accelerator.sync_gradients = batch.ends_step
-        # accelerate would divide by the micro-steps under DeepSpeed; `loss_of` has divided already.
+        # Under DeepSpeed, accelerate would divide by the number of micro-steps. `loss_of` already divides.
         undivided = {"scale_wrt_gas": False} if self.is_sharded else {}
         with nullcontext() if last or self.is_sharded else self.accelerator.no_sync(self.model):
             loss = self.loss_of(batch)
@@ -236,12 +237,13 @@ class Loop:
         return loss.detach()
 
     def loss_of(self, batch: MicroBatch) -> torch.Tensor:
-        """A micro-batch's share of the step's loss, times the processes, over which gradients are averaged."""
+        """A micro-batch's share of the step's loss, times the number of processes, because gradients are averaged over
+        them."""
         outputs = self.model(**batch.inputs.on(self.device))
         return outputs["loss"] * (self.processes / batch.examples_in_step)
 
     def evaluate(self) -> bool:
-        """Log the same loss on the validation split; whether it is the lowest so far. A collective call."""
+        """Logs the loss on the validation split. Returns whether it is the lowest so far. A collective call."""
         assert self.validation is not None
         start, step = time.perf_counter(), self.state.step
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -257,21 +259,21 @@ class Loop:
             log.write(line | {"eval_seconds": time.perf_counter() - start})
         if self.stops_early:
             patience = self.settings.early_stopping_patience
-            say(f"step {step}: no lower validation loss for {patience} times: stopping early")
+            say(f"step {step}: stopping early, because the last {patience} validations had no lower loss")
             self._ended = True
         self._clock = time.perf_counter()
         return self.state.best_step == step
 
     @property
     def stops_early(self) -> bool:
-        """Whether the last validations brought no lower loss; also true after a resume, so training ends where it did."""
+        """Whether early stopping applies. The state is in checkpoints, so a resumed job stops at the same step."""
         patience = self.settings.early_stopping_patience
         return bool(patience) and self.state.stale_validations >= patience
 
     # Values of a step ------------------------------------------------------------------------------------------------
 
     def _next_batch(self) -> MicroBatch:
-        """The next micro-batch; on CUDA the wait counts only if the device has finished its work by then."""
+        """The next micro-batch. On CUDA, waiting only counts if the device is idle by then."""
         start = time.perf_counter()
         batch = next(self._batches)
         if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():
@@ -285,10 +287,11 @@ class Loop:
         grad_norm: torch.Tensor | float | None,
         learning_rate: float,
     ) -> StepRecord:
-        """The step over all processes; a collective call, so that all of them stop or save after the same step."""
+        """The values of the step over all processes. Collective, so that all processes stop or save after the same
+        step."""
         loss = sum(losses[1:], losses[0])
         if isinstance(grad_norm, torch.Tensor):
-            own_loss, norm = torch.stack([loss, grad_norm]).tolist()  # the host waits for the device once
+            own_loss, norm = torch.stack([loss, grad_norm]).tolist()  # one synchronisation with the device
         else:
             own_loss, norm = float(loss), grad_norm
         self.guard.check(self.state.step, own_loss, [name for batch in counts for name in batch.ids])
@@ -321,7 +324,7 @@ class Loop:
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Begin to write a checkpoint of this step, see `CheckpointWriter`; a collective call."""
+        """Starts writing a checkpoint of this step (`CheckpointWriter`). A collective call."""
         folder = self.writer.begin(self.state.step)
         if self.is_sharded:
             with self.writer.explained():
@@ -344,7 +347,7 @@ class Loop:
         }
 
     def resume(self, checkpoint: Path) -> None:
-        """Take up the state of a checkpoint; a collective call with ZeRO."""
+        """Restores the state of a checkpoint. With ZeRO, a collective call."""
         values = self._load_weights(checkpoint)
         self.state = TrainingState(**values["state"])
         self.scheduler.load_state_dict(values["scheduler"])
@@ -357,14 +360,15 @@ class Loop:
             self._random = torch.load(own, weights_only=True)
 
     def _load_weights(self, checkpoint: Path) -> dict[str, Any]:
-        """Read the weights of a checkpoint, with ZeRO the optimizer's states too; the values of its training.pt."""
-        # Not memory-mapped: the optimizer would keep parts of the file, which a later checkpoint may remove.
+        """Restores the weights, and with ZeRO the optimizer states. Returns the values in training.pt."""
+        # Not memory-mapped, because the optimizer would keep parts of the file, which may be deleted later.
         values: dict[str, Any] = torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
         if self.is_sharded:
             if self.model.load_checkpoint(str(checkpoint))[0] is None:
                 raise CheckpointError(
-                    f"{checkpoint}: DeepSpeed finds no file `latest` there in process {self.accelerator.process_index}; "
-                    "expected a folder that every process can read"
+                    f"{checkpoint}: DeepSpeed finds no file `latest` in process {self.accelerator.process_index}; "
+                    "expected a "
+                    "folder that every process can read; put --output_dir on a shared file system"
                 )
             return values
         parameters = dict(self.module.named_parameters())
@@ -378,17 +382,19 @@ class Loop:
         if best.is_dir():
             self._load_weights(best)
         elif self.state.best_step:
-            say(f"{best}: the checkpoint with the lowest validation loss is missing; the last weights are exported")
+            say(
+                f"{best}: the checkpoint with the lowest validation loss is missing; exporting the last weights instead"
+            )
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """States of PyTorch's random generators, the only ones that training draws from."""
+    """States of PyTorch's random generators. Training uses no others."""
     states = {"cpu": torch.get_rng_state()}
     return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
 
 
 def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Set the random generators to what `random_states` returned."""
+    """Restores the random generators to the result of `random_states`."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)

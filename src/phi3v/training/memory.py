@@ -1,4 +1,4 @@
-"""Memory of a device: what is free, what was taken at the peak, and running out of it in words."""
+"""Device memory: free and peak memory, and an explained out-of-memory error."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from phi3v.model.runtime import device_name
 from phi3v.planning.memory import GB
 from phi3v.settings import FinetuneSettings
 
-# Of what is free: the rest is for fragments, and for what other jobs of the machine take meanwhile.
+# Usable share of the free memory. The rest is for fragmentation and for other jobs of the machine.
 SHARE = 0.95
-# Where Linux mounts control groups and names a process's own; a test points them elsewhere.
+# Mount point of control groups on Linux, and the file with a process's own group. Tests replace them.
 GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class OutOfMemoryError(RuntimeError):
-    """The device's memory did not suffice."""
+    """The device has too little memory."""
 
 
 def capacity_bytes(device: torch.device, limit_gb: float | None) -> float:
-    """Bytes that this process may use in total, those it holds already included; limit_gb: a limit in 10^9 bytes.
+    """Bytes that this process may use in total, including those it already uses. limit_gb: a limit in 10^9 bytes.
 
-    The processes of a CPU machine share its memory.
+    On a CPU, the processes of a machine share its memory.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -40,32 +40,32 @@ def capacity_bytes(device: torch.device, limit_gb: float | None) -> float:
 
 
 def held_bytes(device: torch.device) -> float:
-    """Bytes that this process holds now: reserved on a CUDA device, resident on a CPU."""
+    """Bytes in use by this process: reserved on a CUDA device, resident on a CPU."""
     give_back(device)
     return float(torch.cuda.memory_reserved(device)) if device.type == "cuda" else _proc("self/status", "VmRSS")
 
 
 def give_back(device: torch.device) -> None:
-    """Return what an allocator keeps for later, so that it does not count as held."""
+    """Releases memory that an allocator caches, so that it does not count as used."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     else:
-        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def free_ram() -> float:
-    """Bytes that the machine, or a control group of this process, has left."""
+    """Free bytes of the machine, or of this process's control group if it has less."""
     free = _proc("meminfo", "MemAvailable")
-    # This process's control group and those that contain it (version 2); a SLURM job has one with its --mem.
+    # This process's control group and its parents (version 2). A SLURM job with --mem has one.
     lines = OWN_GROUP.read_text().splitlines() if OWN_GROUP.is_file() else []
     own = next((line for line in lines if line.startswith("0::/")), "0::/")
     innermost = GROUPS / own.removeprefix("0::/")
     for group in (innermost, *innermost.parents):
         with contextlib.suppress(OSError, ValueError):
-            limit = float((group / "memory.max").read_text())  # "max" is no number: no limit
+            limit = float((group / "memory.max").read_text())  # "max" means no limit
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            # The kernel drops pages of files before it lacks memory.
+            # The kernel frees cached file pages before it runs out of memory.
             dropped = float(stat["inactive_file"]) + float(stat["active_file"])
             free = min(free, limit - float((group / "memory.current").read_text()) + dropped)
     return free
@@ -79,9 +79,9 @@ def _proc(file: str, name: str) -> float:
 
 @contextlib.contextmanager
 def peak(device: torch.device) -> Iterator[list[float]]:
-    """The largest memory that was held inside the block, bytes: one value in the list when it ends.
+    """Measures the peak memory inside the block, in bytes. The list has one value after the block.
 
-    Raises OSError where the system does not let a process forget its peak (CPU, not Linux).
+    Raises OSError if the system cannot reset a process's peak (CPU without Linux).
     """
     result: list[float] = []
     give_back(device)
@@ -96,7 +96,7 @@ def peak(device: torch.device) -> Iterator[list[float]]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory so far: allocated on a CUDA device, resident of the process on a CPU."""
+    """Peak memory so far: allocated on a CUDA device, resident set of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -104,16 +104,17 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 MEMORY_SOURCES = {
     "cuda": (
-        "peak: torch.cuda.max_memory_allocated; reserved: torch.cuda.max_memory_reserved; context: what the device has in "
-        "use beyond PyTorch's reserve (torch.cuda.mem_get_info), other processes of the device included"
+        "peak: torch.cuda.max_memory_allocated; reserved: torch.cuda.max_memory_reserved; context: memory in use on "
+        "the "
+        "device beyond PyTorch's reserve (torch.cuda.mem_get_info), including other processes"
     ),
     "cpu": "peak: largest resident set (getrusage)",
 }
-"""Where the figures of observed.json and speed.json come from, by kind of device."""
+"""Origin of the figures in observed.json and speed.json, by kind of device."""
 
 
 def context_bytes(device: torch.device) -> int:
-    """Memory in use on a CUDA device beyond what PyTorch reserves: context, kernels, NCCL, and other processes."""
+    """Memory in use on a CUDA device beyond PyTorch's reserve: context, kernels, NCCL, and other processes."""
     free, total = torch.cuda.mem_get_info(device)
     return max(0, total - free - torch.cuda.memory_reserved(device))
 
@@ -122,10 +123,10 @@ def context_bytes(device: torch.device) -> int:
 def explain_memory(
     settings: FinetuneSettings, device: torch.device, culprit: Callable[[], str] = str
 ) -> Iterator[None]:
-    """Out of memory as one message: the numbers, and the three settings that would help most.
+    """Converts out of memory to one message with the numbers and the three most effective settings.
 
-    settings: as the user gave them, with `auto` in its place, so that no advice contradicts it. culprit: a sentence
-    about the examples that were computed, or nothing.
+    settings: as the user set them, including `auto`, so that the advice does not contradict them. culprit: returns a
+    sentence about the current examples, or "".
     """
     try:
         yield
@@ -139,23 +140,23 @@ def explain_memory(
             )
         advice = "; ".join(_what_helps(settings)[:3])
         raise OutOfMemoryError(
-            f"out of memory on {device_name(device)}: {numbers}. {culprit()}What helps most: {advice}"
+            f"out of memory on {device_name(device)}: {numbers}. {culprit()}Try first: {advice}"
         ) from error
 
 
 def _what_helps(settings: FinetuneSettings) -> list[str]:
-    """Settings that this job could still change, by what they save."""
+    """Settings that this job can still change, the largest savings first."""
     full, fixed = settings.method in ("full", "frozen"), not settings.is_probed
     size, crops = settings.micro_batch_size, settings.num_crops or "the data folder's"
     ways = [
-        (f"--batch_size_per_gpu 1 (now {size}; the batch stays)", size not in (1, "auto")),
+        (f"--batch_size_per_gpu 1 (now {size}; the global batch size stays the same)", size not in (1, "auto")),
         ("--gradient_checkpointing (now off)", not settings.gradient_checkpointing),
         (f"--recompute_every 1 (now {settings.recompute_every})", settings.recompute_every > 1),
         ("--use_flash_attention (now off)", not settings.flash_attention),
         ("--optimizer adamw_8bit (now adamw)", full and settings.optimizer == "adamw"),
         ("--optimizer adamw_offload", full and fixed and settings.optimizer != "adamw_offload"),
         ("--use_lora (now full fine-tuning)", full),
-        ("--use_qlora (now LoRA on whole weights)", settings.method == "lora"),
+        ("--use_qlora (now LoRA on 16-bit weights)", settings.method == "lora"),
         (
             "--zero_stage 3 on several GPUs",
             full and fixed and settings.optimizer == "adamw" and settings.zero_stage < 3,

@@ -1,12 +1,12 @@
-"""--batch_size_per_gpu auto and --gradient_checkpointing auto: how a step runs fastest within the memory.
+"""--batch_size_per_gpu auto and --gradient_checkpointing auto: finds the fastest step that fits in memory.
 
-The planner's estimates say where to begin; then the longest examples of the training split make a real forward and
-backward pass that is thrown away, and what it took says how far one can go. What comes later is added from the
-planner's counts: the optimizer's states, and ZeRO's and DDP's buffers.
+The planner's estimates give the start. Then the longest examples of the training split make real forward and backward
+passes, whose peaks decide how far to go. The planner's counts add the memory of later parts: the optimizer states, and
+the buffers of ZeRO and DDP.
 
-On a CUDA device what counts is the memory reserved of what is free, and a probe that runs out goes down a size. On a
-CPU it is the resident set, and running out would end the process: the first probe is the smallest, and others are only
-tried if they are expected to stay within the limit.
+On a CUDA device, the measure is the reserved memory, and a probe that runs out of memory is followed by a smaller one.
+On a CPU, it is the resident set. Running out of memory there would end the process, so the smallest probe comes first,
+and others run only if they are expected to fit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from phi3v.training.memory import capacity_bytes, explain_memory, give_back, hel
 
 FILE = "micro_batch.json"
 PROBES = 8
-"""Real passes at most while faster ways are looked for."""
+"""Largest number of probes in the search for faster choices."""
 
 
 def fastest_that_fits(
@@ -52,23 +52,23 @@ def fastest_that_fits(
     capacity: float,
     fatal: bool,
 ) -> tuple[Choice | None, dict[Choice, float]]:
-    """(the first of `ways`, fastest first, that was found to stay within `capacity`, bytes of all that were tried).
+    """(the first of `ways`, fastest first, that was measured to stay within `capacity`; bytes of all measured ones).
 
-    None: nothing fits. estimate: bytes before anything was measured. probe: bytes of a real step, infinite if it ran out.
-    resting: bytes that every way takes. fatal: running out ends the process, so the smallest way is first, and none is
-    tried that is not expected to fit; a faster one may then be missed. What is estimated to take no less than a way that
-    failed is not tried.
+    None if nothing fits. estimate: predicted bytes. probe: measured bytes of a real step, infinite if it ran out of
+    memory. resting: bytes of every way. fatal: running out of memory ends the process, so the smallest way comes first,
+    and only ways that are expected to fit are measured; a faster one may then be missed. Ways with an estimate not
+    below that of a failed one are not measured.
     """
     peaks: dict[Choice, float] = {}
 
     def expected(way: Choice) -> float:
-        """On a line through the two largest measurements, over the estimates; `resting` replaces one that is missing."""
+        """Extrapolates linearly from the two largest measurements. `resting` replaces a missing one."""
         measured = sorted((estimate(tried), size) for tried, size in peaks.items() if math.isfinite(size))
         if not measured:
             return estimate(way)
         (low, smaller), (high, larger) = [(resting, min(resting, measured[0][1])), *measured][-2:]
         slope = max(0.0, (larger - smaller) / max(high - low, 1e-6))
-        if len(measured) == 1:  # a small pass does not show that a large one takes far less than planned
+        if len(measured) == 1:  # one small pass is no evidence that large ones need far less than planned
             slope = max(slope, 0.5)
         return larger + slope * (estimate(way) - high)
 
@@ -92,40 +92,40 @@ def fastest_that_fits(
 
 @dataclass(frozen=True)
 class Trial:
-    """What the search asks of the job: the planner's estimate of a way, and a real pass."""
+    """Evaluates ways to run the job for the search: the planner's estimate, and a real pass."""
 
     settings: FinetuneSettings
     model: Any
     examples: Sequence[Example]
-    """The longest, as many as the largest micro-batch takes."""
+    """The longest examples, as many as the largest micro-batch contains."""
     pad_token_id: int
     setup: Setup
     resting: float
-    """Bytes that are held whatever the way: the process's own, or as many as the planner counts."""
+    """Bytes in use for every way: measured for this process, or the planner's count if it is larger."""
     device: torch.device
 
     def estimate(self, way: Choice) -> float:
-        """Bytes at the peak of training, before anything was measured."""
+        """Predicted bytes at the peak of training."""
         planned = memory(self.applied(way))
         return self.resting + planned.reserved_gb * GB - sum(planned.resting.values())
 
     def size(self, way: Choice) -> int:
-        """Examples of the micro-batch: fewer than asked for where --max_tokens_per_micro_batch splits it."""
+        """Examples per micro-batch: fewer than requested if --max_tokens_per_micro_batch splits it."""
         bound = self.settings.max_tokens_per_micro_batch
         fit = way.micro_batch if bound is None else bound // len(self.examples[0]["input_ids"])
         return max(1, min(way.micro_batch, fit))
 
     def applied(self, way: Choice) -> Setup:
-        """The job run this way, as the planner sees it."""
+        """The planner's setup of the job for a way."""
         return replace(way.applied(self.setup), micro_batch=self.size(way))
 
     def later(self, way: Choice) -> float:
-        """What training's peak adds to a probe's: states, shards and buckets, less the gradients that ZeRO frees."""
+        """Bytes that training adds to a probe's peak: states, shards and buckets, minus gradients that ZeRO frees."""
         setup = self.applied(way)
         return memory(setup).allocated_gb * GB - probe_bytes(setup)
 
     def measure(self, way: Choice) -> float:
-        """Bytes at the peak of training from a real pass, of the process that takes most; a collective call."""
+        """Measured bytes at the peak of training, of the process that needs most. A collective call."""
         recompute_layers(self.model, way.recompute_every)
         batch = ModelBatch.of(self.model.config, collate(self.examples[: self.size(way)], self.pad_token_id))
         return of_all(_probe(self.settings, self.model, batch, self.device) + self.later(way), "MAX", self.device)
@@ -134,14 +134,14 @@ class Trial:
 def choose(
     settings: FinetuneSettings, output: Path, model: Any, data: PickedExamples, pad_token_id: int, device: torch.device
 ) -> FinetuneSettings:
-    """The settings with numbers in place of `auto`; a collective call.
+    """The settings with numbers in place of `auto`. A collective call.
 
-    OUTPUT/micro_batch.json gets what was measured. A job that resumes from a checkpoint keeps the choice it began with.
-    The model is left with its layers recomputed as chosen. Raises OutOfMemoryError if nothing fits.
+    Writes the measurements to OUTPUT/micro_batch.json. A job that resumes from a checkpoint keeps its first choice.
+    Sets the recomputed layers of the model. Raises OutOfMemoryError if nothing fits.
     """
     way = of_first(lambda: _written(settings, output, device))
     if way is not None:
-        say(f"{way}: as this job began with ({output / FILE})")
+        say(f"{way}: kept from the start of this job ({output / FILE})")
     else:
         way = _searched(settings, output, model, data, pad_token_id, device)
     recompute_layers(model, way.recompute_every)
@@ -157,7 +157,7 @@ def _searched(
     examples = [data.example(index) for index in order[:largest]]
     examples = [examples[at % len(examples)] for at in range(largest)]
     setup = _setup(settings, model.config, examples[0], device)
-    # Agreed, like every number that decides which collective call comes next.
+    # The same in all processes, like every number that decides which collective call comes next.
     capacity = of_all(capacity_bytes(device, settings.memory_limit_gb), "MIN", device)
     resting = of_all(max(held_bytes(device), sum(memory(setup).resting.values())), "MAX", device)
     trial = Trial(settings, model, examples, pad_token_id, setup, resting, device)
@@ -166,10 +166,10 @@ def _searched(
     tried = "; ".join(
         f"{tried}: {f'{size / GB:.2f} GB' if math.isfinite(size) else 'out of memory'}" for tried, size in peaks.items()
     )
-    numbers = f"longest examples of {longest} tokens; {tried}; {capacity / GB:.2f} GB are available"
+    numbers = f"longest examples: {longest} tokens; {tried}; available: {capacity / GB:.2f} GB"
     if way is None:
         one = settings.micro_batch_size == "auto"
-        what = "one example at a time" if one else f"recomputation with micro-batch {settings.micro_batch_size}"
+        what = "micro-batch 1" if one else f"recomputation with micro-batch {settings.micro_batch_size}"
         with explain_memory(settings, device):
             raise MemoryError(f"not even {what} fits: {numbers}" if one else f"no {what} fits: {numbers}")
     say(f"{way}: {numbers}")
@@ -191,9 +191,9 @@ def _searched(
 
 
 def warn_of_memory(settings: FinetuneSettings, config: Phi3VConfig, data: PickedExamples, device: torch.device) -> None:
-    """Report if the planner expects the longest example to take more memory than there is.
+    """Prints a warning if the planner expects the longest example to exceed the free memory.
 
-    On a CPU the system would kill the process without a word.
+    On a CPU, the system would kill the process without any message.
     """
     tokens, index = max((tokens, -index) for index, tokens in enumerate(data.lengths))
     setup = _setup(settings, config, data.example(-index), device)
@@ -202,9 +202,11 @@ def warn_of_memory(settings: FinetuneSettings, config: Phi3VConfig, data: Picked
     need, capacity = memory(replace(setup, micro_batch=size)).allocated_gb * GB, capacity_bytes(device, None)
     if of_all(need - capacity, "MAX", device) > 0:
         say(
-            f"warning: {data.where(-index)} has {tokens:,} tokens, the median is {int(median(data.lengths)):,}: predicted "
-            f"peak {need / GB:.1f} GB, {capacity / GB:.1f} GB are free. --max_length {tokens - 1} leaves it out; "
-            "--batch_size_per_gpu and --max_tokens_per_micro_batch make micro-batches smaller"
+            f"warning: {data.where(-index)} has {tokens:,} tokens (median: {int(median(data.lengths)):,}): predicted "
+            "peak "
+            f"{need / GB:.1f} GB, but only {capacity / GB:.1f} GB are free. To skip it, set --max_length {tokens - 1}; "
+            "for "
+            "smaller micro-batches, set --batch_size_per_gpu or --max_tokens_per_micro_batch"
         )
 
 
@@ -219,23 +221,23 @@ def _sizes(settings: FinetuneSettings) -> list[int]:
 
 
 def ways_of(settings: FinetuneSettings, setup: Setup, device: torch.device) -> list[Choice]:
-    """The ways that `auto` chooses from, fastest first by the planner's step time.
+    """The choices for `auto`, fastest first by the planner's step time.
 
-    On a device without figures in the hardware file: fewest recomputed layers first, then largest micro-batch.
+    For a device without figures in the hardware file: fewest recomputed layers first, then the largest micro-batch.
     """
     ways = choices(setup, _sizes(settings), settings.recompute)
     ways.sort(key=lambda way: (way.recompute, -way.micro_batch))
     entry = hardware_entry(device_name(device))
     if entry is not None:
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-        placed = replace(setup, hardware=entry[1], nodes=nodes, per_node=setup.devices // nodes)
+        on_device = replace(setup, hardware=entry[1], nodes=nodes, per_node=setup.devices // nodes)
         with contextlib.suppress(SettingsError):  # a figure is missing
-            ways = fastest_first(placed, ways)
+            ways = fastest_first(on_device, ways)
     return ways
 
 
 def _written(settings: FinetuneSettings, output: Path, device: torch.device) -> Choice | None:
-    """The choice in OUTPUT/micro_batch.json, if it is of this machine and of these settings and a checkpoint is there."""
+    """The choice in OUTPUT/micro_batch.json, if it has this machine and these settings, and there is a checkpoint."""
     if not checkpoints.checkpoint_folders(output / "checkpoints"):
         return None
     try:
@@ -248,10 +250,10 @@ def _written(settings: FinetuneSettings, output: Path, device: torch.device) -> 
 
 
 def _setup(settings: FinetuneSettings, config: Phi3VConfig, longest: Example, device: torch.device) -> Setup:
-    """The job as the planner sees it, with its longest example."""
+    """The planner's setup of the job, with its longest example."""
     geometry = geometry_from_config(config.to_dict())
     work = work_of(geometry, longest)
-    # The formulas ask for the kind of device alone; its memory is measured here.
+    # The formulas only need the kind of device, because memory is measured here.
     kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
     nowhere = Hardware(title="", kind=kind, bf16=True, flash_attention=True, quantisation=True, source="")
     return Setup(
@@ -275,7 +277,8 @@ def _setup(settings: FinetuneSettings, config: Phi3VConfig, longest: Example, de
 
 
 def _probe(settings: FinetuneSettings, model: Any, batch: ModelBatch, device: torch.device) -> float:
-    """Bytes at the peak of a forward and backward pass whose gradients are thrown away; infinite when it ran out."""
+    """Bytes at the peak of a forward and backward pass, or infinity if it runs out of memory. Discards the
+    gradients."""
     devices = [device.index or 0] if device.type == "cuda" else []
     result = math.inf
     model.to(device).train()
@@ -285,7 +288,7 @@ def _probe(settings: FinetuneSettings, model: Any, batch: ModelBatch, device: to
                 _forward_and_backward(settings, model, batch, device)
             result = peaks[0]
         except torch.OutOfMemoryError:
-            pass  # nothing of the pass may stay alive below
+            pass  # the references of the pass must be gone before the cleanup below
     for parameter in model.parameters():
         parameter.grad = None
     gc.collect()
@@ -301,10 +304,10 @@ def _forward_and_backward(settings: FinetuneSettings, model: Any, batch: ModelBa
 
 
 def recompute_layers(model: Any, interval: int) -> None:
-    """Recompute every `interval`-th layer of the vision tower and the decoder; 0: none.
+    """Recomputes every `interval`-th layer of the vision tower and the decoder. 0: none.
 
-    The towers' layers are counted one after the other (transformers, activation_checkpointing_enable). Recomputation is
-    non-reentrant: it changes neither loss nor gradients.
+    Layers are counted across both towers (transformers, activation_checkpointing_enable). Non-reentrant recomputation
+    changes neither loss nor gradients.
     """
     if interval:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=interval)

@@ -1,4 +1,4 @@
-"""Checkpoints are written while training continues: a snapshot in host memory, files and digests in a thread."""
+"""Writes checkpoints while training continues: a snapshot in host memory, then files and digests in a thread."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ Own = TypeVar("Own")
 
 
 class CheckpointWriter:
-    """Writes checkpoints while training continues, one at a time; one writer in each process.
+    """Writes checkpoints while training continues, one at a time. Each process has a writer.
 
     `begin` and `write` copy the state to host memory at the end of a step. A thread of each process then writes its
-    part, syncs it and computes its digests. When the parts of all processes are written, `seal` lets the first process
-    name the checkpoint, in its thread as well. All collective calls are on the training thread, between two steps.
-    DeepSpeed writes its shards itself, on the training thread; syncing and digesting them is left to the thread.
+    part, syncs it and computes its digests. After the parts of all processes are written, `seal` lets the first process
+    rename the checkpoint, also in its thread. All collective calls run on the training thread, between two steps.
+    DeepSpeed writes its shards on the training thread; only syncing and digesting them happens in the thread.
     """
 
     def __init__(self, folder: Path, keep: int, process: int, processes: int) -> None:
         self.folder, self.keep, self.process, self.processes = folder, keep, process, processes
         self.settings: dict[str, object] = {}
-        """Settings, data and base weights that a checkpoint belongs to; known to the first process."""
+        """Fingerprint of settings, data and base weights. Only set in the first process."""
         self._threads = ThreadPoolExecutor(1, "checkpoint")
         self._part: Future[dict[str, FileFacts]] | None = None
         self._sealing: Future[None] | None = None
@@ -50,7 +50,7 @@ class CheckpointWriter:
         self._best: Path | None = None
 
     def begin(self, step: int) -> Path:
-        """Finish the checkpoint before, and return the empty folder of the next one; a collective call."""
+        """Finishes the previous checkpoint, and returns the empty folder of the next one. A collective call."""
         self.finish()
         self._step = step
         writing = self.folder / WRITING
@@ -62,9 +62,9 @@ class CheckpointWriter:
         return writing / self._name
 
     def write(self, parts: dict[str, object], best_step: int) -> None:
-        """Write this process's `parts`, {file name: what torch.save takes}, beside training; a collective call.
+        """Writes this process's `parts`, {file name: object for torch.save}, during training. A collective call.
 
-        best_step: its checkpoint is kept; 0: none. If host memory cannot hold a copy, training waits for the files.
+        best_step: step of a checkpoint to keep, or 0. If host memory cannot hold a copy, training waits for the files.
         """
         folder = self.folder / WRITING / self._name
         self._best = self.folder / f"checkpoint-{best_step}" if best_step else None
@@ -72,7 +72,8 @@ class CheckpointWriter:
         share = share_of(self._gathered(names), self.process, self.processes)
         fits = self._host is not None or 2 * tensor_bytes(parts) < free_ram()
         if fits:
-            # Into the memory of the copy before: touching new pages would take several times as long as copying.
+            # Reuses the memory of the previous copy, because allocating new pages takes several times as long as
+            # copying.
             parts = self._host = host_copy(parts, self._host)
         self._part = self._threads.submit(_write_part, folder, parts, share)
         if not fits:
@@ -91,7 +92,7 @@ class CheckpointWriter:
         return False
 
     def seal(self) -> None:
-        """Name the checkpoint, whose parts all are or will be written; a collective call."""
+        """Renames the checkpoint after all its parts are written. A collective call."""
         assert self._part is not None
         with self.explained():
             digests = self._part.result()
@@ -101,7 +102,7 @@ class CheckpointWriter:
             self._sealing = self._threads.submit(self._seal, self._step, files)
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being written counts; a collective call. Raises CheckpointError."""
+        """Waits until the current checkpoint is complete. A collective call. Raises CheckpointError."""
         if self._part is not None:
             self.seal()
         with self.explained():
@@ -121,19 +122,19 @@ class CheckpointWriter:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn an error of writing into a CheckpointError."""
+        """Converts an error of writing to a CheckpointError."""
         try:
             yield
         except Exception as error:
             self._part = self._sealing = None
             free = shutil.disk_usage(self.folder).free / 1e9
             raise CheckpointError(
-                f"step {self._step}: {self.folder / self._name} could not be written ({error}); {free:.2f} GB are free "
+                f"step {self._step}: {self.folder / self._name} could not be written ({error}); {free:.2f} GB free "
                 f"there. {RESUMES}"
             ) from error
 
     def _gathered(self, own: Own) -> list[Own]:
-        """What each process holds, by rank; a collective call."""
+        """The values of all processes, by rank. A collective call."""
         if self.processes == 1:
             return [own]
         found: list[Any] = [None] * self.processes
@@ -146,14 +147,14 @@ class CheckpointWriter:
 
 
 def _write_part(folder: Path, parts: dict[str, object], share: list[str]) -> dict[str, FileFacts]:
-    """Write `parts`; sizes and digests of them and of the files `share`, which DeepSpeed wrote."""
+    """Writes `parts`. Returns sizes and digests of them and of DeepSpeed's files `share`."""
     for name, value in parts.items():
         torch.save(value, folder / name)
     return digest_and_sync(folder, [*parts, *share])
 
 
 def tensor_bytes(value: object) -> int:
-    """Size of all tensors in a nest of dicts, lists and tuples."""
+    """Size in bytes of all tensors in nested dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     if isinstance(value, dict):
@@ -162,7 +163,8 @@ def tensor_bytes(value: object) -> int:
 
 
 def host_copy(value: Any, into: Any = None) -> Any:
-    """The same nest of dicts, lists and tuples with its tensors in host memory; `into`: an earlier copy to overwrite."""
+    """Copies nested dicts, lists and tuples, with their tensors in host memory. into: an earlier copy to
+    overwrite."""
     if isinstance(value, torch.Tensor):
         same = isinstance(into, torch.Tensor) and (into.shape, into.dtype) == (value.shape, value.dtype)
         return into.copy_(value.detach()) if same else value.detach().to("cpu", copy=True)
