@@ -73,4 +73,4 @@ def test_merge_script_refuses_in_one_line(merge_main, run_folder, tmp_path, caps
 
 def test_a_card_without_manifest_says_so(tmp_path):
     assert parent_file(tmp_path, ["manifest.json"]) is None
-    assert "how they came about is not recorded" in model_card("m", "base", None, None, num_crops=4)
+    assert "no manifest" in model_card("m", "base", None, None, num_crops=4)

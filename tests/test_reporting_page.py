@@ -211,7 +211,7 @@ def test_a_click_on_a_row_opens_its_part_with_curve_and_pictures(opened):
     until(opened, f"{part}.querySelector('.main-svg')")
     until(opened, f"[...{part}.querySelectorAll('img')].every(i => i.complete && i.naturalWidth > 0)")
     text = opened.execute_script(f"return {part}.textContent")
-    assert "<script>window.hacked = 1</script>" in text and "the table says 5e-06" in text and "decoder" in text
+    assert "<script>window.hacked = 1</script>" in text and "in the table: 5e-06" in text and "decoder" in text
     assert len(opened.execute_script(f"return [...{part}.querySelectorAll('.example')].map(e => e.className)")) == 12
     opened.execute_script(f"{part}.querySelector('[data-table]').open = true")
     assert until(opened, f"{part}.querySelectorAll('[data-table] tbody tr').length") == 60

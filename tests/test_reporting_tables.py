@@ -81,7 +81,7 @@ def test_a_finished_demo(root, finished, monkeypatch):
     assert float(qlora["after_minus_control_p"]) == pytest.approx(tested.pvalue, abs=1e-4)
     assert row["after_minus_control_p"] == ""  # ANLS is graded
     speed = rows_of(folder / "speed.tsv")
-    assert speed["phi3-a100-full-flash-8gpu"]["verdict_reason"] == "2 CPU processes stand for 8 A100"
+    assert speed["phi3-a100-full-flash-8gpu"]["verdict_reason"] == "2 CPU processes instead of 8 A100"
     assert float(speed["phi3-a100-full-flash-8gpu"]["speedup"]) == pytest.approx(6 / 5)
     page = (folder / "index.html").read_text()
     assert "McNemar's exact test: p = " in page
@@ -165,7 +165,7 @@ def _edit_lines(path: Path, change) -> None:
         (lambda lines: lines[2].update(score=7), r"predictions.jsonl:3: field `score`: got 7; expected a number 0-1"),
         (lambda lines: lines.clear(), r"predictions.jsonl: empty"),
         (lambda lines: lines.pop(), r"metrics.json: field `n`: got 100, predictions.jsonl has 99 lines"),
-        (lambda lines: [line.update(score=0.0) for line in lines], r"metrics.json: field `score`.*the predictions beside it give 0.0000; is it of another run\?"),
+        (lambda lines: [line.update(score=0.0) for line in lines], r"metrics.json: field `score`.*predictions.jsonl gives 0.0000"),
     ],
 )  # fmt: skip
 def test_damaged_predictions_are_named_and_the_report_still_builds(root, changed, change, message, monkeypatch):
@@ -261,7 +261,7 @@ def test_changed_settings_and_other_code_are_marked(changed):
     path = results / "train" / ROW / "settings.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "learning_rate": 0.5}))
     line = next(line for line in build_tables(run, results, {"commit": "f" * 40}).accuracy if line.row.row == ROW)
-    assert line.notes == ["made with learning_rate 0.5; the settings now say 0.002"]
+    assert line.notes == ["trained with learning_rate 0.5, but the settings now have 0.002"]
     assert line.older
 
 
@@ -285,7 +285,7 @@ def test_verdicts_of_the_published_run(root, tmp_path):
     )
     short = _published(root, tmp_path / "c", row, 300, 0.89)
     assert (
-        short.verdict.text == "not comparable" and short.verdict.reason == "300 examples; the published figure has 500"
+        short.verdict.text == "not comparable" and short.verdict.reason == "300 examples, but the published figure has 500"
     )
     changed = _published(
         root, tmp_path / "d", row, 500, 0.89, overrides={row: {"learning_rate": 2e-5, "micro_batch_size": 2}}
@@ -339,7 +339,7 @@ def test_a_stand_in_is_named_by_its_device(root, tmp_path):
     run = load_run(values, root)
     write_speed(tmp_path, run.speed[0])
     (line,) = build_tables(run, tmp_path).speed
-    assert line.verdict.reason == "2 NVIDIA H100 80 GB SXM stand for 8 A100"
+    assert line.verdict.reason == "2 NVIDIA H100 80 GB SXM instead of 8 A100"
 
 
 @pytest.mark.parametrize(
@@ -420,11 +420,11 @@ def test_speed_rows_say_what_they_were_measured_on(root, changed, monkeypatch):
     folder = report(root, results)
     page = (folder / "index.html").read_text()
     assert (
-        f"What {rows[0]} was measured on" in page
+        f"Machine and software of {rows[0]}<" in page
         and "&lt;b&gt;A100&lt;/b&gt; 2" in page
         and "<dt>power limit w</dt><dd>400.0" in page
     )
-    assert f"What {', '.join(rows[1:])} were measured on" in page
+    assert f"Machine and software of {', '.join(rows[1:])}" in page
     first = rows_of(folder / "speed.tsv")[rows[0]]
     assert float(first["tokens_per_second_per_device"]) == pytest.approx(speed["tokens_per_second"] / 2)
 
@@ -436,7 +436,7 @@ def test_windows_that_differ_are_noted(changed):
     speed = json.loads(path.read_text())
     assert line_of(run, results, row).notes == []
     path.write_text(json.dumps({**speed, "spread": 0.12}))
-    assert line_of(run, results, row).notes == ["its windows differ by 12 %"]
+    assert line_of(run, results, row).notes == ["the timed windows differ by 12 %"]
 
 
 def test_damaged_speed_is_named(changed):
@@ -630,7 +630,7 @@ def test_rejected_rows_leakage_and_statistics_are_in_the_data_part(root, changed
     )
     page = (report(root, results) / "index.html").read_text()
     part = page[page.index('id="data"') : page.index('id="provenance"')]
-    assert "3 source rows of docvqa left out: train: a.parquet: row 7: not a &lt;b&gt;picture" in part
+    assert "3 source rows of docvqa rejected: train: a.parquet: row 7: not a &lt;b&gt;picture" in part
     assert re.search(r'data-label="Also in train"><span class="warn">17</span><small>of 997', part)
     assert re.search(r'data-label="Tokens">2443\.2<small>median 2.400, max 2.900', part)
     assert "tokens-docvqa" in part

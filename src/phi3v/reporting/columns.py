@@ -1,4 +1,4 @@
-"""The columns of accuracy.tsv, speed.tsv and report.json, and how the lines of the two tables are grouped and worded."""
+"""The columns of accuracy.tsv, speed.tsv and report.json, and the grouping and wording of both tables' lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phi3v.reporting.results import Pass, Speed
 METHODS = {"full": "full", "frozen": "vision frozen", "lora": "LoRA", "qlora": "QLoRA"}
 DTYPES = ["bf16", "fp16", "fp32"]
 OFFICIAL_METRICS = ("official_anls", "consistency", "auroc")
-"""Of the datasets' authors; in metrics.json they stand beside the recipe's metric."""
+"""Metrics of the datasets' authors, which metrics.json contains in addition to the recipe's metric."""
 
 LineT = TypeVar("LineT", bound=AnyLine)
 PartT = TypeVar("PartT")
@@ -27,7 +27,7 @@ Figure = tuple[str, float, Sequence[float] | None]
 
 
 def official_figures(line: AccuracyLine) -> list[Figure]:
-    """The figures on the authors' own split, their own metric first; [] if it is not done."""
+    """The figures on the authors' own split, starting with their metric. [] if it is not done."""
     found = line.passes.get("official")
     if found is None:
         return []
@@ -39,18 +39,18 @@ def official_figures(line: AccuracyLine) -> list[Figure]:
     return [ours]
 
 
-def asked(line: AnyLine) -> str:
-    """Type and attention as the table asks for them."""
+def requested(line: AnyLine) -> str:
+    """Dtype and attention kernel that the table requests."""
     return f"{line.row.dtype}, {attention(line)}"
 
 
 def attention(line: AnyLine) -> str:
-    """The attention kernel that the table asks for."""
+    """The attention kernel that the table requests."""
     return "flash" if line.row.flash_attention else "eager"
 
 
 def chosen(line: SpeedLine) -> str:
-    """Micro-batch and recomputation of a row that accompanies a published one; empty for a published row."""
+    """Micro-batch and recomputation of a row that accompanies a published one. Empty for a published row."""
     if not line.row.accompanies:
         return ""
     size, every = line.observed.batch_size_per_gpu, line.observed.recompute_every
@@ -60,12 +60,12 @@ def chosen(line: SpeedLine) -> str:
 
 
 def departures(line: AnyLine) -> str:
-    """Every field that the run changed, with the table's value."""
+    """All fields that the run changed, with the table's value."""
     return "; ".join(f"{name} {plain(old)} -> {plain(new)}" for name, (old, new) in line.departures.items())
 
 
 def plain(value: object) -> str:
-    """A setting as a person writes it."""
+    """A setting as users write it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
@@ -76,7 +76,7 @@ def plain(value: object) -> str:
 
 
 def _of(part: Callable[[LineT], PartT | None], get: Callable[[PartT], Cell]) -> Callable[[LineT], Cell]:
-    """A cell of a part of the line; empty if there is no such part."""
+    """A cell from a part of the line. Empty if the part does not exist."""
 
     def cell(line: LineT) -> Cell:
         found = part(line)
@@ -94,7 +94,7 @@ def _further(name: str) -> Callable[[AccuracyLine], Cell]:
 
 
 def _minus(name: str) -> list[Column[AccuracyLine]]:
-    """The columns of the score after training minus that of another pass."""
+    """The columns of the score after training minus the score of another pass."""
     parts: list[tuple[str, Callable[[Comparison], Cell]]] = [
         ("", lambda found: found.difference),
         ("_low", lambda found: found.interval[0]),
@@ -178,7 +178,7 @@ ACCURACY_COLUMNS: list[Column[AccuracyLine]] = [
     *STATE_COLUMNS,
 ]
 
-# In report.json alone: accuracy.tsv has the same bytes when a run is repeated.
+# Only in report.json, because accuracy.tsv has the same bytes when a run is repeated.
 ACCURACY_TIMES: list[Column[AccuracyLine]] = [
     ("train_seconds", lambda r: r.train_seconds),
     ("evaluate_seconds", lambda r: r.evaluate.seconds),
@@ -223,7 +223,7 @@ SPEED_COLUMNS: list[Column[SpeedLine]] = [
 
 
 def as_records(lines: Sequence[LineT], columns: Sequence[Column[LineT]]) -> list[dict[str, Cell]]:
-    """The lines as plain values, a dict per line; NaN and infinity become None."""
+    """The lines as plain values, one dict per line. NaN and infinity become None."""
     records = [{name: get(line) for name, get in columns} for line in lines]
     return [{name: value if is_finite(value) else None for name, value in record.items()} for record in records]
 
@@ -233,7 +233,7 @@ def is_finite(value: Cell) -> bool:
 
 
 def as_tsv(records: list[dict[str, Cell]], columns: Sequence[Column[LineT]]) -> str:
-    """Tab-separated text with a header; numbers have at most four decimals, a missing value is an empty cell."""
+    """Tab-separated text with a header. Numbers have at most four decimals; a missing value is an empty cell."""
     out = ["\t".join(name for name, _ in columns)]
     out += ["\t".join(_cell(record[name]) for name, _ in columns) for record in records]
     return "\n".join(out) + "\n"
@@ -248,7 +248,8 @@ def _cell(value: Cell) -> str:
 
 
 def by_dataset_and_model(lines: Sequence[AccuracyLine]) -> dict[tuple[str, str], list[AccuracyLine]]:
-    """Lines by (dataset, model), in the order in which those first occur; in a group as the recipe orders methods and dtypes."""
+    """Lines by (dataset, model) in order of first occurrence, and within a group in the recipe's order of methods and
+    dtypes."""
     groups: dict[tuple[str, str], list[AccuracyLine]] = {}
     for line in lines:
         groups.setdefault((line.row.dataset, line.row.model), []).append(line)
@@ -265,14 +266,14 @@ def by_hardware(lines: list[SpeedLine]) -> dict[str, list[SpeedLine]]:
     return groups
 
 
-PLAN_COLUMNS = ["row", "plan", "hours planned", "hours taken", "images/s planned", "images/s seen"]
-PLAN_COLUMNS += ["allocated GB planned", "allocated GB seen"]
+PLAN_COLUMNS = ["row", "plan", "hours planned", "hours measured", "images/s planned", "images/s measured"]
+PLAN_COLUMNS += ["allocated GB planned", "allocated GB measured"]
 
 
 def plan(tables: Tables, results: Path) -> list[list[Cell]]:
-    """What was planned (results/NAME/plan/plan.json) beside what was measured, in PLAN_COLUMNS; empty if no plan was made.
+    """The plan (results/NAME/plan/plan.json) and the measurements, in PLAN_COLUMNS. Empty if there is no plan.
 
-    A row's hours are those of one seed's job: training and the three passes, that before training included.
+    A row's hours are those of one seed's job: training and the three passes, including the one before training.
     """
     try:
         planned = {entry["row"]: entry for entry in read_json(results / "plan" / "plan.json")["rows"]}
@@ -282,19 +283,19 @@ def plan(tables: Tables, results: Path) -> list[list[Cell]]:
     for line in tables.jobs:
         if line.row.row in planned:
             entry = planned[line.row.row]
-            seconds, rate, peak = _took(line)
+            seconds, rate, peak = _measured(line)
             hours, allocated = seconds / 3600 if seconds else None, peak / GB if peak else None
             cells = [line.row.row, entry.get("status"), entry.get("hours"), hours, entry.get("images_per_second"), rate]
             found.append([*cells, entry.get("allocated_gb"), allocated])
     return found
 
 
-def _took(line: AnyLine) -> tuple[float | None, float | None, float | None]:
-    """(seconds, images/s, bytes at the peak) of a job; the rate of a training is the median of its steps'."""
+def _measured(line: AnyLine) -> tuple[float | None, float | None, float | None]:
+    """(seconds, images/s, bytes at the peak) of a job. The rate of a training job is the median over its steps."""
     if isinstance(line, SpeedLine):
         return line.work.seconds, line.rate, line.speed.peak_memory_bytes if line.speed else None
     parts = [work.seconds for work in (line.baseline, line.train, line.evaluate)]
-    known = [part for part in parts if part is not None]
+    present = [part for part in parts if part is not None]
     rates = sorted(rate for point in line.training.curve if (rate := point.get("images_per_second")))
     median = rates[len(rates) // 2] if rates else None
-    return sum(known) if len(known) == len(parts) else None, median, line.observed.peak_memory_bytes
+    return sum(present) if len(present) == len(parts) else None, median, line.observed.peak_memory_bytes

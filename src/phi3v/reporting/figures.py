@@ -1,6 +1,6 @@
 """Plots as data for the page's Plotly.
 
-Colours are names of the page's CSS variables, so that light mode, dark mode and print each have their own.
+Colours are names of the page's CSS variables, so that they differ between light mode, dark mode and print.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Figure:
     traces: Sequence[Json]
     layout: Json
     columns: Sequence[str]
-    """Of the table of the plot's numbers."""
+    """Column names of the table with the plot's numbers."""
     rows: Sequence[Sequence[object]]
 
 
@@ -65,16 +65,17 @@ def _curve(name: str, x: Sequence[object], y: Sequence[object], colour: str, hov
 
 
 def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool) -> Figure | None:
-    """A dataset's scores, a line per row: after with its interval, before, control, published; None if nothing has run."""
-    shown = [(line, line.after) for line in lines if line.after][::-1]
-    if not shown:
+    """A dataset's scores, one line per row: after with its interval, before, control, published. None without
+    results."""
+    finished = [(line, line.after) for line in lines if line.after][::-1]
+    if not finished:
         return None
-    rows = [line for line, _ in shown]
-    metric = METRICS.get(shown[0][1].metric, shown[0][1].metric)
+    rows = [line for line, _ in finished]
+    metric = METRICS.get(finished[0][1].metric, finished[0][1].metric)
     published = "published" if comparable else "published (not comparable)"
     marks: list[tuple[str, list[tuple[str, float | None]], str, str, int]] = [
         ("before", [(line.row.row, line.score("before")) for line in rows], "--before", "circle-open", 9),
-        ("pictures swapped", [(line.row.row, line.score("control")) for line in rows], "--control", "x-thin-open", 9),
+        ("swapped pictures", [(line.row.row, line.score("control")) for line in rows], "--control", "x-thin-open", 9),
         (published, [(line.row.row, line.row.published) for line in rows], "--published", "diamond-open", 10),
         ("each seed", [(line.row.row, x) for line in rows for x in line.seed_scores], "--after", "line-ns-open", 12),
     ]
@@ -83,18 +84,18 @@ def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool
         points = [(row, value) for row, value in values if value is not None]
         if points:
             traces.append(_marks(name, points, colour, symbol, size))
-    scores = [(line.row.row, after.score) for line, after in shown]
+    scores = [(line.row.row, after.score) for line, after in finished]
     ours = _marks("after, 95 % interval", scores, "--after", "square", 9)
     bars = {
-        "array": [after.interval[1] - after.score for _, after in shown],
-        "arrayminus": [after.score - after.interval[0] for _, after in shown],
+        "array": [after.interval[1] - after.score for _, after in finished],
+        "arrayminus": [after.score - after.interval[0] for _, after in finished],
     }
     ours["error_x"] = {"type": "data", "symmetric": False, "thickness": 2, "width": 4, "color": "--after", **bars}
-    ours["customdata"] = [[*after.interval, after.n] for _, after in shown]
+    ours["customdata"] = [[*after.interval, after.n] for _, after in finished]
     interval = "[%{customdata[0]:.1f}, %{customdata[1]:.1f}], n = %{customdata[2]}"
     ours["hovertemplate"] = f"%{{y}}<br>after %{{x:.1f}} {interval}<extra></extra>"
     numbers = []
-    for line, after in reversed(shown):
+    for line, after in reversed(finished):
         each = ", ".join(f"{score:.1f}" for score in line.seed_scores) or "1"
         own = [line.score("before"), after.score, *after.interval, line.score("control"), line.row.published]
         numbers.append([line.row.row, *own, each])
@@ -103,20 +104,21 @@ def forest(dataset: str, title: str, lines: list[AccuracyLine], comparable: bool
     return Figure(
         f"forest-{dataset}",
         f"{title}: {metric} of each row",
-        f"{len(shown)} rows; each with its score before and after training, with swapped pictures, and as published.",
+        f"{len(finished)} rows, each with its scores before and after training and with swapped pictures, and the "
+        "published score.",
         [*traces, ours],
-        {"height": 130 + 34 * len(shown), "xaxis": xaxis, "yaxis": yaxis, "hovermode": "closest"},
+        {"height": 130 + 34 * len(finished), "xaxis": xaxis, "yaxis": yaxis, "hovermode": "closest"},
         ["row", "before", "after", "low", "high", "pictures swapped", "published", "seeds"],
         numbers,
     )
 
 
 def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None:
-    """Training loss of every row of a dataset over its epochs."""
+    """Training loss of every row of a dataset over the epochs."""
     models = {line.row.model for line in lines}
 
     def short(row: str) -> str:
-        """The title names the dataset; a single model's name adds nothing either."""
+        """Shortens a row id: the title names the dataset, and a single model's name is redundant."""
         model, found, rest = row.partition(f"-{dataset}-")
         return (rest if len(models) == 1 else f"{model} {rest}") if found else row
 
@@ -131,7 +133,7 @@ def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None
             rows.append([row, y[0], y[-1], curve[-1].get("step"), x[-1]])
     if not traces:
         return None
-    # As high as the plot of the scores beside it.
+    # As high as the plot of the scores next to it.
     height = max(240, 130 + 34 * sum(line.after is not None for line in lines))
     return Figure(
         f"losses-{dataset}",
@@ -145,7 +147,7 @@ def losses(dataset: str, title: str, lines: list[AccuracyLine]) -> Figure | None
 
 
 def tokens(name: str, title: str, statistics: Mapping[str, Mapping[str, Any]]) -> Figure | None:
-    """Tokens of an example of a dataset, a step line for each split of statistics.json."""
+    """Tokens per example of a dataset, with a step line for each split of statistics.json."""
     traces: list[Json] = []
     rows: list[list[object]] = []
     for number, (split, facts) in enumerate(statistics.items()):
@@ -160,11 +162,11 @@ def tokens(name: str, title: str, statistics: Mapping[str, Mapping[str, Any]]) -
         rows += [[split, low, high, count] for low, high, count in zip(edges, edges[1:], counts, strict=False)]
     if not traces:
         return None
-    xaxis = _axis("tokens, those of the pictures included", rangemode="tozero")
+    xaxis = _axis("tokens, including those of the pictures", rangemode="tozero")
     return Figure(
         f"tokens-{name}",
-        f"{title}: tokens of an example",
-        f"Share of the examples over their number of tokens, {len(traces)} splits.",
+        f"{title}: tokens per example",
+        f"Share of the examples by number of tokens, {len(traces)} splits.",
         traces,
         {"height": 240, "xaxis": xaxis, "yaxis": _axis("% of the examples", rangemode="tozero")},
         ["split", "from", "to", "examples"],
@@ -208,38 +210,39 @@ def curves(line: AccuracyLine) -> Figure | None:
 
 
 def speed_bars(hardware: str, title: str, lines: list[SpeedLine], comparable: bool) -> Figure | None:
-    """Speed-up of every row of one hardware's table, ours beside published: ratios, so that machines do not matter."""
-    shown = [line for line in lines if line.speed and line.speedup is not None]
-    if not shown:
+    """Speed-up of every row of one hardware's table, ours and published: ratios, which depend less on the machine."""
+    timed = [line for line in lines if line.speed and line.speedup is not None]
+    if not timed:
         return None
-    labels = [line.row.row for line in reversed(shown)]
+    labels = [line.row.row for line in reversed(timed)]
     traces: list[Json] = []
     for name, values, colour in (
         (
             "published" if comparable else "published (other machines)",
-            [x.row.published_speedup for x in shown],
+            [x.row.published_speedup for x in timed],
             "--published",
         ),
-        ("ours" if comparable else "ours (other machines)", [x.speedup for x in shown], "--after"),
+        ("ours" if comparable else "ours (other machines)", [x.speedup for x in timed], "--after"),
     ):
         hover = f"%{{y}}<br>{name}: %{{x:.2f}} x<extra></extra>"
         bar = {"type": "bar", "orientation": "h", "name": name, "y": labels, "x": values[::-1]}
         traces.append({**bar, "marker": {"color": colour}, "hovertemplate": hover})
     xaxis, yaxis = _axis("times the first row's images/s"), _of_rows(labels)
-    look = {"height": 120 + 44 * len(shown), "barmode": "group", "bargap": 0.35, "hovermode": "closest"}
+    look = {"height": 120 + 44 * len(timed), "barmode": "group", "bargap": 0.35, "hovermode": "closest"}
     return Figure(
         f"speed-{hardware}",
-        f"{title}: speed-up against the first row",
-        f"Speed-up of {len(shown)} rows, ours and published.",
+        f"{title}: speed-up relative to the first row",
+        f"Speed-up of {len(timed)} rows, ours and published.",
         traces,
         {**look, "xaxis": xaxis, "yaxis": yaxis},
         ["row", "speed-up", "published speed-up", "images/s", "published images/s"],
-        [[x.row.row, x.speedup, x.row.published_speedup, x.rate, x.row.published_images_per_second] for x in shown],
+        [[x.row.row, x.speedup, x.row.published_speedup, x.rate, x.row.published_images_per_second] for x in timed],
     )
 
 
 def scaling(hardware: str, title: str, lines: list[SpeedLine]) -> Figure | None:
-    """images/s over GPUs for methods that were published on several node counts; ours only if it ran on those machines."""
+    """images/s by number of GPUs for methods with several published node counts. Ours only if it ran on those
+    machines."""
     series: dict[str, list[SpeedLine]] = {}
     for line in lines:
         if not line.row.accompanies:
@@ -270,7 +273,7 @@ def scaling(hardware: str, title: str, lines: list[SpeedLine]) -> Figure | None:
     return Figure(
         f"scaling-{hardware}",
         f"{title}: scaling over nodes",
-        "Images per second over the number of GPUs, with the line of perfect scaling.",
+        "Images per second by number of GPUs, and the line of perfect scaling.",
         traces,
         {"height": 320, "xaxis": xaxis, "yaxis": _axis("images/s over all GPUs", rangemode="tozero")},
         ["method", "GPUs", "images/s", "published images/s"],

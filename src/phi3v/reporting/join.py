@@ -1,6 +1,6 @@
-"""The run's rows joined with their results: how far each row came, what it measured, and its verdict.
+"""Joins the run's rows with their results: status, measurements and verdict of each row.
 
-Both tables keep their order. A score is 0-100, a difference is in points, an interval is 95 %.
+Both tables keep their order. Scores are 0-100, differences are in points, intervals are 95 %.
 """
 
 from __future__ import annotations
@@ -32,39 +32,40 @@ from phi3v.reporting.verdict import Verdict, accuracy_verdict, speed_verdict, st
 from phi3v.settings import AccuracyRow, Job, ResolvedRun, Role, SpeedRow, fields_with, validate
 
 STEADY = 0.05
-"""Spread of a speed row's windows above which the report says so: on a machine of one's own they stay below."""
+"""Spread of a speed row's windows above which the report mentions it. On a machine without other users it stays
+below."""
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a row or its evaluation on the official split came."""
+    """Status of a row, or of its evaluation on the official split."""
 
     status: Literal["", "done", "not run yet", "not present", "did not finish", "damaged", "cannot run"]
-    """Empty: there is nothing to do."""
+    """Empty: there is no evaluation to run."""
     reason: str = ""
 
 
 @dataclass(kw_only=True)
 class Line:
-    """What a row of either table has beside what it measured."""
+    """Fields of a row in either table, besides its measurements."""
 
     state: State = State("not run yet")
     job: Job | None = None
-    """None for a row that this run's hardware cannot do."""
+    """None for a row that this run's hardware cannot run."""
     observed: Observed = field(default_factory=Observed)
-    """What the training or the timing was seen to run with."""
+    """What the training or the timing ran with."""
     problems: list[str] = field(default_factory=list)
-    """Files that cannot be used, and why."""
+    """Unusable files, and the reasons."""
     verdict: Verdict = field(default_factory=Verdict)
     same_as: list[str] = field(default_factory=list)
-    """Rows that ask for something else but ran the same code."""
+    """Rows with other settings for which the same code ran."""
     notes: list[str] = field(default_factory=list)
     older: bool = False
-    """Made by other code than the report."""
+    """Whether other code than the report's produced the result."""
 
     @property
     def departures(self) -> dict[str, tuple[object, object]]:
-        """Field to (the table's value, this run's value)."""
+        """Field to (value in the table, value in this run)."""
         return self.job.departures if self.job else {}
 
 
@@ -80,18 +81,18 @@ class AccuracyLine(Line):
     evaluate_official: Work = field(default_factory=Work)
     """The evaluation on the authors' own split, the second protocol."""
     scoring: dict[str, Work] = field(default_factory=dict)
-    """The scoring of these evaluations by functions of the user's, by the evaluation's folder; empty if there are none."""
+    """Scoring of these evaluations by the user's own functions, by the evaluation's folder. Empty if there are none."""
     training: Training = field(default_factory=Training)
     passes: dict[str, Pass] = field(default_factory=dict)
-    """before, after, control; official is after training, on the authors' own split."""
+    """before, after, control, and official (after training, on the authors' own split)."""
     after_minus: dict[str, statistics.Comparison] = field(default_factory=dict)
-    """After training minus the pass of this name; minus control is what the pictures are worth."""
+    """After training minus the pass of this name. Minus control is the contribution of the pictures."""
     no_control: str = ""
     """Why the control with swapped pictures is not applicable."""
     official: State = State("")
-    """How far the second protocol came."""
+    """Status of the second protocol."""
     members: list[AccuracyLine] = field(default_factory=list)
-    """A line for each seed of a row with several; passes and verdict are then over the seeds that are done."""
+    """Lines of the seeds of a row with several. Passes and verdict of this line are then over the finished seeds."""
 
     @property
     def works(self) -> list[Work]:
@@ -99,17 +100,17 @@ class AccuracyLine(Line):
 
     @property
     def jobs(self) -> list[AccuracyLine]:
-        """The lines that were jobs: one for each seed, or this one."""
+        """The lines that are jobs: one per seed, or this one."""
         return self.members or [self]
 
     @property
     def after(self) -> Pass | None:
-        """The pass after training."""
+        """The pass after training, or None."""
         return self.passes.get("after")
 
     @property
     def seed_scores(self) -> list[float]:
-        """Score after training of each seed that is done; empty for a row with one seed."""
+        """Score after training of each finished seed. Empty for a row with one seed."""
         return [line.after.score for line in self.members if line.after]
 
     @property
@@ -119,13 +120,13 @@ class AccuracyLine(Line):
 
     @property
     def train_seconds(self) -> float | None:
-        """Training time of all seeds that are done."""
+        """Training time of all finished seeds."""
         seconds = [line.train.seconds for line in self.jobs if line.train.seconds is not None]
         return sum(seconds) if seconds else None
 
     @property
     def device_hours(self) -> float | None:
-        """Training time times devices."""
+        """Training time multiplied by the number of devices."""
         seconds = self.train_seconds
         return None if seconds is None or self.job is None else seconds * self.job.processes / 3600
 
@@ -142,9 +143,9 @@ class SpeedLine(Line):
     work: Work = field(default_factory=Work)
     speed: Speed | None = None
     speedup: float | None = None
-    """Against the first row of the same hardware's table."""
+    """Speed relative to the first row of the same hardware."""
     stand_in: str = ""
-    """Which devices stood for which machines; empty if it ran on the published ones."""
+    """Description of the devices used in place of the published ones. Empty if it ran on the published ones."""
 
     @property
     def works(self) -> list[Work]:
@@ -162,14 +163,14 @@ class SpeedLine(Line):
 
     @property
     def device_memory(self) -> float | None:
-        """Bytes that a reading of the GPU shows at the peak: reserved and context; None on a CPU."""
+        """Peak bytes as nvidia-smi shows them: reserved and context. None on a CPU."""
         if not self.speed or None in (self.speed.reserved_memory_bytes, self.speed.context_memory_bytes):
             return None
         return (self.speed.reserved_memory_bytes or 0) + (self.speed.context_memory_bytes or 0)
 
     @property
     def tokens_each(self) -> float | None:
-        """Tokens/s of one device."""
+        """Tokens/s per device."""
         return self.speed.tokens_per_second / self.speed.world_size if self.speed and self.speed.world_size else None
 
     @property
@@ -197,14 +198,14 @@ class Tables:
 
     @property
     def jobs(self) -> list[AnyLine]:
-        """A line for each job: every seed of an accuracy row, then the speed rows."""
+        """A line for each job: every seed of each accuracy row, then the speed rows."""
         return [*(job for line in self.accuracy for job in line.jobs), *self.speed]
 
 
 def build_tables(run: ResolvedRun, results: Path, code: Commit | None = None) -> Tables:
-    """Read every row's results under `results` (results/NAME) and join them with the tables.
+    """Reads every row's results under `results` (results/NAME) and joins them with the tables.
 
-    code: commit of the code that reports, to mark results of older code.
+    code: commit of the reporting code, to mark results of other code.
     """
     reader = _Reader(run, results, code)
     seeds: dict[str, list[AccuracyLine]] = {}
@@ -226,17 +227,17 @@ def build_tables(run: ResolvedRun, results: Path, code: Commit | None = None) ->
 
 @dataclass
 class _Reader:
-    """Makes a job's line of what is in its folders."""
+    """Creates the line of a job from the contents of its folders."""
 
     run: ResolvedRun
     root: Path
     """results/NAME."""
     code: Commit | None
     read_pass: Callable[[Path], Pass] = field(default_factory=lambda: functools.cache(read_pass))
-    """Rows share the passes before training."""
+    """Cached, because rows share the passes before training."""
 
     def work(self, kind: str, name: str, problems: list[str]) -> Work:
-        """Folder and log of one job; kind: train, evaluate, evaluate/base, evaluate/official, speed."""
+        """Folder and log of a job. kind: train, evaluate, evaluate/base, evaluate/official, speed."""
         return read_work(self.root / kind / name, self.root / "logs" / kind / f"{name}.log", problems)
 
     def accuracy(self, job: Job) -> AccuracyLine:
@@ -295,11 +296,11 @@ class _Reader:
         line.notes = _notes(job, {}, line.work)
         line.older = self.is_older(line.work)
         if line.speed and line.speed.spread > STEADY:
-            line.notes.append(f"its windows differ by {100 * line.speed.spread:.0f} %")
+            line.notes.append(f"the timed windows differ by {100 * line.speed.spread:.0f} %")
         return line
 
     def is_older(self, work: Work) -> bool:
-        """Whether a result was made at another commit than the report: re-runs are chosen, so the report only says so."""
+        """Whether a result is from another commit than the report. Such results are only marked, not repeated."""
         made_by = work.manifest.get("commit") if work.manifest else None
         return bool(made_by and self.code and self.code["commit"] not in (None, made_by))
 
@@ -307,13 +308,15 @@ class _Reader:
 def _read_speed(line: SpeedLine, path: Path) -> None:
     values, row = read_json(path), line.row.row
     if values.get("row") not in (None, row):
-        raise ResultError(f"{path}: field `row`: got {values['row']!r}; expected {row!r}: a result of another row")
+        raise ResultError(
+            f"{path}: field `row`: got {values['row']!r}; expected {row!r}; this file belongs to another row"
+        )
     line.observed = validate(Observed, values | (values.get("observed") or {}), str(path))
     line.speed = validate(Speed, values, str(path))
 
 
 def _compare_passes(line: AccuracyLine, seed: int) -> None:
-    """Fill in the comparisons of a line from the passes that it has."""
+    """Computes the comparisons of a line from its passes."""
     line.after_minus = {}
     for name in ("before", "control"):
         if "after" in line.passes and name in line.passes:
@@ -324,13 +327,14 @@ def _compare_passes(line: AccuracyLine, seed: int) -> None:
 
 
 def _over_seeds(run: ResolvedRun, table_row: str, members: list[AccuracyLine]) -> AccuracyLine:
-    """The line of a row with several seeds: means over those that are done, their spread, and what became of the others."""
+    """The line of a row with several seeds: means over the finished seeds, their spread, and the status of the
+    others."""
     done = [line for line in members if line.state.status == "done"]
-    shown = done[0] if done else members[0]
+    first = done[0] if done else members[0]
     line = replace(
-        shown,
-        row=shown.row.model_copy(update={"row": table_row}),
-        passes=dict(shown.passes),
+        first,
+        row=first.row.model_copy(update={"row": table_row}),
+        passes=dict(first.passes),
         problems=[problem for member in members for problem in member.problems],
         older=any(member.older for member in members),
         notes=[],
@@ -355,7 +359,7 @@ def _over_seeds(run: ResolvedRun, table_row: str, members: list[AccuracyLine]) -
 
 
 def _take_means(line: AccuracyLine, seeds: list[AccuracyLine]) -> None:
-    """Replace a line's passes by their means over the seeds; before training there is one model, so one pass."""
+    """Replaces a line's passes by the means over the seeds. There is only one pass before training."""
     for name in ("after", "control", "official"):
         passes = [own.passes[name] for own in seeds if name in own.passes]
         if len(passes) == len(seeds):
@@ -365,11 +369,11 @@ def _take_means(line: AccuracyLine, seeds: list[AccuracyLine]) -> None:
 
 
 def _work_state(verb: str, work: Work, problems: Sequence[str] = ()) -> State:
-    """State of a job that is not done."""
+    """Status of an unfinished job."""
     if problems:
         return State("damaged", problems[0])
     if work.log is not None:
-        return State("did not finish", f"{verb} is running or failed; its log: {work.log}")
+        return State("did not finish", f"{verb} is running or has failed; see its log, {work.log}")
     return State("not run yet", f"{verb} has not run yet")
 
 
@@ -389,19 +393,19 @@ def _accuracy_state(line: AccuracyLine) -> State:
 
 
 def _official_state(run: ResolvedRun, official: str, line: AccuracyLine, problem: str) -> State:
-    """State of the second protocol."""
+    """Status of the second protocol."""
     if not official:
-        return State("", "no official split is known for this dataset")
+        return State("", "there is no official split for this dataset")
     if "official" in line.passes:
         return State("done")
     missing = run.datasets[official].missing_source()
     if problem:
         return State("damaged", problem)
     if missing is not None:
-        reason = f"{missing}: no such file; the authors' own split comes by hand (docs/explanation/recipe.md)"
+        reason = f"{missing}: no such file; download the authors' own split yourself (docs/evaluation.md)"
         return State("not present", reason)
     if line.state.status != "done":
-        return State("not run yet", "the row is not done")
+        return State("not run yet", "the row is not finished")
     return _work_state("evaluation on the official split", line.evaluate_official)
 
 
@@ -416,19 +420,19 @@ def _no_verdict(state: State) -> Verdict:
 
 
 def _notes(job: Job, trained: dict[str, object], work: Work) -> list[str]:
-    """What a reader must know about a result that was not repeated after a change. trained: the training's settings."""
+    """Remarks about a result that was not repeated after a change. trained: settings of the training."""
     row, notes = job.row, []
     now = {"learning_rate": row.learning_rate, "epochs": row.epochs, "batch_size": row.batch_size}
     for name, value in now.items():
         if trained.get(name, value) != value:
-            notes.append(f"made with {name} {trained[name]:g}; the settings now say {value:g}")
+            notes.append(f"trained with {name} {trained[name]:g}, but the settings now have {value:g}")
     if work.manifest and work.manifest.get("dirty"):
-        notes.append("made by code with uncommitted changes")
+        notes.append("from code with uncommitted changes")
     return notes
 
 
 def _mark_same_code(run: ResolvedRun, lines: Sequence[AnyLine]) -> None:
-    """Note at each row the other rows that ask for something else and ran the same code anyway."""
+    """Records for each row the rows with other settings for which the same code ran."""
     groups: dict[object, list[AnyLine]] = {}
     for line in lines:
         if line.state.status != "done" or line.observed.code is None:
@@ -443,7 +447,7 @@ def _mark_same_code(run: ResolvedRun, lines: Sequence[AnyLine]) -> None:
 
 
 def _compare_speeds(run: ResolvedRun, lines: list[SpeedLine]) -> None:
-    """Speed-up against the first row of the same hardware's table, and the verdict on the published figure."""
+    """Computes speed-ups relative to the first row of the same hardware, and the verdicts on the published figures."""
     rates = {line.row.row: line.rate for line in lines}
     first: dict[str, float | None] = {}
     for line in lines:

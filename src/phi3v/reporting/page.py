@@ -1,7 +1,8 @@
 """A run's report folder: index.html, accuracy.tsv, speed.tsv, report.json, tables.md and a manifest.
 
-index.html is one file that needs no network. Every text goes through Jinja's escaping; data for scripts are JSON in a block that the
-browser does not run; a content security policy allows exactly the two scripts of this page, by their digests, and nothing from anywhere.
+index.html is one file that needs no network. Every text goes through Jinja's escaping; data for scripts are JSON in a
+block that the browser does not run; a content security policy allows exactly the two scripts of this page, by their
+digests, and nothing from anywhere.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ PICTURES_PER_EXAMPLE = 8
 LONGEST_SIDE = 240
 QUALITY = 70
 BUDGET_BYTES = 4_000_000
-"""Of all thumbnails together, so that a report of 200 rows still goes through the mail."""
-# Fields of a row that its part of the page shows elsewhere than among the settings.
-SHOWN_ELSEWHERE = {name for row in (AccuracyRow, SpeedRow) for name in fields_with(row, Role.IDENTITY, Role.PUBLISHED)}
+"""Limit for all thumbnails, so that a report of 200 rows is small enough for e-mail."""
+# Fields that the page shows elsewhere than among a row's settings.
+IN_OTHER_PLACES = {name for row in (AccuracyRow, SpeedRow) for name in fields_with(row, Role.IDENTITY, Role.PUBLISHED)}
 
 
 def build_report(settings: ReportSettings) -> Tables:
-    """Read the run's configuration and whatever results there are; write the report. Raises SettingsError on a wrong configuration."""
+    """Reads the run's configuration and available results, and writes the report. Raises SettingsError on a wrong
+    configuration."""
     started = time.perf_counter()
     run = runnable(load_run(settings.config))
     results = Path(settings.results or f"results/{run.settings.name}")
@@ -74,7 +76,7 @@ def build_report(settings: ReportSettings) -> Tables:
 
 
 def as_markdown(tables: Tables) -> str:
-    """All tables of a run in Markdown, laid out as the recipe's page has them, ready to paste."""
+    """All tables of a run in Markdown, in the layout of the recipe's page."""
     template = _environment().get_template("tables.md")
     accuracy, speed = columns.by_dataset_and_model(tables.accuracy), columns.by_hardware(tables.speed)
     text = template.render(run=tables.run, settings=tables.run.settings, accuracy=accuracy, speed=speed)
@@ -82,16 +84,16 @@ def as_markdown(tables: Tables) -> str:
 
 
 class Thumbnails:
-    """Pictures by a short digest of their bytes, each embedded once however many rows show it."""
+    """Thumbnails by a digest of their bytes. Each is embedded only once."""
 
     def __init__(self, budget: int = BUDGET_BYTES) -> None:
         self.data: dict[str, str] = {}
-        """What the page embeds."""
+        """The data to embed in the page."""
         self._keys: dict[Path, str | None] = {}
         self._left = budget
 
     def add(self, path: Path) -> str | None:
-        """Key of a picture's thumbnail; None if the file is missing (now), is no picture, or the budget is spent."""
+        """Key of a picture's thumbnail. None if the file is missing, is not a picture, or exceeds the limit for all."""
         if path not in self._keys:
             self._keys[path] = self._make(path)
         return self._keys[path]
@@ -119,7 +121,7 @@ class Thumbnails:
 class Page:
     """index.html. results: results/NAME; pictures are looked for in results/data beside it. code: of this report.
 
-    partial: the run ended before all rows were done.
+    partial: the run ended before all rows were finished.
     """
 
     def __init__(self, tables: Tables, results: Path, code: Commit, partial: bool = False) -> None:
@@ -147,7 +149,7 @@ class Page:
             "summary": _summary(tables),
         }
         data = {"plots": {name: vars(plot) for name, plot in self.plots.items()}, "pictures": self.thumbnails.data}
-        # "<" cannot end the block early when it is written as an escape.
+        # "<" is escaped, so that the data cannot end the block early.
         text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
         template = _environment().get_template("index.html")
         return template.render(
@@ -165,7 +167,7 @@ class Page:
         )
 
     def _add(self, *made: Figure | None) -> list[Figure]:
-        """Put plots on the page; returns those that there are."""
+        """Adds plots to the page. Returns those that are not None."""
         found = [figure for figure in made if figure is not None]
         self.plots |= {figure.id: figure for figure in found}
         return found
@@ -181,7 +183,7 @@ class Page:
         return found
 
     def _speed(self, hardware: str, lines: list[SpeedLine]) -> dict[str, object]:
-        """The part of one published hardware's table."""
+        """The page's section for one published hardware."""
         run = self.tables.run
         title = run.hardware[hardware].title
         stand_ins = list(dict.fromkeys(line.stand_in for line in lines if line.stand_in))
@@ -199,7 +201,7 @@ class Page:
         name = line.row.dataset
         images = data_folder(name, self.tables.run.datasets[name], self.results) / "images"
         for job in line.jobs:
-            # Each seed's answers would fill the page with the same pictures: the first seed stands for the row.
+            # Only the first seed's answers are on the page, because the other seeds' have the same pictures.
             records = job.after.examples if job.after and job is line.jobs[0] else []
             examples = [(record, self._pictures(record, images)) for record in records]
             yield job.row.row, {"curves": self._add(figures.curves(job)), "examples": examples}
@@ -221,10 +223,10 @@ def datasets(tables: Tables, results: Path) -> list[DataSection]:
 
 @dataclass
 class Provenance:
-    """What is behind the results, from their manifests."""
+    """Facts about the results, from their manifests."""
 
     manifests: dict[str, Manifest]
-    """By the folder's name under the run's results."""
+    """Manifests by the path of the folder under the run's results."""
 
     def distinct(self, name: str) -> list[str]:
         """The distinct values of a field: commit, device, host, user."""
@@ -241,12 +243,12 @@ class Provenance:
 
     @property
     def dirty(self) -> int:
-        """Results of code with uncommitted changes."""
+        """Number of results of code with uncommitted changes."""
         return sum(bool(manifest.get("dirty")) for manifest in self.manifests.values())
 
 
 def finished(tables: Tables, results: Path) -> dict[str, Work]:
-    """The finished jobs behind the tables by their folder under `results`; an evaluation that rows share stands once."""
+    """Manifests of the finished jobs by their folder under `results`. Shared evaluations occur once."""
     found: dict[str, Work] = {}
     for line in tables.jobs:
         for work in line.works:
@@ -257,7 +259,7 @@ def finished(tables: Tables, results: Path) -> dict[str, Work]:
 
 
 def fingerprints(lines: list[SpeedLine]) -> list[tuple[list[str], dict[str, str]]]:
-    """What speed rows were measured on: (rows, known facts), rows with the same facts together."""
+    """Machines of the speed rows: (rows, facts). Rows with the same facts are combined."""
     groups: dict[str, tuple[list[str], dict[str, str]]] = {}
     for line in lines:
         facts = line.speed.fingerprint if line.speed else {}
@@ -296,7 +298,7 @@ def _environment() -> jinja2.Environment:
         "GB": GB,
         "METRICS": figures.METRICS,
         "hardware_name": hardware_name,
-        "hidden_fields": SHOWN_ELSEWHERE,
+        "hidden_fields": IN_OTHER_PLACES,
         "harmless": fields_with(AccuracyRow, Role.EQUIVALENT),
         "published_tokens": MEAN_TOKENS,
         "padded_tiles": PADDED_TILES,
@@ -319,7 +321,7 @@ def _failed(line: AnyLine) -> bool:
 
 
 def _summary(tables: Tables) -> dict[str, object]:
-    """Figures of the first screen."""
+    """Figures of the summary cards."""
     done = [line for line in tables.accuracy if line.state.status == "done"]
     gains = [line.after_minus["before"].difference for line in done if "before" in line.after_minus]
     worth = [line.after_minus["control"].interval[0] for line in done if "control" in line.after_minus]
@@ -330,8 +332,8 @@ def _summary(tables: Tables) -> dict[str, object]:
         "rows": len(tables.accuracy),
         "gained": sum(gain > 0 for gain in gains),
         "gained_of": len(gains),
-        "looked": sum(low > 0 for low in worth),
-        "looked_of": len(worth),
+        "pictures_used": sum(low > 0 for low in worth),
+        "pictures_used_of": len(worth),
         "speed_done": sum(line.state.status == "done" for line in tables.speed),
         "speed_rows": len(tables.speed),
         "seconds": sum(works.values()),
@@ -342,17 +344,17 @@ def _summary(tables: Tables) -> dict[str, object]:
 
 
 def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is, also in the cell of a table."""
+    """Escapes text for Markdown, including table cells."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def figure_text(value: float | None, digits: int = 1) -> str:
-    """A figure, or a dash for a missing one."""
+    """A number, or a dash if it is missing."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def signed_text(value: float | None, digits: int = 1) -> str:
-    """A difference with its sign, which is a true minus."""
+    """A difference with its sign, as a minus character."""
     return "–" if value is None else f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
@@ -368,7 +370,7 @@ def duration_text(seconds: float | None) -> str:
 
 
 def hours_text(hours: float | None) -> str:
-    """Hours with as many decimals as mean something."""
+    """Hours with a sensible number of decimals."""
     return "–" if hours is None else f"{hours:.3f}" if hours < 0.1 else f"{hours:.2f}" if hours < 10 else f"{hours:.0f}"
 
 

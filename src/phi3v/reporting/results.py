@@ -1,7 +1,7 @@
-"""Result files of a run, read and checked: what each row's folders hold, and what is wrong or missing.
+"""Reads and checks the result files of a run: contents of each row's folders, and missing or damaged files.
 
-Nothing here stops a report: what cannot be read becomes a named problem of its row. Scores of a million predictions are read one row at
-a time and reduced to their comparison and a few shown examples.
+An unreadable file does not stop a report, but becomes a problem of its row. Scores are read one prediction at a time
+and reduced to their comparison and a few examples, so that a million predictions fit in memory.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from phi3v.evaluation.questions import Record, scored_lines
 from phi3v.provenance.manifest import Manifest, ResultError, read_json, scrub
 from phi3v.settings import Dataset, SettingsError, dataset_key, validate
 
-SHOWN_EXAMPLES = 12
+EXAMPLES_PER_ROW = 12
 CURVE_POINTS = 300
 LOG_LINES = 15
-SHOWN_REJECTIONS = 10
+EXAMPLE_REJECTIONS = 10
 T = TypeVar("T")
 P = ParamSpec("P")
 Point = dict[str, float | None]
@@ -38,7 +38,7 @@ Rate = Annotated[float, Field(ge=0)]
 
 
 class ResultFile(BaseModel):
-    """A file of a job, as far as the report reads it; None: not known."""
+    """The fields of a job's file that the report reads. None: unknown."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -81,7 +81,7 @@ class Observed(ResultFile):
 
     @property
     def code(self) -> str | None:
-        """What tells apart which code ran; None if that is not known."""
+        """What identifies the code that ran, or None if unknown."""
         how = {"linear4bit_bytes", "batch_size_per_gpu", "recompute_every", "peak_memory_bytes"}
         return self.model_dump_json(exclude=how) if self.activation_dtype else None
 
@@ -99,7 +99,7 @@ class Speed(ResultFile):
     tokens_per_second: Rate
     step_seconds: Rate
     spread: float = 0.0
-    """Fastest less slowest window over the median."""
+    """Fastest minus slowest window, divided by the median."""
     repeats: list[Window] = []
     world_size: int | None = None
     device: str | None = None
@@ -123,16 +123,16 @@ class Pass:
     interval: tuple[float, float]
     more: Further
     groups: dict[str, Group]
-    """By the value of the dataset's `group_by`."""
+    """Figures by value of the dataset's `group_by`."""
     cut: int
     """Answers that reached max_new_tokens."""
     leaked: int | None
-    """Examples with a picture that was trained on."""
+    """Examples with a picture that is also in the training split."""
     ids: np.ndarray
     """Digests of the example ids, in the file's order."""
     scores: np.ndarray
     examples: list[Record]
-    """Shown in the report, wrong and right ones."""
+    """Examples for the report, wrong and right ones."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ class Work:
 
 @dataclass
 class Training:
-    """What a training job left beside its weights: settings.json, observed.json, census.json, and lines of metrics.jsonl."""
+    """Files of a training job besides its weights: settings.json, observed.json, census.json, lines of
+    metrics.jsonl."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     observed: dict[str, Any] = field(default_factory=dict)
@@ -160,7 +161,7 @@ class Training:
 
 
 def attempt(problems: list[str], read: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T | None:
-    """What `read` returns; None after an error, whose message is added to `problems`."""
+    """The result of `read`. After an error, None, and the message is added to `problems`."""
     try:
         return read(*arguments, **options)
     except (ResultError, DataError, SettingsError, OSError) as error:
@@ -169,12 +170,12 @@ def attempt(problems: list[str], read: Callable[P, T], *arguments: P.args, **opt
 
 
 def read_if_present(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """A JSON object; None if the file is missing, or damaged and so a problem."""
+    """A JSON object. None if the file is missing, or damaged and therefore a problem."""
     return attempt(problems, read_json, path) if path.is_file() else None
 
 
 def read_work(folder: Path, log: Path, problems: list[str]) -> Work:
-    """Manifest and log of a job's folder; either may be missing."""
+    """Manifest and log of a job's folder. Either can be missing."""
     manifest = cast(Manifest | None, read_if_present(folder / "manifest.json", problems))
     tail: list[str] = []
     if log.is_file() and manifest is None:
@@ -186,7 +187,7 @@ def read_work(folder: Path, log: Path, problems: list[str]) -> Work:
 
 
 def read_training(folder: Path, problems: list[str]) -> Training:
-    """Settings, observations, census and curve of a training job; each may be missing."""
+    """Settings, observations, census and curve of a training job. Each can be missing."""
     settings, observed, census = (
         read_if_present(folder / f"{name}.json", problems) or {} for name in ("settings", "observed", "census")
     )
@@ -194,7 +195,7 @@ def read_training(folder: Path, problems: list[str]) -> Training:
 
 
 def read_curve(path: Path, problems: list[str]) -> list[Point]:
-    """Lines of a metrics.jsonl, thinned to CURVE_POINTS; a half-written last line is passed over."""
+    """Lines of a metrics.jsonl, thinned to CURVE_POINTS. Ignores an incomplete last line."""
     if not path.is_file():
         return []
     points: list[Point] = []
@@ -217,13 +218,14 @@ def read_curve(path: Path, problems: list[str]) -> list[Point]:
 
 
 def read_pass(folder: Path) -> Pass:
-    """One pass' metrics and predictions, checked against each other. Raises ResultError or DataError with the file and field."""
+    """Metrics and predictions of a pass, checked against each other. Raises ResultError or DataError with file and
+    field."""
     path = folder / "metrics.json"
     metrics = validate(Metrics, read_json(path), str(path))
     predictions = folder / "predictions.jsonl"
     ids, orders, scores = [], [], []
     for identifier, score in scored_lines(predictions):
-        # 64 bits of an id are enough to pair examples without keeping their names.
+        # 64 bits of an id are sufficient to pair examples, and save memory.
         ids.append(int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "big"))
         orders.append(zlib.crc32(identifier.encode()))
         scores.append(score)
@@ -232,49 +234,51 @@ def read_pass(folder: Path) -> Pass:
         raise ResultError(f"{path}: field `n`: got {metrics.n}, {seen}")
     mean = 100 * math.fsum(scores) / metrics.n
     if abs(mean - metrics.score) > 0.01:
-        seen = f"the predictions beside it give {mean:.4f}; is it of another run?"
+        seen = f"but predictions.jsonl gives {mean:.4f}; evaluate this row again"
         raise ResultError(f"{path}: field `score`: got {metrics.score}, {seen}")
     examples = _examples(predictions, np.asarray(orders), np.asarray(scores))
     return Pass(**dict(metrics), ids=np.asarray(ids, dtype=np.uint64), scores=np.asarray(scores), examples=examples)
 
 
 def _examples(path: Path, orders: np.ndarray, scores: np.ndarray) -> list[Record]:
-    """Wrong and right answers, half of each if there are as many; in a fixed order, so that rows tend to show the same examples."""
+    """Wrong and right answers, half of each if possible, in a fixed order, so that rows tend to show the same
+    examples."""
     first = np.argsort(orders, kind="stable")
     wrong, right = first[scores[first] < 0.5], first[scores[first] >= 0.5]
-    half = SHOWN_EXAMPLES // 2
-    shown = [*wrong[: max(half, SHOWN_EXAMPLES - len(right))], *right[: max(half, SHOWN_EXAMPLES - len(wrong))]]
-    wanted = {int(at) for at in shown}
+    half = EXAMPLES_PER_ROW // 2
+    chosen = [*wrong[: max(half, EXAMPLES_PER_ROW - len(right))], *right[: max(half, EXAMPLES_PER_ROW - len(wrong))]]
+    wanted = {int(at) for at in chosen}
     with path.open("rb") as file:
         lines = {at: line for at, line in enumerate(file) if at in wanted}
-    return [json.loads(lines[at]) for at in shown[:SHOWN_EXAMPLES]]
+    return [json.loads(lines[at]) for at in chosen[:EXAMPLES_PER_ROW]]
 
 
 def check_owner(work: Work, row: str, dataset: str) -> None:
-    """Raise ResultError if a folder's manifest belongs to another row or dataset."""
+    """Raises ResultError if a folder's manifest belongs to another row or dataset."""
     settings = (work.manifest or {}).get("settings", {})
     for name, expected, of in (("row", row, "another row"), ("dataset", dataset, "other data")):
         if settings.get(name) not in (None, "", expected):
             raise ResultError(
-                f"{work.folder / 'manifest.json'}: field `settings.{name}`: got {settings[name]!r}; expected {expected!r}: "
-                f"a result of {of}"
+                f"{work.folder / 'manifest.json'}: field `settings.{name}`: got {settings[name]!r}; expected "
+                f"{expected!r}; "
+                f"this result belongs to {of}"
             )
 
 
 def compare(left: Pass, right: Pass, seed: int) -> statistics.Comparison:
-    """Left minus right over the examples that both have. Raises ResultError if there are none."""
+    """Left minus right over the common examples. Raises ResultError if there are none."""
     _, at_left, at_right = np.intersect1d(left.ids, right.ids, assume_unique=True, return_indices=True)
     if not at_left.size:
         raise ResultError("the two passes share no example id; expected the same examples")
-    # Sorted by id above: the order, and so the interval, does not depend on the files' order.
+    # Sorted by id, so that the interval does not depend on the order of the files.
     return statistics.paired(left.scores[at_left], right.scores[at_right], seed)
 
 
 def mean_over_seeds(passes: list[Pass]) -> Pass:
-    """One pass whose score of each example is its mean over the seeds; the first seed's examples are shown.
+    """A pass whose score of each example is the mean over the seeds. Its example answers are the first seed's.
 
-    The interval covers both the examples and the seeds: `statistics.interval_over_seeds`. Raises ResultError unless all seeds answered the
-    same examples.
+    The interval covers both the examples and the seeds: `statistics.interval_over_seeds`. Raises ResultError unless all
+    seeds answered the same examples.
     """
     first = passes[0]
     orders = [np.argsort(one.ids, kind="stable") for one in passes]
@@ -285,7 +289,7 @@ def mean_over_seeds(passes: list[Pass]) -> Pass:
     more: Further = {}
     for name in first.more:
         further = [one.more[name]["score"] for one in passes if "score" in one.more.get(name, {})]
-        if len(further) == len(passes):  # the intervals of further metrics are not combined
+        if len(further) == len(passes):  # intervals of further metrics cannot be combined
             more[name] = {"score": sum(further) / len(passes), "interval": None}
     interval = statistics.interval_over_seeds(scores, [one.score for one in passes])
     score = 100 * float(scores.mean())
@@ -295,31 +299,31 @@ def mean_over_seeds(passes: list[Pass]) -> Pass:
 
 @dataclass
 class DataSection:
-    """One dataset: what dataset.json and statistics.json state, or why they are not there."""
+    """A dataset: contents of dataset.json and statistics.json, or the reason why they are missing."""
 
     name: str
     entry: Dataset
     rows: int
-    """Rows of the run that use it; 0: an official split."""
+    """Number of the run's rows that use it. 0: an official split."""
     problem: str
     facts: dict[str, Any]
     """dataset.json."""
     statistics: dict[str, dict[str, Any]]
     rejections: list[str]
-    """The first source rows that were left out, each with its reason."""
+    """The first rejected source rows, each with its reason."""
 
     def of(self, name: str) -> dict[str, dict[str, Any]]:
-        """A field of dataset.json, {split: {…}}: splits, leakage, source."""
+        """A field of dataset.json by split: splits, leakage, source."""
         return _objects(self.facts.get(name))
 
 
 def data_folder(name: str, entry: Dataset, results: Path) -> Path:
-    """Folder of a converted dataset; results: results/NAME."""
+    """Folder of a converted dataset. results: results/NAME."""
     return results.parent / "data" / dataset_key(name, entry)
 
 
 def read_dataset(name: str, entry: Dataset, rows: int, results: Path) -> DataSection:
-    """What the data's folder states about one dataset. rows: rows of the run that use it."""
+    """Facts about a dataset from its data folder. rows: number of the run's rows that use it."""
     folder = data_folder(name, entry, results)
     problems: list[str] = []
     facts = read_if_present(folder / "dataset.json", problems)
@@ -332,7 +336,7 @@ def read_dataset(name: str, entry: Dataset, rows: int, results: Path) -> DataSec
 
 
 def _objects(value: object) -> dict[str, dict[str, Any]]:
-    """The members of an object that are objects themselves."""
+    """The members of an object that are objects."""
     return {key: item for key, item in value.items() if isinstance(item, dict)} if isinstance(value, dict) else {}
 
 
@@ -340,7 +344,7 @@ def _rejections(path: Path) -> list[str]:
     found: list[str] = []
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
-            for line, _ in zip(file, range(SHOWN_REJECTIONS), strict=False):
+            for line, _ in zip(file, range(EXAMPLE_REJECTIONS), strict=False):
                 try:
                     item = json.loads(line)
                     found.append(f"{item.get('split', '')}: {item.get('where', '')}: {item.get('reason', '')}"[:300])
