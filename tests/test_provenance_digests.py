@@ -72,7 +72,7 @@ def test_a_line_of_text_is_named(run):
     two.write_text('{"id": 1}\n')
     assert digests.explain(one, two).startswith("2 lines in")
     two.unlink()
-    assert digests.explain(one, two).endswith("is not there")
+    assert digests.explain(one, two).endswith("does not exist")
 
 
 def test_a_missing_file_is_a_difference(root, run):

@@ -89,13 +89,13 @@ def test_what_changed_since_is_named(root, run):
 def test_a_parent_that_is_gone_is_named(run):
     (run / "results/data/docvqa/dataset.json").unlink()
     found = lineage.chain(run / f"results/mine/train/{ROW}", run)
-    assert "not there any more" in " ".join(lineage.problems(found))
+    assert "no longer exists" in " ".join(lineage.problems(found))
 
 
 def test_errors_say_what_was_expected(root, run, tmp_path):
     code, _, said = provenance(root, run, "results/mine/report", "--row", "phi9")
     assert code == 2
-    assert f"row 'phi9': no result behind this report; expected one of {ROW}, {OTHER}" in said
+    assert f"row 'phi9': this report has no result of it; expected one of {ROW}, {OTHER}" in said
     said = "error: nope: no such file or folder; expected the folder of a result, or a file in it\n"
     assert provenance(root, run, "nope") == (2, "", said)
     code, _, said = provenance(root, run, "results/mine/report", "--row", ROW, "--crate", "crate")

@@ -1,6 +1,6 @@
-"""The page of scripts/serve.py: pictures and questions over several turns, and two models side by side.
+"""The page of scripts/serve.py: questions about pictures over several turns, with one or two models.
 
-Streamlit runs this file anew for each input; models stay loaded, and a visitor's turns stay in the session.
+Streamlit runs this file again for each input. Models stay loaded, and each visitor's turns stay in the session.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PICTURES = ["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "avif", "
 
 
 class ChatTurn(TypedDict):
-    """A question, its encoded pictures, and each model's answer by the model's place."""
+    """A question, its encoded pictures, and the answers by position of the model."""
 
     question: str
     pictures: list[bytes]
@@ -33,7 +33,8 @@ class ChatTurn(TypedDict):
 
 
 def conversation(processor: Phi3VProcessor, turns: Sequence[ChatTurn], model: int) -> tuple[str, list[Image.Image]]:
-    """The prompt of the last turn after a model's own earlier answers, and all pictures; they stand before a turn's text."""
+    """The prompt of the last turn after a model's own earlier answers, and all pictures. Pictures come before a turn's
+    text."""
     messages, pictures = [], []
     for turn in turns:
         marks = ""
@@ -48,7 +49,7 @@ def conversation(processor: Phi3VProcessor, turns: Sequence[ChatTurn], model: in
 
 @streamlit.cache_resource(show_spinner="Loading the model …")
 def loaded(settings_json: str) -> tuple[list[Predictor], threading.Lock]:
-    """The models, one or two, and a lock: one answer at a time."""
+    """One or two models, and a lock that allows one answer at a time."""
     settings = ServeSettings.model_validate_json(settings_json)
     compute = Compute.model_validate(settings.model_dump(include=set(Compute.model_fields)))
     folders = [weights_folder(name) for name in (settings.base, settings.model_name_or_path) if name]
@@ -59,7 +60,7 @@ def loaded(settings_json: str) -> tuple[list[Predictor], threading.Lock]:
 
 
 def show(turn: ChatTurn, names: Sequence[str]) -> None:
-    """A turn: the question with its pictures, and the answers in columns."""
+    """Draws a turn: the question with its pictures, and the answers in columns."""
     with streamlit.chat_message("user"):
         if turn["pictures"]:
             streamlit.image(turn["pictures"], width=240)
@@ -74,7 +75,7 @@ def show(turn: ChatTurn, names: Sequence[str]) -> None:
 
 
 def page(settings: ServeSettings) -> None:
-    """Draw the page, and answer what was asked."""
+    """Draws the page, and answers a new question."""
     names = [name for name in (settings.base, settings.model_name_or_path) if name]
     streamlit.set_page_config(page_title=f"phi3v: {Path(names[-1]).name}", layout="wide")
     streamlit.title("Ask a model about pictures")
@@ -94,18 +95,18 @@ def page(settings: ServeSettings) -> None:
         streamlit.rerun()
     for turn in turns:
         show(turn, names)
-    asked = streamlit.chat_input("Question; attach pictures with +", accept_file="multiple", file_type=PICTURES)
-    if not asked:
+    question = streamlit.chat_input("Question; attach pictures with +", accept_file="multiple", file_type=PICTURES)
+    if not question:
         return
-    if problem := text_problem(asked.text):
-        streamlit.error(f"got {asked.text!r}; expected {problem}")
+    if problem := text_problem(question.text):
+        streamlit.error(f"got {question.text!r}; expected {problem}")
         return
     try:
-        pictures = [one.data for file in asked.files for one in read_pictures(file.getvalue(), file.name)]
+        pictures = [one.data for file in question.files for one in read_pictures(file.getvalue(), file.name)]
     except DataError as error:
         streamlit.error(str(error))
         return
-    turn = ChatTurn(question=asked.text, pictures=pictures, answers=[])
+    turn = ChatTurn(question=question.text, pictures=pictures, answers=[])
     show(turn, names)
     with streamlit.spinner("Answering …"), lock:
         answers = []

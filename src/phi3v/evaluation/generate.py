@@ -1,4 +1,4 @@
-"""A loaded model and its greedy answers to batches of prompts: left padded, and every end token stops a row.
+"""A loaded model, and its greedy answers to batches of prompts, left-padded. Every end token stops a row.
 
 B = prompts of a batch, T = their padded length, V = vocabulary.
 """
@@ -29,18 +29,19 @@ from phi3v.settings import Compute, FinetuneSettings, Model, SettingsError, mode
 from phi3v.training.checkpoints import TRAINING
 
 END_TOKENS = ("<|end|>", "<|endoftext|>", "</s>")
-"""Marks that end an answer: 32007, 32000 and 2 of the published tokenizer. Each must stop, or answers run to the limit."""
+"""Ids of tokens that end an answer: 32007, 32000 and 2 of the published tokenizer. All must stop generation."""
 MODELS = "config/models.yaml"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is OWNER/NAME or OWNER/NAME@REVISION, and no path: then there would be a folder OWNER here."""
+    """Whether a name is OWNER/NAME or OWNER/NAME@REVISION, and no path, that is, there is no folder OWNER."""
     return not Path(name).parent.is_dir() and _HUB_ID.fullmatch(name) is not None
 
 
 def hub_folder(name: str, root: Path = Path()) -> tuple[Path, Model]:
-    """The folder of a hub id's weights, and its entry: the one of config/models.yaml with the same URL, else one made of the id."""
+    """Folder of a hub id's weights, and its entry: from config/models.yaml if one has this URL, else created from the
+    id."""
     match = _HUB_ID.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r}: expected OWNER/NAME or OWNER/NAME@REVISION")
@@ -54,30 +55,32 @@ def hub_folder(name: str, root: Path = Path()) -> tuple[Path, Model]:
 
 
 def weights_folder(name: str, root: Path = Path(), may_fetch: bool = True) -> Path:
-    """The folder of a checkpoint, an adapter or a hub id. Nothing else in this room uses the network.
+    """The folder of a checkpoint, an adapter or a hub id. Only this function of the room uses the network.
 
-    A hub id is fetched once into results/models with the lock and pins of every source, so a later fetch gives the same commit, byte for
-    byte. may_fetch: fetch a hub id that is missing (of several processes only one may). Raises FileNotFoundError for a name that is neither
-    a folder of a model nor a hub id, SourceError (a DataError) for weights that cannot be fetched or differ from their lock.
+    A hub id is downloaded once to results/models, with the lock and pins of every source, so a later download gives the
+    same bytes. may_fetch: whether to download a missing hub id (only one process may). Raises FileNotFoundError for a
+    name that is neither a model's folder nor a hub id, SourceError (a DataError) for weights that cannot be downloaded
+    or differ from their lock.
     """
     if Path(name).is_dir():
         if not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json", TRAINING)):
             raise FileNotFoundError(
-                f"--model_name_or_path {name}: neither config.json nor adapter_config.json; expected a checkpoint or an "
-                "adapter, such as final/ of a training job"
+                f"--model_name_or_path {name}: contains neither config.json nor adapter_config.json; expected a "
+                "checkpoint "
+                "or an adapter, such as final/ of a training job"
             )
         return Path(name)
     if not is_hub_id(name):
         raise FileNotFoundError(
-            f"--model_name_or_path {name}: no such folder; expected a checkpoint, an adapter or a hub id OWNER/NAME (if "
-            "there is no folder OWNER here)"
+            f"--model_name_or_path {name}: no such folder; expected a checkpoint, an adapter, or a hub id OWNER/NAME "
+            "(which must not be a folder here)"
         )
     try:
         folder, model = hub_folder(name, root)
     except SettingsError as error:
         raise DataError(f"--model_name_or_path {name}: {error}") from None
     if may_fetch and not (folder / LOCK).is_file():
-        print(f"{name}: no such folder here; fetching it from the hub", file=sys.stderr)
+        print(f"{name}: no such folder; downloading it from the hub", file=sys.stderr)
         fetch([(model.url, model.revision)], folder, kind="model", flat=True)
     locked_files(folder, model.url, model.revision)
     return folder
@@ -98,8 +101,9 @@ class Choice:
 
 
 def choice_of(tokenizer: PreTrainedTokenizerBase, positive: str = "yes", negative: str = "no") -> Choice | None:
-    """First tokens of the two words, in any case, with and without a word boundary; None if the same token starts both."""
-    # After a line break the same word has no word boundary in front of it.
+    """First tokens of the two words in lower, upper and title case, with and without word boundary. None if they
+    overlap."""
+    # After a line break, a word has no word boundary before it.
     before = tokenizer("\n", add_special_tokens=False)["input_ids"]
 
     def first(word: str) -> set[int]:
@@ -110,13 +114,13 @@ def choice_of(tokenizer: PreTrainedTokenizerBase, positive: str = "yes", negativ
         return ids - {tokenizer.unk_token_id}
 
     yes, no = first(positive), first(negative)
-    # A boundary that is a token of its own starts both words and does not tell them apart.
+    # If the boundary is a token of its own, it starts both words and does not distinguish them.
     yes, no = yes - no, no - yes
     return Choice(tuple(sorted(yes)), tuple(sorted(no))) if yes and no else None
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:
-    """Ids that stop an answer: END_TOKENS that the tokenizer has, and those of the checkpoint's generation_config."""
+    """Ids that stop an answer: the tokenizer's END_TOKENS, and those of the checkpoint's generation_config."""
     ids = {tokenizer.convert_tokens_to_ids(token) for token in END_TOKENS} - {None, tokenizer.unk_token_id}
     saved = generation_config.eos_token_id
     ids.update([saved] if isinstance(saved, int) else saved or ())
@@ -124,7 +128,8 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Generat
 
 
 class _Watch:
-    """A logits processor that changes nothing. first: [B, V] logits of the first step; best: each step's largest log-probability, [B]."""
+    """A logits processor without effect. first: [B, V] logits of the first step. best: largest log-probability per
+    step, [B]."""
 
     def __init__(self) -> None:
         self.first: torch.Tensor | None = None
@@ -134,19 +139,20 @@ class _Watch:
         logits = scores.float()
         if self.first is None:
             self.first = logits
-        self.best.append(logits.amax(-1) - logits.logsumexp(-1))  # greedy: the token that is taken
+        self.best.append(logits.amax(-1) - logits.logsumexp(-1))  # greedy decoding takes this token
         return scores
 
 
 def _of_training_job(folder: Path, settings: Compute, device: torch.device) -> tuple[PreTrainedModel, Phi3VProcessor]:
-    """The model of TRAIN/checkpoints/checkpoint-N, adapters folded into their unquantised base, and its processor."""
+    """The model of TRAIN/checkpoints/checkpoint-N, with adapters merged into the unquantised base, and its
+    processor."""
     from phi3v.training.job import load_model
 
     file = folder.resolve().parents[1] / "settings.json"
     weights = torch.load(folder / TRAINING, map_location="cpu", weights_only=True, mmap=True).get("weights")
     if weights is None or not file.is_file():
-        found = "its weights are in ZeRO's shards" if weights is None else f"no {file} beside it"
-        raise DataError(f"{folder}: {found}; expected a folder that scripts/export_zero.py made of it")
+        found = "its weights are in ZeRO's shards" if weights is None else f"{file} is missing"
+        raise DataError(f"{folder}: {found}; export it with scripts/export_zero.py, and use that folder")
     values = read_json(file)
     values |= {"use_lora": values["use_lora"] or values["use_qlora"], "use_qlora": False, "memory_limit_gb": None}
     values |= {"gradient_checkpointing": False, "recompute_every": 1}
@@ -165,24 +171,24 @@ def _of_training_job(folder: Path, settings: Compute, device: torch.device) -> t
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model in eval mode with its processor: prompts and pictures to answers."""
+    """A model in evaluation mode and its processor: from prompts and pictures to answers."""
 
     model: PreTrainedModel
     processor: Phi3VProcessor
     num_crops: int
-    """Largest number of tiles of a picture."""
+    """Largest number of tiles per picture."""
     max_new_tokens: int
-    """Longest answer."""
+    """Most tokens in an answer."""
     choice: Choice | None = None
-    """Set for a yes/no task: answers then carry their `choice`."""
+    """Set for a yes/no task. Answers then have a `choice`."""
 
     @classmethod
     def load(
         cls, folder: Path, settings: Compute, device: torch.device, max_new_tokens: int, num_crops: int | None = None
     ) -> Predictor:
-        """From a checkpoint folder, an adapter folder on its base, or checkpoints/checkpoint-N of a training job.
+        """Loads a checkpoint folder, an adapter folder with its base, or checkpoints/checkpoint-N of a training job.
 
-        num_crops: None takes the checkpoint's. Raises DataError for a checkpoint-N that cannot be read by itself.
+        num_crops: None uses the checkpoint's. Raises DataError for a checkpoint-N that cannot be loaded directly.
         """
         disable_progress_bar()
         widen_float16_products(device, TORCH_DTYPE[settings.dtype])
@@ -214,7 +220,7 @@ class Predictor:
 
     @torch.inference_mode()
     def answer(self, inputs: dict[str, torch.Tensor]) -> list[Answer]:
-        """Greedy answers to prepared inputs, at most max_new_tokens each."""
+        """Greedy answers to prepared inputs, with at most max_new_tokens each."""
         moved = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         if "pixel_values" in moved and moved["pixel_values"].is_floating_point():
             moved["pixel_values"] = moved["pixel_values"].to(self.model.dtype)
@@ -227,7 +233,7 @@ class Predictor:
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
-            # Generated, it would stand for a picture that is missing, and stop the model with an error.
+            # The model would fail on a generated token that refers to a missing picture.
             suppress_tokens=[self.model.config.image_token_id],
             logits_processor=[watch],
         )  # [B, T + new]

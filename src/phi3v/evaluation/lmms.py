@@ -1,4 +1,4 @@
-"""Checkpoints and adapters in lmms-eval, the field's harness of public benchmarks; it finds this by the entry point.
+"""Checkpoints and adapters in lmms-eval, the harness of public benchmarks, which finds this module by its entry point.
 
     tests/clients/install.sh .clients lmms-eval && source .clients/lmms-eval/bin/activate
     python -m lmms_eval --model phi3v_checkpoint --model_args pretrained=results/NAME/train/ROW/final,dtype=bf16 \
@@ -28,12 +28,13 @@ MANIFEST = ModelManifest("phi3v_checkpoint", simple_class_path="phi3v.evaluation
 
 
 class Phi3VCheckpoint(lmms):  # type: ignore[misc]
-    """Greedy answers of a checkpoint or adapter folder, batched by length, as this package's own evaluation gives them."""
+    """Greedy answers of a checkpoint or adapter folder, batched by length, equal to those of this package's
+    evaluation."""
 
     def __init__(
         self, pretrained: str, dtype: str = "bf16", num_crops: int | None = None, batch_size: int = 1, **_: object
     ) -> None:
-        """pretrained: folder. dtype: bf16, fp16 or fp32. num_crops: largest number of tiles; None: the checkpoint's.
+        """pretrained: folder. dtype: bf16, fp16 or fp32. num_crops: largest number of tiles. None: the checkpoint's.
 
         Raises SettingsError for another dtype.
         """
@@ -45,7 +46,7 @@ class Phi3VCheckpoint(lmms):  # type: ignore[misc]
         self.device = self.predictor.model.device
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Answers in the order of the requests; cut at the first of a task's stop strings."""
+        """Answers in the order of the requests, cut at the first of a task's stop strings."""
         order = sorted(
             range(len(requests)), key=lambda index: (str(requests[index].args[1]), len(requests[index].args[0]))
         )
@@ -63,13 +64,16 @@ class Phi3VCheckpoint(lmms):  # type: ignore[misc]
         return answers
 
     def _question(self, request: Instance) -> tuple[str, list[Image.Image]]:
-        """Prompt and pictures. `<image>` in the text is a picture's place; without it pictures stand before the text."""
+        """Prompt and pictures. `<image>` marks the place of a picture. Without it, pictures come before the text."""
         text, _, doc_to_visual, doc_id, task, split = request.args
         pictures = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         if wrong := next(
             (type(picture).__name__ for picture in pictures if not isinstance(picture, Image.Image)), None
         ):
-            raise ValueError(f"task {task}, document {doc_id}: got a {wrong}; expected pictures, no video and no sound")
+            raise ValueError(
+                f"task {task}, document {doc_id}: got a {wrong}; expected only pictures; choose a task without video "
+                "and sound"
+            )
         marks = text.count("<image>")
         for number in range(marks):
             text = text.replace("<image>", f"<|image_{number + 1}|>", 1)
@@ -77,12 +81,14 @@ class Phi3VCheckpoint(lmms):  # type: ignore[misc]
         return prompt_text(Turn(own, text, "")), [picture.convert("RGB") for picture in pictures]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Not offered: choose the generating variant of a task."""
-        raise NotImplementedError("phi3v_checkpoint answers tasks of output_type generate_until only")
+        """Not supported. Choose the generating variant of a task."""
+        raise NotImplementedError(
+            "phi3v_checkpoint only supports tasks of output_type generate_until; choose the generating variant"
+        )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Not offered."""
-        raise NotImplementedError("phi3v_checkpoint answers tasks of one round only")
+        """Not supported."""
+        raise NotImplementedError("phi3v_checkpoint only supports tasks with one round")
 
 
 def _stopped(text: str, until: str | Sequence[str] | None) -> str:

@@ -1,7 +1,7 @@
-"""Scores of answers, each with its source.
+"""Metrics of answers, each with its source.
 
-The score of one answer is 0-1 and higher is better; a metric over a dataset is 0-100. `accuracy` and `anls` are the recipe's own
-(PhiCookBook, FineTuning_Vision.md, its scripts); the others follow the papers named in their docstrings.
+The score of one answer is 0-1, and higher is better. A metric over a dataset is 0-100. `accuracy` and `anls` follow the
+recipe (PhiCookBook, FineTuning_Vision.md, its scripts). The others follow the papers named in their docstrings.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 Score = Callable[[str, str], float]
-"""Score of a prediction by one accepted answer."""
+"""Score of a prediction against one accepted answer."""
 
 
 class Confusion(TypedDict):
-    """A confusion table."""
+    """A confusion matrix."""
 
     classes: list[str]
     counts: list[list[int]]
-    """Rows are true classes, columns predicted ones and, last, any other answer."""
+    """Rows are true classes. Columns are predicted classes, and at the end any other answer."""
 
 
 def normalise(text: str) -> str:
-    """The recipe's form of an answer before it is compared: no outer white space, no outer full stops, lower case."""
+    """The recipe's normalisation before a comparison: strips outer white space and full stops, and lowers the case."""
     return text.strip().strip(".").lower()
 
 
@@ -40,7 +40,7 @@ def exact_match(prediction: str, answer: str) -> float:
 
 
 def contained(prediction: str, answer: str) -> float:
-    """1.0 if the answer stands anywhere in the prediction, whatever its case (Liu et al., "OCRBench", 2024, section 3)."""
+    """1.0 if the prediction contains the answer, ignoring case (Liu et al., "OCRBench", 2024, section 3)."""
     return float(" ".join(answer.lower().split()) in " ".join(prediction.lower().split()))
 
 
@@ -56,10 +56,11 @@ def anls(prediction: str, answer: str) -> float:
 def official_anls(prediction: str, answer: str) -> float:
     """ANLS of one answer as the DocVQA server computes it.
 
-    Lower case, white space collapsed; 1 - NL where that is at least the threshold 0.5, else 0 (Biten et al., "Scene Text Visual Question
-    Answering", ICCV 2019, equation 1, and the evaluation script of rrc.cvc.uab.es task 17, which keeps a similarity of exactly 0.5 where
-    the recipe drops it, and divides the distance by the length of the longer text as it was written, in upper case: white space that was
-    collapsed still counts there, and a sharp s counts twice).
+    Lower case, white space collapsed; 1 - NL if that is at least the threshold 0.5, else 0 (Biten et al., "Scene
+    Text Visual Question Answering", ICCV 2019, equation 1, and the evaluation script of rrc.cvc.uab.es task 17, which
+    keeps a similarity of exactly 0.5 where the recipe drops it, and divides the distance by the length of the longer
+    text as it was written, in upper case: white space that was collapsed still counts there, and a sharp s counts
+    twice).
     """
     longest = max(len(answer.upper()), len(prediction.upper()))
     distance = Levenshtein.distance(" ".join(prediction.lower().split()), " ".join(answer.lower().split()))
@@ -68,7 +69,8 @@ def official_anls(prediction: str, answer: str) -> float:
 
 
 def edit_similarity(prediction: str, answer: str) -> float:
-    """1 - edit distance over the longer text's length; for formulae and pages (Blecher et al., "Nougat", ICLR 2024, section 5.1)."""
+    """1 - edit distance / length of the longer text, for formulae and pages (Blecher et al., "Nougat", ICLR 2024,
+    section 5.1)."""
     return Levenshtein.normalized_similarity(prediction.strip(), answer.strip())
 
 
@@ -83,7 +85,8 @@ def word_edits(prediction: str, answer: str) -> tuple[int, int]:
 
 
 def _without_errors(edits: Callable[[str, str], tuple[int, int]], prediction: str, answer: str) -> float:
-    """1 - the answer's error rate, at least 0. Error rate: edits over the answer's characters or words (Morris et al., Interspeech 2004)."""
+    """1 - the answer's error rate, at least 0. Error rate: edits over the answer's characters or words (Morris et al.,
+    Interspeech 2004)."""
     errors, length = edits(prediction, answer)
     return max(0.0, 1.0 - errors / length) if length else float(not errors)
 
@@ -92,7 +95,7 @@ _NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text: `1,234.5 kg` is 1234.5, `30%` is 30; None without one.
+    """The last number in a text, or None: `1,234.5 kg` is 1234.5, `30%` is 30.
 
     A prediction's last number counts, as in lm-evaluation-harness' flexible extraction (GSM8K).
     """
@@ -101,7 +104,8 @@ def last_number(text: str) -> float | None:
 
 
 def numeric(prediction: str, answer: str, tolerance: str = "0") -> float:
-    """1.0 if the last numbers of both texts differ by at most the tolerance: `0.5` in the answer's unit, `2%` of the answer."""
+    """1.0 if the last numbers of both texts differ by at most the tolerance: `0.5` in the answer's unit, `2%` of the
+    answer."""
     said, true = last_number(prediction), last_number(answer)
     if said is None or true is None:
         return 0.0
@@ -133,13 +137,14 @@ _STATED_LETTER = re.compile(r"\b(?:answer|option|choice)(?: is)?:?\s*\(?([A-Z])\
 
 
 def choice_letter(text: str) -> str | None:
-    """The letter of a multiple-choice answer, in upper case: `B`, `(b)`, `B. a boat`, `The answer is B`; None without one."""
+    """The letter of a multiple-choice answer in upper case, or None: `B`, `(b)`, `B. a boat`, `The answer is B`."""
     found = _LETTER.match(text) or _STATED_LETTER.search(text)
     return found[1].upper() if found else None
 
 
 def multiple_choice(prediction: str, answer: str) -> float:
-    """1.0 if both name the same letter (Lu et al., "ScienceQA", NeurIPS 2022; the letter is read as in LLaVA's evaluation)."""
+    """1.0 if both name the same letter (Lu et al., "ScienceQA", NeurIPS 2022; the letter is read as in LLaVA's
+    evaluation)."""
     said = choice_letter(prediction)
     return float(said is not None and said == choice_letter(answer))
 
@@ -151,7 +156,7 @@ def _finite(text: str) -> float:
 
 
 def json_object(text: str) -> dict[str, object] | None:
-    """The JSON object of an answer, in a Markdown fence or not; None if it is none."""
+    """The JSON object in an answer, with or without a Markdown fence, or None."""
     inner = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
     try:
         value = json.loads(inner[1] if inner else text, parse_float=_finite, parse_constant=_finite)
@@ -161,7 +166,7 @@ def json_object(text: str) -> dict[str, object] | None:
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, str]]:
-    """(field, value) of each leaf: a nested field is `outer.inner`, the items of a list share their field."""
+    """(field, value) of each leaf. A nested field is `outer.inner`. The items of a list share their field."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _leaves(inner, f"{path}.{name}" if path else name)
@@ -179,7 +184,8 @@ def json_leaves(text: str) -> Counter[tuple[str, str]]:
 
 
 def json_fields(prediction: str, answer: str) -> float:
-    """F1 of the (field, value) pairs of two JSON objects, each value after `normalise`; a prediction that is none scores 0.
+    """F1 of the (field, value) pairs of two JSON objects, each value after `normalise`; a prediction that is none
+    scores 0.
 
     Kim et al., "OCR-free Document Understanding Transformer" (Donut), ECCV 2022, section 3.3.
     """
@@ -203,7 +209,7 @@ SCORES: dict[str, Score] = {
     "json_fields": json_fields,
     "multiple_choice": multiple_choice,
 }
-"""Score of a prediction by the metric's name in the settings; `numeric` may have a tolerance, `numeric@0.5` or `numeric@2%`."""
+"""Metric by its name in the settings. `numeric` accepts a tolerance: `numeric@0.5` or `numeric@2%`."""
 BINARY = {"accuracy", "contained", "numeric", "relaxed_accuracy", "multiple_choice"}
 
 
@@ -226,12 +232,12 @@ def auroc(truth: Sequence[bool] | np.ndarray, probability: Sequence[float] | np.
 
 
 def auroc_of_places(positive: np.ndarray, places: np.ndarray) -> float:
-    """The same of each value's place in the sorted list of distinct values: a bootstrap sorts once."""
+    """AUROC from each value's rank among the distinct values, so that a bootstrap sorts only once."""
     negatives, positives = np.bincount(2 * places + positive, minlength=2 * (places.max() + 1)).reshape(-1, 2).T
     pairs = int(positives.sum()) * int(negatives.sum())
     if not pairs:
         raise ValueError("truth: one class only; expected positive and negative examples")
-    # Mann and Whitney 1947: the share of (positive, negative) pairs in order, ties as half.
+    # Mann and Whitney 1947: share of correctly ordered (positive, negative) pairs, where ties count half.
     below = np.cumsum(negatives) - negatives
     return 100.0 * float((positives * (below + negatives / 2)).sum()) / pairs
 
@@ -239,8 +245,8 @@ def auroc_of_places(positive: np.ndarray, places: np.ndarray) -> float:
 def consistency(groups: Sequence[str], correct: Sequence[bool]) -> tuple[int, int]:
     """NLVR2's second metric: how many sentences are judged right with every picture pair they come with, of how many.
 
-    groups: the sentence each example belongs to (Suhr et al., "A Corpus for Reasoning About Natural Language Grounded in Photographs",
-    ACL 2019, section 7).
+    groups: the sentence each example belongs to (Suhr et al., "A Corpus for Reasoning About Natural Language Grounded
+    in Photographs", ACL 2019, section 7).
     """
     whole: dict[str, bool] = {}
     for group, right in zip(groups, correct, strict=True):
@@ -249,7 +255,7 @@ def consistency(groups: Sequence[str], correct: Sequence[bool]) -> tuple[int, in
 
 
 def confusion(answers: Sequence[str], predictions: Sequence[str]) -> Confusion:
-    """How often each class was answered for each class."""
+    """Number of times that each class was predicted for each true class."""
     from sklearn.metrics import confusion_matrix
 
     classes = sorted({answer.strip() for answer in answers})

@@ -1,8 +1,8 @@
-"""Answers for pictures without labels: one question on standard output, or a table or folder as answers.jsonl and answers.csv.
+"""Answers questions about pictures without labels: one on standard output, or a table or folder.
 
-A table or folder is converted like any dataset, to OUTPUT/data; rows and files that cannot be taken are named in
-OUTPUT/data/rejected.jsonl. The questions are then answered like those of an evaluation: in batches, by all processes, and a run that was
-killed continues.
+A table or folder is first converted to OUTPUT/data, like any dataset. Rows and files that cannot be converted are
+listed in OUTPUT/data/rejected.jsonl. The questions are then answered as in an evaluation: in batches, by all processes,
+and a killed run resumes. The answers go to answers.jsonl and answers.csv.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ class Answered(TypedDict):
 
     id: str
     images: list[str]
-    """Paths as the table or folder has them."""
+    """Paths as in the table or folder."""
     question: str
     answer: str
     fields: dict[str, object] | None
-    """The answer's JSON object; None if it is none."""
+    """The JSON object in the answer, or None."""
     tokens: int
     cut: bool
-    """It reached max_new_tokens."""
+    """Whether the answer reached max_new_tokens."""
     probability: float
-    """Geometric mean of the probabilities of its tokens: 1 means that each was certain, whatever the length."""
+    """Geometric mean of the token probabilities. 1 means that each token was certain, regardless of the length."""
     meta: NotRequired[dict[str, str]]
 
 
 def predict(settings: PredictSettings) -> str:
     """The answer of a checkpoint or adapter to one question.
 
-    Raises DataError: a missing picture, a file that is no picture, control tokens in the question; SettingsError: the device cannot do it
-    (phi3v.model.runtime.compute_device).
+    Raises DataError: a missing picture, a file that is no picture, control tokens in the question; SettingsError: the
+    device cannot do it (phi3v.model.runtime.compute_device).
     """
     if problem := text_problem(settings.question):
         raise DataError(f"--question: got {settings.question!r}; expected {problem}")
@@ -69,16 +69,17 @@ def predict(settings: PredictSettings) -> str:
     predictor = Predictor.load(
         folder, settings, device, settings.max_new_tokens or DEFAULT_NEW_TOKENS, settings.num_crops
     )
-    # The picture marks stand in front of the question, as in training.
+    # The picture marks come before the question, as in training.
     prompt = prompt_text(Turn(tuple(page.suffix for page in pages), settings.question, ""))
     (answer,) = predictor.answer(predictor.prepare([prompt], [pictures]))
     return answer.prediction
 
 
 def predict_all(settings: PredictSettings) -> str:
-    """Answer a table or folder into output_dir; returns a line about it (empty in other processes than the first).
+    """Answers a table or folder into output_dir. Returns a line about it (in other processes than the first, "").
 
-    Raises DataError: no such table or folder, or nothing in it that can be answered; SettingsError as `predict`.
+    Raises DataError if the table or folder does not exist or contains nothing to answer. Raises SettingsError as
+    `predict`.
     """
     started, output = time.perf_counter(), Path(settings.output_dir)
     source = Path(settings.table or settings.folder)
@@ -110,16 +111,17 @@ def predict_all(settings: PredictSettings) -> str:
         )
         rejected = data / "rejected.jsonl"
         left_out = rejected.read_bytes().count(b"\n") if rejected.is_file() else 0
-        line = f"{output}/answers.csv: {len(questions)} answers, {cut} cut; {left_out} not taken"
+        line = f"{output}/answers.csv: {len(questions)} answers, {cut} incomplete (max_new_tokens), "
+        line += f"{left_out} not answered"
         line += f", with reasons in {rejected}\n" if left_out else "\n"
     processes.leave()
     return line
 
 
 def _convert(settings: PredictSettings, output: Path) -> None:
-    """Make OUTPUT/data of the table or folder, unless it is there already.
+    """Converts the table or folder to OUTPUT/data, unless that exists already.
 
-    A picture counts as changed if its content did; where something of a table could not be taken, all is tried again.
+    A picture counts as changed if its content changed. If a table had rejected rows, everything is converted again.
     """
     output.mkdir(parents=True, exist_ok=True)
     columns = dict(column.split("=", 1) for column in settings.columns)
@@ -134,7 +136,7 @@ def _convert(settings: PredictSettings, output: Path) -> None:
             if not is_junk(name)
         ]
         if not rows:
-            raise DataError(f"--folder {root}: no file; expected pictures")
+            raise DataError(f"--folder {root}: contains no file; expected pictures")
         write_atomically(table, json_lines(rows))
         facts = [(root / str(row["id"])).stat().st_size for row in rows]
     else:
@@ -144,7 +146,7 @@ def _convert(settings: PredictSettings, output: Path) -> None:
     mark, data = output / "data.sha256", output / "data"
 
     def made_of() -> str:
-        """Digest of what OUTPUT/data comes from, its pictures as they are now."""
+        """Digest of the inputs of OUTPUT/data, including the current contents of the pictures."""
         pictures = _originals(data, root or table.parent)
         made = [CONVERTER_VERSION, digest_file(table), facts, columns, str(root), pictures]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
@@ -160,14 +162,14 @@ def _convert(settings: PredictSettings, output: Path) -> None:
 
 
 def _originals(data: Path, root: Path) -> dict[str, str]:
-    """sha256 of the files under root that the pictures of OUTPUT/data were made of."""
+    """sha256 of the files under root that the pictures of OUTPUT/data come from."""
     questions = read_questions(data, SPLIT, unlabelled=True)
     names = sorted({_source(path, root) for question in questions for path in question.images})
     return {name: digest_file(root / name) for name in names if (root / name).is_file()}
 
 
 def _source(path: str, root: Path) -> str:
-    """A picture's path as the table or folder has it: conversion may add a page's number and the suffix of its format."""
+    """A picture's path in the table or folder. The conversion may add a page number and the suffix of its format."""
     name = path.removeprefix(f"{SPLIT}/")
     without = name.rpartition(".")[0]
     candidates = (name, without, re.sub(r"\.\d+$", "", without))
@@ -175,7 +177,7 @@ def _source(path: str, root: Path) -> str:
 
 
 def _write(output: Path, root: Path, questions: list[Question], answers: dict[str, Answer]) -> int:
-    """answers.jsonl and answers.csv in the source's order; returns how many answers are cut."""
+    """Writes answers.jsonl and answers.csv in the order of the source. Returns the number of incomplete answers."""
     records: list[Answered] = []
     names: dict[str, None] = {}
     for question in questions:

@@ -1,8 +1,8 @@
-"""The questions of a split, and their answers on disk.
+"""Questions of a split, and their answers on disk.
 
-Batches and the control's swap of pictures depend on the data alone, not on the number of processes. During a pass each process appends to
-PASS/partial/FINGERPRINT.RANK.jsonl, with fsync. A restart reads the parts of every process that have its own fingerprint (model, data,
-settings) and continues; it removes any other part.
+Batches, and the control's swap of pictures, depend only on the data, not on the number of processes. During a pass,
+each process appends to PASS/partial/FINGERPRINT.RANK.jsonl and calls fsync. A restart reads the parts of all processes
+that have its fingerprint (model, data, settings) and resumes. It removes all other parts.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Question:
 
     id: str
     images: tuple[str, ...]
-    """Paths as in the jsonl."""
+    """Paths as in the JSONL file."""
     user: str
-    """The user's words, without picture marks."""
+    """The user's text, without picture marks."""
     prompt: str
-    """What the model reads, up to where the answer starts."""
+    """The model's input up to the start of the answer."""
     answers: tuple[str, ...]
     meta: dict[str, str] = field(default_factory=dict)
-    """What the source says of the example."""
+    """Attributes of the example in the source."""
 
 
 def read_questions(data_dir: str | Path, split: str, unlabelled: bool = False) -> list[Question]:
@@ -50,7 +50,8 @@ def read_questions(data_dir: str | Path, split: str, unlabelled: bool = False) -
     for number, example in enumerate(read_conversations(path, unlabelled), 1):
         if example.id in lines:
             raise DataError(
-                f"{path}:{number}: field `id`: got {example.id!r}, already on line {lines[example.id]}; expected unique ids"
+                f"{path}:{number}: field `id`: got {example.id!r}, already on line {lines[example.id]}; expected "
+                "unique ids"
             )
         lines[example.id] = number
         turn = example.turns[0]
@@ -61,7 +62,8 @@ def read_questions(data_dir: str | Path, split: str, unlabelled: bool = False) -
 
 
 def leaked(pictures: Pictures, questions: Sequence[Question], train_dir: str | Path) -> int | None:
-    """Questions with a picture that is, byte for byte, also in the training split of train_dir; None if that has no such split."""
+    """Number of questions with a picture that is also in train_dir's training split (same bytes). None without that
+    split."""
     try:
         path = split_file(train_dir, "train")
     except DataError:
@@ -74,11 +76,12 @@ def leaked(pictures: Pictures, questions: Sequence[Question], train_dir: str | P
 def swap_pictures(
     questions: Sequence[Question], digests: dict[str, str], seed: int
 ) -> tuple[list[Question], list[str]]:
-    """The questions with each other's pictures, and the ids of the questions that are left out.
+    """The questions with swapped pictures, and the ids of the questions that are left out.
 
-    A seeded permutation among the questions with the same number of pictures. No question gets a picture that it already had,
-    compared by content hash, so a page with several questions is not handed back to one of them. Left out are questions
-    without pictures and those for which no other pictures remain: they cannot show whether the model uses its pictures.
+    Permutes the pictures by seed among questions with the same number of pictures. No question keeps any of its own
+    pictures, compared by content hash, so several questions about one page do not swap that page. Questions without
+    pictures, or for which no other pictures remain, are left out, because they cannot show whether the model uses its
+    pictures.
     """
     rng = Random(f"control/{seed}")
     groups: dict[int, list[int]] = {}
@@ -94,7 +97,8 @@ def swap_pictures(
 
 
 def _derange(members: list[int], fits: Callable[[int, int], bool], rng: Random) -> dict[int, int]:
-    """A random one-to-one map of the members to donors that `fits` each; members that cannot be mapped are missing from it."""
+    """A random one-to-one map of the members to donors for which `fits` is true. Members without a donor are missing
+    from it."""
     donors = members[:]
     rng.shuffle(donors)
     order = list(range(len(members)))
@@ -112,7 +116,8 @@ def _derange(members: list[int], fits: Callable[[int, int], bool], rng: Random) 
 def prompt_lengths(
     pictures: Pictures, questions: Sequence[Question], image_processor: Phi3VImageProcessor, num_crops: int
 ) -> list[int]:
-    """Tokens of each prompt, pictures included, from headers alone (a byte of text counts as a third of a token)."""
+    """Tokens of each prompt including pictures, from picture headers alone (a byte of text counts as a third of a
+    token)."""
     tokens: dict[str, int] = {}
     for path in {image for question in questions for image in question.images}:
         width, height = pictures.size(path, str(pictures.data_dir))
@@ -121,9 +126,9 @@ def prompt_lengths(
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first: a batch too large for memory fails at once, and padding stays small.
+    """Indices in batches of similar length, longest first, so that a batch that is too large fails at once.
 
-    The batches do not depend on the number of processes or on what a restart finds done, so neither do the predictions.
+    The batches depend neither on the number of processes nor on finished answers, so neither do the predictions.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -131,15 +136,15 @@ def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A greedy answer, before it is scored."""
+    """A greedy answer, before scoring."""
 
     prediction: str
     tokens: int
-    """Generated tokens, including the one that ended it."""
+    """Generated tokens, including the one that ended the answer."""
     probability: float
-    """Geometric mean of the probabilities of its tokens."""
+    """Geometric mean of the token probabilities."""
     cut: bool = False
-    """It reached max_new_tokens before it ended."""
+    """Whether it reached max_new_tokens before it ended."""
     choice: float | None = None
     """P(positive) / (P(positive) + P(negative)) of the first token."""
 
@@ -153,20 +158,21 @@ class Record(TypedDict):
     answers: list[str]
     prediction: str
     score: float
-    """By the main metric."""
+    """Score by the main metric."""
     p_yes: NotRequired[float]
     cut: NotRequired[bool]
-    """Set if the answer reached max_new_tokens."""
+    """Present if the answer reached max_new_tokens."""
     scores: NotRequired[dict[str, float]]
-    """By further metrics."""
+    """Scores by further metrics."""
     meta: NotRequired[dict[str, str]]
-    """What the source says of the example."""
+    """Attributes of the example in the source."""
 
 
 class Partial:
     """The parts of one pass.
 
-    folder: the pass' folder. fingerprint: what the answers depend on. rank: number of this process.
+    folder: folder of the pass. fingerprint: digest of everything that the answers depend on. rank: number of this
+    process.
     """
 
     def __init__(self, folder: Path, fingerprint: str, rank: int) -> None:
@@ -174,7 +180,7 @@ class Partial:
         self.path = self.folder / f"{fingerprint}.{rank}.jsonl"
 
     def read(self) -> dict[str, Answer]:
-        """Answers by example id; skips a line that a killed process left half written."""
+        """Answers by example id. Skips an incomplete line of a killed process."""
         found: dict[str, Answer] = {}
         for path in sorted(self.folder.glob(f"{self.fingerprint}.*.jsonl")):
             for line in path.read_bytes().splitlines(keepends=True):
@@ -185,12 +191,12 @@ class Partial:
         return found
 
     def trim(self) -> None:
-        """Cut a half-written last line off this process' part, so that appending starts on a fresh line."""
+        """Removes an incomplete last line from this process's part, so that appending starts on a new line."""
         if self.path.is_file():
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, batch: Iterable[tuple[Question, Answer]]) -> None:
-        """Add the answers of one batch; they are on the disk when this returns."""
+        """Appends the answers of one batch. They are on disk when this returns."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             file.write(json_lines({"id": question.id, **asdict(answer)} for question, answer in batch).encode())
@@ -198,22 +204,22 @@ class Partial:
             os.fsync(file.fileno())
 
     def drop_others(self) -> None:
-        """Remove parts that belong to another model, dataset or setting."""
+        """Removes parts of another model, dataset or setting."""
         for path in self.folder.glob("*.jsonl"):
             if not path.name.startswith(f"{self.fingerprint}."):
                 path.unlink()
 
 
 def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
-    """Records as the text of a jsonl."""
+    """Records as the text of a JSONL file."""
     return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
 def scored_lines(path: Path) -> Iterator[tuple[str, float]]:
     """Id and score of each line of a predictions.jsonl, one at a time.
 
-    Raises DataError naming file, line, field and value: not JSON, an id missing or given twice, no accepted answers, a score that is NaN or
-    outside 0-1, no line at all.
+    Raises DataError naming file, line, field and value: not JSON, an id missing or given twice, no accepted answers, a
+    score that is NaN or outside 0-1, no line at all.
     """
     seen: set[str] = set()
     with path.open("rb") as file:
@@ -225,7 +231,7 @@ def scored_lines(path: Path) -> Iterator[tuple[str, float]]:
                 raise DataError(f"{path}:{number}: field `{error.args[0]}`: missing; expected a value") from None
             except (ValueError, TypeError) as error:
                 raise DataError(
-                    f"{path}:{number}: not a JSON object ({error}); expected id, answers, score …"
+                    f"{path}:{number}: not a JSON object ({error}); expected an object with id, answers, score …"
                 ) from None
             problem = ""
             if not isinstance(identifier, str) or not identifier:

@@ -1,7 +1,8 @@
-"""Evaluate a checkpoint or adapter on a split: the passes `before`, `after` and `control`, over one or many processes.
+"""Evaluates a checkpoint or adapter on a split: the passes `before`, `after` and `control`, on one or more processes.
 
-Each example is answered once, by one process. Batches are the same for any number of processes, so the predictions are too. Answers are kept
-in PASS/partial/: a run that was killed continues after them, and the same command with other metrics scores them again.
+One process answers each example. Batches do not depend on the number of processes, so neither do the predictions.
+Answers are stored in PASS/partial/. A killed run resumes after them, and the same command with other metrics scores
+them again.
 """
 
 from __future__ import annotations
@@ -47,60 +48,61 @@ from phi3v.settings.commands import Answering
 
 DEFAULT_CROPS = Dataset.model_fields["num_crops"].default
 DEFAULT_NEW_TOKENS = 64
-"""The recipe's limit of an answer."""
+"""The recipe's limit of new tokens in an answer."""
 SECONDS_BETWEEN_LINES = 30
 NO_CONTROL = "no two examples have different pictures, so none can be swapped"
 _DEVICE_MEMORY = (torch.cuda.OutOfMemoryError,)
 
 Timing = dict[str, object]
-"""timing.json of a pass, the only file that differs from run to run."""
+"""timing.json of a pass. Only this file differs between identical runs."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the `world` that evaluate together."""
+    """This process among the `world` processes of the evaluation."""
 
     rank: int
     world: int
     device: torch.device
 
     def wait(self) -> None:
-        """Return once every process has called it."""
+        """Returns after every process has called it."""
         if self.world > 1:
             torch.distributed.barrier()
 
     def from_first(self, make: Callable[[], str]) -> str:
-        """What process 0 makes, in every process."""
+        """Calls a function in process 0 and returns its result in every process."""
         made = [make() if self.rank == 0 else ""]
         if self.world > 1:
             torch.distributed.broadcast_object_list(made)
         return made[0]
 
     def leave(self) -> None:
-        """Close the group."""
+        """Closes the process group."""
         if self.world > 1:
             torch.distributed.destroy_process_group()
 
     @property
     def title(self) -> str:
-        """The device in words, for manifests."""
+        """Description of the device, for manifests."""
         if self.device.type == "cuda":
             return f"{self.world} x {torch.cuda.get_device_name(self.device)}"
         return f"{self.world} CPU process(es), {torch.get_num_threads()} thread(s) each"
 
 
 def join(settings: Compute) -> Processes:
-    """Join the processes that torchrun started; alone without it.
+    """Joins the processes that torchrun started, or returns a single one.
 
     Raises SettingsError if this process's device cannot do the job (phi3v.model.runtime.compute_device).
     """
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
-        # Some libraries count the machine's cores for themselves once they are imported.
+        # Some libraries count the machine's cores at import, independent of this setting.
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = compute_device(settings)
     if world > 1:
-        # The processes share files and barriers only, so gloo serves every device. One may wait long for the longest answers.
+        # The processes only share files and barriers, so gloo works for every device. Waiting for long answers can take
+        # hours.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=2))
     if rank == 0 and (note := attention_note(settings, device)):
         print(note)
@@ -108,7 +110,7 @@ def join(settings: Compute) -> Processes:
 
 
 def shared_weights(name: str, processes: Processes) -> Path:
-    """The model's folder; the first process fetches a hub id while the others wait."""
+    """The model's folder. The first process downloads a hub id while the others wait."""
     if not is_hub_id(name):
         return weights_folder(name)
     if processes.rank == 0:
@@ -119,27 +121,30 @@ def shared_weights(name: str, processes: Processes) -> Path:
 
 @dataclass(frozen=True)
 class Pass:
-    """Questions that one model answers, and where the answers go."""
+    """Questions for one model, and the folder for the answers."""
 
     name: str
     folder: Path
     questions: list[Question]
     pictures: Pictures
     fingerprint: str
-    """What the answers depend on."""
+    """Digest of everything that the answers depend on."""
     left_out: int = 0
-    """Examples that the control cannot use."""
+    """Number of examples that the control cannot use."""
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Summary]:
-    """Run the passes and write output_dir/PASS/ and output_dir/manifest.json; returns metrics.json of each pass (process 0's view).
+    """Runs the passes and writes output_dir/PASS/ and output_dir/manifest.json. Returns metrics.json of each pass.
 
-    Raises DataError on data that cannot be evaluated, FileNotFoundError if the model or the data folder is missing.
+    Only process 0 returns the metrics. Raises DataError for unusable data, FileNotFoundError if the model or the data
+    folder is missing.
     """
     started = time.perf_counter()
     data_dir, output = Path(settings.data_dir), Path(settings.output_dir)
     if not data_dir.is_dir():
-        raise FileNotFoundError(f"--data_dir {data_dir}: no such folder; expected images/ and a jsonl for each split")
+        raise FileNotFoundError(
+            f"--data_dir {data_dir}: no such folder; expected a folder with images/ and one JSONL file per split"
+        )
     settings = _with_data_defaults(settings)
     questions, pictures = read_questions(data_dir, settings.split), Pictures(data_dir)
     processes = join(settings)
@@ -185,12 +190,13 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Summary]:
 
 
 def _with_data_defaults(settings: EvaluateSettings) -> EvaluateSettings:
-    """The settings with the data folder's values where they leave something out."""
+    """The settings, with the data folder's values for those that are not set."""
     index = describe(settings.data_dir)
     metrics = settings.metrics or index.get("metrics") or ([index["metric"]] if "metric" in index else [])
     if not metrics:
         raise DataError(
-            f"{settings.data_dir}: no dataset.json that names a metric, and no --metrics; expected a name such as accuracy"
+            f"{settings.data_dir}: got no metric from dataset.json or --metrics; set --metrics, such as --metrics "
+            "accuracy"
         )
     own = {
         "metrics": [name for name in metrics if ":" not in name] or ["accuracy"],
@@ -202,9 +208,9 @@ def _with_data_defaults(settings: EvaluateSettings) -> EvaluateSettings:
 
 
 def answers_fingerprint(settings: Answering, model: Path, data: list[str]) -> str:
-    """Digest of what the answers depend on: contents of the model's files, digests of the data, and settings.
+    """Digest of everything that the answers depend on: the model's files, the data, and settings.
 
-    Not the code: a `git pull` keeps the answers that are there. The manifest names the commit of the last part.
+    Excludes the code, so that a `git pull` keeps existing answers. The manifest names the commit of the last part.
     """
     roles = fields_with(type(settings), Role.RECIPE, Role.NUMERICS, Role.EQUIVALENT)
     facts = {
@@ -218,9 +224,10 @@ def answers_fingerprint(settings: Answering, model: Path, data: list[str]) -> st
 def answer_passes(
     passes: list[Pass], model: Path, settings: Answering, processes: Processes, yes_no: bool = False, title: str = ""
 ) -> Iterator[tuple[Pass, dict[str, Answer], Timing]]:
-    """Answer what is open of each pass; yields it with all its answers by id and its timing, in process 0 alone.
+    """Answers the open questions of each pass. In process 0, yields the pass with all its answers by id, and its
+    timing.
 
-    The model is loaded once, and only if something is open; the timing is empty where nothing was.
+    Loads the model once, and only if a question is open. The timing is empty if none was.
     """
     predictor = None
     for each in passes:
@@ -245,7 +252,10 @@ def answer_passes(
         if processes.rank == 0:
             answers = part.read()
             if missing := [question.id for question in each.questions if question.id not in answers]:
-                raise DataError(f"{part.folder}: no answer to {len(missing)} questions, the first {missing[0]!r}")
+                raise DataError(
+                    f"{part.folder}: got no answer to {len(missing)} questions, the first of which is {missing[0]!r}; "
+                    "run the same command again"
+                )
             yield each, answers, timing
         processes.wait()
 
@@ -259,7 +269,7 @@ def _answer(
     processes: Processes,
     title: str,
 ) -> Timing:
-    """Answer this process' share of the open batches."""
+    """Answers this process's share of the open batches."""
     lengths = prompt_lengths(each.pictures, each.questions, predictor.processor.image_processor, predictor.num_crops)
     batches = [[each.questions[i] for i in batch] for batch in plan_batches(lengths, settings.batch_size_per_gpu)]
     open_batches = [batch for batch in batches if any(question.id not in done for question in batch)]
@@ -301,7 +311,7 @@ def _dtype(computed: torch.Tensor | PreTrainedModel) -> str:
 
 
 def _progress(title: str, total: int, bar: bool, silent: bool) -> tqdm:
-    """A bar on a terminal; in a log a line every 30 s, about this process' share."""
+    """A progress bar on a terminal. In a log, a line every 30 s about this process's share."""
     if bar and sys.stderr.isatty():
         return tqdm(total=total, desc=title, unit=" examples", dynamic_ncols=True, disable=silent)
     line = "{desc}: {n_fmt} of {total_fmt} (this process), {rate_fmt}, {remaining} left\n"
@@ -321,7 +331,7 @@ def _inputs(batch: list[Question], pictures: Pictures, predictor: Predictor) -> 
 def _prefetched(
     batches: list[list[Question]], pictures: Pictures, predictor: Predictor, workers: int
 ) -> Iterator[tuple[list[Question], dict[str, torch.Tensor]]]:
-    """Each batch with its inputs; `workers` threads decode and resize the next ones meanwhile."""
+    """Yields each batch with its inputs, while `workers` threads decode and resize the pictures of the next ones."""
     if workers == 0:
         for batch in batches:
             yield batch, _inputs(batch, pictures, predictor)
@@ -336,7 +346,7 @@ def _prefetched(
 def _answer_within_memory(
     batch: list[Question], inputs: dict[str, torch.Tensor], pictures: Pictures, predictor: Predictor
 ) -> list[Answer]:
-    """Answers of a batch; a batch that does not fit the device's memory is halved."""
+    """Answers of a batch. Halves a batch that runs out of device memory."""
     try:
         return predictor.answer(inputs)
     except _DEVICE_MEMORY:
@@ -352,7 +362,7 @@ def _answer_within_memory(
 
 
 def _score(each: Pass, answers: dict[str, Answer], timing: Timing, settings: EvaluateSettings) -> Summary:
-    """Write predictions.jsonl in the dataset's order, metrics.json, and timing.json if something was answered."""
+    """Writes predictions.jsonl in the dataset's order, metrics.json, and timing.json if any question was answered."""
     records = [_record(question, answers[question.id]) for question in each.questions]
     set_scores(records, settings.metrics)
     for record, question in zip(records, each.questions, strict=True):

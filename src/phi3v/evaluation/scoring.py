@@ -1,4 +1,4 @@
-"""metrics.json of a pass, and predictions that are scored again: by other metrics, or by a function of the user's."""
+"""Computes metrics.json of a pass, and scores predictions again by other metrics or by the user's own functions."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ class Figure(TypedDict):
 
 
 class Field(TypedDict):
-    """A field of JSON answers, 0-100."""
+    """Metrics of a field of JSON answers, 0-100."""
 
     accuracy: float
-    """Share of the examples whose answer has the field for which all its values are right."""
+    """Share of examples with the field for which all values are right."""
     f1: float
     n: int
-    """Examples whose answer has the field."""
+    """Number of examples whose answer has the field."""
 
 
 class Fields(TypedDict):
-    """What JSON answers hold, field by field."""
+    """Metrics of JSON answers by field."""
 
     invalid: int
-    """Predictions that are not a JSON object."""
+    """Number of predictions that are not a JSON object."""
     fields: dict[str, Field]
 
 
@@ -75,16 +75,16 @@ class Summary(TypedDict):
     n: int
     interval: list[float]
     more: dict[str, Figure | Confusion | Fields]
-    """Further metrics: those that were asked for, and those that the examples allow."""
+    """Further metrics: the requested ones, and those that the examples allow."""
     cut: NotRequired[int]
-    """Answers that reached max_new_tokens; missing: none did."""
+    """Number of answers that reached max_new_tokens. Missing if there are none."""
     groups: NotRequired[dict[str, Group]]
     left_out: NotRequired[int]
     leaked: NotRequired[int | None]
 
 
 def figure(metric: str, scores: Sequence[float], seed: int) -> Figure:
-    """Mean of 0-1 scores, as 0-100: Wilson's interval where answers are right or wrong, a bootstrap of graded ones."""
+    """Mean of 0-1 scores, as 0-100: Wilson's interval if answers are right or wrong, a bootstrap for graded ones."""
     binary = metric.partition("@")[0] in BINARY or (":" in metric and set(scores) <= {0.0, 1.0})
     right = math.fsum(scores)
     interval = statistics.wilson(round(right), len(scores)) if binary else statistics.bootstrap(scores, seed)
@@ -96,7 +96,8 @@ def _rounded(value: float, interval: statistics.Interval) -> Figure:
 
 
 def summarise(records: Sequence[Record], metrics: Sequence[str], seed: int, group_by: str = "") -> Summary:
-    """metrics.json of a pass. metrics: the main one first. group_by: name of the examples' `meta` field."""
+    """Computes metrics.json of a pass. metrics: the main one first. group_by: name of a field of the examples'
+    `meta`."""
     main, *others = metrics
     scores = [record["score"] for record in records]
     more: dict[str, Figure | Confusion | Fields] = {
@@ -129,7 +130,8 @@ def summarise(records: Sequence[Record], metrics: Sequence[str], seed: int, grou
 
 
 def _ratio(parts: Sequence[float], wholes: Sequence[float], seed: int) -> Figure:
-    """100 times the sum of the parts over the sum of the wholes, with an interval over the examples; 0 of nothing is 0."""
+    """100 times the sum of parts divided by the sum of wholes, with an interval over the examples. 0 / 0 counts as
+    0."""
 
     def ratio(part: np.ndarray, whole: np.ndarray) -> float:
         return 100.0 * float(part.sum() / max(whole.sum(), 1))
@@ -139,7 +141,8 @@ def _ratio(parts: Sequence[float], wholes: Sequence[float], seed: int) -> Figure
 
 
 def _error_rate(records: Sequence[Record], edits: Callable[[str, str], tuple[int, int]], seed: int) -> Figure:
-    """Edits over the answers' characters or words of the whole dataset, in percent: lower is better, and above 100 is possible."""
+    """Edits divided by the characters or words of all answers, in percent. Lower is better, and more than 100 is
+    possible."""
     pairs = [
         min((edits(record["prediction"], answer) for answer in record["answers"]), key=lambda pair: pair[0] / pair[1])
         for record in records
@@ -148,9 +151,9 @@ def _error_rate(records: Sequence[Record], edits: Callable[[str, str], tuple[int
 
 
 def _of_fields(records: Sequence[Record], seed: int) -> dict[str, Figure | Confusion | Fields]:
-    """F1 over all pairs of the dataset (Donut's), and each field's accuracy and F1."""
+    """F1 over all pairs of the dataset (Donut's), and accuracy and F1 of each field."""
     parts, wholes = [], []
-    # Examples that have the field, those with all of it right, pairs said or true, pairs that are both.
+    # By field: examples with it, examples with all of it right, pairs in predictions or answers, pairs in both.
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     for record in records:
         answer = max(record["answers"], key=lambda answer: json_fields(record["prediction"], answer))
@@ -173,11 +176,11 @@ def _of_fields(records: Sequence[Record], seed: int) -> dict[str, Figure | Confu
 
 
 _NLVR2_ID = re.compile(r"([^-]+-[^-]+)-[^-]+(-[^-]+)")
-"""SPLIT-SET-PAIR-SENTENCE; the sentence is the id without its pair."""
+"""SPLIT-SET-PAIR-SENTENCE. The id without its pair identifies the sentence."""
 
 
 def _of_classes(records: Sequence[Record], seed: int) -> dict[str, Figure | Confusion | Fields]:
-    """AUROC of yes/no answers, NLVR2's consistency, and a confusion table: each where the examples define it."""
+    """AUROC of yes/no answers, NLVR2's consistency, and a confusion matrix, if the examples define them."""
     more: dict[str, Figure | Confusion | Fields] = {}
     truths = [normalise(record["answers"][0]) for record in records]
     if set(truths) == {"yes", "no"} and all("p_yes" in record for record in records):
@@ -196,19 +199,23 @@ def _of_classes(records: Sequence[Record], seed: int) -> dict[str, Figure | Conf
 
 
 def own_scores(metric: str, records: Sequence[Record]) -> list[float]:
-    """Scores by a function of the user's, FILE.py:FUNCTION: `score(predictions: list[dict]) -> list[float]`, one in 0-1 for each.
+    """Scores by a user's function FILE.py:FUNCTION: `score(predictions: list[dict]) -> list[float]`, each in 0-1.
 
-    Raises DataError: no such file or function, another number of scores, a score that is not in 0-1.
+    Raises DataError if the file or function does not exist, if the number of scores differs, or if a score is not in
+    0-1.
     """
     path, _, name = metric.rpartition(":")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if not Path(path).is_file() or spec is None or spec.loader is None:
-        raise DataError(f"metric {metric}: {path}: no such file; expected FILE.py:FUNCTION, from the working directory")
+        raise DataError(
+            f"metric {metric}: {path}: no such file; expected FILE.py:FUNCTION, relative to the working directory"
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(function := getattr(module, name, None)):
         raise DataError(
-            f"metric {metric}: {path} has no function {name}; expected {name}(predictions) -> list of scores"
+            f"metric {metric}: {path} has no function {name}; define {name}(predictions), which returns a list of "
+            "scores"
         )
     scores = list(function([dict(record) for record in records]))
     if len(scores) != len(records):
@@ -228,7 +235,8 @@ def _scores(metric: str, records: Sequence[Record]) -> list[float]:
 
 
 def set_scores(records: Sequence[Record], metrics: Sequence[str]) -> None:
-    """Set the records' score by the main metric and their scores by the others. Raises what own_scores raises."""
+    """Sets each record's score by the main metric, and its scores by the others. Raises the same errors as
+    own_scores."""
     columns = [[round(value, 6) for value in _scores(name, records)] for name in metrics]
     for record, (main, *others) in zip(records, zip(*columns, strict=True), strict=True):
         record["score"] = main
@@ -243,9 +251,9 @@ def _read(path: Path) -> list[Record]:
 
 
 def rescore(settings: ScoreSettings) -> dict[str, Summary]:
-    """Score the predictions of an evaluation, without a model: its passes' predictions.jsonl, metrics.json and, elsewhere, a manifest.
+    """Scores the predictions of an evaluation without a model. Writes predictions.jsonl and metrics.json of each pass.
 
-    Raises DataError: no passes, or what own_scores raises.
+    Writes a manifest too if the output folder differs. Raises DataError if there are no passes, and own_scores' errors.
     """
     started, source = time.perf_counter(), Path(settings.input_dir)
     output = Path(settings.output_dir or source)
@@ -269,7 +277,7 @@ def rescore(settings: ScoreSettings) -> dict[str, Summary]:
         if settings.compare:
             _compare(records, settings, folder)
     if not found:
-        raise DataError(f"{source}: no PASS/metrics.json; expected a result of scripts/evaluate.py")
+        raise DataError(f"{source}: contains no PASS/metrics.json; expected a result folder of scripts/evaluate.py")
     if output != source:
         manifest = {"evaluation": str(source)}
         seconds = time.perf_counter() - started
@@ -280,16 +288,20 @@ def rescore(settings: ScoreSettings) -> dict[str, Summary]:
 
 
 def _compare(records: Sequence[Record], settings: ScoreSettings, folder: Path) -> None:
-    """Print the paired difference of each metric from another pass."""
+    """Prints the paired difference of each metric from another pass."""
     others = {record["id"]: record for record in _read(Path(settings.compare) / "predictions.jsonl")}
     ours = [record for record in records if record["id"] in others]
     if not ours:
-        raise DataError(f"--compare {settings.compare}: no example of {folder}; expected the same ids")
+        raise DataError(
+            f"--compare {settings.compare}: has no example id in common with {folder}; expected a pass on the same "
+            "examples"
+        )
     theirs = [others[record["id"]] for record in ours]
     for name in settings.metrics:
         found = statistics.paired(_scores(name, ours), _scores(name, theirs), settings.seed)
         p = "" if found.p is None else f", p = {found.p:.4g}"
         low, high = found.interval
         print(
-            f"{folder} minus {settings.compare}: {name} {found.difference:+.2f} [{low:.2f}, {high:.2f}], n = {found.n}{p}"
+            f"{folder} minus {settings.compare}: {name} {found.difference:+.2f} [{low:.2f}, {high:.2f}], n = "
+            f"{found.n}{p}"
         )

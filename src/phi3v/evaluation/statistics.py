@@ -1,6 +1,6 @@
-"""Intervals, paired comparisons and verdicts. Every figure is 0-100, every interval 95 % unless asked otherwise.
+"""Intervals, paired comparisons and verdicts. Figures are 0-100, and intervals 95 % unless stated otherwise.
 
-Bootstraps are seeded: the same scores give the same interval.
+Bootstraps are seeded, so the same scores give the same interval.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Z95 = 1.959963984540054
 """97.5th percentile of the standard normal distribution."""
 RESAMPLES = 2000
 MARGIN = 2.0
-"""Points within which two scores count as the same."""
+"""Largest difference in points at which two scores count as equal."""
 
 Verdict = Literal["agrees", "above", "below", "inconclusive"]
 
@@ -33,10 +33,11 @@ def wilson(correct: int, n: int) -> Interval:
 
 
 def bootstrap(scores: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """Percentile bootstrap interval of the mean of 0-1 scores, or of their differences, times 100 (Efron 1979). Raises ValueError on none.
+    """Percentile bootstrap interval of the mean of 0-1 scores, or of their differences, times 100 (Efron 1979). Raises
+    ValueError on none.
 
-    A resample is drawn as how often each distinct value occurs (a multinomial). The distribution is that of drawing n values one by one,
-    as scipy.stats.bootstrap does, in a thousandth of its time for 5,000 scores of 0 and 1.
+    A resample is drawn as how often each distinct value occurs (a multinomial). The distribution is that of drawing n
+    values one by one, as scipy.stats.bootstrap does, in a thousandth of its time for 5,000 scores of 0 and 1.
     """
     values = np.asarray(scores, dtype=np.float64)
     if values.size == 0:
@@ -57,8 +58,8 @@ def bootstrap_paired(
 ) -> Interval:
     """Percentile bootstrap interval of a statistic of two values per example.
 
-    statistic: two arrays [n] to a figure; it may raise ValueError for a resample that it is not defined on (AUROC with one class), which is
-    then left out. Raises ValueError if that is every resample.
+    statistic: two arrays [n] to a figure; it may raise ValueError for a resample that it is not defined on (AUROC with
+    one class), which is then left out. Raises ValueError if that is every resample.
     """
     first, second = np.asarray(left), np.asarray(right)
     rng = np.random.default_rng(seed)
@@ -85,7 +86,8 @@ class Comparison:
 
 
 def mcnemar(left: Sequence[float] | np.ndarray, right: Sequence[float] | np.ndarray) -> float:
-    """Two-sided exact p-value that two raters of the same examples are equally often right (McNemar 1947; binomial form)."""
+    """Two-sided exact p-value that two raters of the same examples are equally often right (McNemar 1947; binomial
+    form)."""
     a, b = np.asarray(left) > 0.5, np.asarray(right) > 0.5
     only_left, only_right = int((a & ~b).sum()), int((b & ~a).sum())
     discordant = only_left + only_right
@@ -95,7 +97,8 @@ def mcnemar(left: Sequence[float] | np.ndarray, right: Sequence[float] | np.ndar
 def paired(
     left: Sequence[float] | np.ndarray, right: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = RESAMPLES
 ) -> Comparison:
-    """Mean of left minus right over the same examples, with a paired bootstrap interval. Raises ValueError on unequal lengths."""
+    """Mean of left minus right over the same examples, with a paired bootstrap interval. Raises ValueError on unequal
+    lengths."""
     a, b = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if a.shape != b.shape or a.size == 0:
         raise ValueError(f"scores: {a.size} and {b.size} of them; expected the same examples, at least one")
@@ -115,7 +118,8 @@ def spread(scores: Sequence[float] | np.ndarray) -> dict[str, float]:
 
 
 def _half_width(sampling: float, seeds: float, count: int) -> float:
-    """Half of a 95 % interval of a figure with a known sampling variance and one from `count` seeds (Welch and Satterthwaite)."""
+    """Half of a 95 % interval of a figure with a known sampling variance and another from `count` seeds (Welch and
+    Satterthwaite)."""
     total = sampling + seeds
     if not seeds:
         return Z95 * math.sqrt(total)
@@ -124,10 +128,10 @@ def _half_width(sampling: float, seeds: float, count: int) -> float:
 
 
 def interval_over_seeds(scores: Sequence[float] | np.ndarray, seed_scores: Sequence[float] | np.ndarray) -> Interval:
-    """Interval of a mean over seeds, in points: the examples' scatter and the seeds' together.
+    """Interval of a mean over seeds, in points, from the variation between examples and between seeds.
 
-    scores: each example's 0-1 score, averaged over the seeds. seed_scores: each seed's 0-100 score. What differs between seeds
-    by example counts in both, so the interval is rather too wide.
+    scores: each example's 0-1 score, averaged over the seeds. seed_scores: each seed's 0-100 score. What differs
+    between seeds by example counts in both, so the interval is slightly too wide.
     """
     values, seeds = np.asarray(scores, dtype=np.float64), np.asarray(seed_scores, dtype=np.float64)
     mean = 100 * float(values.mean())
@@ -139,7 +143,7 @@ def interval_over_seeds(scores: Sequence[float] | np.ndarray, seed_scores: Seque
 
 @dataclass(frozen=True)
 class AgainstPublished:
-    """Our score minus the published one, in points."""
+    """Our score minus the published score, in points."""
 
     difference: float
     interval: Interval
@@ -149,8 +153,8 @@ class AgainstPublished:
 def standard_error(score: float, n: int, scores: Sequence[float] | np.ndarray | None = None) -> float:
     """Sampling error of a 0-100 score over n examples, in points.
 
-    From the scores' own scatter where given, else that of a proportion of this size: the largest any 0-1 score can have. A share of 0 or
-    100 % would give zero, so a proportion is taken with one more of either outcome (Laplace).
+    From the scores' own scatter where given, else that of a proportion of this size: the largest any 0-1 score can
+    have. A share of 0 or 100 % would give zero, so a proportion is taken with one more of either outcome (Laplace).
     """
     if scores is not None and np.ptp(np.asarray(scores)) > 0:
         return 100 * float(np.std(np.asarray(scores), ddof=1)) / math.sqrt(n)
@@ -167,11 +171,12 @@ def against_published(
     seed_scores: Sequence[float] | np.ndarray = (),
     margin: float = MARGIN,
 ) -> AgainstPublished:
-    """Verdict on a published figure from the interval of the difference, both sides' sampling errors and the seeds' spread in it.
+    """Verdict on a published figure from the interval of the difference, both sides' sampling errors and the seeds'
+    spread in it.
 
-    The published answers are not known, so the two sides count as independent, which makes the interval wider than a paired one.
-    agrees / above / below: the whole interval lies within / above / below plus or minus `margin`; otherwise inconclusive. So few
-    examples never earn "agrees".
+    The published answers are not known, so the two sides count as independent, which makes the interval wider than a
+    paired one. agrees / above / below: the whole interval lies within / above / below plus or minus `margin`; otherwise
+    inconclusive. So few examples never earn "agrees".
     """
     ours = standard_error(score, n, scores)
     # Without the published answers, their scatter is taken to be as ours, else that of a proportion. A mean over seeds
@@ -179,7 +184,7 @@ def against_published(
     alike = scores is not None and len(seed_scores) < 2
     theirs = ours * math.sqrt(n / published_n) if alike else standard_error(published, published_n)
     seeds = float(np.var(seed_scores, ddof=1)) if len(seed_scores) > 1 else 0.0
-    # The published figure is one seed, ours the mean of several.
+    # The published figure comes from one seed, ours is the mean over several.
     between = seeds / max(len(seed_scores), 1) + seeds
     half = _half_width(ours**2 + theirs**2, between, len(seed_scores))
     difference = score - published

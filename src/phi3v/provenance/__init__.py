@@ -1,1 +1,1 @@
-"""What a result came from: manifests, the chain behind a number, and digests that must repeat."""
+"""The origin of results: manifests, the chain behind a number, and digests that must repeat."""

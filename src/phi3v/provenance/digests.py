@@ -1,4 +1,4 @@
-"""Digests of the files that a repeated run must write with the same bytes, and the first difference between two runs."""
+"""Digests of the files that repeated runs must write with the same bytes, and the first difference between two runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from phi3v.provenance.manifest import digest_file
 
-# In the order of the workflow, so that the first difference is where it began. NAME is the run's name.
+# In the order of the workflow, so that the first difference shows where it started. NAME is the run's name.
 REPEATED = (
     "data/*/dataset.json",
     "data/*/*.jsonl",
@@ -23,12 +23,12 @@ REPEATED = (
     "NAME/evaluate/*/*/metrics.json",
     "NAME/report/accuracy.tsv",
 )
-# The widest of these decides which kernels run, and so the order of their sums.
+# The widest available set decides which kernels run, and so the order of summation.
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
 def machine(processors: Path = Path("/proc/cpuinfo")) -> str:
-    """What digests may depend on: the processor's maker, its widest instructions, and torch's build."""
+    """The parts of a machine that digests can depend on: processor vendor, widest instruction set, torch build."""
     torch = metadata.version("torch")
     if not processors.is_file():
         return f"{platform.machine()}, torch {torch}"
@@ -50,7 +50,7 @@ def digests(results: Path, name: str) -> dict[str, str]:
 
 
 def first_difference(one: dict[str, str], other: dict[str, str]) -> str | None:
-    """The first file, in the workflow's order, that differs or is missing on one side; None if all are equal."""
+    """The first file, in the order of the workflow, that differs or is missing on one side. None if all are equal."""
     for name in [*one, *(name for name in other if name not in one)]:
         if one.get(name) != other.get(name):
             return name
@@ -58,10 +58,10 @@ def first_difference(one: dict[str, str], other: dict[str, str]) -> str | None:
 
 
 def explain(one: Path, other: Path) -> str:
-    """The first difference between two files: a tensor, or a line and byte. Either file may be missing."""
+    """The first difference between two files: a tensor, or a line and byte. A file may be missing."""
     for path in (one, other):
         if not path.is_file():
-            return f"{path} is not there"
+            return f"{path} does not exist"
     if one.suffix == ".safetensors":
         return _tensors(one, other)
     left, right = one.read_bytes().splitlines(), other.read_bytes().splitlines()

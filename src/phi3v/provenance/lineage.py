@@ -1,8 +1,8 @@
-"""The chain from a result back to where its data came from, as the manifests, dataset files and download locks state it.
+"""The chain from a result back to the sources of its data, from manifests, dataset files and download locks.
 
-`lines` prints it. `export_crate` writes it as an RO-Crate (https://w3id.org/ro/crate/1.1, Workflow Run Crate 0.5): the workflow, each job,
-and how they depend on each other. A crate holds settings, tables, metrics and manifests; weights, pictures and predictions stay where they
-are, named by their digests in the manifests.
+`lines` prints it. `export_crate` writes it as an RO-Crate (https://w3id.org/ro/crate/1.1, Workflow Run Crate 0.5) with
+the workflow, the jobs and their dependencies. A crate contains settings, tables, metrics and manifests, but no weights,
+pictures and predictions; their digests are in the manifests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORKFLOW_FILES = ("Snakefile", "workflow/rules/*.smk", "LICENSE")
 SCRIPTS = {
     "train": "finetune.py", "evaluate": "evaluate.py", "score": "score.py", "speed": "speed.py", "report": "report.py",
 }  # fmt: skip
-# What a job leaves that is small: manifests and their neighbours.
+# Small files of a job: manifests and others in the same folder.
 SMALL = ("*.json", "*.tsv", "*.md", "index.html", "before/*.json", "after/*.json", "control/*.json")
 SHA256 = "https://w3id.org/ro/terms/workflow-run#sha256"
 LICENCE = "https://spdx.org/licenses/MIT"
@@ -44,19 +44,19 @@ class Link:
     """One result, dataset, download, source or file of the chain."""
 
     name: str
-    """What the result that was made from it calls it: data, model, config …"""
+    """Name in the result that used it: data, model, config …"""
     path: Path | str
-    """A folder or file; of a source, the URL that its download asked for."""
+    """Folder or file. For a source, the requested URL."""
     kind: str
-    """train, evaluate, speed, report; dataset, download, source, file, missing."""
+    """train, evaluate, speed, report, dataset, download, source, file, missing."""
     facts: dict[str, object] = field(default_factory=dict)
     made_from: list[Link] = field(default_factory=list)
     problem: str = ""
-    """Why this is not what the result above was made from; empty if the digests agree."""
+    """Why this differs from the input of the result above. Empty if the digests agree."""
 
 
 def chain(path: Path, root: Path = Path()) -> Link:
-    """The chain behind a result's folder or a file in it. root: the folder that the manifests' relative paths start from.
+    """The chain behind a result's folder, or a file in it. root: folder that the manifests' relative paths start from.
 
     Raises ResultError if there is no manifest, dataset.json or download lock to start from.
     """
@@ -70,16 +70,16 @@ def chain(path: Path, root: Path = Path()) -> Link:
 
 
 def of_row(report: Link, row: str) -> Link:
-    """A report's chain with the jobs of one row only, and the evaluations before training that it compares with.
+    """A report's chain with the jobs of only one row, and the evaluations before training that it is compared with.
 
-    Raises ResultError for a row that the report has no result of.
+    Raises ResultError for a row without a result in the report.
     """
     jobs = [(Path(link.path), link) for link in report.made_from]
     own = [link for path, link in jobs if path.name == row]
     if not own:
         known = sorted({path.name for path, _ in jobs if path.parent.name in ("train", "speed")})
         raise ResultError(
-            f"{report.path}: row {row!r}: no result behind this report; expected one of {', '.join(known)}"
+            f"{report.path}: row {row!r}: this report has no result of it; expected one of {', '.join(known)}"
         )
     start = [_data_and_model(link) for link in own if link.kind == "train"]
     base = [link for path, link in jobs if path.parent.name == "base" and _data_and_model(link) in start]
@@ -91,7 +91,7 @@ def _data_and_model(link: Link) -> list[str]:
 
 
 def lines(link: Link, indent: str = "", seen: set[Path | str] | None = None) -> Iterator[str]:
-    """The chain as an indented tree; a result that was shown before is named again and marked, not opened again."""
+    """The chain as an indented tree. A repeated result is marked and not expanded again."""
     seen = set() if seen is None else seen
     facts = "  ".join(f"{name} {value}" for name, value in link.facts.items() if value not in (None, ""))
     repeated = link.path in seen and bool(link.made_from)
@@ -105,17 +105,17 @@ def lines(link: Link, indent: str = "", seen: set[Path | str] | None = None) -> 
 
 
 def problems(link: Link) -> list[str]:
-    """Each link that is not what its result was made from; once, however many results share it."""
+    """Each link that differs from the input of its result, without duplicates."""
     own = [f"{link.path}: {link.problem}"] if link.problem else []
     return list(dict.fromkeys(own + [text for other in link.made_from for text in problems(other)]))
 
 
 def _link(name: str, path: Path, root: Path, recorded: str | None) -> Link:
-    """The link of a path. recorded: the digest that the result above noted, if it noted one."""
+    """The link of a path. recorded: digest in the manifest of the result above, if any."""
     found = parent_file(root / path)
     file = found or root / path
     if not file.is_file():
-        return Link(name, path, "missing", problem="not there any more" if recorded else "")
+        return Link(name, path, "missing", problem="no longer exists" if recorded else "")
     now = digest_file(file)
     if found is None:
         link = Link(name, path, "file", {"sha256": now[:SHORT]})
@@ -163,18 +163,18 @@ def _source(entry: dict[str, Any], root: Path) -> Link:
 
 @dataclass
 class Job:
-    """A link of the chain that left files in the crate."""
+    """A link of the chain that has files in the crate."""
 
     home: Path
     results: list[DataEntity]
     inputs: list[DataEntity] = field(default_factory=list)
-    """Files that stand for what it was made from."""
+    """Files that represent its inputs."""
 
 
 def export_crate(report: Path, folder: Path, root: Path = Path()) -> Path:
-    """Write the crate of the run whose report folder is given; returns its metadata file.
+    """Writes the crate of the run with the given report folder. Returns its metadata file.
 
-    Raises ResultError if `report` is no report, FileExistsError if the folder holds something else than a crate.
+    Raises ResultError if `report` is no report, FileExistsError if the folder contains anything but a crate.
     """
     from rocrate.rocrate import ROCrate
 
@@ -182,7 +182,7 @@ def export_crate(report: Path, folder: Path, root: Path = Path()) -> Path:
     if link.kind != "report":
         raise ResultError(f"{report}: got a result of kind {link.kind}; expected a report's folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "ro-crate-metadata.json").exists():
-        raise FileExistsError(f"{folder}: exists and is not a crate; expected a new folder")
+        raise FileExistsError(f"{folder}: exists and is not a crate; choose a new folder")
     crate = ROCrate(version="1.1")
     crate.metadata.extra_terms["sha256"] = SHA256
     jobs: dict[str, Job] = {}
@@ -209,7 +209,7 @@ def _add_file(crate: ROCrate, source: Path, name: str) -> DataEntity:
 
 
 def _add_links(crate: ROCrate, link: Link, root: Path, jobs: dict[str, Job]) -> list[DataEntity]:
-    """Copy what states where the link comes from, and note its job; returns the files that stand for it."""
+    """Adds the files that describe the link's origin, and records its job. Returns the files that represent it."""
     if str(link.path) in jobs:
         return jobs[str(link.path)].results
     place = Path(str(link.path).removeprefix("file:").removeprefix("//"))
@@ -228,14 +228,14 @@ def _add_links(crate: ROCrate, link: Link, root: Path, jobs: dict[str, Job]) -> 
 
 
 def _name(path: Path) -> str:
-    """A file's name in the crate; files from elsewhere stand in outside/, a folder for each that they come from."""
+    """Name of a file in the crate. Files from outside are in outside/, in one folder per source folder."""
     if not path.is_absolute() and ".." not in path.parts:
         return path.as_posix()
     return f"outside/{hashlib.sha256(str(path.parent).encode()).hexdigest()[:8]}/{path.name}"
 
 
 def _describe(crate: ROCrate, jobs: dict[str, Job], report: Job) -> None:
-    """The root, the workflow, the run as a whole, and an action for each job that has a manifest."""
+    """The root, the workflow, the run as a whole, and an action for each job with a manifest."""
     made = {job.home: job for job in jobs.values() if (job.home / "manifest.json").is_file()}
     given = [file for job in jobs.values() if job.home not in made for file in job.results]
     manifests = {home: cast(Manifest, read_json(home / "manifest.json")) for home in made}
@@ -275,7 +275,7 @@ def _entity(crate: ROCrate, uri: str, kind: str, **values: object) -> ContextEnt
 
 
 def _tool(crate: ROCrate, manifest: Manifest) -> ContextEntity:
-    """The script of a job's kind, as an application with its version."""
+    """The script for a kind of job, as an application with its version."""
     name = SCRIPTS.get(manifest.get("kind", ""), "finetune.py")
     version = f"{__version__} {manifest.get('commit') or ''}".strip()
     uri = f"#scripts-{name.removesuffix('.py')}"
