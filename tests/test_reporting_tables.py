@@ -285,7 +285,8 @@ def test_verdicts_of_the_published_run(root, tmp_path):
     )
     short = _published(root, tmp_path / "c", row, 300, 0.89)
     assert (
-        short.verdict.text == "not comparable" and short.verdict.reason == "300 examples, but the published figure has 500"
+        short.verdict.text == "not comparable"
+        and short.verdict.reason == "300 examples, but the published figure has 500"
     )
     changed = _published(
         root, tmp_path / "d", row, 500, 0.89, overrides={row: {"learning_rate": 2e-5, "micro_batch_size": 2}}

@@ -5,8 +5,8 @@
 
 `images` are paths relative to DIR/images. A turn without pictures has an empty list or none. Optional fields: `system`,
 an instruction before the question; `answers`, all accepted answers, of which `assistant` is the first; and `meta` of
-the example. Any other line raises DataError with file, line, field, value and what was expected. docs/data.md and
-workflow/schemas/conversations.schema.json describe the format.
+the example. Any other line raises DataError with file, line, field, value and what was expected.
+docs/reference/file-formats.md and workflow/schemas/conversations.schema.json describe the format.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ def _device_reasons(setup: Setup) -> list[str]:
     if hardware.generation in WITHOUT_CUDA_13:
         reasons.append(
             f"the locked environment does not run on {hardware.generation}: its PyTorch is built for CUDA 13, which "
-            "requires Turing or newer. Install the build of the same version for CUDA 12.6 (docs/planner.md)"
+            "requires Turing or newer. Install the build of the same version for CUDA 12.6 (docs/troubleshooting.md)"
         )
     if setup.batch_size != BATCH:
         reasons.append(
@@ -282,7 +282,7 @@ def _optimizer_reasons(full: Option) -> list[str]:
     setup = full.fit.setup
     found = other_optimizers(setup)
     if not found:
-        return ["full fine-tuning fits with none of the optimizers; docs/training.md lists the memory of each"]
+        return ["full fine-tuning fits with none of the optimizers; docs/how-to/small-gpu.md lists the memory of each"]
     ways = []
     for fit in found:
         host = f", {fit.memory.host_gb:.0f} GB of host memory per process" if fit.memory.host else ""

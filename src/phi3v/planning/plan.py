@@ -35,7 +35,7 @@ n: devices. Predicted memory per device in GB, for this project's code: alloc: l
 by PyTorch's allocator; ctx: CUDA context and NCCL. nvidia-smi shows resvd + ctx.
 fits: yes; tight (works only if PyTorch frees cached memory; slower); no. micro: largest micro-batch that fits.
 img/s: images per second over all devices. MFU, HFU: share of the dense peak, without and with recomputation.
-A CPU's peak is calibrated on one machine (docs/planner.md), so its figures are rough on other machines.
+A CPU's peak is calibrated on one machine (docs/measurements.md), so its figures are rough on other machines.
 time: training (or timing) and evaluation. device-h: time x devices. kWh: at full board power."""
 PAGE = """\
 <!doctype html>

@@ -402,7 +402,7 @@ def _official_state(run: ResolvedRun, official: str, line: AccuracyLine, problem
     if problem:
         return State("damaged", problem)
     if missing is not None:
-        reason = f"{missing}: no such file; download the authors' own split yourself (docs/evaluation.md)"
+        reason = f"{missing}: no such file; download the authors' own split yourself (docs/explanation/recipe.md)"
         return State("not present", reason)
     if line.state.status != "done":
         return State("not run yet", "the row is not finished")

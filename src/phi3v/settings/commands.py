@@ -402,7 +402,7 @@ class EvaluateSettings(Answering):
     row: Annotated[str, Role.IDENTITY] = ""
     """Name of the table row, written to the manifest."""
     metrics: list[Metric] = []
-    """Metrics, the main one first (docs/evaluation.md lists them). Default: the data folder's."""
+    """Metrics, the main one first (docs/reference/metrics.md lists them). Default: the data folder's."""
     group_by: str = ""
     """Field of each example's `meta`. The main metric is also reported per value of it. Default: the data folder's."""
     passes: Annotated[list[Literal["before", "after", "control"]], Role.RUNTIME] = ["after"]
@@ -419,7 +419,7 @@ class ScoreSettings(Command):
     output_dir: Annotated[str, Role.IDENTITY] = ""
     """Folder for the scored predictions. Default: input_dir."""
     metrics: list[Metric] = Field(min_length=1)
-    """Metrics, the main one first. FILE.py:FUNCTION names a function of your own (docs/evaluation.md)."""
+    """Metrics, the main one first. FILE.py:FUNCTION names a function of your own (docs/reference/metrics.md)."""
     group_by: str = ""
     """Field of each example's `meta`. The main metric is also reported per value of it."""
     compare: Annotated[str, Role.RUNTIME] = ""

@@ -221,7 +221,7 @@ class Split(Strict):
         "table", "messages", "sharegpt", "llava", "imagefolder", "image_folder", "conversations", "cauldron",
         "docvqa_mini", "ucf101", "nlvr2_official", "hateful_memes_official", "docvqa_official",
     ]  # fmt: skip
-    """Format of the files (docs/data.md describes each)."""
+    """Format of the files (docs/how-to/convert-*.md describe them)."""
     rows: Annotated[str, Field(pattern=r"^\d*:\d*$"), BeforeValidator(_rows)] = ":"
     """Rows to use, as a Python slice. `500:` means all but the first 500."""
     options: dict[str, OptionValue] = {}
@@ -304,7 +304,7 @@ class Dataset(Strict):
     metric: Metric = ""
     """Metric of an answer. Default: the first of `metrics`."""
     metrics: list[Metric] = []
-    """Metrics, the main one first (docs/evaluation.md lists them)."""
+    """Metrics, the main one first (docs/reference/metrics.md lists them)."""
     group_by: str = ""
     """Field of each example's `meta`. The main metric is also reported per value of it."""
     max_new_tokens: int | None = Field(None, ge=1)

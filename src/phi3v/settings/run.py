@@ -456,7 +456,8 @@ def _check_tables(run: ResolvedRun, tables: list[tuple[str, AnyRow]]) -> dict[st
         for pattern in pool.rows:
             if pattern != "*" and not any(_matches(row, pattern) for row in files):
                 raise SettingsError(
-                    f"hardware pool {pool.device}: field `rows`: got {pattern!r}: matches no row; expected a row id or a "
+                    f"hardware pool {pool.device}: field `rows`: got {pattern!r}: matches no row; expected a row id or "
+                    "a "
                     "pattern of the tables"
                 )
     return files
