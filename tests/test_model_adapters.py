@@ -210,7 +210,7 @@ def test_merge_refuses(tmp_path, monkeypatch):
 
     honest_with = module._with_adapter
     monkeypatch.setattr(module, "_with_adapter", forgetful)
-    with pytest.raises(ValueError, match=r"merged and adapter model differ: max logit difference"):
+    with pytest.raises(ValueError, match=r"merged model differs .* max logit difference"):
         merge(tmp_path / "adapter", tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
@@ -218,7 +218,7 @@ def test_merge_refuses(tmp_path, monkeypatch):
 def test_a_lost_base_is_named(tmp_path):
     save_file({}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "nowhere/at-all"}))
-    with pytest.raises(ValueError, match="base_model_name_or_path is 'nowhere/at-all'"):
+    with pytest.raises(ValueError, match="`base_model_name_or_path`: got 'nowhere/at-all'"):
         base_of(tmp_path)
 
 

@@ -111,7 +111,7 @@ def test_num_crops_may_change_at_any_time():
     ("images", "message"),
     [
         ([make_image(9, 9), make_image(400, 1)], r"image 1: image of 400x1 pixels: scaled to 336x0 with num_crops=1"),
-        ([np.zeros((9, 9, 3))], "image 0: expected a PIL image, got ndarray"),
+        ([np.zeros((9, 9, 3))], "image 0: got ndarray; expected a PIL image"),
         ([], "an empty list"),
     ],
 )

@@ -141,7 +141,7 @@ def test_every_piece_begins_with_its_own_bos(tiny):
         ("<|image_0|>", [make_image(9, 9)], r"prompt 0: found <\|image_0\|>"),
         ("<|image_1|><|image_1|>", [make_image(9, 9)], "each once"),
         (["a", "b"], [[make_image(9, 9)]], "1 entries for 2 prompts"),
-        (["<|image_1|>"], [["cat.jpg"]], r"prompt 0, <\|image_1\|>: expected a PIL image, got str"),
+        (["<|image_1|>"], [["cat.jpg"]], r"prompt 0, <\|image_1\|>: got str; expected a PIL image"),
         ("<|image_1|>", [make_image(3000, 1)], r"prompt 0, <\|image_1\|>: image of 3000x1 pixels: scaled to 112x0"),
         (["a", 3], None, "prompt 1: int; expected a string"),
         ([], None, "non-empty list"),
@@ -153,11 +153,11 @@ def test_refusals_name_the_prompt(tiny, text, images, message):
 
 
 def test_settings_that_would_lose_tokens_are_refused(tiny):
-    with pytest.raises(ValueError, match="truncation: true with pictures"):
+    with pytest.raises(ValueError, match="truncation: got true with pictures"):
         tiny("<|image_1|>", make_image(9, 9), truncation=True, max_length=3)
     with pytest.raises(ValueError, match="padding: off"):
         tiny(["red", "red green"], padding=False)
-    with pytest.raises(ValueError, match="padding_side: 'top'"):
+    with pytest.raises(ValueError, match="padding_side: got 'top'"):
         tiny("red", padding_side="top")
 
 

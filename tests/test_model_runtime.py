@@ -179,10 +179,10 @@ def test_a_device_file_alone_shows_a_gpu(without_cuda):
 @pytest.mark.parametrize(
     ("build", "driver", "parts"),
     [
-        ("13.0", "570.86.15", ["NVIDIA driver 570.86.15", "CUDA 13.0, which needs driver 580", "ask for driver 580"]),
+        ("13.0", "570.86.15", ["NVIDIA driver 570.86.15", "CUDA 13.0, which needs driver 580", "install driver 580"]),
         ("12.6", "515.43.04", ["NVIDIA driver 515.43.04", "CUDA 12.6, which needs driver 525"]),
-        ("12.6", "535.54.03", ["NVIDIA driver 535.54.03", "check that the job was given a GPU"]),
-        ("13.0", "", ["found no NVIDIA driver", "check that the job was given a GPU"]),
+        ("12.6", "535.54.03", ["NVIDIA driver 535.54.03", "check that the job requests a GPU"]),
+        ("13.0", "", ["found no NVIDIA driver", "check that the job requests a GPU"]),
         (None, "580.65.06", ["is a CPU build", "NVIDIA driver 580.65.06"]),
         (None, "", ["is a CPU build", "no NVIDIA driver"]),
     ],

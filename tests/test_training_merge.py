@@ -132,7 +132,7 @@ def test_other_weights_of_the_same_shape_are_refused(moved, tmp_path):
     state = load_file(model / "model.safetensors")
     save_file({name: value * 1.01 for name, value in state.items()}, model / "model.safetensors", {"format": "pt"})
     for use in (lambda: load_for_inference(adapter, torch.float32), lambda: merge(adapter, tmp_path / "out")):
-        with pytest.raises(ValueError, match="belongs to another base: it was trained on weights with the mark"):
+        with pytest.raises(ValueError, match="belongs to another base"):
             use()
     assert not (tmp_path / "out").exists()
 
@@ -142,5 +142,5 @@ def test_another_geometry_is_refused_where_no_mark_is_there(moved, tmp_path):
     (adapter / "base.json").unlink()
     shutil.rmtree(model)
     write_model(model, hidden_size=64)
-    with pytest.raises(ValueError, match=r"does not fit its base .*model: .*size mismatch"):
+    with pytest.raises(ValueError, match=r"do not match its base .*model: .*size mismatch"):
         load_for_inference(adapter, torch.float32)

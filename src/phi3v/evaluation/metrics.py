@@ -56,11 +56,10 @@ def anls(prediction: str, answer: str) -> float:
 def official_anls(prediction: str, answer: str) -> float:
     """ANLS of one answer as the DocVQA server computes it.
 
-    Lower case, white space collapsed; 1 - NL if that is at least the threshold 0.5, else 0 (Biten et al., "Scene
-    Text Visual Question Answering", ICCV 2019, equation 1, and the evaluation script of rrc.cvc.uab.es task 17, which
-    keeps a similarity of exactly 0.5 where the recipe drops it, and divides the distance by the length of the longer
-    text as it was written, in upper case: white space that was collapsed still counts there, and a sharp s counts
-    twice).
+    Lower case, white space collapsed; 1 - NL if that is at least the threshold 0.5, else 0 (Biten et al., "Scene Text
+    Visual Question Answering", ICCV 2019, equation 1, and the evaluation script of rrc.cvc.uab.es task 17, which keeps
+    a similarity of exactly 0.5 while the recipe drops it, and divides the distance by the length of the longer original
+    text in upper case, so collapsed white space still counts, and a sharp s counts twice).
     """
     longest = max(len(answer.upper()), len(prediction.upper()))
     distance = Levenshtein.distance(" ".join(prediction.lower().split()), " ".join(answer.lower().split()))

@@ -54,8 +54,8 @@ class Answered(TypedDict):
 def predict(settings: PredictSettings) -> str:
     """The answer of a checkpoint or adapter to one question.
 
-    Raises DataError: a missing picture, a file that is no picture, control tokens in the question; SettingsError: the
-    device cannot do it (phi3v.model.runtime.compute_device).
+    Raises DataError for a missing or unreadable picture, and for control tokens in the question. Raises SettingsError
+    if the device cannot run the model (phi3v.model.runtime.compute_device).
     """
     if problem := text_problem(settings.question):
         raise DataError(f"--question: got {settings.question!r}; expected {problem}")

@@ -218,8 +218,8 @@ def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
 def scored_lines(path: Path) -> Iterator[tuple[str, float]]:
     """Id and score of each line of a predictions.jsonl, one at a time.
 
-    Raises DataError naming file, line, field and value: not JSON, an id missing or given twice, no accepted answers, a
-    score that is NaN or outside 0-1, no line at all.
+    Raises DataError that names file, line, field and value: invalid JSON, a missing or repeated id, no accepted
+    answers, a score that is NaN or outside 0-1, or an empty file.
     """
     seen: set[str] = set()
     with path.open("rb") as file:

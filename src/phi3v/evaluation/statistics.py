@@ -36,8 +36,8 @@ def bootstrap(scores: Sequence[float] | np.ndarray, seed: int = 0, resamples: in
     """Percentile bootstrap interval of the mean of 0-1 scores, or of their differences, times 100 (Efron 1979). Raises
     ValueError on none.
 
-    A resample is drawn as how often each distinct value occurs (a multinomial). The distribution is that of drawing n
-    values one by one, as scipy.stats.bootstrap does, in a thousandth of its time for 5,000 scores of 0 and 1.
+    Each resample is drawn as counts of the distinct values (a multinomial). This has the same distribution as drawing n
+    values one by one, as in scipy.stats.bootstrap, in a thousandth of the time for 5,000 scores of 0 and 1.
     """
     values = np.asarray(scores, dtype=np.float64)
     if values.size == 0:
@@ -153,8 +153,8 @@ class AgainstPublished:
 def standard_error(score: float, n: int, scores: Sequence[float] | np.ndarray | None = None) -> float:
     """Sampling error of a 0-100 score over n examples, in points.
 
-    From the scores' own scatter where given, else that of a proportion of this size: the largest any 0-1 score can
-    have. A share of 0 or 100 % would give zero, so a proportion is taken with one more of either outcome (Laplace).
+    From the standard deviation of the scores if given, else of a proportion of this size, which is the largest for 0-1
+    scores. A share of 0 or 100 % would give zero, so one success and one failure are added (Laplace).
     """
     if scores is not None and np.ptp(np.asarray(scores)) > 0:
         return 100 * float(np.std(np.asarray(scores), ddof=1)) / math.sqrt(n)
@@ -174,9 +174,9 @@ def against_published(
     """Verdict on a published figure from the interval of the difference, both sides' sampling errors and the seeds'
     spread in it.
 
-    The published answers are not known, so the two sides count as independent, which makes the interval wider than a
+    The published answers are unknown, so the two sides count as independent. This makes the interval wider than a
     paired one. agrees / above / below: the whole interval lies within / above / below plus or minus `margin`; otherwise
-    inconclusive. So few examples never earn "agrees".
+    inconclusive. With few examples, the interval is too wide for "agrees".
     """
     ours = standard_error(score, n, scores)
     # Without the published answers, their scatter is taken to be as ours, else that of a proportion. A mean over seeds

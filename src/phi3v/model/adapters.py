@@ -1,6 +1,6 @@
-"""LoRA and QLoRA: add, load, merge, and the merged model's card.
+"""LoRA and QLoRA: adds, loads and merges adapters, and writes the merged model's card.
 
-With `phi3v.model.lora` the only module that knows PEFT and bitsandbytes.
+Only this module and `phi3v.model.lora` use PEFT and bitsandbytes.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 DECODER_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-# Beside an adapter: which base it was trained on.
+# File in an adapter's folder that identifies its base.
 BASE_FILE = "base.json"
-# The last linear layer of a decoder block and of a block of the tower.
+# Last linear layer of a decoder block, and of a block of the tower.
 CHECKPOINT_ENDS = ("mlp.down_proj", "mlp.fc2")
 VISION_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 def lora_targets(model: Phi3VForCausalLM, freeze_vision: bool) -> list[str]:
-    """Full module paths that take an adapter: the recipe's list.
+    """Full paths of the modules that get an adapter: the recipe's list.
 
-    The decoder's four projections and lm_head; unless vision is frozen also CLIP's six and the two projector linears.
-    The tower's last layer, which never runs, is left out: an adapter there would be trained by nothing.
+    The decoder's four projections and lm_head, and unless vision is frozen, CLIP's six and the projector's two linear
+    layers. The tower's last layer is excluded, because it never runs, so an adapter there would get no gradient.
     """
     n_vision = model.config.vision.num_hidden_layers
     unused = f".encoder.layers.{n_vision - 1}."
@@ -66,12 +66,12 @@ def add_lora(
     targets: Sequence[str] | None = None,
     use_rslora: bool = False,
 ) -> PeftModel:
-    """A PEFT model with LoRA (or DoRA) on `targets`, gaussian initialised; everything else is frozen.
+    """A PEFT model with LoRA (or DoRA) on `targets`, with Gaussian initialisation. All other weights are frozen.
 
-    targets: full module paths; None: `lora_targets`. use_rslora: the scale is alpha / sqrt(rank).
-    rank: columns of the factors, may exceed a layer's width; alpha: absolute, the scale is alpha / rank. seed: makes
-    the initial factors a function of it, without touching the caller's random state. Adapters are float32 on a
-    quantised or half-precision base. Plain LoRA without dropout runs in `phi3v.model.lora`'s layers, all else in PEFT's.
+    targets: full module paths. None: `lora_targets`. rank: may exceed a layer's width. alpha: absolute; the scale is
+    alpha / rank, or alpha / sqrt(rank) with use_rslora. seed: determines the initial factors, without changing the
+    caller's random state. Adapters are float32 on a quantised or half-precision base. Plain LoRA without dropout uses
+    the layers of `phi3v.model.lora`, other variants use PEFT's.
     """
     import_bitsandbytes()
     from peft import LoraConfig, get_peft_model
@@ -79,7 +79,7 @@ def add_lora(
     from phi3v.model import lora
 
     if rank < 1:
-        raise ValueError(f"lora_rank: {rank}; expected at least 1.")
+        raise ValueError(f"lora_rank: got {rank}; expected at least 1")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -93,7 +93,7 @@ def add_lora(
     if use_dora or dropout:
         model.keeps_autocast = True
     else:
-        # https://huggingface.co/docs/peft/developer_guides/custom_models: layer types of one's own.
+        # https://huggingface.co/docs/peft/developer_guides/custom_models: custom layer types.
         config._register_custom_module(lora.layers(bool(getattr(model, "is_loaded_in_4bit", False))))
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices, enabled=seed is not None):
@@ -109,9 +109,9 @@ def add_lora(
 def load_quantized(
     folder: str | Path, dtype: torch.dtype = torch.bfloat16, attn: str = "sdpa", device: torch.device | str = "cpu"
 ) -> Phi3VForCausalLM:
-    """The base model in 4 bits: nf4 for every linear layer but lm_head, computing in `dtype`. CPU and CUDA.
+    """The base model in 4 bits: nf4 for every linear layer except lm_head, computing in `dtype`. On CPU and CUDA.
 
-    Raises ImportError where bitsandbytes is missing.
+    Raises ImportError if bitsandbytes is missing.
     """
     import_bitsandbytes()
     from transformers import BitsAndBytesConfig
@@ -134,9 +134,9 @@ def load_quantized(
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Write a PEFT model's factors and configuration, a mark of its base's weights, and nothing of the base.
+    """Writes a PEFT model's factors and configuration, and a digest of its base's weights, but no weights of the base.
 
-    PEFT would add the embedding and the head of the base (hundreds of megabytes) because lm_head has an adapter.
+    PEFT would add the embedding and the head of the base (hundreds of megabytes), because lm_head has an adapter.
     """
     model.save_pretrained(str(folder), save_embedding_layers=False)
     honour_umask(Path(folder))
@@ -147,9 +147,9 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
 
 
 def weights_mark(folder: Path) -> str:
-    """A digest that tells checkpoints apart without reading all of them: name, size and samples of each weights file.
+    """A digest that identifies a checkpoint without reading it completely: name, size and samples of each weights file.
 
-    16 samples of 64 KiB, the header among them; copying a folder does not change it, training does.
+    Reads 16 samples of 64 KiB per file, including the header. Training changes the digest, copying a folder does not.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
@@ -163,12 +163,12 @@ def weights_mark(folder: Path) -> str:
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
+    """Whether a folder contains a PEFT adapter."""
     return (Path(folder) / "adapter_config.json").is_file()
 
 
 def base_of(adapter: str | Path) -> Path:
-    """The base checkpoint that an adapter folder names. Raises ValueError where it is not there, or another one."""
+    """The base checkpoint that an adapter folder names. Raises ValueError if it is missing or has other weights."""
     file = Path(adapter) / "adapter_config.json"
     named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     for candidate in (named, None if named is None else str(Path(adapter) / named)):
@@ -176,39 +176,39 @@ def base_of(adapter: str | Path) -> Path:
             _check_base(Path(adapter), Path(candidate))
             return Path(candidate)
     raise ValueError(
-        f"{file}: base_model_name_or_path is {named!r}; expected an existing checkpoint folder (absolute, or relative "
-        "to the working or the adapter's folder). Move the base back or correct the file."
+        f"{file}: field `base_model_name_or_path`: got {named!r}; expected an existing checkpoint folder (absolute, or "
+        "relative to the working or the adapter's folder). Restore the base or correct the file"
     )
 
 
 def processor_folder(folder: str | Path) -> Path:
-    """Where a model's tokenizer and image processor are: its folder, or the base of an adapter that was saved without."""
+    """The folder with a model's tokenizer and image processor: its own, or the base's if an adapter has none."""
     if (Path(folder) / "tokenizer.json").is_file() or not is_adapter(folder):
         return Path(folder)
     return base_of(folder)
 
 
 def _check_base(adapter: Path, base: Path) -> None:
-    """Raises ValueError where the weights of `base` are not those that the adapter was trained on, if it says which."""
+    """Raises ValueError if the weights of `base` differ from those that the adapter was trained on, if recorded."""
     file = adapter / BASE_FILE
     if not file.is_file():
         return
     try:
         expected = str(json.loads(file.read_text(encoding="utf-8"))["weights"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); expected the mark of the adapter's base") from error
+        raise ValueError(f"{file}: cannot be read ({error}); expected a digest of the adapter's base") from error
     found = weights_mark(base)
     if found != expected:
         raise ValueError(
-            f"{adapter}: this adapter belongs to another base: it was trained on weights with the mark {expected}, "
-            f"{base} holds {found}. Put the base back, or name the right one in {adapter / 'adapter_config.json'}."
+            f"{adapter}: this adapter belongs to another base: it was trained on weights with digest {expected}, but "
+            f"{base} has {found}. Restore the base, or name the right one in {adapter / 'adapter_config.json'}"
         )
 
 
 def load_for_inference(
     folder: str | Path, dtype: torch.dtype = torch.bfloat16, attn: str = "sdpa", device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """A checkpoint folder, or an adapter folder on its unquantised base with the factors folded in; in eval mode.
+    """Loads a checkpoint folder, or an adapter folder merged into its unquantised base, in evaluation mode.
 
     Adapters of quantised training are evaluated on the unquantised base, as the recipe's scripts do.
     """
@@ -222,7 +222,7 @@ def load_for_inference(
 def _with_adapter(
     folder: str | Path, dtype: torch.dtype, attn: str, quantised_as: torch.dtype | None = None
 ) -> PeftModel:
-    """The base with the adapter beside it, not folded in; `quantised_as`: see `merge`."""
+    """The base with the adapter, not merged. quantised_as: see `merge`."""
     import_bitsandbytes()
     from peft import PeftModel
 
@@ -230,16 +230,17 @@ def _with_adapter(
     if quantised_as is not None:
         _round_to_nf4(base, base_of(folder), quantised_as)
     try:
-        # PEFT's default is the first GPU, in every process; merging and exporting touch no GPU at all.
+        # PEFT's default is the first GPU, in every process. Merging and exporting must not use a GPU.
         return PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
     except RuntimeError as error:  # PyTorch lists the sizes that differ
         raise ValueError(
-            f"{folder}: this adapter does not fit its base {base_of(folder)}: {' '.join(str(error).split())[:300]}"
+            f"{folder}: the adapter's weights do not match its base {base_of(folder)}: "
+            f"{' '.join(str(error).split())[:300]}"
         ) from error
 
 
 def _round_to_nf4(model: Phi3VForCausalLM, folder: Path, dtype: torch.dtype) -> None:
-    """Give `model` the weights that 4-bit training in `dtype` on `folder` computes with: quantised and expanded."""
+    """Replaces the weights of `model` by those that 4-bit training in `dtype` computes with: quantised and expanded."""
     from bitsandbytes.functional import dequantize_4bit
 
     for name, module in load_quantized(folder, dtype).named_modules():
@@ -257,21 +258,23 @@ def merge(
     check: bool = True,
     quantised_as: torch.dtype | None = None,
 ) -> dict[str, float]:
-    """Fold an adapter into its base and write a checkpoint in the published layout, processor files included.
+    """Merges an adapter into its base and writes a checkpoint in the published layout, with its processor files.
 
-    dtype: of the written weights; None keeps the base's. The sum is formed in float32 and rounded once. With `check`
-    adapter and merged model are compared on a fixed prompt: returns {"max_logit_difference", "logit_scale",
-    "top_token_agreement"} and raises ValueError where they disagree by more than rounding. quantised_as: the compute
-    type of QLoRA training, to fold into the expanded 4-bit weights that it saw; None folds into the base as it is, as
-    the recipe evaluates it. Refuses to write into a
-    folder that already holds files.
+    dtype: dtype of the written weights. None keeps the base's. The sum is computed in float32 and rounded once. With
+    `check`, compares the adapter and the merged model on a fixed prompt: returns {"max_logit_difference",
+    "logit_scale", "top_token_agreement"}, and raises ValueError if they differ by more than rounding. quantised_as:
+    compute dtype of QLoRA training, to merge into the expanded 4-bit weights of the training. None merges into the
+    unquantised base, as the recipe evaluates it. Raises ValueError if `out` already contains files.
     """
     out = Path(out_folder)
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: not empty; expected a new folder for the merged checkpoint.")
+        raise ValueError(f"{out}: not empty; choose a new folder for the merged checkpoint")
     base, source = base_of(adapter_folder), processor_folder(adapter_folder)
     if not (source / "tokenizer.json").is_file():
-        raise ValueError(f"{base}: no tokenizer.json there nor in {adapter_folder}; expected processor files in one.")
+        raise ValueError(
+            f"{base}: contains no tokenizer.json, and neither does {adapter_folder}; expected processor files in one "
+            "of them"
+        )
     target = dtype or Phi3VConfig.from_pretrained(base).dtype or torch.bfloat16
     adapted = _with_adapter(adapter_folder, torch.float32, "sdpa", quantised_as).eval()
     sample = _sample_inputs(adapted.config)
@@ -281,7 +284,7 @@ def merge(
     merged = adapted.merge_and_unload()
     report: dict[str, float] = {}
     with torch.no_grad():
-        for tensor in merged.parameters():  # what will be written, still computed with in float32
+        for tensor in merged.parameters():  # rounded as in the written file, but still computed with in float32
             tensor.copy_(tensor.to(target))
         if check:
             report = _compare(before, merged(**sample).logits, target)
@@ -296,7 +299,7 @@ def merge(
 
 
 def _sample_inputs(config: Phi3VConfig) -> dict[str, torch.Tensor]:
-    """A fixed prompt with one picture of one tile, without a tokenizer."""
+    """Inputs of a fixed prompt with one picture of one tile, without a tokenizer."""
     generator = torch.Generator().manual_seed(0)
     size, grid = config.tile_size, config.tile_grid
     n_image = 2 * grid * grid + 1 + 2 * grid
@@ -311,17 +314,17 @@ def _sample_inputs(config: Phi3VConfig) -> dict[str, torch.Tensor]:
 
 
 def _compare(before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
-    """Differences of logits [1, T, V]; raises ValueError beyond the target dtype's rounding."""
+    """Differences of logits [1, T, V]. Raises ValueError if they exceed the rounding of the target dtype."""
     difference, scale = float((before - after).abs().max()), float(before.std())
     agreement = float((before.argmax(-1) == after.argmax(-1)).float().mean())
     report = {"max_logit_difference": difference, "logit_scale": scale, "top_token_agreement": agreement}
-    # Rounding every weight once moves logits by some units in the last place of the dtype, relative to their deviation;
-    # a wrong scale or a missing factor moves them by the size of the logits themselves.
+    # Rounding every weight once changes logits by a few units in the last place, relative to their deviation. A wrong
+    # scale or a missing factor changes them by the size of the logits.
     allowed = max(1e-4, 16 * torch.finfo(dtype).eps) * max(scale, 1e-3)
     if difference > allowed:
         raise ValueError(
-            f"merged and adapter model differ: max logit difference {difference:.3g}, expected at most {allowed:.3g} "
-            f"(logit deviation {scale:.3g}, {agreement:.1%} of top tokens agree); nothing was written."
+            f"the merged model differs from the base with adapter: max logit difference {difference:.3g}; expected at "
+            f"most {allowed:.3g} (logit deviation {scale:.3g}, {agreement:.1%} of top tokens agree). Nothing was written."
         )
     return report
 
@@ -332,9 +335,9 @@ def _compare(before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -> d
 def model_card(
     name: str, base: str, manifest: Manifest | None, merge_report: dict[str, float] | None, num_crops: int
 ) -> str:
-    """The card (card.md) as Markdown with its YAML head; without a manifest it states that the training is not recorded.
+    """The card (card.md) as Markdown with a YAML header. Without a manifest, it states that the settings are unknown.
 
-    Folders are named by their last part, and user and host stay out: a card is published.
+    A card may be published, so it contains only the last parts of folder names, and no user or host.
     """
     found = (manifest or {}).get("settings") or {}
     order = dict.fromkeys([*fields_with(FinetuneSettings, *Role), *sorted(found)])
@@ -347,7 +350,7 @@ def model_card(
 
 
 def _cell(key: str, value: object) -> str:
-    """A setting's value for the table; of folders only the last part."""
+    """Value of a setting for the table. Only the last part of a folder."""
     if key.endswith(("_dir", "_path")):
         return Path(str(value)).name
     return str(value).replace("|", "\\|").replace("\n", " ")
@@ -356,7 +359,7 @@ def _cell(key: str, value: object) -> str:
 def write_card(
     folder: str | Path, base: str | Path, manifest: Path | None, merge_report: dict[str, float] | None = None
 ) -> Path:
-    """Write FOLDER/README.md; raises ValueError for a manifest that is no JSON object."""
+    """Writes FOLDER/README.md. Raises ValueError for a manifest that is not a JSON object."""
     content = None if manifest is None else cast(Manifest, read_json(manifest))
     path = Path(folder) / "README.md"
     crops = int(read_json(path.with_name("preprocessor_config.json"))["num_crops"])

@@ -1,4 +1,4 @@
-"""The decoder's attention: LongRoPE by each example's own length, the key-value cache, and the three kernels.
+"""The decoder's attention: LongRoPE by the length of each example, the key-value cache, and the three kernels.
 
 Shapes: B = batch rows, Q = query tokens, K = key tokens (cached ones included), H = heads, D = head width,
 N = B*Q tokens of a packed batch.
@@ -23,8 +23,8 @@ class LongRope:
     """Rotary tables with the short or the long factors for each token.
 
     Formula of the published code: inverse frequencies 1 / (factor_i * theta^(2i/D)); cos and sin are multiplied by
-    sqrt(1 + ln(max / original) / ln(original)), with the short factors as well. Not a module: its tables are float32
-    whatever the model is cast to, and none of them is ever on the meta device.
+    sqrt(1 + ln(max / original) / ln(original)), with the short factors as well. Not a module, so that its tables stay
+    float32 when the model is cast, and are never on the meta device.
     """
 
     def __init__(self, config: Phi3VConfig) -> None:
@@ -51,7 +51,8 @@ class LongRope:
     def __call__(
         self, position_ids: torch.Tensor, is_long: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [B or 1, 1, Q, D] at positions [B or 1, Q]; is_long [B, Q] or [B, 1] bool, None = all short."""
+        """cos and sin [B or 1, 1, Q, D] at positions [B or 1, Q]. is_long: [B, Q] or [B, 1] bool, or None if all are
+        short."""
         short, long = self.frequencies(position_ids.device)
         inverse = short if is_long is None else torch.where(is_long[..., None], long, short)
         angles = (position_ids[..., None].float() * inverse)[:, None]
@@ -61,7 +62,7 @@ class LongRope:
     def is_long(
         self, plan: AttentionPlan, batch: int, queries: int, past: int, device: torch.device
     ) -> torch.Tensor | None:
-        """Which tokens take the long factors, [B, Q], [B, 1] or [1, 1] bool; None if all are short (no transfer)."""
+        """Whether each token uses the long factors, [B, Q], [B, 1] or [1, 1] bool. None if all use the short ones."""
         if past + queries <= self.original:
             return None
         lengths = plan.lengths or plan.row_lengths
@@ -76,10 +77,10 @@ class LongRope:
 
 
 class GrowingLayer(DynamicLayer):
-    """transformers' growing cache layer with room to grow: a new token is written in place.
+    """transformers' growing cache layer with spare capacity, so that a new token is written in place.
 
-    The original joins all keys and values anew with every token, which for a long prompt costs as much memory traffic
-    as the attention itself. Beam search and the like, which replace the tensors, get a new buffer.
+    The original concatenates all keys and values for every token. For a long prompt, this costs as much memory traffic
+    as the attention itself. Beam search and similar methods replace the tensors and get a new buffer.
     """
 
     room = 64  # tokens; the recipe's evaluation generates as many
@@ -87,14 +88,14 @@ class GrowingLayer(DynamicLayer):
     values: torch.Tensor
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Empty tensors, and nothing behind them yet."""
+        """Initialises empty tensors without a buffer."""
         super().lazy_initialization(key_states, value_states)
         self._buffers: list[torch.Tensor | None] = [None, None]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values so far with the new ones [B, H, Q, D] after them: [B, H, K, D]."""
+        """Appends new keys and values [B, H, Q, D]. Returns all keys and values [B, H, K, D]."""
         if key_states.requires_grad or value_states.requires_grad:  # writing in place would break their graph
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
@@ -118,9 +119,9 @@ class GrowingLayer(DynamicLayer):
 
 
 def make_room(cache: Cache | None) -> None:
-    """Let an empty plain DynamicCache grow in place; any other cache stays as it is.
+    """Makes an empty plain DynamicCache grow in place. Other caches stay unchanged.
 
-    The published windows are longer than all positions, so that layers with a window never forget anything either.
+    The published windows are longer than all positions, so layers with a window keep all tokens too.
     """
     growing = (DynamicLayer, DynamicSlidingWindowLayer)
     if (
@@ -143,7 +144,8 @@ class Phi3VAttention(Phi3Attention):
         past_key_values: Cache | None = None,
         **kwargs: object,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states [B, Q, hidden] to the same shape; `attention_mask` is the forward pass's plan."""
+        """Maps hidden_states [B, Q, hidden] to the same shape. attention_mask: the AttentionPlan of the forward
+        pass."""
         batch, queries, _ = hidden_states.shape
         n_heads, n_kv = self.config.num_attention_heads, self.config.num_key_value_heads
         qkv = self.qkv_proj(hidden_states)
@@ -168,10 +170,11 @@ class Phi3VAttention(Phi3Attention):
         groups, dropout = query.shape[1] // key.shape[1], self._dropout()
         causal, mask = plan.mask is None and query.shape[2] > 1, plan.mask
         if causal and key.shape[2] > query.shape[2]:
-            # Queries are the last of the keys; SDPA's own flag counts from the first.
+            # The queries belong to the last keys, but SDPA's is_causal flag aligns them with the first.
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
             mask, causal = mask.tril(key.shape[2] - query.shape[2]), False
-        # CPU kernels take grouped heads without a copy for plain causal attention; with a mask they fall back to slow ones.
+        # CPU kernels take grouped heads without a copy for plain causal attention; with a mask they fall back to slow
+        # ones.
         grouped = groups > 1 and mask is None and implementation != "eager"
         if groups > 1 and not grouped:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -253,5 +256,5 @@ def _in_one_row(x: torch.Tensor) -> torch.Tensor:
 
 
 def _has_varlen_kernel(query: torch.Tensor) -> bool:
-    """Whether torch's own flash kernel for packed batches runs here: Ampere or newer, half precision."""
+    """Whether PyTorch's flash kernel for packed batches supports this: Ampere or newer, half precision."""
     return query.dtype in (torch.float16, torch.bfloat16) and fused.is_ampere(query.device)

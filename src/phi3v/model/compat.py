@@ -1,4 +1,4 @@
-"""Patches of libraries that this room cannot do without; tests/test_model_compat fails as soon as one can go."""
+"""Patches of libraries that the model needs. tests/test_model_compat fails as soon as one is unnecessary."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _LIBRARY: torch.library.Library | None = None
 
 
 def widen_float16_products(device: torch.device, dtype: torch.dtype) -> None:
-    """Let float16 products and convolutions on a CPU sum in float32, as a GPU's tensor cores do; else do nothing.
+    """Makes float16 products and convolutions on a CPU sum in float32, like a GPU's tensor cores. No effect elsewhere.
 
     Upstream: https://github.com/pytorch/pytorch/issues/146508. CPUs without float16 arithmetic run PyTorch's own
     float16 products at 2-13 GFLOP/s per core (float32: 60-95), so a micro-step of the demo takes five times as long.
-    Widening the operands is exact. The kernels stay for the life of the process; calling this twice is safe.
+    Widening the operands is exact. The kernels stay registered until the process ends. Calling this twice is safe.
     """
     global _LIBRARY
     if device.type != "cpu" or dtype != torch.float16 or _LIBRARY is not None:
@@ -41,7 +41,7 @@ def widen_float16_products(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _widened(product: Callable[..., torch.Tensor], out: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A kernel of `product` that widens float16; other types take PyTorch's own kernel, by its `out` variant."""
+    """A kernel of `product` that widens float16. Other dtypes use PyTorch's own kernel, through its `out` variant."""
 
     def kernel(*operands: torch.Tensor, **factors: float) -> torch.Tensor:
         if operands[-1].dtype == torch.float16:
@@ -59,7 +59,7 @@ def _conv2d(
     stride: list[int],
     padding: list[int],
 ) -> torch.Tensor:
-    """PyTorch calls this kernel for float16 alone; other types have faster ones."""
+    """PyTorch only calls this kernel for float16, because other dtypes have faster ones."""
     wide = None if bias is None else bias.float()
     return nn.functional.conv2d(images.float(), weight.float(), wide, stride, padding).half()
 
@@ -86,11 +86,11 @@ def _conv2d_backward(
 
 
 def import_bitsandbytes() -> None:
-    """Import bitsandbytes, if it is installed, without running a kernel of a hub repository; call before PEFT's import.
+    """Imports bitsandbytes, if installed, without running a kernel from a hub repository. Call before importing PEFT.
 
     On CPUs with AVX-512 BF16 its import calls `kernels.get_kernel("kernels-community/…")` if the package `kernels` is
-    installed, else it logs a warning in every process. No setting turns it off (bitsandbytes/backends/cpu/ops.py). A None
-    in sys.modules is Python's way to say that a module cannot be imported (Python reference, 5.3.1).
+    installed, else it logs a warning in every process. No setting turns it off (bitsandbytes/backends/cpu/ops.py). A
+    None in sys.modules is Python's way to say that a module cannot be imported (Python reference, 5.3.1).
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     hidden = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "kernels"}
@@ -102,10 +102,10 @@ def import_bitsandbytes() -> None:
 
 
 def keep_nf4_unpacked(model: nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit layers in the layout that training reads.
+    """Keeps bitsandbytes' 4-bit layers in the layout that training reads.
 
-    On CPUs with AVX-512 BF16 bitsandbytes repacks a layer at its first forward pass in eval mode, with scales rounded to
-    bfloat16. A validation would change the weights that training continues with, and narrow layers fail. Upstream:
+    On CPUs with AVX-512 BF16 bitsandbytes repacks a layer at its first forward pass in eval mode, with scales rounded
+    to bfloat16. A validation would change the weights that training continues with, and narrow layers fail. Upstream:
     https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804 (where it came in), issue 2078 (the same packing).
     """
     from bitsandbytes.nn import Linear4bit

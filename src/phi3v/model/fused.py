@@ -1,8 +1,8 @@
-"""Norm, gate, activation and rotation of a layer as one kernel each, forward and backward, on CUDA.
+"""Fuses norm, gate, activation and rotation of a layer into one kernel each, forward and backward, on CUDA.
 
-Plain PyTorch runs each of them as four to eight operators, and each operator reads and writes whole activations. Here a
-direction is one pure function that `torch.compile` turns into one kernel. The backward formulas are written out, so
-that nothing but the inputs is kept. Other devices run the plain operators, which are the reference (tests/test_model_fused).
+Plain PyTorch runs each of them as four to eight operators, and each operator reads and writes whole activations. Here,
+each direction is one pure function that `torch.compile` turns into one kernel. The backward formulas are written out,
+so only the inputs are saved. Other devices use the plain operators, which are the reference (tests/test_model_fused).
 
 Shapes: B = batch rows, Q = tokens, H = heads, D = head width, W = any width.
 """
@@ -27,15 +27,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 RECOMPILE_LIMIT = 64
-"""Compilations of a kernel; sizes of 1 and equal sizes each need one of their own. Beyond it the plain function runs."""
+"""Most compilations of a kernel. Sizes of 1 and equal sizes each need a separate one. Then the plain function runs."""
 AMPERE = (8, 0)
 """Compute capability from which NVIDIA GPUs have bfloat16 tensor cores (CUDA C++ Programming Guide, table of arithmetic
-instructions), flash attention kernels (PyTorch's sdp_utils, flash-attn), and Triton (its README, "Supported Hardware")."""
+instructions), flash attention kernels (PyTorch's sdp_utils, flash-attn), and Triton (its README, "Supported
+Hardware")."""
 
 
 @functools.cache
 def missing_compiler() -> str | None:
-    """Why kernels cannot be compiled here: the name of what is missing, or None."""
+    """Name of what is missing to compile kernels, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton"
     if not any(shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name):
@@ -46,7 +47,7 @@ def missing_compiler() -> str | None:
 
 
 def is_ampere(device: torch.device) -> bool:
-    """Whether a device is an Ampere GPU or a newer one, or any of ROCm's, whose capability numbers are not NVIDIA's."""
+    """Whether a device is an Ampere or newer GPU, or any ROCm GPU, whose capability numbers differ from NVIDIA's."""
     if device.type != "cuda":
         return False
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= AMPERE
@@ -58,18 +59,18 @@ def available(x: torch.Tensor) -> bool:
 
 
 class Context(Protocol):
-    """What PyTorch hands to the two directions of an autograd function."""
+    """Context that PyTorch passes to both directions of an autograd function."""
 
     saved_tensors: tuple[torch.Tensor, ...]
     needs_input_grad: tuple[bool, ...]
     backward_kernel: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def save_for_backward(self, *tensors: torch.Tensor) -> None:
-        """Keep tensors for the backward pass."""
+        """Saves tensors for the backward pass."""
 
 
 class _Compiled(Generic[P, R]):
-    """A pure function that is compiled at its first call; importing the compiler takes seconds."""
+    """A pure function that is compiled at its first call, because importing the compiler takes seconds."""
 
     around: ClassVar[Callable[[], contextlib.AbstractContextManager[None]]] = contextlib.nullcontext
 
@@ -80,7 +81,7 @@ class _Compiled(Generic[P, R]):
     @functools.cached_property
     def compiled(self) -> Callable[P, R]:
         """One kernel for tensors of any shape."""
-        # Few and small: a pool of compiling processes for each GPU would take longer to start.
+        # The kernels are few and small, so starting compiler processes for each GPU would take longer.
         threads = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "1"))
         compiler: Callable[..., Callable[P, R]] = torch.compile  # its types lack recompile_limit
         options = {"compile_threads": threads}
@@ -92,7 +93,7 @@ class _Compiled(Generic[P, R]):
 
 
 def compiled_kernels() -> list[str]:
-    """Names of the kernels that this process has compiled so far; none if compilation is switched off."""
+    """Names of the kernels that this process has compiled. Empty if compilation is off."""
     if os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1":
         return []
     return sorted(
@@ -102,10 +103,10 @@ def compiled_kernels() -> list[str]:
 
 @contextlib.contextmanager
 def called_within(around: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    """Enter `around` for every kernel's call.
+    """Wraps every kernel call in the context manager `around`.
 
-    A pass under a TorchDispatchMode must leave the mode for them: TorchDynamo does not compile under one, and never
-    again what it met there first.
+    A TorchDispatchMode must be suspended for kernel calls. TorchDynamo does not compile under such a mode, and never
+    retries a function that it first met there.
     """
     before, _Compiled.around = _Compiled.around, staticmethod(around)
     try:
@@ -115,7 +116,7 @@ def called_within(around: Callable[[], contextlib.AbstractContextManager[None]])
 
 
 class _Elementwise(torch.autograd.Function):
-    """A kernel of one tensor, whose backward kernel takes the gradient and that tensor."""
+    """A kernel of one tensor. Its backward kernel takes the gradient and that tensor."""
 
     @staticmethod
     def forward(
@@ -218,7 +219,8 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 class GatedMLP(nn.Module):
-    """The linear layers of transformers' Phi-3 feed-forward block with their gate in one kernel, if training on CUDA."""
+    """The linear layers of transformers' Phi-3 feed-forward block with their gate in one kernel, if training on
+    CUDA."""
 
     def __init__(self, mlp: Phi3MLP) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Pictures to tiles, exactly as the published processor cuts them, without its zero tiles.
+"""Cuts pictures into tiles exactly as the published processor does, but without its zero tiles.
 
 Shapes: S = tile side in pixels, h x w = tiles down x across, n = 1 + h*w tiles of one picture (its global view, then
-the local tiles row by row). phi3v.planning.geometry decides the layout. Sources of every rule: the behaviour of the
-published processor, vendored as golden data in tests/golden.
+the local tiles row by row). phi3v.planning.geometry decides the layout. The source of all rules is the published
+processor. Golden data in tests/golden record its behaviour.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 Channels: TypeAlias = Sequence[float] | torch.Tensor
-"""One number for each of R, G and B."""
+"""One number each for R, G and B."""
 
 
 def expand_uint8_tiles(
     tiles: torch.Tensor, image_sizes: torch.Tensor, mean: Channels = CLIP_MEAN, std: Channels = CLIP_STD
 ) -> torch.Tensor:
-    """Normalised tiles with their global views from local tiles in bytes, on the tensor's own device.
+    """Computes global views and normalises local uint8 tiles, on the tensor's device.
 
     tiles: uint8 [sum of h*w over all pictures, 3, S, S] (what `Phi3VImageProcessor(..., as_uint8=True)` returns);
     image_sizes: [n_pictures, 2]. Returns float32 [sum of 1 + h*w, 3, S, S].
@@ -53,13 +53,13 @@ def expand_uint8_tiles(
 def normalise_picture(
     local: torch.Tensor, down: int, across: int, mean: Channels, std: Channels, out: torch.Tensor
 ) -> None:
-    """One picture's local tiles, uint8 [down*across, 3, S, S], to `out`: its global view, then its tiles, float32.
+    """Writes a picture's global view and local tiles, from uint8 [down*across, 3, S, S], to the float32 tensor `out`.
 
-    / 255, - mean, / std: this order keeps every bit of the original.
+    The order / 255, - mean, / std gives the same bits as the original.
     """
     size, tiles = local.shape[-1], out[1:]
     means, stds = (torch.as_tensor(x, dtype=torch.float32, device=local.device).view(3, 1, 1) for x in (mean, std))
-    # On a CPU tile by tile: four passes over one tile stay in its cache, over sixteen they go through main memory.
+    # On a CPU, go tile by tile: four passes over one tile stay in the cache, but over sixteen tiles they do not.
     pairs = [(local, tiles)] if local.device.type != "cpu" else zip(local.unbind(0), tiles.unbind(0), strict=True)
     for source, target in pairs:
         target.copy_(source).div_(255).sub_(means).div_(stds)
@@ -69,9 +69,9 @@ def normalise_picture(
 
 
 class Phi3VImageProcessor(ImageProcessingMixin):
-    """Cuts pictures into tiles of `tile_size` pixels, at most `num_crops` local ones each.
+    """Cuts each picture into at most `num_crops` local tiles of `tile_size` pixels.
 
-    `num_crops` may be changed at any time. Saved as the publisher's preprocessor_config.json.
+    `num_crops` can be changed at any time. The saved form is the publisher's preprocessor_config.json.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values", "image_sizes"]
@@ -94,7 +94,9 @@ class Phi3VImageProcessor(ImageProcessingMixin):
         self.tile_size = tile_size
         self.num_img_tokens = num_img_tokens
         if math.isqrt(num_img_tokens) ** 2 != num_img_tokens:
-            raise ValueError(f"num_img_tokens: {num_img_tokens}; expected a square number (tokens of one square tile).")
+            raise ValueError(
+                f"num_img_tokens: got {num_img_tokens}; expected a square number (tokens of one square tile)"
+            )
 
     @property
     def tile_grid(self) -> int:
@@ -102,39 +104,41 @@ class Phi3VImageProcessor(ImageProcessingMixin):
         return math.isqrt(self.num_img_tokens)
 
     def tokens_of_size(self, image_height: int, image_width: int) -> int:
-        """Image tokens of a padded canvas, as `image_sizes` gives it."""
+        """Image tokens of a padded canvas with a size from `image_sizes`."""
         return num_image_tokens(image_height // self.tile_size, image_width // self.tile_size, self.tile_grid)
 
     def tokens_of_picture(self, width: int, height: int, num_crops: int | None = None) -> int:
-        """Image tokens of a picture from its size alone, in no time: for budgets and length-sorted batches."""
+        """Image tokens of a picture, computed from its size alone, for budgets and length-sorted batches."""
         layout = tile_layout(width, height, num_crops or self.num_crops, self.tile_size)
         return num_image_tokens(layout.tiles_down, layout.tiles_across, self.tile_grid)
 
     def layout(self, image: Image.Image, num_crops: int | None = None) -> TileLayout:
         """`tile_layout` of a picture.
 
-        Raises ValueError for anything but a PIL image and for a picture too thin to keep one pixel.
+        Raises ValueError if `image` is not a PIL image, or too thin to keep one pixel.
         """
         if not isinstance(image, Image.Image):
-            raise ValueError(f"expected a PIL image, got {type(image).__name__}.")
+            raise ValueError(f"got {type(image).__name__}; expected a PIL image")
         num_crops = num_crops or self.num_crops
         width, height = image.size
         layout = tile_layout(width, height, num_crops, self.tile_size)
         if min(layout.width, layout.height) < 1:
             raise ValueError(
-                f"image of {width}x{height} pixels: scaled to {layout.width}x{layout.height} with num_crops={num_crops}; "
-                "expected at least one pixel on each side. Crop the picture or raise num_crops."
+                f"image of {width}x{height} pixels: scaled to {layout.width}x{layout.height} with "
+                f"num_crops={num_crops}; "
+                "expected at least one pixel on each side. Crop the picture or increase num_crops"
             )
         return layout
 
     def canvas(self, image: Image.Image, num_crops: int | None = None) -> np.ndarray:
-        """The resized and white-padded picture, uint8 [H, W, 3] with H and W whole tiles. Raises as `layout` does."""
+        """The resized picture with white padding, uint8 [H, W, 3]; H and W are whole tiles. Raises the errors of
+        `layout`."""
         new_width, new_height, down, across = self.layout(image, num_crops)
         if image.mode != "RGB":
             image = image.convert("RGB")
         if image.width < image.height:
-            # The original resizes portraits transposed, so their columns are filtered first; two one-sided resizes
-            # give its bytes without turning the picture over.
+            # The original resizes portraits transposed, which filters their columns first. Two one-sided resizes give
+            # the same bytes without transposing.
             image = image.resize((image.width, new_height), Image.Resampling.BILINEAR)
         image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
         full_width, full_height = across * self.tile_size, down * self.tile_size
@@ -147,7 +151,7 @@ class Phi3VImageProcessor(ImageProcessingMixin):
         return padded
 
     def local_tiles(self, canvas: np.ndarray) -> torch.Tensor:
-        """The local tiles of a canvas in bytes, row by row: uint8 [h*w, 3, S, S]."""
+        """The local tiles of a canvas, row by row: uint8 [h*w, 3, S, S]."""
         size = self.tile_size
         down, across = canvas.shape[0] // size, canvas.shape[1] // size
         pixels = torch.from_numpy(np.require(canvas, requirements=["C", "W"])).permute(2, 0, 1)
@@ -160,11 +164,11 @@ class Phi3VImageProcessor(ImageProcessingMixin):
         num_crops: int | None = None,
         as_uint8: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tiles of all pictures after one another and their image_sizes, as `preprocess` returns them.
+        """Concatenated tiles of all pictures and their image_sizes, as `preprocess` returns them.
 
-        As many threads as PyTorch may use here (one in a data loader's worker): resizing lets go of Python's lock.
-        Every picture is written straight to its place: tiles of a batch are hundreds of megabytes, and touching fresh
-        memory twice costs more than the arithmetic. Raises ValueError that begins with the picture's entry in `names`.
+        Uses PyTorch's number of threads (one in a data loader's worker), because resizing releases the GIL. Writes
+        every picture directly to its place, because the tiles of a batch are hundreds of megabytes, and writing new
+        memory twice costs more than the arithmetic. Raises ValueError that starts with the picture's entry in `names`.
         """
         grids = []
         for picture, name in zip(pictures, names, strict=True):
@@ -174,7 +178,7 @@ class Phi3VImageProcessor(ImageProcessingMixin):
                 raise ValueError(f"{name}: {error}") from error
         ends = list(itertools.accumulate((down * across + (not as_uint8) for down, across in grids), initial=0))
         dtype = torch.uint8 if as_uint8 else torch.float32
-        # A tensor made in inference mode could not be written by the threads, to which the caller's mode does not extend.
+        # Threads do not inherit the caller's inference mode, and could not write a tensor created in it.
         with torch.inference_mode(False):
             out = torch.empty(ends[-1], 3, self.tile_size, self.tile_size, dtype=dtype)
 
@@ -202,17 +206,17 @@ class Phi3VImageProcessor(ImageProcessingMixin):
         as_uint8: bool = False,
         return_tensors: str | None = "pt",
     ) -> BatchFeature:
-        """Tiles of all pictures after one another.
+        """Concatenated tiles of all pictures.
 
         Returns pixel_values [sum of tiles, 3, S, S], image_sizes [n_pictures, 2] (height, width of the padded canvas)
-        and num_img_tokens [n_pictures]. With `as_uint8` the pixel values are the local tiles in bytes; the model adds
-        the global views and normalises on its own device. Raises ValueError naming the picture's index.
+        and num_img_tokens [n_pictures]. With `as_uint8`, the pixel values are the local tiles as uint8, and the model
+        adds the global views and normalises on its device. Raises ValueError that names the picture's index.
         """
         if return_tensors not in (None, "pt"):
-            raise ValueError(f"return_tensors: {return_tensors!r}; expected 'pt'.")
+            raise ValueError(f"return_tensors: got {return_tensors!r}; expected 'pt'")
         pictures = [images] if isinstance(images, Image.Image) else list(images)
         if not pictures:
-            raise ValueError("images: an empty list; expected at least one picture, or leave images out.")
+            raise ValueError("images: got an empty list; expected at least one picture, or no argument `images`")
         names = [f"image {index}" for index in range(len(pictures))]
         tiles, sizes = self.tile_all(pictures, names, num_crops, as_uint8)
         return BatchFeature(
@@ -226,7 +230,8 @@ class Phi3VImageProcessor(ImageProcessingMixin):
     __call__ = preprocess
 
     def to_dict(self) -> dict[str, object]:
-        """The publisher's preprocessor_config.json; the tile side appears only where it is not the published one."""
+        """The publisher's preprocessor_config.json. Contains the tile side only if it differs from the published
+        one."""
         output: dict[str, object] = {
             "auto_map": {
                 "AutoImageProcessor": "processing_phi3_v.Phi3VImageProcessor",
@@ -246,7 +251,7 @@ class Phi3VImageProcessor(ImageProcessingMixin):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from the saved keys; `kwargs` such as num_crops override them."""
+        """Creates a processor from the saved keys. `kwargs` such as num_crops override them."""
         return_unused = kwargs.pop("return_unused_kwargs", False)
         known = ("num_crops", "image_mean", "image_std", "do_convert_rgb", "num_img_tokens", "tile_size")
         values = {key: image_processor_dict[key] for key in known if key in image_processor_dict}

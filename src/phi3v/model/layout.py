@@ -1,10 +1,10 @@
-"""Where pictures and answers stand in a batch, and which tokens see which, worked out on the CPU.
+"""Positions of pictures and answers in a batch, and the attention mask, computed on the CPU.
 
-A model that looks these things up in tensors on a GPU waits for it at every look-up. Training's collator makes a
-`BatchLayout` beside the batch instead, in the loader's process. For other callers the forward pass makes it.
+Reading these values from tensors on a GPU would synchronise with it each time. In training, the collator therefore
+computes a `BatchLayout` with the batch, in the loader process. For other callers, the forward pass computes it.
 
-Shapes: B = batch rows, T = tokens of a row, Q = query tokens, K = key tokens (cached ones included), I = image tokens of
-the batch, L = label positions of the batch.
+Shapes: B = batch rows, T = tokens of a row, Q = query tokens, K = key tokens (cached ones included), I = image tokens
+of the batch, L = label positions of the batch.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.vision import gather_index
 
 DEVICE_FIELDS = ("image_positions", "feature_rows", "label_positions", "label_ids", "label_weights", "position_ids")
-"""Fields of a layout that the device reads, in their order; the rest stays on the CPU."""
+"""Fields of a layout that the device reads, in order. The others stay on the CPU."""
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Which keys a query sees, computed once per forward pass for all layers.
+    """The keys that each query attends to, computed once per forward pass for all layers.
 
     Without `lengths` and `mask`: plain causal attention over the last Q of K keys.
     """
 
     mask: torch.Tensor | None = None
-    """[B, 1, Q, K] bool, True = seen."""
+    """[B, 1, Q, K] bool. True: the query attends to the key."""
     padding: torch.Tensor | None = None
-    """[B, K], kept beside a mask for the flash-attn package, which drops padded tokens itself."""
+    """[B, K], in addition to a mask, for the flash-attn package, which drops padded tokens itself."""
     lengths: list[int] | None = None
-    """Token counts of a packed batch's examples in order, summing to B*Q; causal within each."""
+    """Token counts of a packed batch's examples in order. Their sum is B*Q, and attention is causal within each."""
     cu_seqlens: torch.Tensor | None = None
-    """[examples + 1] int32, where each packed example begins and ends, on the batch's device."""
+    """[examples + 1] int32, starts and ends of the packed examples, on the batch's device."""
     row_lengths: list[int] | torch.Tensor | None = None
-    """Tokens of each row without padding, if there is a mask; a list if the mask is on the CPU."""
+    """Tokens of each row without padding, if there is a mask. A list if the mask is on the CPU."""
 
     @property
     def max_length(self) -> int:
@@ -49,24 +49,24 @@ class BatchLayout:
     """Positions count through the flattened batch: row * T + column."""
 
     plan: AttentionPlan = field(default_factory=AttentionPlan)
-    """Which keys a query sees."""
+    """The keys that each query attends to."""
     image_sizes: torch.Tensor | None = None
     """[n_images, 2], height and width of each canvas in pixels, on the CPU."""
     image_positions: torch.Tensor | None = None
-    """[I] positions of the image tokens; None for a batch without pictures."""
+    """[I] positions of the image tokens. None for a batch without pictures."""
     feature_rows: torch.Tensor | None = None
-    """[I] rows of the vision part's projected table, see `gather_index`."""
+    """[I] rows in the vision part's table of projected tokens, see `gather_index`."""
     label_positions: torch.Tensor | None = None
     """[L] positions whose next token is a label."""
     label_ids: torch.Tensor | None = None
     """[L] those labels."""
     label_weights: torch.Tensor | None = None
-    """[L] float32 weight of each label's cross entropy; None: the mean over all labels."""
+    """[L] float32 weight of each label's cross entropy. None: the mean over all labels."""
     position_ids: torch.Tensor | None = None
     """[B, T] of a packed batch."""
 
     def to(self, device: torch.device) -> BatchLayout:
-        """With the fields of `DEVICE_FIELDS` on a device."""
+        """A copy with the fields of `DEVICE_FIELDS` on a device."""
 
         def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.to(device)
@@ -84,10 +84,10 @@ def lay_out(
     loss_weights: torch.Tensor | None = None,
     past: int = 0,
 ) -> BatchLayout:
-    """The layout of a batch after `past` cached tokens, on the CPU; waits for tensors that are on a device.
+    """The layout of a batch after `past` cached tokens, on the CPU. Synchronises if tensors are on a device.
 
-    inputs: input_ids [B, T]; or inputs_embeds [B, T, D], whose pictures are in them. The others: see
-    `Phi3VForCausalLM.forward`. Raises ValueError if image positions and pictures, or labels and inputs, do not fit.
+    inputs: input_ids [B, T], or inputs_embeds [B, T, D] that already include the pictures. The others: see
+    `Phi3VForCausalLM.forward`. Raises ValueError if image positions and pictures, or labels and inputs, do not match.
     """
     batch, tokens = inputs.shape[:2]
     plan = plan_attention(attention_mask, position_ids, batch, tokens, past)
@@ -110,7 +110,7 @@ def lay_out(
 def packed_lengths(position_ids: torch.Tensor) -> list[int] | None:
     """Token counts of the examples in a packed batch of position ids [B, Q], or None if no row holds several.
 
-    An example begins where a position does not follow its left neighbour's, and at each row's start.
+    An example starts at each row's start, and wherever a position is not its left neighbour's plus one.
     """
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
@@ -138,7 +138,7 @@ def plan_attention(
         return AttentionPlan()
     if attention_mask.dim() == 4:
         mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-        return AttentionPlan(mask=mask, row_lengths=mask[:, 0, -1].sum(-1))  # the last query sees its whole example
+        return AttentionPlan(mask=mask, row_lengths=mask[:, 0, -1].sum(-1))  # the last query's whole example
     seen, keys = attention_mask.bool(), past + queries
     if keys != seen.shape[1]:
         raise ValueError(f"attention_mask: {seen.shape[1]} columns; expected {keys} ({past} cached, {queries} new).")
@@ -148,7 +148,7 @@ def plan_attention(
         return AttentionPlan(row_lengths=counts.tolist() if seen.device.type == "cpu" else counts)
     position = torch.arange(keys, device=seen.device)
     causal = position[None, :] <= position[past:, None]  # [Q, K]
-    # A padding token sees itself, or its softmax would be over nothing.
+    # A padding token attends to itself, because its softmax would otherwise have no entries.
     itself = position[None, :] == position[past:, None]
     mask = ((causal & seen[:, None, :]) | itself)[:, None]
     return AttentionPlan(mask=mask, padding=seen, row_lengths=counts)
@@ -160,7 +160,7 @@ def plan_attention(
 def _picture_rows(
     config: Phi3VConfig, input_ids: torch.Tensor, image_sizes: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """image_positions and feature_rows [I] of input_ids [B, T]; (None, None) without pictures."""
+    """image_positions and feature_rows [I] of input_ids [B, T], or (None, None) without pictures."""
     positions = (input_ids == config.image_token_id).flatten().nonzero().flatten()
     if image_sizes is None:
         if len(positions):
@@ -188,7 +188,8 @@ def _label_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """label_positions, label_ids and label_weights [L] for inputs of `shape` [B, T].
 
-    packed: position ids of a packed batch, whose examples must not learn their first token from the example before.
+    packed: position ids of a packed batch. The first token of an example is no label, because the example before must
+    not predict it.
     """
     for name, values, like in (("labels", labels, "input_ids"), ("loss_weights", loss_weights, "labels")):
         if values is not None and values.shape != shape:

@@ -1,4 +1,4 @@
-"""LoRA layers whose low-rank product is added into the base's output.
+"""LoRA layers that add the low-rank product directly to the base's output.
 
 PEFT's own layer casts its input to the adapters' float32, and scales and adds the product in passes of their own over
 the layer's whole width. Here the product runs in the input's type, is scaled while it is `rank` wide, and is added by
@@ -20,7 +20,7 @@ from phi3v.model.fused import Context
 
 
 class _Factors(NamedTuple):
-    """A layer's factors as its products read them, in the compute type and without gradients."""
+    """A layer's factors for its products, in the compute dtype and without gradients."""
 
     a: torch.Tensor
     """[r, I], times the scale."""
@@ -29,20 +29,20 @@ class _Factors(NamedTuple):
     a_t: torch.Tensor
     b_t: torch.Tensor
     weight_t: torch.Tensor | None
-    """[I, O], a view of the base's weight; None if the base computes its own output."""
+    """[I, O], a view of the base's weight. None if the base computes its own output."""
     scale: torch.Tensor
     """[1] float32."""
 
 
 class _Prepared:
-    """Makes a layer's `_Factors`, again once the trained ones have changed.
+    """Computes a layer's `_Factors`, and computes them again after the trained ones have changed.
 
-    A change in place changes a tensor's version, except through `.data` and in a fused optimizer. Every optimizer's step
-    counts as a change.
+    A change in place changes a tensor's version, except through `.data` and in a fused optimizer. Every optimizer's
+    step counts as a change.
     """
 
     steps: ClassVar[int] = 0
-    """Steps of all optimizers of this process."""
+    """Number of steps of all optimizers in this process."""
 
     @classmethod
     def after_step(
@@ -59,7 +59,7 @@ class _Prepared:
     def factors(
         self, a: nn.Parameter, b: nn.Parameter, weight: torch.Tensor | None, dtype: torch.dtype, scale: float
     ) -> _Factors:
-        """Of the trained a [r, I] and b [O, r] and the base's frozen weight [O, I]."""
+        """Factors of the trained a [r, I] and b [O, r], and the base's frozen weight [O, I]."""
         base = (dtype, scale, a.device, None if weight is None else _mark(weight))
         trained = (self.steps, _mark(a), _mark(b))
         with torch.inference_mode(False), torch.no_grad():
@@ -77,7 +77,7 @@ class _Prepared:
 
 
 def _mark(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What changes if a tensor is another one, was changed in place, or was moved."""
+    """A value that changes if a tensor is replaced, modified in place, or moved."""
     return id(tensor), tensor._version, tensor.device, tensor.dtype
 
 
@@ -164,10 +164,11 @@ class _AddProduct(torch.autograd.Function):
 def _product_first(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """The same as `_LinearWithProduct`, with the base's product last, so that recomputing a layer can stop before it.
+    """Same as `_LinearWithProduct`, but with the base's product last, so that recomputation can stop before it.
 
-    Non-reentrant checkpointing stops once everything that the backward pass needs is there. PyTorch's own products save
-    their inputs before they run, a custom function after it. The price is a sum of two input gradients.
+    Non-reentrant checkpointing stops as soon as everything for the backward pass is available. PyTorch's own products
+    save their inputs before they run, but a custom function saves them afterwards. The cost is a sum of two input
+    gradients.
     """
     rows = x.reshape(-1, x.shape[-1])
     inner = torch.mm(rows, a.to(x.dtype).t()) * scaling
@@ -177,7 +178,7 @@ def _product_first(
 
 
 class _LoraLayer(lora.LoraLayer):
-    """Plain LoRA without dropout; all else is left to PEFT's layer, which comes next in the order of base classes."""
+    """Plain LoRA without dropout. PEFT's layer, which is next in the method resolution order, does everything else."""
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)
@@ -194,7 +195,7 @@ class _LoraLayer(lora.LoraLayer):
         return True
 
     def _output(self, x: torch.Tensor, a: nn.Parameter, b: nn.Parameter, scaling: float) -> torch.Tensor:
-        """Over a base that computes its own output."""
+        """The product with a base that computes its own output."""
         return _AddProduct.apply(self.base_layer(x), x, a, b, self._prepared.factors(a, b, None, x.dtype, scaling))
 
 
@@ -216,7 +217,7 @@ class LoraLinear(_LoraLayer, lora.Linear):
 
 
 def layers(quantised: bool) -> dict[type[nn.Module], type[nn.Module]]:
-    """The layer type for each type of base layer, most special first, as PEFT's custom modules take them.
+    """The layer type for each type of base layer, most specific first, as PEFT's custom modules expect it.
 
     quantised: with bitsandbytes' 4-bit layers, which must be installed.
     """

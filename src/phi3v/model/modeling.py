@@ -30,11 +30,11 @@ from phi3v.model.vision import ImageEmbedding
 from phi3v.provenance.manifest import honour_umask
 
 EMBEDDING = "model.embed_tokens.weight"
-# The published modules hold the text embedding under a second name as well; files keep one of the two.
+# The published modules also have the text embedding under a second name. Files contain one of the two.
 EMBEDDING_ALIAS = "model.vision_embed_tokens.wte.weight"
 GROUPS = ("clip", "projector", "separators", "embedding", "decoder", "head", "adapters")
 """Groups of parameters, see `parameter_group`."""
-# Part of a parameter's name to its group; the first that fits counts.
+# Part of a parameter's name to its group. The first match counts.
 _GROUP_OF = {
     ".lora_": "adapters",
     ".modules_to_save.": "adapters",
@@ -65,7 +65,8 @@ class Phi3VPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
-        # The tower is made of layers, not of a PreTrainedModel, so nobody else hands it the resolved implementation.
+        # The tower consists of layers instead of a PreTrainedModel, so transformers does not pass on the
+        # implementation.
         if config.vision._attn_implementation is None:
             config.vision._attn_implementation = config._attn_implementation
 
@@ -105,7 +106,8 @@ class Phi3VModel(Phi3VPreTrainedModel):
         embeds = self.embed_tokens(input_ids)
         if pixel_values is None:
             if self.vision_embed_tokens.must_run_without_images(self.training and torch.is_grad_enabled()):
-                # Zeros before the sum: float16 cannot hold the features' own sum, and infinity times zero is NaN.
+                # Multiply by zero before the sum: the sum of the features can overflow float16, and infinity times zero
+                # is NaN.
                 embeds = embeds + (0.0 * self.vision_embed_tokens()).sum().to(embeds.dtype)
             return embeds
         assert layout.image_positions is not None
@@ -156,10 +158,11 @@ class Phi3VModel(Phi3VPreTrainedModel):
 
 
 class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
-    """The whole model; reads and writes checkpoints in the published layout."""
+    """The whole model. Reads and writes checkpoints in the published layout."""
 
     keeps_autocast = False
-    """Whether autocast stays on over half-precision weights: for layers that mix types (DoRA, dropout in adapters)."""
+    """Whether autocast stays on with half-precision weights, for layers with mixed dtypes (DoRA, dropout in
+    adapters)."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
@@ -173,24 +176,24 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: object, **kwargs: Any) -> Any:
-        """Load a checkpoint in the published layout, safetensors only, under either name of the text embedding."""
+        """Loads a checkpoint in the published layout (only safetensors), with either name of the text embedding."""
         kwargs["use_safetensors"] = True
         kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), EMBEDDING_ALIAS: EMBEDDING}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # Loading makes new parameters, which all ask for gradients.
+        # Loading creates new parameters, which all require gradients.
         model.model.vision_embed_tokens.img_processor.vision_model.freeze_unused()
         model._stop_at_every_end_token()
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> None:
-        """Write a checkpoint in the published layout, with the text embedding under the decoder's name."""
-        # True, the default, would give the embedding the name back that it was loaded under.
+        """Writes a checkpoint in the published layout, with the text embedding under the decoder's name."""
+        # True, the default, would restore the name under which the embedding was loaded.
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
         honour_umask(Path(save_directory))
 
     def _stop_at_every_end_token(self) -> None:
-        """Let `generate` stop at each of the config's end tokens; published files name one of three."""
+        """Makes `generate` stop at each of the config's end tokens. The published files name only one of three."""
         if self.generation_config is None:
             return
         given = token_ids(self.generation_config.eos_token_id)
@@ -201,13 +204,17 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, object] | None = None, **options: object
     ) -> None:
-        """Activation checkpointing, always non-reentrant; raises ValueError if the reentrant kind is asked for.
+        """Enables activation checkpointing, always non-reentrant. Raises ValueError if the reentrant variant is
+        requested.
 
-        That one drops the gradients of layers whose input needs none, so a decoder under frozen embeddings never trains.
+        The reentrant variant drops the gradients of layers whose input requires none, so a decoder with frozen
+        embeddings never trains.
         """
         arguments = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if arguments["use_reentrant"]:
-            raise ValueError("activation checkpointing, use_reentrant: true; expected false (it drops gradients).")
+            raise ValueError(
+                "activation checkpointing: use_reentrant: got true; expected false, because true drops gradients"
+            )
         super().activation_checkpointing_enable(arguments, **options)
 
     # Forward --------------------------------------------------------------------------------------------------
@@ -232,12 +239,11 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Loss and logits.
 
-        input_ids [B, T] with `config.image_token_id` at image positions; attention_mask [B, T]; pixel_values
-        [n, 3, S, S] float, or uint8 local tiles (normalised here, global views added); image_sizes [n_images, 2].
-        A packed batch has no attention_mask, and position_ids [B, T] that start at 0 with every example.
-        labels [B, T], -100 = none; loss_weights [B, T], aligned with labels.
-        layout: what training knows of a batch beforehand (`lay_out`); then only input_ids and pixel_values are read
-        beside it, and the forward pass never waits for the device.
+        input_ids [B, T] with `config.image_token_id` at image positions; attention_mask [B, T]; pixel_values [n, 3, S,
+        S] float, or uint8 local tiles (normalised here, global views added); image_sizes [n_images, 2]. A packed batch
+        has no attention_mask, and position_ids [B, T] that restart at 0 with every example. labels [B, T], -100 = none;
+        loss_weights [B, T], aligned with labels. layout: precomputed layout of the batch (`lay_out`). Then only
+        input_ids and pixel_values are read in addition, and the forward pass never synchronises with the device.
 
         loss: without weights the mean cross entropy over all label tokens; with weights the sum of weight times cross
         entropy, not divided any further. Both in float32.
@@ -272,14 +278,15 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         return result if return_dict is not False else result.to_tuple()
 
     def _own_dtype(self) -> contextlib.AbstractContextManager[object]:
-        """No autocast over half-precision weights: it would only widen norms and the residual stream to float32."""
+        """Turns autocast off for half-precision weights, where it would only widen norms and the residual stream to
+        float32."""
         weight = self.model.embed_tokens.weight
         if self.keeps_autocast or weight.dtype not in (torch.float16, torch.bfloat16):
             return contextlib.nullcontext()
         return torch.autocast(weight.device.type, enabled=False)
 
     def _loss(self, hidden: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        """Cross entropy of the layout's labels with the head at their positions of hidden [B, T, D] alone."""
+        """Cross entropy of the layout's labels. The head runs only at their positions in hidden [B, T, D]."""
         positions, labels, weights = layout.label_positions, layout.label_ids, layout.label_weights
         assert positions is not None and labels is not None
         if not len(positions):
@@ -301,7 +308,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: object,
     ) -> dict[str, object]:
-        """One step's inputs. The step in which a row outgrows the short factors computes everything anew."""
+        """Inputs of one step. A step in which a row becomes too long for the short factors recomputes the whole
+        prompt."""
         if attention_mask is not None and attention_mask.dim() == 2 and is_first_iteration:
             last = attention_mask[:, -1].bool()
             if not bool(last.all()):
@@ -323,7 +331,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         )
 
     def _outgrows_short_factors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-        """Whether a row passes from the short to the long factors with this step."""
+        """Whether a row switches from the short to the long factors in this step."""
         limit = self.config.original_max_position_embeddings
         if self.config.rope_scaling is None or input_ids.shape[1] <= limit:
             return False
@@ -333,18 +341,18 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
 
 
 def _inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-    """The one that is given; raises ValueError if none or both are, or if ids are no integers."""
+    """The given one of the two. Raises ValueError if none or both are given, or if ids are not integers."""
     if inputs_embeds is not None and input_ids is None:
         return inputs_embeds
     if inputs_embeds is not None or input_ids is None:
-        raise ValueError("input_ids and inputs_embeds: expected exactly one of the two.")
+        raise ValueError("input_ids, inputs_embeds: got none or both; expected exactly one of the two")
     if input_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"input_ids: dtype {input_ids.dtype}; expected integers.")
+        raise ValueError(f"input_ids: got dtype {input_ids.dtype}; expected integers")
     return input_ids
 
 
 def cached_tokens(cache: Cache | None) -> int:
-    """Tokens that a cache holds."""
+    """Number of tokens in a cache."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -352,18 +360,18 @@ def parameter_group(name: str) -> str:
     """The group of a parameter, one of `GROUPS`, from its name (with or without PEFT's and DDP's prefixes).
 
     clip, projector and separators are the vision part; embedding is the text embedding; decoder includes the final
-    norm; adapters are LoRA and DoRA weights wherever they sit. Raises ValueError for a name that fits none.
+    norm; adapters are LoRA and DoRA weights in any layer. Raises ValueError for a name that matches none.
     """
     for part, group in _GROUP_OF.items():
         if part in f".{name}":
             return group
-    raise ValueError(f"parameter {name!r}: it belongs to none of {', '.join(GROUPS)}.")
+    raise ValueError(f"parameter {name!r}: belongs to none of the groups {', '.join(GROUPS)}")
 
 
 def freeze(model: nn.Module, groups: Collection[str]) -> list[str]:
-    """Take groups of weights out of training; returns the names of the frozen parameters.
+    """Freezes groups of weights. Returns the names of the frozen parameters.
 
-    Call it before adapters are added: adapters are never frozen here. Raises ValueError for an unknown group.
+    Call it before adding adapters, which it does not freeze. Raises ValueError for an unknown group.
     """
     if unknown := set(groups) - set(GROUPS):
         raise ValueError(f"freeze: {', '.join(sorted(unknown))}; expected groups among {', '.join(GROUPS)}.")
@@ -374,5 +382,5 @@ def freeze(model: nn.Module, groups: Collection[str]) -> list[str]:
 
 
 def size_of(parameter: nn.Parameter) -> int:
-    """Elements of a weight; ZeRO 3 leaves an empty tensor and the size beside it."""
+    """Number of elements of a weight. With ZeRO 3 the tensor is empty, and the size is an attribute."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,4 +1,4 @@
-"""Prompts and pictures to model inputs: the published tokenisation, in batches.
+"""Converts prompts and pictures to model inputs, with the published tokenisation, in batches.
 
 A prompt's text is cut at its image tags `<|image_1|>` ... and every piece is tokenised by itself, so a beginning of
 sequence stands before the text and after every picture; a picture's place is held by `image_token_id` as often as the
@@ -43,20 +43,22 @@ _NOT_TOKENIZER_ARGUMENTS = {
     "additional_special_tokens",
     "tokenizer_file",
 }
-# Written back as they were read: the tokenizers library of another version reads and writes another tokenizer.json.
+# Files that are written back unchanged, because tokenizer.json differs between versions of the tokenizers library.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint folder, from tokenizer.json as it is.
+    """Loads the tokenizer of a checkpoint folder from its tokenizer.json.
 
-    Not through AutoTokenizer: transformers 5 rebuilds Llama tokenizers from their vocabulary and drops the published
-    normaliser. Raises FileNotFoundError naming the missing file.
+    Does not use AutoTokenizer, because transformers 5 rebuilds Llama tokenizers from their vocabulary and drops the
+    published normaliser. Raises FileNotFoundError that names the missing file.
     """
     folder = Path(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: no {name}; expected a checkpoint folder in the published layout.")
+            raise FileNotFoundError(
+                f"{folder}: contains no {name}; expected a checkpoint folder in the published layout"
+            )
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     arguments = {key: value for key, value in config.items() if key not in _NOT_TOKENIZER_ARGUMENTS}
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **arguments)
@@ -72,36 +74,39 @@ def json_file(content: dict[str, object]) -> bytes:
 
 
 class Phi3VProcessor(ProcessorMixin):
-    """An image processor and a tokenizer; call it with prompts and pictures to get model inputs."""
+    """An image processor and a tokenizer. Call it with prompts and pictures to get model inputs."""
 
     def __init__(
         self, image_processor: Phi3VImageProcessor, tokenizer: PreTrainedTokenizerFast, **kwargs: object
     ) -> None:
-        # ProcessorMixin's own constructor checks class names against transformers' list of models and is not called.
+        # ProcessorMixin's constructor is not called, because it checks class names against transformers' list of
+        # models.
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.chat_template = kwargs.get("chat_template") or tokenizer.chat_template or CHAT_TEMPLATE
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
-            raise ValueError(f"tokenizer: it has no token {IMAGE_TOKEN}; expected the published special tokens.")
+            raise ValueError(f"tokenizer: has no token {IMAGE_TOKEN}; expected the published special tokens")
 
     # Loading and saving -----------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: object) -> Phi3VProcessor:
-        """Load from a checkpoint folder; `num_crops=...` overrides the saved number."""
+        """Loads a checkpoint folder. `num_crops=...` overrides the saved number."""
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; expected a downloaded checkpoint folder.")
+            raise FileNotFoundError(f"{folder}: no such folder; expected a downloaded checkpoint folder")
         overrides = {key: kwargs[key] for key in ("num_crops",) if kwargs.get(key) is not None}
         image_processor = Phi3VImageProcessor.from_pretrained(folder, **overrides)
         return cls(image_processor, load_tokenizer(folder))
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: object) -> list[str]:
-        """Write the tokenizer's files, byte for byte, and the processor's; returns their paths."""
+        """Writes the tokenizer's files unchanged, and the processor's. Returns their paths."""
         if push_to_hub:
-            raise ValueError("push_to_hub: not offered here; scripts/merge.py --push_to_hub uploads a whole folder.")
+            raise ValueError(
+                "push_to_hub: not supported here; to upload a whole folder, use scripts/merge.py --push_to_hub"
+            )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         files = {
@@ -122,19 +127,21 @@ class Phi3VProcessor(ProcessorMixin):
     def apply_chat_template(
         self, conversation: list, add_generation_prompt: bool = False, **kwargs: object
     ) -> str | list:
-        """The published chat template: `<|role|>\\ncontent<|end|>\\n` a message; a list of conversations gives a list.
+        """Applies the published chat template: `<|role|>\\ncontent<|end|>\\n` per message. A list of conversations
+        gives a list.
 
-        Raises ValueError where a message's content is no string (list content: write the image tags into the text).
+        Raises ValueError if a message's content is not a string. (Instead of list content, write image tags into the
+        text.)
         """
         batched = bool(conversation) and isinstance(conversation[0], list)
         for index, messages in enumerate(conversation if batched else [conversation]):
             if not messages:
-                raise ValueError(f"conversation {index}: no messages; expected at least one.")
+                raise ValueError(f"conversation {index}: got no messages; expected at least one")
             for turn, message in enumerate(messages):
                 if not isinstance(message.get("content"), str):
                     raise ValueError(
-                        f"conversation {index}, message {turn}, content: {type(message.get('content')).__name__}; "
-                        "expected a string with <|image_1|> ... where pictures stand."
+                        f"conversation {index}, message {turn}, content: got {type(message.get('content')).__name__}; "
+                        "expected a string with <|image_1|> ... in place of pictures"
                     )
         kwargs.setdefault("tokenize", False)
         return self.tokenizer.apply_chat_template(
@@ -164,17 +171,19 @@ class Phi3VProcessor(ProcessorMixin):
 
         images: None; a picture; a flat list for a single prompt; or a list of B lists (None or [] = no picture).
         `<|image_k|>` is the k-th picture of its own prompt; tags may stand in any order, each exactly once.
-        A prompt whose pictures are absent (None or []) keeps no tag: a tag without a picture is refused.
+        A tag without a picture raises ValueError.
         padding: True (longest), "max_length" or False; padding_side: the tokenizer's, right, unless given.
 
         Returns input_ids and attention_mask [B, T]; with pictures pixel_values [tiles of all pictures, 3, S, S] and
         image_sizes [n_pictures, 2], in the order in which the tags are read. `as_uint8`: see Phi3VImageProcessor.
 
-        Raises ValueError naming the prompt's index, what was found and what was expected.
+        Raises ValueError that names the prompt's index, the value and what was expected.
         """
         prompts, nested = _batch(text, images)
         if truncation and any(nested):
-            raise ValueError("truncation: true with pictures; cutting image tokens off would break their pictures.")
+            raise ValueError(
+                "truncation: got true with pictures; expected false, because truncated pictures are invalid"
+            )
         rows: list[list[int]] = []
         pictures: list[Image.Image] = []
         names: list[str] = []
@@ -209,7 +218,7 @@ class Phi3VProcessor(ProcessorMixin):
             image = images[number - 1]
             if not isinstance(image, Image.Image):
                 kind = type(image).__name__
-                raise ValueError(f"prompt {index}, <|image_{number}|>: expected a PIL image, got {kind}.")
+                raise ValueError(f"prompt {index}, <|image_{number}|>: got {kind}; expected a PIL image")
             count = self.image_processor.tokens_of_picture(*image.size, num_crops)
             ids.extend([self.image_token_id] * count)
         return ids, numbers
@@ -217,17 +226,19 @@ class Phi3VProcessor(ProcessorMixin):
     def _pad(self, rows: list[list[int]], padding: bool | str, side: str, max_length: int | None) -> dict[str, object]:
         """Rows of ids as [B, T] tensors with their mask."""
         if side not in ("left", "right"):
-            raise ValueError(f"padding_side: {side!r}; expected 'left' or 'right'.")
+            raise ValueError(f"padding_side: got {side!r}; expected 'left' or 'right'")
         length = max(len(row) for row in rows)
         if padding == "max_length":
             if max_length is None:
-                raise ValueError("padding: 'max_length' without max_length; expected a number of tokens.")
+                raise ValueError("padding: got 'max_length' without max_length; set max_length to a number of tokens")
             length = max(length, max_length)
         elif padding not in (True, False, "longest", "do_not_pad", None):
-            raise ValueError(f"padding: {padding!r}; expected True, False, 'longest' or 'max_length'.")
+            raise ValueError(f"padding: got {padding!r}; expected True, False, 'longest' or 'max_length'")
         elif padding in (False, "do_not_pad", None) and any(len(row) != length for row in rows):
             lengths = [len(row) for row in rows]
-            raise ValueError(f"padding: off, but the prompts have {lengths} tokens; expected equal lengths or padding.")
+            raise ValueError(
+                f"padding: off, but the prompts have {lengths} tokens; expected equal lengths, or turn padding on"
+            )
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for index, row in enumerate(rows):
@@ -249,10 +260,10 @@ def _batch(text: str | Sequence[str] | None, images: Pictures) -> tuple[list[str
             own = list(own[0])
         return [text], [own]
     if not isinstance(text, list | tuple) or not text:
-        raise ValueError(f"text: {type(text).__name__}; expected a string or a non-empty list of strings.")
+        raise ValueError(f"text: got {type(text).__name__}; expected a string or a non-empty list of strings")
     for index, prompt in enumerate(text):
         if not isinstance(prompt, str):
-            raise ValueError(f"prompt {index}: {type(prompt).__name__}; expected a string.")
+            raise ValueError(f"prompt {index}: got {type(prompt).__name__}; expected a string")
     prompts = list(text)
     if images is None:
         return prompts, [[] for _ in prompts]
@@ -260,17 +271,17 @@ def _batch(text: str | Sequence[str] | None, images: Pictures) -> tuple[list[str
         images = [images]
     if len(images) != len(prompts):
         raise ValueError(
-            f"images: {len(images)} entries for {len(prompts)} prompts; expected one list of pictures for each prompt."
+            f"images: got {len(images)} entries for {len(prompts)} prompts; expected one list of pictures per prompt"
         )
     return prompts, [[] if x is None else [x] if isinstance(x, Image.Image) else list(x) for x in images]
 
 
 def _check_tags(index: int, numbers: list[int], n_images: int) -> None:
-    """Refuse anything but each of 1..n_images exactly once."""
+    """Raises ValueError unless the tags contain each of 1..n_images exactly once."""
     if sorted(numbers) == list(range(1, n_images + 1)):
         return
     found = ", ".join(f"<|image_{number}|>" for number in numbers) or "no image tag"
     expected = ", ".join(f"<|image_{number}|>" for number in range(1, n_images + 1)) or "no tag"
     raise ValueError(
-        f"prompt {index}: found {found} and {n_images} image(s); expected {expected}, each once (in any order)."
+        f"prompt {index}: got {found} and {n_images} image(s); expected {expected}, each once, in any order"
     )

@@ -1,7 +1,7 @@
-"""Where and in what a job computes: its device, the type of its weights, and its attention kernel.
+"""Device, dtype of the weights, and attention kernel of a job.
 
-Training, speed, evaluation and prediction share these choices and checks, so that none of them starts on a device that
-cannot do the job. A setting states the request; `Observer` looks at what runs, in the first training forward pass.
+Training, speed, evaluation and prediction share these choices and checks, so that no job starts on an unsuitable
+device. The settings contain the request. `Observer` records what runs, in the first training forward pass.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 # Values of CUDA_VISIBLE_DEVICES that hide every GPU; SLURM writes the last one.
 NO_DEVICES = ("", "-1", "NoDevFiles")
-ANYWAY = "To compute on the CPU anyway, give --expect_device cpu"
-# Where NVIDIA's kernel module shows itself, also in a container that cannot use it; a test points them elsewhere.
+ANYWAY = "To compute on the CPU anyway, set --expect_device cpu"
+# Files of NVIDIA's kernel module, which exist even in a container that cannot use it. Tests replace them.
 DEVICE_FILE, DRIVER_FILE = Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version")
 
 
@@ -38,10 +38,10 @@ DEVICE_FILE, DRIVER_FILE = Path("/dev/nvidia0"), Path("/proc/driver/nvidia/versi
 
 
 def compute_device(settings: Compute) -> torch.device:
-    """This process's device, made the current one: the GPU of its LOCAL_RANK, or the CPU.
+    """Sets and returns this process's device: the GPU of its LOCAL_RANK, or the CPU.
 
-    Raises SettingsError if a GPU is expected, or this machine has one, and PyTorch cannot use it, if this machine runs more processes than
-    it has GPUs, or if PyTorch or the GPU lacks kernels or the data type.
+    Raises SettingsError if a GPU is expected, or this machine has one, and PyTorch cannot use it, if this machine runs
+    more processes than it has GPUs, or if PyTorch or the GPU lacks kernels or the data type.
     """
     if settings.expect_device == "cpu":
         return torch.device("cpu")
@@ -53,7 +53,7 @@ def compute_device(settings: Compute) -> torch.device:
     processes = max(rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if processes > count:
         raise SettingsError(
-            f"torchrun: --nproc_per_node: got {processes} processes on this machine, PyTorch sees {count} GPU(s) "
+            f"torchrun: --nproc_per_node: got {processes} processes on this machine, but PyTorch sees {count} GPU(s) "
             f"({torch.cuda.get_device_name(0)}); expected at most one process per GPU"
         )
     device = torch.device("cuda", rank)
@@ -61,16 +61,17 @@ def compute_device(settings: Compute) -> torch.device:
     check_architecture(device)
     if settings.bf16 and not fused.is_ampere(device):
         raise SettingsError(
-            f"command line: field `bf16`: got true on {device_title(device)}: it has no bfloat16; expected --fp16 there"
+            f"command line: field `bf16`: got true on {device_title(device)}, which does not support bfloat16; "
+            "expected --fp16"
         )
     return device
 
 
 def grow_segments() -> None:
-    """Let the CUDA allocator grow its segments, unless the user chose another setting; must run before CUDA is used.
+    """Enables expandable segments of the CUDA allocator, unless the user chose otherwise. Must run before CUDA is used.
 
-    Batches differ in tokens and tiles. With segments of fixed size, what one leaves free is too small or too large for
-    the next, and reserved memory grows beyond what is allocated (PyTorch, CUDA semantics, memory management).
+    Batches differ in tokens and tiles. With segments of fixed size, freed memory often does not match the next request,
+    and the reserved memory grows (PyTorch, CUDA semantics, memory management).
     """
     chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
     if not torch.version.hip and not chosen:
@@ -78,7 +79,7 @@ def grow_segments() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words."""
+    """Description of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -90,13 +91,13 @@ def device_name(device: torch.device) -> str:
 
 
 def device_title(device: torch.device) -> str:
-    """A CUDA device with what it can do."""
+    """Name and compute capability of a CUDA device."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
 def check_no_gpu(settings: Compute) -> None:
-    """Raises SettingsError if `settings` expect a GPU, or this machine has one; PyTorch sees none."""
+    """Raises SettingsError if `settings` expect a GPU or this machine has one. Called if PyTorch sees none."""
     sign = sign_of_gpus()
     if settings.expect_device is None and sign is None:
         return
@@ -114,18 +115,19 @@ def check_no_gpu(settings: Compute) -> None:
     oldest = OLDEST_DRIVER.get(int(cuda.split(".")[0]))
     needed = f"which needs driver {oldest} or newer" if oldest else "whose driver is in NVIDIA's CUDA release notes"
     if driver and oldest and int(driver.split(".")[0]) < oldest:
-        advice = f"ask for driver {oldest} or newer, or install PyTorch's build for an earlier CUDA (docs/troubleshooting.md)"
+        advice = f"install driver {oldest} or newer, or PyTorch's build for an earlier CUDA (docs/troubleshooting.md)"
     else:
         advice = (
-            "check that the job was given a GPU (SLURM: --gres=gpu:1), CUDA_VISIBLE_DEVICES, and in a container --nv"
+            "check that the job requests a GPU (SLURM: --gres=gpu:1), CUDA_VISIBLE_DEVICES, and in a container --nv"
         )
     raise SettingsError(
-        f"{why}, but PyTorch can use no GPU: found {found}; {build} is built for CUDA {cuda}, {needed}; {advice}. {ANYWAY}"
+        f"{why}, but PyTorch can use no GPU: found {found}; {build} is built for CUDA {cuda}, {needed}; {advice}. "
+        f"{ANYWAY}"
     )
 
 
 def sign_of_gpus() -> str | None:
-    """What shows that this machine or job has NVIDIA GPUs, independent of PyTorch; None if nothing does.
+    """Evidence, independent of PyTorch, that this machine or job has NVIDIA GPUs, or None.
 
     An empty CUDA_VISIBLE_DEVICES hides the GPUs on purpose, so only SLURM's allotment counts then.
     """
@@ -143,7 +145,7 @@ def sign_of_gpus() -> str | None:
 
 
 def driver_version() -> str | None:
-    """Version of NVIDIA's driver ("570.86.15"), as nvidia-smi or the kernel module reports it; None: no driver."""
+    """Version of NVIDIA's driver ("570.86.15"), from nvidia-smi or the kernel module. None without a driver."""
     said = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader") or ""
     if not re.match(r"\d", said):
         said = DRIVER_FILE.read_text(encoding="utf-8") if DRIVER_FILE.is_file() else ""
@@ -152,7 +154,7 @@ def driver_version() -> str | None:
 
 
 def nvidia_smi(*arguments: str) -> str | None:
-    """What nvidia-smi answers; None if it is missing, fails or takes a minute."""
+    """Output of nvidia-smi. None if it is missing, fails or takes a minute."""
     if shutil.which("nvidia-smi") is None:
         return None
     try:
@@ -163,11 +165,11 @@ def nvidia_smi(*arguments: str) -> str | None:
 
 
 def check_architecture(device: torch.device) -> None:
-    """Raises SettingsError if PyTorch was built for none of the architectures that run on a CUDA device.
+    """Raises SettingsError if PyTorch's build has no kernels for a CUDA device.
 
     A build for sm_XY runs on the devices of generation X whose minor number is Y or more, compute_XY (PTX, compiled by
     the driver) on X.Y and all later ones, a name with an a (sm_90a) on that very architecture alone (NVIDIA, CUDA C++
-    Programming Guide, binary and PTX compatibility). Other builds and devices (CPU, ROCm) are not looked at.
+    Programming Guide, binary and PTX compatibility). Other builds and devices (CPU, ROCm) are not checked.
     """
     if device.type != "cuda" or torch.version.hip:
         return
@@ -178,7 +180,8 @@ def check_architecture(device: torch.device) -> None:
     older = capability < min(_number(name) for name in built)
     build = f"PyTorch {torch.__version__}"
     raise SettingsError(
-        f"{torch.cuda.get_device_name(device)}: compute capability {capability[0]}.{capability[1]}, and {build} has kernels "
+        f"{torch.cuda.get_device_name(device)}: compute capability {capability[0]}.{capability[1]}, and {build} has "
+        "kernels "
         f"for {', '.join(built)} only; expected a build of PyTorch that has sm_{capability[0]}{capability[1]}: "
         + (
             "the same version for CUDA 12.6 (docs/troubleshooting.md has the steps)"
@@ -207,7 +210,7 @@ def _runs(name: str, capability: tuple[int, int]) -> bool:
 
 
 def attention_implementation(settings: Compute, device: torch.device) -> str:
-    """The model's `attn_implementation`: eager, or with --use_flash_attention the fastest kernel of the device.
+    """The model's `attn_implementation`: eager, or with --flash_attention the fastest kernel of the device.
 
     The flash-attn package if it can run there, else PyTorch's SDPA: its flash kernel on Ampere and newer in bf16 and
     fp16, its memory-efficient kernel on other CUDA devices and in fp32, a flash kernel of its own on a CPU.
@@ -225,20 +228,20 @@ def has_flash_kernels(settings: Compute, device: torch.device) -> bool:
 
 
 def has_flash_attn() -> bool:
-    """Whether FlashAttention 2 can be imported: neither another package of that name nor one built for another PyTorch."""
+    """Whether FlashAttention 2 can be imported: not another package of that name, and not built for another PyTorch."""
     from transformers.utils import is_flash_attn_2_available
 
     if not is_flash_attn_2_available():
         return False
     try:
         from flash_attn import flash_attn_func, flash_attn_varlen_func
-    except (ImportError, OSError, RuntimeError, AttributeError):  # what a library of another ABI raises
+    except (ImportError, OSError, RuntimeError, AttributeError):  # raised by a library with another ABI
         return False
     return callable(flash_attn_func) and callable(flash_attn_varlen_func)
 
 
 def attention_note(settings: Compute, device: torch.device) -> str:
-    """A sentence if --use_flash_attention runs another kernel than flash attention on a GPU; else ""."""
+    """A sentence if --use_flash_attention uses a kernel other than flash attention on a GPU, or ""."""
     if not settings.flash_attention or device.type != "cuda" or has_flash_kernels(settings, device):
         return ""
     return (
@@ -251,12 +254,12 @@ def attention_note(settings: Compute, device: torch.device) -> str:
 
 
 def uses_zero(settings: FinetuneSettings) -> bool:
-    """Whether DeepSpeed runs the job: full fine-tuning, unless --zero_stage 0."""
+    """Whether the job uses DeepSpeed: full fine-tuning, unless --zero_stage 0."""
     return settings.method in ("full", "frozen") and settings.zero_stage > 0
 
 
 def weight_dtype(settings: FinetuneSettings) -> torch.dtype:
-    """Type the model's weights are loaded in.
+    """Dtype in which the model's weights are loaded.
 
     ZeRO keeps its own float32 master copy, and frozen weights under adapters never change: both are held in the compute
     type. Full fine-tuning without ZeRO trains float32 weights under autocast.
@@ -266,9 +269,11 @@ def weight_dtype(settings: FinetuneSettings) -> torch.dtype:
     return TORCH_DTYPE[settings.dtype]
 
 
-# What really runs ------------------------------------------------------------------------------------------------------
+# What really runs
+# ------------------------------------------------------------------------------------------------------
 
-# Operator names of PyTorch (native_functions.yaml; torch.nn.attention.varlen) and flash-attn, and what a reader calls them.
+# Operator names of PyTorch (native_functions.yaml; torch.nn.attention.varlen) and flash-attn, and their titles in
+# reports.
 KERNELS = {
     "_scaled_dot_product_flash_attention_for_cpu": "sdpa flash (CPU)",
     "_scaled_dot_product_flash_attention": "sdpa flash",
@@ -291,7 +296,7 @@ class _Operators(TorchDispatchMode):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave this mode, which is the innermost one, for a while."""
+        """Suspends this mode, which must be the innermost one."""
         self.__exit__(None, None, None)
         try:
             yield
@@ -304,9 +309,9 @@ class _Operators(TorchDispatchMode):
 
 
 def attention_kernel(operators: set[str], implementation: str) -> str:
-    """The attention kernel among the operators of a layer; `implementation` tells eager from SDPA's composite.
+    """The attention kernel among the operators of a layer. `implementation` separates eager from SDPA's composite.
 
-    An attention operator that has no title here is called by its own name.
+    An attention operator without a title keeps its own name.
     """
     for name, title in KERNELS.items():
         if name in operators:
@@ -319,7 +324,7 @@ def attention_kernel(operators: set[str], implementation: str) -> str:
 
 
 class Observer:
-    """Watches the first training forward of one decoder layer and one vision layer, then gets out of the way."""
+    """Observes the first training forward pass of one decoder layer and one vision layer, then removes its hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         self.activation_dtype: str | None = None
@@ -357,13 +362,13 @@ class Observer:
         self._handles.append(layer.register_forward_hook(leave, always_call=True))
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def result(self) -> dict[str, Any]:
-        """The observed.json fields that a forward pass shows; null where no such layer ran."""
+        """The fields of observed.json from a forward pass. null if no such layer ran."""
         return {
             "activation_dtype": self.activation_dtype,
             "attention_decoder": self.kernels.get("decoder"),

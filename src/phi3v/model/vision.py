@@ -1,4 +1,4 @@
-"""Pictures to image features: CLIP over the real tiles alone, 2x2 merge, one projection, one gather.
+"""Converts pictures to image features: CLIP over the real tiles only, 2x2 merge, one projection, one gather.
 
 Shapes: n = tiles of all pictures, S = tile side in pixels, p = tile side in patches, g = p / 2 = tile side in image
 tokens, C = CLIP width, D = decoder width, I = image tokens of all pictures.
@@ -18,7 +18,7 @@ from phi3v.model.image_processing import CLIP_MEAN, CLIP_STD, expand_uint8_tiles
 
 
 class VisionTower(nn.Module):
-    """CLIP's vision transformer; the features are what enters its last layer, without the class token."""
+    """CLIP's vision transformer. The features are the inputs of its last layer, without the class token."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class VisionTower(nn.Module):
         self.freeze_unused()
 
     def freeze_unused(self) -> None:
-        """Take the last layer and the norm after it out of training: they stand in every checkpoint and never run."""
+        """Freezes the last layer and the norm after it. Every checkpoint contains them, but they never run."""
         for unused in (self.encoder.layers[-1], self.post_layernorm):
             unused.requires_grad_(False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[n, 3, S, S] to patch features [n, p*p, C]."""
+        """Maps [n, 3, S, S] to patch features [n, p*p, C]."""
         hidden = self.pre_layrnorm(self.embeddings(pixel_values))  # [n, 1 + p*p, C]
         for layer in self.encoder.layers[:-1]:
             hidden = layer(hidden, None)
@@ -76,7 +76,7 @@ class ImageEmbedding(nn.Module):
         image_sizes: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Features [I, D] of all pictures in order; without any, those of one blank tile, [g*g + 2, D].
+        """Features [I, D] of all pictures in order. Without pictures, those of one blank tile, [g*g + 2, D].
 
         pixel_values: float [n, 3, S, S]; or uint8 local tiles; or the published padded form [n_images, k, 3, S, S].
         image_sizes: [n_images, 2], canvases in whole tiles, best on the CPU. rows: `gather_index` of their grids on
