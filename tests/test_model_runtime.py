@@ -252,7 +252,7 @@ def test_more_processes_than_gpus_are_refused_before_a_gpu_is_touched(machine, m
     monkeypatch.setenv("LOCAL_RANK", rank)
     if processes:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    assert "got 3 processes on this machine, PyTorch sees 2 GPU(s) (NVIDIA A100-SXM4-80GB)" in refusal()
+    assert "got 3 processes on this machine, but PyTorch sees 2 GPU(s) (NVIDIA A100-SXM4-80GB)" in refusal()
 
 
 # Data type and attention ----------------------------------------------------------------------------------------------
