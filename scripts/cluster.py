@@ -1,12 +1,12 @@
-"""Look at a SLURM cluster before jobs wait a day in its queue, and at a run's jobs while they are there.
+"""Check a SLURM cluster before jobs wait in its queue, and show the status of a run's jobs.
 
-    python scripts/cluster.py site                            # a first config/site.yaml from the cluster's own answers
-    python scripts/cluster.py check --config my.yaml          # does the run fit this cluster? a probe job a partition
-    python scripts/cluster.py check --nodes 2 --device a100-80gb   # and: do two such nodes reach each other, how fast?
+    python scripts/cluster.py site                            # write a first config/site.yaml from the cluster's answers
+    python scripts/cluster.py check --config my.yaml          # check the run, with a probe job per partition
+    python scripts/cluster.py check --nodes 2 --device a100-80gb   # also test the network of two such nodes
     python scripts/cluster.py status --config my.yaml         # rows, jobs, steps, time left (make slurm-status)
-    python scripts/cluster.py wait                            # until no job of this folder runs or waits
+    python scripts/cluster.py wait                            # wait until no job of this folder runs or is queued
 
-check exits with 1 where there is an error; a warning is worth knowing. --no-probe leaves the probe jobs out.
+`check` exits with 1 if there is an error; warnings do not change the exit code. --no-probe skips the probe jobs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make the demo's random tiny Phi-3.5-vision: a checkpoint folder in the official layout, with its own tokenizer.
+"""Write the demo's tiny random Phi-3.5-vision: a checkpoint folder in the official layout, with its own tokenizer.
 
 python scripts/demo_model.py --data_dirs results/data/mixture-KEY --output_dir results/demo-sources/random \
     --geometry hidden_size=96 --geometry layers=3
@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from phi3v.settings import run_script
 
 TEXTS_PER_FOLDER = 600
-"""Examples a data folder adds to the tokenizer's texts: enough for every word of the demo."""
+"""Examples per data folder whose texts train the tokenizer. They contain every word of the demo."""
 
 
 def setting(text: str) -> tuple[str, int]:
-    """NAME=NUMBER of the command line."""
+    """Parses NAME=NUMBER."""
     name, _, number = text.partition("=")
     if not name or not number.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=NUMBER")
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected NAME=NUMBER")
     return name, int(number)
 
 
@@ -39,13 +39,13 @@ def texts(folders: list[str]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Parse the command line and write the folder."""
+    """Parses the command line and writes the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data_dirs", required=True, nargs="+", help="data folders whose training texts the tokenizer learns"
+        "--data_dirs", required=True, nargs="+", help="data folders whose training texts train the tokenizer"
     )
     parser.add_argument("--output_dir", required=True, help="checkpoint folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="random weights (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
     parser.add_argument("--geometry", type=setting, action="append", default=[], metavar="NAME=NUMBER")
     given = parser.parse_args()
     from phi3v.demo.tiny import build_tiny

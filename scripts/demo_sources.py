@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make the demo's source files: synthetic ones in the hub's formats.
+"""Write the demo's source files: synthetic data in the formats of the hub's datasets.
 
 python scripts/demo_sources.py --output_dir results/demo-sources
 python scripts/demo_sources.py --output_dir sources --seed 1 --size docvqa_train=64 --size mixture_train=100
@@ -14,7 +14,7 @@ from phi3v.settings import run_script
 
 
 def size(text: str) -> tuple[str, int]:
-    """NAME=ROWS of the command line."""
+    """Parses NAME=ROWS."""
     name, _, number = text.partition("=")
     try:
         resolve_sizes({name: int(number)})
@@ -24,10 +24,12 @@ def size(text: str) -> tuple[str, int]:
 
 
 def main() -> int:
-    """Parse the command line and write the files."""
+    """Parses the command line and writes the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="same seed and sizes, same bytes (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed; the same seed and sizes give the same bytes (default: 0)"
+    )
     parser.add_argument(
         "--size", type=size, action="append", default=[], metavar="NAME=ROWS", help=f"names: {', '.join(SIZES)}"
     )

@@ -1,11 +1,11 @@
-"""Answers of a checkpoint or an adapter on a split, and their score.
+"""Evaluate a checkpoint or an adapter on a split.
 
     python scripts/evaluate.py --model_name_or_path CHECKPOINT --data_dir DATA --output_dir RESULT --bf16
     torchrun --nproc_per_node=4 scripts/evaluate.py --model_name_or_path ADAPTER --data_dir DATA --output_dir RESULT \\
         --bf16 --use_flash_attention --passes after control --batch_size_per_gpu 16
 
-RESULT/PASS/ gets predictions.jsonl, metrics.json and timing.json; RESULT/manifest.json is written last. The same command
-resumes a run that was stopped. On a CPU, with the demo's data:
+Writes predictions.jsonl, metrics.json and timing.json to RESULT/PASS/, and RESULT/manifest.json last. The same command
+resumes a stopped run. On a CPU, with the demo's data:
 
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 scripts/evaluate.py --fp32 --model_name_or_path results/demo/train/ROW/final \\
         --data_dir results/data/KEY --output_dir evaluated
@@ -15,9 +15,9 @@ from phi3v.settings import EvaluateSettings, parse, run_script
 
 
 def main() -> None:
-    """Parse and evaluate."""
+    """Parses the command line and evaluates."""
     settings = parse(EvaluateSettings, __doc__)
-    # After the command line is checked: loading PyTorch takes seconds.
+    # Imported after the command line is checked, because loading PyTorch takes seconds.
     from phi3v.evaluation.run import evaluate
 
     evaluate(settings)

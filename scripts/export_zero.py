@@ -1,9 +1,9 @@
-"""Turn a ZeRO checkpoint of a full fine-tuning run into a model folder in the official layout; needs no GPU.
+"""Convert a ZeRO checkpoint of full fine-tuning to a model folder in the official layout. Runs without a GPU.
 
     python scripts/export_zero.py results/mine/train/ROW/checkpoints/checkpoint-120 results/models/KEY OUT --dtype bf16
 
-The second argument is the folder that training started from. A finished run needs no conversion: its `final` folder is
-such a model already.
+The second argument is the base model's folder. A finished run does not need this, because its `final` folder already
+has this layout.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Parse, convert, and turn what is wrong into one line."""
+    """Parses the command line and converts. Prints an error as one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder")
-    parser.add_argument("base", type=Path, help="the folder that training started from")
+    parser.add_argument("base", type=Path, help="folder of the base model")
     parser.add_argument("out", type=Path, help="a new folder")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="type of the written weights")
+    parser.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="dtype of the written weights"
+    )
     given = parser.parse_args()
     from phi3v.training.export import export_zero_checkpoint
 

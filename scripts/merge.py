@@ -1,10 +1,10 @@
-"""Fold a LoRA or QLoRA adapter into a checkpoint in the published layout, with a model card.
+"""Merge a LoRA or QLoRA adapter into a checkpoint in the published layout, and write a model card.
 
     python scripts/merge.py --adapter results/NAME/train/ROW/final --out merged/my-model
     python scripts/merge.py --adapter ADAPTER --out OUT --dtype float32 --manifest results/NAME/train/ROW/manifest.json
 
-The merged model is compared with base plus adapter before anything is written. The sum is formed in float32, so a full
-size model needs about 18 GiB of memory. Nothing leaves this machine unless --push_to_hub names a repository.
+Before writing, the merged model is compared with the base and its adapter. The sum is computed in float32, so a
+full-size model takes about 18 GiB of memory. Nothing is uploaded without --push_to_hub.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Merge, write the card, upload where asked for."""
+    """Merges, writes the card, and uploads if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, type=Path, help="folder with adapter_config.json")
     parser.add_argument("--out", required=True, type=Path, help="new folder for the merged checkpoint")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (default: the base's)"
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="dtype of the weights (default: the base's)"
     )
     parser.add_argument(
         "--quantised_as",
         choices=("bfloat16", "float16", "float32"),
-        help="fold a QLoRA adapter into the 4-bit weights that training in this type saw (default: the base as it is)",
+        help="dtype of QLoRA training, to merge into its 4-bit weights (default: merge into the unquantised base)",
     )
-    parser.add_argument("--manifest", type=Path, help="the run's manifest.json (default: in or above --adapter)")
+    parser.add_argument("--manifest", type=Path, help="manifest.json of the training (default: in or above --adapter)")
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder as a private repository")
     chosen = parser.parse_args(arguments)
     if chosen.manifest is not None and not chosen.manifest.is_file():
-        parser.error(f"--manifest {chosen.manifest}: no such file")
+        parser.error(f"--manifest {chosen.manifest}: no such file; expected a manifest.json")
     if not (chosen.adapter / "adapter_config.json").is_file():
-        parser.error(f"--adapter {chosen.adapter}: no adapter_config.json there; expected a PEFT adapter folder")
+        parser.error(f"--adapter {chosen.adapter}: contains no adapter_config.json; expected a PEFT adapter folder")
 
     import torch
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Print where a number comes from: the chain from a result back to the revisions of its data; or export a run as an RO-Crate.
+"""Print the chain from a result back to the revisions of its data, or export a run as an RO-Crate.
 
     python scripts/provenance.py results/demo/report/accuracy.tsv --row phi3-docvqa-lora-fp16
     python scripts/provenance.py results/demo/train/phi3-docvqa-lora-fp16/final
     python scripts/provenance.py results/demo/report --crate results/demo/crate
 
-Exit code 1 where something of the chain changed since it was used.
+Exits with 1 if any input in the chain has changed since it was used.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from phi3v.settings import run_script
 
 
 def main() -> int:
-    """Parse the command line and print."""
+    """Parses the command line and prints the chain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, help="folder of a result, or a file in it")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--row", help="of a report: this row's results only")
+    either.add_argument("--row", help="with a report: print only this row's results")
     either.add_argument(
-        "--crate", type=Path, metavar="FOLDER", help="of a report: write the whole run as a Workflow Run RO-Crate"
+        "--crate",
+        type=Path,
+        metavar="FOLDER",
+        help="with a report: write the whole run to FOLDER as a Workflow Run RO-Crate",
     )
     given = parser.parse_args()
     found = lineage.chain(given.result)
@@ -39,7 +42,7 @@ def main() -> int:
         print(line)
     changed = lineage.problems(found)
     if changed:
-        print("\nnot what it was made from any more:\n" + "\n".join(changed), file=sys.stderr)
+        print("\nchanged since they were used:\n" + "\n".join(changed), file=sys.stderr)
     return 1 if changed else 0
 
 

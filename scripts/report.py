@@ -1,10 +1,10 @@
-"""The run's tables beside the published numbers, as one page and as files.
+"""Write a run's results and the published numbers as one page and as files.
 
     python scripts/report.py --config config/demo.yaml
     python scripts/report.py --config config/config.yaml --results results/published --output_dir results/published/report
 
-Writes index.html (one file, works offline), accuracy.tsv, speed.tsv, report.json and tables.md. It reads whatever is there: rows that
-are not done say why. No GPU, no PyTorch.
+Writes index.html (one file, works offline), accuracy.tsv, speed.tsv, report.json and tables.md. Uses all available
+results; each unfinished row gives its reason. Needs no GPU and no PyTorch.
 """
 
 from phi3v.reporting.page import build_report
@@ -12,7 +12,7 @@ from phi3v.settings import ReportSettings, parse, run_script
 
 
 def main() -> None:
-    """Parse, write the report, count its rows."""
+    """Parses the command line, writes the report, and prints the number of finished rows."""
     tables = build_report(parse(ReportSettings, __doc__))
     done = sum(line.state.status == "done" for line in tables.accuracy)
     timed = sum(line.state.status == "done" for line in tables.speed)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Same in, same out: run the demo from scratch in a folder of its own and compare with the stored digests, or with another run.
+"""Run the demo from scratch in a new folder, and compare its digests with the stored ones or with another run's.
 
     python scripts/reproduce.py                                     # make reproduce: the demo, against config/demo/digests.json
     python scripts/reproduce.py --rows phi35-digits-full-bf16       # some rows only
-    python scripts/reproduce.py --twice --store                     # two runs; equal ones become the stored digests
+    python scripts/reproduce.py --twice --store                     # two runs; if they are equal, store their digests
     python scripts/reproduce.py --results results/demo              # a finished run against the stored digests
     python scripts/reproduce.py --results results/demo --against ../other/results/demo
 
-Digests are stored for each kind of processor and build of torch. Exit code 1 at the first difference, which is named; 3 where this
-kind of machine has no stored digests.
+Digests are stored per kind of processor and build of torch. Exit codes: 1: a difference, which is printed; 3: no
+digests are stored for this kind of machine.
 """
 
 from __future__ import annotations
@@ -34,26 +34,30 @@ STORED = ROOT / "config/demo/digests.json"
 
 
 class Stored(TypedDict):
-    """Digests of one kind of machine."""
+    """Stored digests of one kind of machine."""
 
     commit: str
     files: dict[str, str]
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="accuracy rows (default: all of the demo)")
+    parser.add_argument(
+        "--rows", nargs="+", default=[], metavar="ROW", help="accuracy rows to run (default: all of the demo)"
+    )
     other = parser.add_mutually_exclusive_group()
-    other.add_argument("--twice", action="store_true", help="compare with a second run, not with the stored digests")
-    other.add_argument("--against", type=Path, metavar="FOLDER", help="compare with another finished run's folder")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="a finished run's folder in place of a run")
+    other.add_argument("--twice", action="store_true", help="compare with a second run instead of the stored digests")
+    other.add_argument("--against", type=Path, metavar="FOLDER", help="compare with the folder of another finished run")
+    parser.add_argument(
+        "--results", type=Path, metavar="FOLDER", help="folder of a finished run to use instead of a new run"
+    )
     parser.add_argument("--store", action="store_true", help="store the digests for this kind of machine")
     return parser.parse_args()
 
 
 def run_demo(folder: Path, rows: list[str]) -> Path:
-    """The demo in a fresh copy of the checkout; returns its results' folder. Raises CalledProcessError."""
+    """Runs the demo in a fresh copy of the checkout. Returns the results folder. Raises CalledProcessError."""
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True,
@@ -79,11 +83,13 @@ def run_demo(folder: Path, rows: list[str]) -> Path:
 
 
 def digests_of(results: Path) -> dict[str, str]:
-    """Of a run's folder results/NAME; raises SettingsError where nothing of a run is in it."""
+    """Digests of a run's folder results/NAME. Raises SettingsError if it contains no run."""
     results = results.resolve()
     found = digests(results.parent, results.name)
     if not any(name.startswith(f"{results.name}/") for name in found):
-        raise SettingsError(f"{results}: no file that must repeat; expected a finished run's folder, results/NAME")
+        raise SettingsError(
+            f"{results}: contains no file to compare; expected the folder of a finished run, results/NAME"
+        )
     return found
 
 
@@ -94,19 +100,20 @@ def check_rows(rows: list[str]) -> None:
 
 
 def made_by(results: Path) -> str:
-    """Commit that a finished run's manifests name."""
+    """Commit in the manifests of a finished run."""
     named = {json.loads(path.read_text()).get("commit") for path in sorted(results.glob("*/*/manifest.json"))}
     return ", ".join(sorted(name or "unknown" for name in named))
 
 
 def compare(found: dict[str, str], wanted: dict[str, str], results: Path, other: Path | None) -> int:
-    """Exit code of comparing digests; a file that one side lacks is a difference. other: the folder of `wanted`, if it exists."""
+    """Compares digests and returns the exit code. A missing file is a difference. other: the folder of `wanted`, if it
+    exists."""
     if not found:
-        print(f"{results}: none of its files is stored; expected rows of the stored run", file=sys.stderr)
+        print(f"{results}: no digest is stored for any of its files; expected rows of the stored run", file=sys.stderr)
         return 2
     different = first_difference(found, wanted)
     if different is None:
-        print(f"equal to the byte: {len(found)} files (data, weights, predictions, metrics, accuracy.tsv)")
+        print(f"identical: {len(found)} files (data, weights, predictions, metrics, accuracy.tsv)")
         return 0
     print(f"first difference: {different}", file=sys.stderr)
     if other is not None:
@@ -118,7 +125,8 @@ def compare(found: dict[str, str], wanted: dict[str, str], results: Path, other:
 
 
 def compare_with_stored(found: dict[str, str], stored: Stored, results: Path, part: bool) -> int:
-    """Exit code. part: files that only the stored list has are no difference, and neither is the table of a part of the rows."""
+    """Compares with the stored digests and returns the exit code. part: the run has only some rows, so missing files
+    and accuracy.tsv are no difference."""
     files = stored["files"]
     shared = {name for name in files if name in found and not name.endswith("accuracy.tsv")}
     print(f"{len(found)} files, {len(shared)} of them among the {len(files)} stored at {stored['commit'][:12]}")
@@ -129,7 +137,7 @@ def compare_with_stored(found: dict[str, str], stored: Stored, results: Path, pa
 
 
 def reproduce(given: argparse.Namespace, folder: Path) -> int:
-    """Run below `folder`, compare and store; returns the exit code. Raises SettingsError before anything runs."""
+    """Runs in `folder`, compares and stores. Returns the exit code. Raises SettingsError before anything runs."""
     kind, part = machine(), bool(given.rows or given.results)
     stored: dict[str, Stored] = json.loads(STORED.read_text()) if STORED.is_file() else {}
     check_rows(given.rows)
@@ -153,7 +161,7 @@ def reproduce(given: argparse.Namespace, folder: Path) -> int:
 
 
 def main() -> int:
-    """Parse the command line and reproduce; the exit code tells the result."""
+    """Parses the command line, runs and compares. Returns the exit code."""
     given = arguments()
     try:
         with tempfile.TemporaryDirectory(prefix="phi3v-") as folder:

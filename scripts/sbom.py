@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Write an environment's software bill of materials: every locked package, with its hashes, as CycloneDX 1.6 JSON.
+"""Write an environment's software bill of materials: every locked package and its hashes, as CycloneDX 1.6 JSON.
 
     python scripts/sbom.py train-cuda containers/train.cdx.json
 
-`make containers` writes one beside each image. Debian's packages in an image come from its base and are not in the lock.
+`make containers` writes one for each image. The lock does not list Debian's packages, which come from the base image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def component(name: str, version: str, hashes: list[str]) -> Component:
-    """A locked package. hashes: `sha256:…`; a version has many files, so each hash is a reference to a distribution of its own."""
+    """A locked package. hashes: `sha256:…`. A version has many files, so each hash becomes a separate distribution
+    reference."""
     purl = PackageURL("pypi", None, name, version)
     files = [
         ExternalReference(
@@ -41,7 +42,8 @@ def component(name: str, version: str, hashes: list[str]) -> Component:
 
 
 def bill(environment: str) -> str:
-    """The bill of envs/ENVIRONMENT.txt. The serial number follows from the lock, so equal locks differ in their time only."""
+    """The bill of envs/ENVIRONMENT.txt. The serial number depends on the lock, so equal locks differ only in their
+    time."""
     lock = ROOT / f"envs/{environment}.txt"
     name = f"phi3v-{environment}"
     root = Component(type=ComponentType.APPLICATION, name=name, version=__version__, bom_ref=name)
@@ -56,7 +58,7 @@ def bill(environment: str) -> str:
 
 
 def main() -> int:
-    """Parse the command line and write the bill."""
+    """Parses the command line and writes the bill."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environment", choices=sorted(path.stem for path in (ROOT / "envs").glob("*.txt")))
     parser.add_argument("output", type=Path)

@@ -1,10 +1,10 @@
-"""Score the predictions of an evaluation by other metrics, or by a function of yours; needs no model and no GPU.
+"""Score the predictions of an evaluation by other metrics, or by your own function. Needs no model and no GPU.
 
     python scripts/score.py --input_dir results/NAME/evaluate/ROW --output_dir scored --metrics my_metrics.py:score accuracy
     python scripts/score.py --input_dir scored --metrics cer --compare results/NAME/evaluate/base/KEY/before
 
-OUTPUT/PASS/ gets predictions.jsonl and metrics.json. my_metrics.py holds `def score(predictions: list[dict]) -> list[float]`:
-a number from 0 to 1 for each line of predictions.jsonl.
+Writes predictions.jsonl and metrics.json to OUTPUT/PASS/. my_metrics.py defines `def score(predictions: list[dict]) ->
+list[float]`, which returns a number from 0 to 1 for each line of predictions.jsonl.
 """
 
 from phi3v.evaluation.scoring import rescore
@@ -12,7 +12,7 @@ from phi3v.settings import ScoreSettings, parse, run_script
 
 
 def main() -> None:
-    """Parse, score, and print a line per pass."""
+    """Parses the command line, scores, and prints a line per pass."""
     for name, found in rescore(parse(ScoreSettings, __doc__)).items():
         low, high = found["interval"]
         print(f"{name}: {found['metric']} {found['score']:.2f} [{low:.1f}, {high:.1f}], n = {found['n']}")

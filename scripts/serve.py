@@ -1,11 +1,11 @@
-"""Open a page on this machine to ask a model about pictures, over several turns.
+"""Serve a web page on this machine for questions about pictures, over several turns.
 
     python scripts/serve.py --model_name_or_path results/NAME/train/ROW/final --bf16
     python scripts/serve.py --model_name_or_path results/NAME/train/ROW/final --base results/models/KEY --bf16
 
-With --base both models answer, side by side. The page listens on this machine alone: from elsewhere use a tunnel,
-`ssh -L 8501:127.0.0.1:8501 HOST`. It needs the extra `chat` (pip install 'phi3v[chat]'). For programs that speak
-OpenAI's protocol serve the model with vLLM: docs/how-to/serve.md.
+With --base, both models answer, side by side. The page only accepts connections from this machine. From elsewhere, use
+a tunnel: `ssh -L 8501:127.0.0.1:8501 HOST`. Requires the extra `chat` (pip install 'phi3v[chat]'). For programs that
+use OpenAI's protocol, serve the model with vLLM: docs/how-to/serve.md.
 """
 
 import os
@@ -16,11 +16,11 @@ from phi3v.settings import ServeSettings, SettingsError, parse, run_script
 
 
 def main() -> None:
-    """Parse, and become Streamlit."""
+    """Parses the command line, and replaces this process by Streamlit."""
     settings = parse(ServeSettings, __doc__)
     found = find_spec("phi3v.evaluation.chat")
     if find_spec("streamlit") is None or found is None or found.origin is None:
-        raise SettingsError("streamlit is not installed; expected `pip install 'phi3v[chat]'`")
+        raise SettingsError("streamlit is not installed; run `pip install 'phi3v[chat]'`")
     options = {
         "server.address": settings.host, "server.port": settings.port, "server.headless": "true",
         "browser.gatherUsageStats": "false", "server.fileWatcherType": "none", "client.toolbarMode": "minimal",

@@ -48,9 +48,11 @@ SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
     ),
     (
         "Rows: accuracy.tsv, speed.tsv",
-        "A line is a job; a column left out, or an empty cell, is the default, which is the recipe's constant. A cell with"
+        "A line is a job; a column left out, or an empty cell, is the default, which is the recipe's constant. A cell "
+        "with"
         " `|` is a grid: `1e-5|4e-5` under learning_rate makes the rows `ROW@learning_rate=1e-5` and"
-        " `ROW@learning_rate=4e-5`, and several such cells make every combination ([how to](../how-to/grid.md)). The column"
+        " `ROW@learning_rate=4e-5`, and several such cells make every combination ([how to](../how-to/grid.md)). The "
+        "column"
         " `finetune` takes the flags of [finetune.py](commands.md#finetunepy), without the dashes.",
         [rows.AccuracyRow, rows.SpeedRow],
     ),

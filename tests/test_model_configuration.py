@@ -78,7 +78,7 @@ def test_phi3_vision_128k_config_loads():
         ({"tie_word_embeddings": True}, "separate lm_head"),
         ({"embd_layer": {"hd_transform_order": "glb_sub"}}, "embd_layer.hd_transform_order"),
         ({"vision_config": {"image_size": 30, "patch_size": 7}}, "multiple of twice patch_size"),
-        ({"vision_config": {"num_hidden_layers": 1}}, "at least 2 are needed"),
+        ({"vision_config": {"num_hidden_layers": 1}}, "num_hidden_layers: 1; expected at least 2"),
     ],
 )
 def test_what_is_not_computed_is_refused(changes, message):

@@ -53,7 +53,7 @@ def command(root, *arguments, path="/usr/bin:/bin"):
 
 def test_equal_runs_are_equal(root, run):
     code, said = command(root, "--results", run("one"), "--against", run("two"))
-    assert (code, said) == (0, "equal to the byte: 4 files (data, weights, predictions, metrics, accuracy.tsv)\n")
+    assert (code, said) == (0, "identical: 4 files (data, weights, predictions, metrics, accuracy.tsv)\n")
 
 
 def test_the_first_difference_is_the_earliest_of_the_workflow(root, run):
@@ -94,7 +94,7 @@ def test_what_was_asked_for_is_looked_at_before_anything_runs(root, run, tmp_pat
     for against in (tmp_path / "none", run("one").parent):
         code, said = command(root, "--against", against, path="")
         assert (code, said.count("\n")) == (2, 1)
-        assert said.startswith(f"error: {against}: no file that must repeat; expected a finished run's folder")
+        assert said.startswith(f"error: {against}: contains no file to compare")
     code, said = command(root, "--rows", "phi35-digits-full-bf16", "zzz", path="")
     assert (code, said.count("\n")) == (2, 1)
     assert "field `rows.accuracy`: got 'zzz': matches no row" in said

@@ -26,14 +26,15 @@ def usable_cpus() -> int:
     return min(int(allotted), mask) if allotted.isdecimal() else mask
 
 
-def loader_workers(asked: int | Literal["auto"], cuda: bool) -> int:
+def loader_workers(requested: int | Literal["auto"], cuda: bool) -> int:
     """Processes (in evaluation: threads) that load data for one process of a job.
 
-    asked: a number, or `auto`. On a CPU, auto is none, because loading and computing would share the cores. On CUDA it
-    is the CPUs per process less one for the process itself, from 1 to 8; LOCAL_WORLD_SIZE is the number of processes.
+    requested: a number, or `auto`. On a CPU, auto means none, because loading and computing would share the cores. On
+    CUDA, it means the CPUs per process minus one for the process itself, from 1 to 8. LOCAL_WORLD_SIZE is the number of
+    processes.
     """
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(MOST_WORKERS, usable_cpus() // here - 1)) if cuda else 0
 
@@ -66,8 +67,8 @@ def read_ahead(
 
 
 def _begin(start: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:
-    # A killed parent (out of memory) closes no queue, so its processes and the readers of their output would wait forever.
-    # This signal ends them.
+    # A killed parent (out of memory) closes no queue, so its processes and the readers of their output would wait
+    # forever. This signal ends them.
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -184,7 +184,7 @@ def may_name_urls(path: Path) -> bool:
 
 
 def near(name: str, known: Iterator[str] | list[str]) -> str:
-    """End of a message: the known name that is most similar to a wrong one, if any."""
+    """End of a message: the valid name that is most similar to a wrong one, if any."""
     folded = {other.casefold(): other for other in known}
     found = difflib.get_close_matches(name.casefold(), folded, 1, 0.7) if name else []
     return f"; did you mean `{folded[found[0]]}`?" if found else ""

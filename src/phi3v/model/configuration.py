@@ -1,6 +1,6 @@
 """The configuration of Phi-3-vision and Phi-3.5-vision, read from and written to the publisher's config.json.
 
-The decoder's fields stand at the top level, the vision tower's in the optional key `vision_config` (CLIPVisionConfig
+The decoder's fields are at the top level, the vision tower's in the optional key `vision_config` (CLIPVisionConfig
 fields; absent = ViT-L/14 at 336 pixels, the published geometry).
 """
 
@@ -55,10 +55,10 @@ class Phi3VConfig(PreTrainedConfig):
     `rope_scaling` keeps the published form: exactly `type` ("su"), `short_factor`, `long_factor`, each list
     head_dim / 2 numbers long. None means plain RoPE.
 
-    `longrope_scope` says what decides between the short and the long factors: "sequence" (default) is each example's
-    own length, "batch" is the padded length of the whole batch, which is what the published code does.
+    `longrope_scope` selects the length that decides between the short and the long factors: "sequence" (default) is
+    each example's own length, "batch" is the padded length of the whole batch, which is what the published code does.
 
-    Raises ValueError where a field has a value that this implementation does not compute.
+    Raises ValueError if a field has a value that this implementation does not support.
     """
 
     model_type = "phi3_v"
@@ -95,7 +95,7 @@ class Phi3VConfig(PreTrainedConfig):
     end_token_ids: list[int] | tuple[int, ...] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # The published files ask for flash attention in config.json; the caller's `attn_implementation` decides here.
+        # The published config.json requests flash attention, but here the caller's `attn_implementation` decides.
         kwargs.pop("_attn_implementation", None)
         self.auto_map = kwargs.pop("auto_map", None) or dict(OFFICIAL_AUTO_MAP)
         if self.num_key_value_heads is None:
@@ -151,23 +151,28 @@ class Phi3VConfig(PreTrainedConfig):
         vision, embd_layer = self.vision, self.embd_layer or {}
         if vision.image_size % (2 * vision.patch_size):
             raise ValueError(
-                f"config vision_config: image_size {vision.image_size} is no multiple of twice patch_size "
-                f"{vision.patch_size}; patches are merged two by two."
+                f"config vision_config: image_size {vision.image_size} is not a multiple of twice patch_size "
+                f"{vision.patch_size}, because patches are merged two by two"
             )
         if vision.num_hidden_layers < 2:
             raise ValueError(
-                f"config vision_config.num_hidden_layers: {vision.num_hidden_layers}; at least 2 are needed, since the "
-                "image features are the output of the last layer but one."
+                f"config vision_config.num_hidden_layers: {vision.num_hidden_layers}; expected at least 2, because the "
+                "image features are the output of the last but one layer"
             )
         for key, value in OFFICIAL_EMBD_LAYER.items():
             if embd_layer.get(key, value) != value:
-                raise ValueError(f"config embd_layer.{key}: {embd_layer[key]!r}; this model computes {value!r} only.")
+                raise ValueError(
+                    f"config embd_layer.{key}: {embd_layer[key]!r}; expected {value!r}, the only supported value"
+                )
         if self.tie_word_embeddings:
-            raise ValueError("config tie_word_embeddings: true; Phi-3-vision has a separate lm_head.")
+            raise ValueError(
+                "config tie_word_embeddings: got true; expected false, because Phi-3-vision has a separate lm_head"
+            )
         if self.sliding_window is not None and self.sliding_window < self.max_position_embeddings:
             raise ValueError(
                 f"config sliding_window: {self.sliding_window} is shorter than max_position_embeddings "
-                f"{self.max_position_embeddings}; a window that has an effect is not computed by this model."
+                f"{self.max_position_embeddings}; expected at least that, because this model does not support an "
+                "effective window"
             )
         if self.rope_scaling is None:
             return
@@ -194,7 +199,7 @@ class Phi3VConfig(PreTrainedConfig):
     # Serialisation --------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, object]:
-        """The publisher's config.json as a dictionary; keys of our own appear only where they differ from it."""
+        """The publisher's config.json as a dictionary. Contains our own keys only if they differ from the defaults."""
         output = super().to_dict()
         for key in _NOT_PUBLISHED:
             output.pop(key, None)
@@ -216,14 +221,14 @@ class Phi3VConfig(PreTrainedConfig):
         return output
 
     def to_diff_dict(self) -> dict[str, object]:
-        """What is saved: every key, since other readers have other defaults."""
+        """The saved form, with every key, because other readers have other defaults."""
         output = self.to_dict()
         output.pop("_name_or_path", None)
         return output
 
 
 def token_ids(value: int | list[int] | None) -> list[int]:
-    """Token ids as a list, whichever of the three forms the config holds."""
+    """Token ids as a list, from any of the three forms in a config."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,8 +1,8 @@
 """Converts prompts and pictures to model inputs, with the published tokenisation, in batches.
 
-A prompt's text is cut at its image tags `<|image_1|>` ... and every piece is tokenised by itself, so a beginning of
-sequence stands before the text and after every picture; a picture's place is held by `image_token_id` as often as the
-picture has tokens.
+A prompt's text is split at its image tags `<|image_1|>` ..., and every piece is tokenised separately, so there is a
+beginning-of-sequence token before the text and after every picture. `image_token_id` marks the place of a picture,
+repeated as often as the picture has tokens.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class VisionTower(nn.Module):
 
 
 class ImageProcessorModule(nn.Module):
-    """Holds the tower under its published name."""
+    """Module that gives the tower its published name."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
@@ -79,8 +79,8 @@ class ImageEmbedding(nn.Module):
         """Features [I, D] of all pictures in order. Without pictures, those of one blank tile, [g*g + 2, D].
 
         pixel_values: float [n, 3, S, S]; or uint8 local tiles; or the published padded form [n_images, k, 3, S, S].
-        image_sizes: [n_images, 2], canvases in whole tiles, best on the CPU. rows: `gather_index` of their grids on
-        the tiles' device, if it is known. Raises ValueError if tiles and image_sizes do not fit together.
+        image_sizes: [n_images, 2], canvases in whole tiles, best on the CPU. rows: `gather_index` of their grids on the
+        tiles' device, or None. Raises ValueError if tiles and image_sizes do not match.
         """
         if pixel_values is None or image_sizes is None:
             return self._blank()
@@ -104,14 +104,14 @@ class ImageEmbedding(nn.Module):
         return self._project(pixel_values)[rows]
 
     def _scale(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """CLIP's channel means and deviations on a device, copied there once."""
+        """CLIP's channel means and standard deviations on a device, copied only once."""
         if device not in self._scales:
             mean, std = (torch.tensor(values, dtype=torch.float32) for values in (CLIP_MEAN, CLIP_STD))
             self._scales[device] = (mean.to(device), std.to(device))
         return self._scales[device]
 
     def _project(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Projected tokens of every tile, then those of the row and the picture separator: [n*g*g + 2, D]."""
+        """Projected tokens of every tile, followed by the row separator and the picture separator: [n*g*g + 2, D]."""
         tower = self.img_processor.vision_model
         frozen = not any(parameter.requires_grad for parameter in tower.parameters())
         with torch.no_grad() if frozen else contextlib.nullcontext():
@@ -120,11 +120,12 @@ class ImageEmbedding(nn.Module):
         grid = self.config.tile_grid
         merged = patches.view(count, grid, 2, grid, 2, width).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4 * width)
         separators = torch.cat((self.sub_GN.view(1, -1), self.glb_GN.view(1, -1)))
-        # Each separator stands in many places: projecting the distinct rows and gathering afterwards does it once.
+        # Separators occur many times. Projecting distinct rows and gathering them afterwards projects each one once.
         return self.img_projection(torch.cat((merged, separators.to(merged.dtype))))
 
     def must_run_without_images(self, training: bool) -> bool:
-        """Whether a batch without pictures must still pass through the vision weights; `training`: backward follows.
+        """Whether a batch without pictures must still use the vision weights. training: whether a backward pass
+        follows.
 
         DDP expects a gradient of every weight in every step, also as one process, and its reductions go by the order in
         which gradients appear. ZeRO 3 gathers weights at each call of a module, frozen or not, in training and
@@ -146,7 +147,7 @@ class ImageEmbedding(nn.Module):
 
 
 def gather_index(grids: torch.Tensor, grid: int) -> torch.Tensor:
-    """Where each image token stands in the table of `_project`, [I], for pictures of `grids` [n_images, 2] tiles.
+    """Row of each image token in the table of `_project`, [I], for pictures of `grids` [n_images, 2] tiles.
 
     A picture is its local tiles stitched to rows of g*w tokens, each row closed by the row separator, then the picture
     separator, then the global tile likewise. Table rows: g*g a tile (global tile first), then the two separators.

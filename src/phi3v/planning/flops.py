@@ -1,15 +1,15 @@
-"""The work of a training job, and its floating point operations, counted from the layer sizes. No torch.
+"""Work of a training job, and its floating point operations, counted from the layer sizes. No torch.
 
 Two counts, and the ratios that speed measurements print from them:
 
     MFU = model FLOP    / (seconds x devices x dense peak)      model: what the method must compute
     HFU = hardware FLOP / (seconds x devices x dense peak)      hardware: what runs, recomputation included
 
-Model FLOP are those of forward and backward with causal attention (half the square); hardware FLOP add the forward
-passes repeated under activation checkpointing, the upper half of the square if attention is eager, and the scores
-that a flash kernel computes again in its backward pass. Frozen weights have no weight gradient and, below them, no
-input gradient; adapters count as what they are. A multiplication and an addition are two operations; only matrix
-products count, as in PyTorch's FlopCounterMode (Chowdhery et al. 2022, PaLM, appendix B, for MFU and HFU).
+Model FLOP count forward and backward passes with causal attention (half the square). Hardware FLOP add the repeated
+forward passes of activation checkpointing, the masked half of the square if attention is eager, and the scores that a
+flash kernel recomputes in its backward pass. Frozen weights have no weight gradient and, below the first trained layer,
+no input gradient. Adapters count with their own products. A multiplication and an addition are two operations; only
+matrix products count, as in PyTorch's FlopCounterMode (Chowdhery et al. 2022, PaLM, appendix B, for MFU and HFU).
 
     work = example_work(geometry, tokens=2443, tiles=13, labels=12) + …            # additive over examples
     flops = training_flops(geometry, work, "lora", rank=32)
@@ -41,14 +41,15 @@ Method = Literal["full", "frozen", "frozen_forward_only", "lora", "qlora"]
 FORMULA = (
     "MFU = model FLOP / (s x devices x dense peak), HFU = hardware FLOP / the same. Model FLOP: matrix products of the "
     "forward and backward pass, causal attention, no gradients of frozen weights, adapters as what they are; hardware "
-    "FLOP: also what checkpointing and the flash kernel compute again, and the masked half that eager attention computes"
+    "FLOP: also what checkpointing and the flash kernel compute again, and the masked half that eager attention "
+    "computes"
 )
-"""Printed beside every MFU and HFU."""
+"""Printed with every MFU and HFU."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Amounts of a batch that decide its cost; they add up over examples and micro-batches."""
+    """Amounts of a batch that determine its cost. They are additive over examples and micro-batches."""
 
     examples: float = 0
     tokens: float = 0
@@ -56,17 +57,17 @@ class Work:
     tokens_squared: float = 0
     """Sum over examples of tokens^2: attention does not cross examples."""
     tiles: float = 0
-    """Tiles the vision tower runs on."""
+    """Tiles that the vision tower processes."""
     projected: float = 0
-    """Rows through the projector: merged patches and separators."""
+    """Rows that the projector processes: merged patches and separators."""
     labels: float = 0
-    """Positions the head runs on."""
+    """Positions that the head processes."""
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def scaled(self, factor: float) -> Work:
-        """This work `factor` times over."""
+        """This work multiplied by `factor`."""
         return Work(*(getattr(self, field.name) * factor for field in fields(self)))
 
 
@@ -76,14 +77,14 @@ def example_work(geometry: Geometry, tokens: float, tiles: float, labels: float)
     Training gets these from the batch: attention_mask.sum(-1), pixel_values.shape[0], (labels != -100).sum(-1).
     """
     merged = patches_per_tile(geometry.vision) // 4
-    # The two separators are projected once a forward pass, whatever the number of places they stand in.
+    # The two separators are projected once per forward pass, regardless of how often they occur.
     projected = tiles * merged + (2 if tiles else 0)
     return Work(1, tokens, tokens**2, tiles, projected, labels)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The like layers of a tower that run, and what goes through one of them."""
+    """The identical layers of a tower that run, and the amount of data through one of them."""
 
     layers: int
     width: int
@@ -113,11 +114,11 @@ def stacks(geometry: Geometry, work: Work) -> tuple[Stack, Stack]:
 
 @dataclass(frozen=True)
 class Trained:
-    """Which weights of a method train."""
+    """The weights that a method trains."""
 
     method: Method
     frozen: frozenset[str] = frozenset()
-    """Groups that the method would train but the row does not (freeze_vision_model, freeze_decoder)."""
+    """Groups that the method trains by default, but the row freezes (freeze_vision_model, freeze_decoder)."""
     targets: tuple[str, ...] = ()
     """Names of the layers with adapters (lora_targets); empty: all."""
 
@@ -142,7 +143,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Setup:
-    """A training job on devices, as the formulas see it."""
+    """A training job on its devices, as input of the formulas."""
 
     geometry: Geometry
     hardware: Hardware
@@ -150,18 +151,19 @@ class Setup:
     dtype: str
     flash: bool
     work: Work
-    """Of one mean example."""
+    """Work of a mean example."""
     longest: Work
-    """Of the example that decides the peak."""
+    """Work of the example that determines the peak memory."""
     batch_size: int
     nodes: int = 1
     per_node: int = 1
     micro_batch: int = 1
     rank: int = 0
     as_published: bool = False
-    """Count what the recipe's scripts ran: whole layers recomputed, logits at every position (work says the tiles)."""
+    """Count the recipe's scripts: all layers recomputed, logits at every position, and the tiles given in `work`."""
     recompute: float = 1.0
-    """Share of the layers whose activations are recomputed in the backward pass: 1 all, 0 none, every n-th layer 1/n."""
+    """Share of the layers whose activations are recomputed in the backward pass: 1 all, 0 none, every n-th layer
+    1/n."""
     optimizer: Optimizer = "adamw"
     zero_stage: int = 2
     """DeepSpeed ZeRO stage of full fine-tuning with adamw; 0: plain data parallel."""
@@ -178,12 +180,12 @@ class Setup:
 
     @property
     def devices(self) -> int:
-        """Processes, one a device."""
+        """Processes, one per device."""
         return self.nodes * self.per_node
 
     @property
     def accumulation(self) -> float:
-        """Micro-steps of an optimizer step on each device."""
+        """Micro-steps per optimizer step on each device."""
         return self.batch_size / (self.devices * self.micro_batch)
 
     @property
@@ -214,17 +216,17 @@ class Setup:
 
     @property
     def trains_vision(self) -> bool:
-        """Whether gradients reach the vision tower."""
+        """Whether the vision tower gets gradients."""
         return self.choice.reaches("clip", clip_layer_linears(self.geometry.vision))
 
     @property
     def trains_decoder(self) -> bool:
-        """Whether gradients reach the decoder's layers."""
+        """Whether the decoder's layers get gradients."""
         return self.method != "frozen_forward_only"
 
     @property
     def trained(self) -> int:
-        """Parameters that the optimizer holds, of all devices together."""
+        """Parameters that the optimizer updates, summed over all devices."""
         return sum(self.trainable().values())
 
     def trainable(self, frozen: Collection[str] = ()) -> dict[str, int]:
@@ -245,7 +247,8 @@ class Setup:
 
     @property
     def fused(self) -> bool:
-        """Whether this project's fused kernels run: on GPUs from Ampere on, the first with bfloat16 (phi3v.model.fused)."""
+        """Whether this project's fused kernels run: on GPUs from Ampere on, the first with bfloat16
+        (phi3v.model.fused)."""
         return not self.as_published and self.hardware.kind != "cpu" and self.hardware.bf16
 
     @property
@@ -273,7 +276,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """All that runs."""
+        """All executed FLOP."""
         return self.forward + self.backward + self.recompute
 
 
@@ -411,7 +414,7 @@ def training_flops(
 def utilisation(flops: float, seconds: float, peak_tflops: float, devices: int = 1) -> float:
     """Share of the dense peak, 0-1: MFU of `model`, HFU of `hardware` FLOP (see FORMULA).
 
-    flops: of all devices together in `seconds`; peak_tflops: Hardware.peak_tflops of the compute dtype, one device.
+    flops: executed by all devices in `seconds`. peak_tflops: Hardware.peak_tflops of the compute dtype, one device.
     Raises ValueError if seconds or peak are not positive: an unknown peak gives no utilisation, never a guess.
     """
     if not seconds > 0 or not peak_tflops > 0:

@@ -1,10 +1,10 @@
-"""Seconds of an optimizer step: matrix products, memory traffic and communication, each against its peak. No torch.
+"""Predicts the seconds of an optimizer step from matrix products, memory traffic and communication. No torch.
 
     time = step_time(setup)
     time.seconds, time.elementwise, time.flops.model
 
-Every kernel is either bound by matrix products or by memory: FLOP from phi3v.planning.flops over peak x efficiency,
-plus bytes over bandwidth x efficiency, plus a fixed time a layer.
+Every kernel is bound either by matrix products or by memory. The time is the FLOP of phi3v.planning.flops divided by
+peak x efficiency, plus the bytes divided by bandwidth x efficiency, plus a fixed time per layer.
 
 Bytes are counted for two implementations. PLAIN runs transformers' and PEFT's operators one by one: the published code,
 and this project on a CPU. FUSED runs a norm, a gate, an activation or a rotation as one kernel for each direction, and
@@ -31,24 +31,24 @@ BACKWARD_OVER_FORWARD = 2.0
 
 @dataclass(frozen=True)
 class Constants:
-    """What turns FLOP and bytes into seconds: four numbers fitted to the published tables, one chosen.
+    """Constants that convert FLOP and bytes to seconds: four fitted to the published tables, and one chosen.
 
-    Source: the 12 plausible throughputs of config/speed.tsv, fitted on 2026-11-21 by benchmarks/calibrate.py. The largest
-    error is 10.8 %, and 13.6 % for a row that is left out of the fit (docs/measurements.md). Efficiencies are shares of a
-    datasheet's peak, the same for every device: what differs between devices is in config/hardware.yaml.
+    Source: the 12 plausible throughputs of config/speed.tsv, fitted on 2026-11-21 by benchmarks/calibrate.py. The
+    largest error is 10.8 %, and 13.6 % for a row that is left out of the fit (docs/measurements.md). Efficiencies are
+    shares of a datasheet's peak, the same for every device: what differs between devices is in config/hardware.yaml.
     """
 
     matmul_efficiency: float = field(default=0.613, metadata={"unit": "share of dense peak"})
-    """What matrix products reach of the dense tensor peak, over all shapes of a batch-1 step."""
+    """Efficiency of matrix products relative to the dense peak, over all shapes of a batch-1 step."""
     bandwidth_efficiency: float = field(default=0.420, metadata={"unit": "share of peak bandwidth"})
-    """What kernels over large tensors reach of the memory bandwidth: eager scores (rows of odd length, which no vector
-    load fits), 4-bit expansion, gradients, optimizer."""
+    """Efficiency of kernels over large tensors relative to the memory bandwidth: eager scores (rows of odd length,
+    without vector loads), 4-bit expansion, gradients, optimizer."""
     elementwise_efficiency: float = field(default=0.8, metadata={"unit": "share of peak bandwidth", "fitted": False})
-    """The same for norms, activations and residuals. Not fitted: what streaming kernels usually reach."""
+    """The same for norms, activations and residuals. Not fitted, but a usual value for streaming kernels."""
     layer_seconds: float = field(default=0.0008, metadata={"unit": "s a layer pass"})
-    """Time of a layer's pass that grows with neither FLOP nor bytes: launches, tails of kernels, the host."""
+    """Constant time per layer and pass: kernel launches, tails of kernels, the host."""
     link_efficiency: float = field(default=0.247, metadata={"unit": "share of peak link bandwidth"})
-    """What a collective reaches of the link that bounds it, within or between machines."""
+    """Efficiency of a collective relative to the slowest link, within or between machines."""
 
 
 CONSTANTS = Constants()
@@ -86,14 +86,15 @@ class Runs:
 
 @dataclass(frozen=True)
 class Implementation:
-    """What the operators of one way to run the model move."""
+    """Memory traffic of the operators of one implementation of the model."""
 
     decoder: Bytes
     tower: Bytes
     adapter: tuple[tuple[float, float], tuple[float, float]]
     """Of an adapter's narrow matrix products, bytes per (input, output) element: forward, backward."""
     quantised_sum: float
-    """Of an adapter over 4 bits, bytes per input element in the backward pass: the sum of its gradient and the base's."""
+    """Of an adapter over 4 bits, bytes per input element in the backward pass: the sum of its gradient and the
+    base's."""
     decoder_scores: tuple[float, float]
     """Eager attention, bytes per score: forward, backward."""
     tower_scores: tuple[float, float]
@@ -112,9 +113,9 @@ class Implementation:
     multiplied with. The published rows fit one figure for all methods."""
 
 
-# Plain. Decoder: two RMSNorms 4 each, two residual sums 6, rotary tables on queries and keys 4 each, a transpose 4; gate
-# and product 6. What one operator hands to the next within a norm or a rotation is counted as staying in the cache: a
-# token's tensors are 15 MB here. Tower: two LayerNorms 4, two residual sums 6, transposes 8; quick GELU 4.
+# Plain. Decoder: two RMSNorms 4 each, two residual sums 6, rotary tables on queries and keys 4 each, a transpose 4;
+# gate and product 6. What one operator hands to the next within a norm or a rotation is counted as staying in the
+# cache: a token's tensors are 15 MB here. Tower: two LayerNorms 4, two residual sums 6, transposes 8; quick GELU 4.
 _PLAIN_DECODER = (2 * 4 + 2 * 6 + 2 * 4 + 4, 6)
 _PLAIN_TOWER = (2 * 4 + 2 * 6 + 8, 4)
 
@@ -126,7 +127,8 @@ def _twice(forward: tuple[float, float]) -> Bytes:
 
 PLAIN = Implementation(
     decoder=_twice(_PLAIN_DECODER), tower=_twice(_PLAIN_TOWER),
-    # Reads its input, adds to the output; backward it reads the gradient and the input, and adds to the input's gradient.
+    # Reads its input, adds to the output; backward it reads the gradient and the input, and adds to the input's
+    # gradient.
     adapter=((2, 4), (6, 2)), quantised_sum=0,
     # Decoder: product 2, scale 4, mask 4, softmax to float32 6, back 6, product 2; backward: gradient of weights 2, to
     # values 2, to float32 6, softmax 10, scale 4, to queries and keys 4. CLIP scales the queries, has no mask and keeps
@@ -151,8 +153,8 @@ FUSED = Implementation(
     # Two norms 4 each, rotation 8, two residual sums 6 each; gate 6. Backward: norms 6 each, rotation 12, sums of
     # gradients 6 each; gate 10; norms' weights 4 each. Recomputation stops before the last residual sum.
     decoder=Bytes((28, 6), (36, 10), (22, 6), (8, 0)),
-    # Two norms 4 each, residual sums 6 each; quick GELU 4. Backward: norms 6 each, four sums of gradients 6 each; GELU 6;
-    # biases 10, and 2 of the feed-forward width.
+    # Two norms 4 each, residual sums 6 each; quick GELU 4. Backward: norms 6 each, four sums of gradients 6 each; GELU
+    # 6; biases 10, and 2 of the feed-forward width.
     tower=Bytes((20, 4), (36, 6), (14, 4), (10, 2)),
     # Reads its input, adds to the output 4; backward the gradient twice, the input, and adds to the input's gradient.
     adapter=((2, 4), (6, 4)), quantised_sum=6,
@@ -161,7 +163,8 @@ FUSED = Implementation(
     decoder_scores=(32, 40), tower_scores=(28, 36), float16_scores=8,
     # Half a byte and its scale read, half precision written, and read by the product.
     dequantisation=4.6,
-    # Within a machine a bucket is all-reduced where it lies: write 2, copy into the bucket 4, divide 4, add to the share.
+    # Within a machine a bucket is all-reduced where it lies: write 2, copy into the bucket 4, divide 4, add to the
+    # share.
     gradient=13,
     # The fused AdamW 32; norm in float64, scaling, checks and the half-precision copy 40; traced.
     optimizer=72,
@@ -176,7 +179,7 @@ FUSED_MACHINES = replace(FUSED, gradient=17, reduce_over_gather=1.0)
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one mean example costs beside its matrix products: bytes that a bandwidth bounds, passes and seconds."""
+    """Cost of a mean example besides its matrix products: bytes bound by bandwidth, passes and seconds."""
 
     elementwise: float
     """Bytes outside matrix products and scores."""
@@ -254,21 +257,21 @@ class StepTime:
     elementwise: float
     dequantisation: float
     communication: float
-    """What the backward pass does not hide."""
+    """Communication that the backward pass does not hide."""
     optimizer: float
     flops: TrainingFlops
-    """Of all devices together, for MFU and HFU."""
+    """FLOP of all devices, for MFU and HFU."""
 
     @property
     def seconds(self) -> float:
-        """The step's length."""
+        """Duration of the step."""
         return (
             self.matmul + self.attention + self.elementwise + self.dequantisation + self.communication + self.optimizer
         )
 
 
 def peak_tflops(setup: Setup) -> float:
-    """Dense peak of the setup's dtype; raises SettingsError if the entry has none: a peak is never guessed."""
+    """Dense peak of the setup's dtype. Raises SettingsError if the entry has none. A peak is never guessed."""
     peak = getattr(setup.hardware.peak_tflops, setup.dtype)
     if peak is None or setup.hardware.bandwidth_gb_s is None:
         field = f"peak_tflops.{setup.dtype}" if peak is None else "bandwidth_gb_s"
@@ -278,8 +281,8 @@ def peak_tflops(setup: Setup) -> float:
 
 def _empty(setup: Setup, field: str, expected: str) -> SettingsError:
     return SettingsError(
-        f"hardware `{setup.hardware.title}`: field `{field}`: empty; {expected}: copy the entry with the field to your "
-        "own hardware file, under a name of its own (fields: docs/reference/configuration.md, Hardware); name both in "
+        f"hardware `{setup.hardware.title}`: field `{field}`: empty; {expected}; copy the entry with the field to your "
+        "own hardware file, under a new name (fields: docs/reference/configuration.md, Hardware); name both in "
         "`files.hardware` and `hardware` of your run, or with scripts/plan.py --hardware FILE --gpu NAME"
     )
 
@@ -305,7 +308,7 @@ def _collective_seconds(setup: Setup, size: float, constants: Constants) -> floa
 
 @lru_cache
 def step_time(setup: Setup, constants: Constants = CONSTANTS) -> StepTime:
-    """Seconds of one optimizer step; raises SettingsError if the hardware entry lacks a figure it needs."""
+    """Seconds of one optimizer step. Raises SettingsError if the hardware entry lacks a required figure."""
     geometry, micro = setup.geometry, setup.micro_batch
     way, traffic, (_, decoder_runs) = implementation(setup), traffic_of(setup), runs(setup)
     again = decoder_runs.forward + decoder_runs.again
@@ -329,7 +332,7 @@ def step_time(setup: Setup, constants: Constants = CONSTANTS) -> StepTime:
     trained, reduced = setup.trained, setup.with_gradient
 
     attention = flops.parts["attention"].total
-    # Products of a few rows are bound by reading the weights: one read a pass.
+    # Products of a few rows are bound by reading the weights, once per pass.
     matmul = max(micro * (flops.hardware - attention) / peak, width * held * (2 + again) / bandwidth)
     attending = micro * (attention / peak + traffic.scores / bandwidth + traffic.flash_seconds)
     elementwise = micro * (traffic.elementwise + traffic.adapters) / streaming
@@ -364,5 +367,5 @@ def step_time(setup: Setup, constants: Constants = CONSTANTS) -> StepTime:
 
 
 def images_per_second(setup: Setup, constants: Constants = CONSTANTS) -> float:
-    """Examples a second over all devices, the recipe's img/s."""
+    """Examples per second over all devices, the recipe's img/s."""
     return setup.batch_size / step_time(setup, constants).seconds

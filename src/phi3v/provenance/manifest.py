@@ -1,7 +1,8 @@
-"""What a result came from: each result folder holds a manifest.json, written last.
+"""The origin of results: each result folder contains a manifest.json, written last.
 
-The report shows only what a manifest backs; docs/reference/file-formats.md lists the fields. This module imports nothing of ours, so that
-everything that writes a result can use it; it also holds the one digest and the one atomic writer of the project.
+The report only contains results with a manifest; docs/reference/file-formats.md lists the fields. This module imports
+no other module of the project, so that every writer of results can use it. It also contains the project's digest
+functions and atomic writer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ PACKAGES = (
     "safetensors", "pillow", "av", "numpy", "snakemake",
 )  # fmt: skip
 PARENT_FILES = ("manifest.json", "dataset.json", "sources.lock.json")
-# Folders of a checkout that hold what a result is made by.
+# Folders of a checkout with the code that creates results.
 CODE = ("src", "scripts", "workflow")
 LOCKS = ("requirements.txt", "envs/*.txt")
 _SECRET = re.compile(r"(hf_[A-Za-z0-9]{8,}|(?<=token=)\S+|(?<=://)[^/@\s]+:[^/@\s]+(?=@))")
@@ -41,19 +42,19 @@ SOURCE = Path(__file__).resolve().parents[3]
 
 
 class ResultError(ValueError):
-    """A result file that cannot be used; the message names file, field, value and what was expected."""
+    """An unusable result file. The message names file, field, value and what was expected."""
 
 
 class Commit(TypedDict):
-    """The state of a source tree; both None outside a checkout."""
+    """State of a source tree. Both fields are None outside a checkout."""
 
     commit: str | None
     dirty: str | None
-    """Digest of what differs from the commit; None if nothing does."""
+    """Digest of the differences from the commit, or None."""
 
 
 class Manifest(TypedDict, total=False):
-    """The fields of manifest.json that readers use; one that an older version wrote may lack some."""
+    """The fields of manifest.json that readers use. A manifest of an older version may lack some."""
 
     kind: str
     settings: dict[str, Any]
@@ -80,9 +81,10 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, object]:
-    """What the code runs in: digests of the checkout's lock files, the installed packages, conda, container.
+    """The environment: digests of the checkout's lock files, the installed packages, conda, container.
 
-    `packages` is one digest over sorted `name==version` lines: equal on two machines that have the same versions installed.
+    `packages` is one digest over sorted `name==version` lines: equal on two machines that have the same versions
+    installed.
     """
     locks = sorted(path for pattern in LOCKS for path in SOURCE.glob(pattern))
     installed = sorted({f"{found.metadata['Name'].lower()}=={found.version}" for found in metadata.distributions()})
@@ -98,7 +100,8 @@ def environment() -> dict[str, object]:
 def container() -> dict[str, str | None] | None:
     """{"image", "sha256"} of the Apptainer image that this process runs in, else None.
 
-    The digest is read from IMAGE.sha256, which `make containers` writes: an image has gigabytes. Without that file it is None.
+    The digest is read from IMAGE.sha256, which `make containers` writes: an image has gigabytes. Without that file it
+    is None.
     """
     image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     if not image:
@@ -108,7 +111,8 @@ def container() -> dict[str, str | None] | None:
 
 
 def scrub(text: str) -> str:
-    """The text without tokens: what looks like one, passwords in URLs, and the values of secret environment variables."""
+    """The text without tokens: what looks like one, passwords in URLs, and the values of secret environment
+    variables."""
     for name, value in os.environ.items():
         if _SECRET_NAMES.search(name.upper()) and len(value) >= 8:
             text = text.replace(value, "***")
@@ -118,7 +122,8 @@ def scrub(text: str) -> str:
 def commit(folder: Path | None = None) -> Commit:
     """The state of the source tree around `folder` (default: this module's).
 
-    Untracked files count only in the folders of code: the manifest states the settings of a configuration of one's own.
+    Untracked files count only in the folders of code, because the manifest already contains the settings of a user's
+    configuration.
     """
     here = folder or Path(__file__).resolve().parent
 
@@ -133,7 +138,7 @@ def commit(folder: Path | None = None) -> Commit:
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     for name in filter(None, unknown.split("\0")):
-        with contextlib.suppress(OSError):  # an editor's file that is gone again
+        with contextlib.suppress(OSError):  # a temporary file of an editor
             changed += f"{name} {digest_file(here / name)}\n"
     return {"commit": head, "dirty": hashlib.sha256(changed.encode()).hexdigest()[:16] if changed else None}
 
@@ -157,8 +162,8 @@ def digest_files(paths: Iterable[Path], cache: Path | None = None) -> str:
 def digests_of(paths: Sequence[Path], cache: Path | None = None) -> list[str]:
     """sha256 of each file.
 
-    cache: a JSON file of earlier digests. A file is not read again if its size, times and inode are those that it had: the
-    time of a file's last change (ctime) cannot be set, and every write moves it.
+    cache: a JSON file of earlier digests. A file is not read again if its size, times and inode are unchanged. Every
+    write updates the change time (ctime), which programs cannot set.
     """
     known = json.loads(cache.read_text(encoding="utf-8")) if cache and cache.is_file() else {}
 
@@ -171,7 +176,7 @@ def digests_of(paths: Sequence[Path], cache: Path | None = None) -> list[str]:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(digest, paths))
     if cache and (new := {**known, **dict(found)}) != known:
-        with contextlib.suppress(OSError):  # a full or read-only disk: the file only saves time
+        with contextlib.suppress(OSError):  # on a full or read-only disk, skip the file, which only saves time
             write_json(cache, new)
     return [facts[-1] for _, facts in found]
 
@@ -186,7 +191,7 @@ def digest_weights(folder: Path) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file or none: temporary name in the same folder, fsync, rename."""
+    """Writes a file atomically: temporary name in the same folder, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -201,19 +206,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def honour_umask(folder: Path) -> None:
-    """Give the safetensors files of a folder the permissions of any new file; their library makes them private (0600)."""
+    """Give the safetensors files of a folder the permissions of any new file; their library makes them private
+    (0600)."""
     os.umask(mask := os.umask(0o077))
     for path in folder.glob("*.safetensors"):
         path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, value: object, indent: int = 1) -> None:
-    """Write `value` as JSON, atomically. Raises ValueError for NaN and infinity."""
+    """Writes `value` as JSON, atomically. Raises ValueError for NaN and infinity."""
     write_atomically(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ResultError for a file that is missing, is not JSON, has NaN or infinity, or holds something else."""
+    """Reads a JSON object. Raises ResultError for a missing file, invalid JSON, NaN or infinity, or another type."""
 
     def refuse(name: str) -> NoReturn:
         raise ResultError(f"{path}: {name}; expected finite numbers")
@@ -242,8 +248,8 @@ def write_manifest(
 ) -> Path:
     """Write FOLDER/manifest.json; call it when everything else in the folder is complete.
 
-    kind: train, evaluate, speed, report. inputs: name to digest (or to a folder, whose manifest, dataset.json or lock is then
-    digested: its parent result). seconds: wall time of the work. device: what it ran on, in words.
+    kind: train, evaluate, speed, report. inputs: name to digest (or to a folder, whose manifest, dataset.json or lock
+    is then digested: its parent result). seconds: wall time of the work. device: what it ran on, in words.
     """
     values = settings.model_dump() if isinstance(settings, BaseModel) else settings
     manifest = {
@@ -284,10 +290,10 @@ def _user() -> str:
 
 
 def parent_file(folder: Path, names: Sequence[str] = PARENT_FILES) -> Path | None:
-    """The file that states where a folder's content comes from; None if there is none.
+    """The file that describes the origin of a folder's content, or None.
 
-    The first of `names` in the folder counts, else the manifest in the folder above: a run's final/ and its passes have none of
-    their own.
+    Returns the first of `names` in the folder, else the manifest in the parent folder, because final/ and the passes
+    have no manifest of their own.
     """
     for name in names:
         if (folder / name).is_file():

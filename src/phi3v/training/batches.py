@@ -1,12 +1,12 @@
-"""Which examples go into which micro-batch of which process, and how they are read and collated.
+"""Assigns examples to micro-batches and processes, and reads and collates them.
 
-A plan follows from seed, epoch and step alone. The examples of an optimizer step are fixed by (seed, epoch): neither the
-number of processes nor the grouping changes them. Within a step they are spread over W processes x M micro-batches.
-Every process makes the same number of micro-steps. If examples run out in the last step of an epoch, a process computes
-a filler whose loss weighs nothing.
+A plan depends only on seed, epoch and step. The examples of an optimizer step are fixed by (seed, epoch), regardless of
+the number of processes and the grouping. Within a step they are spread over W processes x M micro-batches. Every
+process runs the same number of micro-steps. If there are too few examples in the last step of an epoch, a process
+computes a filler whose loss has weight 0.
 
     B = examples of a step, W = processes, M = micro-batches of a process in a step, m = examples of a micro-batch,
-    T = tokens of the longest example of a micro-batch (packed: of all together)
+    T = tokens of the longest example of a micro-batch (packed: the sum over its examples)
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from phi3v.settings import Geometry
 from phi3v.training.launch import ignore_sigterm
 
 ALIGNMENT = 16
-"""Bytes; a tensor may be viewed in a buffer if its offset is a multiple of its element size."""
+"""Alignment in bytes. A tensor can be a view of a buffer if its offset is a multiple of its element size."""
 PREFETCH = 4
-"""Batches that each loader process holds ready, at most 24 MB each for a full-size page."""
+"""Batches that each loader process prefetches, at most 24 MB each for a full-size page."""
 Grouping = Literal["fixed", "length", "packed"]
 
 
@@ -42,7 +42,7 @@ class Pick(NamedTuple):
     index: int  # type: ignore[assignment]  # tuple.index is never used
     """Position in the dataset."""
     counted: bool
-    """False for a filler, whose loss weighs nothing."""
+    """False for a filler, whose loss has weight 0."""
     in_step: int
     """Examples of the whole optimizer step, over all processes: what the loss is divided by."""
     ends_step: bool
@@ -62,13 +62,15 @@ class BatchPlan:
     processes: int
     """W."""
     seed: int
-    """Decides the order."""
+    """Seed of the order."""
     grouping: Grouping = "fixed"
-    """fixed: in order; length: like lengths share a micro-batch; packed: several to a sequence, within a budget."""
+    """fixed: in order. length: similar lengths share a micro-batch. packed: several examples per sequence, up to
+    max_tokens."""
     lengths: Sequence[int] = ()
-    """Tokens of each example; needed for length, packed and max_tokens."""
+    """Tokens of each example. Required for length, packed and max_tokens."""
     max_tokens: int | None = None
-    """Tokens of a micro-batch at most, padding included: M is as large as that asks for. A longer example is alone."""
+    """Most tokens of a micro-batch, padding included. M grows accordingly. A longer example forms its own
+    micro-batch."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -147,14 +149,16 @@ class BatchPlan:
         return [[part for indices in own for part in self.split(indices) if part] for own in slots]
 
     def _least_packs(self, members: Sequence[int]) -> int:
-        """Packs of a process that no division can do without: by tokens, and because two of over half never share one."""
+        """Packs of a process that no division can do without: by tokens, and because two of over half never share
+        one."""
         assert self.max_tokens is not None
         tokens = sum(min(self.lengths[index], self.max_tokens) for index in members)
         large = sum(2 * self.lengths[index] > self.max_tokens for index in members)
         return math.ceil(max(tokens / self.max_tokens, large) / self.processes)
 
     def _packed(self, members: Sequence[int], bins: int) -> list[list[int]]:
-        """Longest first into the emptiest of `bins`: within 4/3 of the best largest bin (Graham 1969); fullest first."""
+        """Longest first into the emptiest of `bins`: within 4/3 of the best largest bin (Graham 1969); fullest
+        first."""
         packs: list[list[int]] = [[] for _ in range(bins)]
         emptiest = [(0, number) for number in range(bins)]
         for index in sorted(members, key=lambda index: (-self.lengths[index], index)):
@@ -169,7 +173,8 @@ class BatchPlan:
         return all(len(pack) <= 1 or sum(self.lengths[index] for index in pack) <= self.max_tokens for pack in packs)
 
 
-# From a plan to tensors ------------------------------------------------------------------------------------------------
+# From a plan to tensors
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ class BatchCounts:
 
 @dataclass(frozen=True)
 class TensorBundle:
-    """Tensors side by side in one buffer, which reaches a device in one copy."""
+    """Tensors in one buffer, which is copied to a device in one transfer."""
 
     buffer: torch.Tensor
     """uint8."""
@@ -290,7 +295,7 @@ def work_of(geometry: Geometry, example: Encoded) -> Work:
 
 
 class PickedExamples(Dataset[tuple[Example, Pick]]):
-    """The data room's dataset, indexed by `Pick`.
+    """A ConversationDataset, indexed by `Pick`.
 
     kept: its examples that are used, in order; None: all. lengths: their tokens; the validation split has none.
     """
@@ -389,8 +394,8 @@ class PlannedSplit:
     def loader(self, process: int, persistent: bool = False) -> DataLoader[tuple[Example, Pick]]:
         """The planned micro-batches of a process; persistent: loader processes outlive an epoch.
 
-        The loader has a random generator of its own. Otherwise each new iterator would draw from the global one, and a
-        resumed job would see other dropout masks than one that ran through.
+        The loader has its own random generator. Otherwise, each new iterator would draw from the global one, and a
+        resumed job would get other dropout masks than an uninterrupted one.
         """
         some = self.workers > 0
         return DataLoader(

@@ -1,4 +1,5 @@
-"""What this room has to change in libraries, each with its reason. tests/test_training_compat.py fails when one can go."""
+"""Patches of libraries that training needs, with their reasons. tests/test_training_compat.py fails when one is
+obsolete."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def leave_out_unused(settings: FinetuneSettings) -> None:
-    """Keep accelerate and PEFT from importing libraries that this job does not use; imports no torch.
+    """Prevents accelerate and PEFT from importing unused libraries. Imports no torch.
 
     peft imports bitsandbytes with PyTorch's inductor (1.8 s of start-up on a 2-core machine, in each process), and
     accelerate's extract_model_from_parallel DeepSpeed (0.4 s), if they are installed. A None in sys.modules is Python's
@@ -30,7 +31,7 @@ def leave_out_unused(settings: FinetuneSettings) -> None:
 
 
 def compute_float16_on_cpu(accelerator: Accelerator) -> None:
-    """Make accelerate autocast to float16 and scale the loss on a CPU, where it takes fp16 for fp32 without a warning.
+    """Makes accelerate use float16 autocast and loss scaling on a CPU, where it would silently use float32.
 
     PyTorch has both since 2.3 (https://github.com/pytorch/pytorch/issues/111559); accelerate's constructor leaves the
     CPU out (accelerator.py, `self.device.type != "cpu"`).
@@ -42,7 +43,7 @@ def compute_float16_on_cpu(accelerator: Accelerator) -> None:
 
 
 def prepare_deepspeed(cuda: bool) -> None:
-    """Import DeepSpeed so that it compiles nothing, and computes float16 on a CPU if it is asked to.
+    """Imports DeepSpeed so that it compiles nothing, and supports float16 on a CPU.
 
     If a compiler is installed, DeepSpeed builds a shared-memory all-reduce in every process on a CPU: 15 to 30 s for a
     small job, and no setting turns it off (https://github.com/deepspeedai/DeepSpeed/issues/7625). It also asks oneDNN

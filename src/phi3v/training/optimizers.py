@@ -1,4 +1,4 @@
-"""What updates the weights: the optimizers of `--optimizer`, their schedule, and accelerate with DeepSpeed's ZeRO.
+"""The optimizers of `--optimizer`, the learning rate schedule, and accelerate with DeepSpeed's ZeRO.
 
 | name | states per trained weight | where they live |
 |---|---|---|
@@ -38,9 +38,9 @@ NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.
 
 
 def parameter_groups(settings: FinetuneSettings, model: nn.Module) -> list[dict[str, Any]]:
-    """Trained parameters by learning rate, and each with weight decay and without (norms and biases).
+    """Parameter groups by learning rate, each with and without weight decay (norms and biases).
 
-    Those of `learning_rate` come first. A rate of its own has groups of its own if any weight belongs to it.
+    The groups of `learning_rate` come first. Other rates have groups only if a weight uses them.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     in_norms = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
@@ -63,7 +63,7 @@ def parameter_groups(settings: FinetuneSettings, model: nn.Module) -> list[dict[
 
 
 def build_optimizer(settings: FinetuneSettings, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of the model's trained parameters; device: where the model computes."""
+    """The optimizer of the model's trained parameters. device: device of the model."""
     groups = parameter_groups(settings, model)
     rates: dict[str, Any] = {
         "lr": settings.learning_rate,
@@ -76,10 +76,10 @@ def build_optimizer(settings: FinetuneSettings, model: nn.Module, device: torch.
 
 
 def is_fused(settings: FinetuneSettings, kind: str) -> bool:
-    """Whether torch's fused AdamW runs: on CUDA, and for offloaded states on the CPU. It needs no temporary copies.
+    """Whether torch's fused AdamW runs: on CUDA, and for offloaded states on the CPU. It makes no temporary copies.
 
-    float16 adapters use the default kernel. The fused kernel itself skips a step that overflowed, so accelerate could
-    not see that and would advance the learning rate anyway. ZeRO scales the loss itself.
+    float16 adapters use the default kernel, because the fused kernel itself skips a step that overflowed. accelerate
+    would not notice and would advance the learning rate. ZeRO scales the loss itself.
     """
     if settings.optimizer == "adamw_offload":
         return True
@@ -87,7 +87,7 @@ def is_fused(settings: FinetuneSettings, kind: str) -> bool:
 
 
 def _eight_bit(groups: list[dict[str, Any]], rates: dict[str, Any], paged: bool) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW with 8-bit states; a CPU has no paged memory and needs none."""
+    """bitsandbytes' AdamW with 8-bit states, without paged memory on a CPU."""
     import_bitsandbytes()
     import bitsandbytes
 
@@ -95,7 +95,7 @@ def _eight_bit(groups: list[dict[str, Any]], rates: dict[str, Any], paged: bool)
         return bitsandbytes.optim.AdamW8bit(groups, **rates)
 
     class PagedAdamW8bit(bitsandbytes.optim.PagedAdamW8bit):
-        """As in bitsandbytes, whose own load_state_dict would leave a resumed job's states in the GPU's memory."""
+        """Loads states into paged memory. bitsandbytes' own load_state_dict would leave them in the GPU's memory."""
 
         def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
             super().load_state_dict(state_dict, move_to_device=False)
@@ -115,7 +115,7 @@ def schedule(
     warmup: int,
     total: int,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning rates that rise linearly from 0 over `warmup` steps, then fall to 0 at step `total`, or stay.
+    """Learning rates that rise linearly from 0 over `warmup` steps, then fall to 0 at step `total`, or stay constant.
 
     The kinds are those of transformers.get_scheduler; `constant` has no warm-up.
     """
@@ -131,13 +131,14 @@ def schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-# Several processes -----------------------------------------------------------------------------------------------------
+# Several processes
+# -----------------------------------------------------------------------------------------------------
 
 
 def make_accelerator(
     settings: FinetuneSettings, output: Path, accumulation: int, device: torch.device, trackers: bool
 ) -> Accelerator:
-    """accelerate for this process; with ZeRO 3 models that are loaded afterwards load in shards.
+    """accelerate for this process. With ZeRO 3, models that are loaded afterwards load in shards.
 
     accumulation: micro-steps of an optimizer step. trackers: TensorBoard and those of --report_to.
     """
@@ -156,7 +157,7 @@ def make_accelerator(
 
 
 def loss_scale(settings: FinetuneSettings, accelerator: Accelerator, model: Any) -> float | None:
-    """The factor that float16 gradients are scaled by now; None in other types. model: as accelerate prepared it."""
+    """The current loss scale of float16, or None for other dtypes. model: as prepared by accelerate."""
     if settings.dtype != "fp16":
         return None
     if accelerator.scaler is not None:
@@ -165,7 +166,7 @@ def loss_scale(settings: FinetuneSettings, accelerator: Accelerator, model: Any)
 
 
 def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration; the optimizer comes from `optimizers`.
+    """DeepSpeed's configuration, without the optimizer, which `build_optimizer` creates.
 
     accumulation: micro-steps of an optimizer step. ZeRO 1 shards optimizer states, 2 gradients too, 3 weights as well.
     """
@@ -179,11 +180,12 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        # False: each share of a bucket is reduced to the process that owns it, which moves half the bytes of DeepSpeed's
-        # default, an all-reduce whose other shares are thrown away. But DeepSpeed waits for the device before each of
-        # these 112 reductions (stage_1_and_2.py, allreduce_and_copy), so within a machine the all-reduce stays.
+        # False: each share of a bucket is reduced to the process that owns it, which transfers half the bytes of
+        # DeepSpeed's # default, an all-reduce that discards the other shares. But DeepSpeed synchronises with the
+        # device before each of # these 112 reductions (stage_1_and_2.py, allreduce_and_copy), so within a machine the
+        # all-reduce stays.
         "use_multi_rank_bucket_allreduce": not (cuda and several_machines),
-        # Likewise false: a bucket is all-reduced where it lies, without being cut into shares and copied together again.
+        # If false, a bucket is all-reduced in place, without splitting it into shares and copying them back.
         # It sums before it divides by the processes, which bfloat16's range bears and float16's may not.
         # ZeRO 3 scatters in any case, and without this it would all-reduce first.
         "reduce_scatter": not (cuda and not several_machines and settings.dtype == "bf16" and settings.zero_stage < 3),
@@ -205,7 +207,8 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
         "bf16": {"enabled": settings.dtype == "bf16"},
         "fp16": {"enabled": settings.dtype == "fp16", "initial_scale_power": 16, "loss_scale_window": 1000},
         "zero_optimization": zero,
-        # DeepSpeed's own CPU Adam would be compiled on first use. torch's fused AdamW runs there too, without a compiler.
+        # DeepSpeed's own CPU Adam would be compiled on first use. torch's fused AdamW runs there too, without a
+        # compiler.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
