@@ -202,7 +202,7 @@ def test_a_table(tmp_path: Path) -> None:
         ("none.jpg\tq\ta", "no such file"),
         ("train/cat/1.jpg\tq\t", "field `answer`: got ''; expected some text"),
         ("train/cat/1.jpg\tq", "2 fields with delimiter '\\t'; expected 3"),
-        ("my.tsv\tq\ta", "not a picture"),
+        ("my.tsv\tq\ta", "not a readable picture"),
     ],
 )
 def test_a_row_of_a_table_that_cannot_be_taken(tmp_path: Path, row: str, expected: str) -> None:
@@ -272,7 +272,7 @@ def test_llava(tmp_path: Path, kind: str) -> None:
     ("change", "expected"),
     [
         ({"conversations": []}, "field `conversations`: got []"),
-        ({"conversations": [{"from": "gpt", "value": "x"}]}, "expected human and gpt in turn"),
+        ({"conversations": [{"from": "gpt", "value": "x"}]}, "expected user and assistant messages in turn"),
         ({"conversations": [{"from": "human", "value": "x"}]}, "expected an answer to every question"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "expected human, gpt or system"),
         (
@@ -367,7 +367,7 @@ def test_official_files(tmp_path: Path) -> None:
         ({"images": None}, "field `images`: got None"),
         ({"images": []}, "field `images`: got []"),
         ({"images": [{"bytes": None, "path": "x"}]}, "field `images[0].bytes`: got None"),
-        ({"images": [{"bytes": b"junk", "path": None}]}, "not a picture"),
+        ({"images": [{"bytes": b"junk", "path": None}]}, "not a readable picture"),
         ({"images": [{"bytes": picture_bytes(1)[:-20], "path": None}]}, "truncated"),
         ({"texts": None}, "field `texts`: got None"),
         ({"texts": [{"user": None, "assistant": "x", "source": ""}]}, "field `texts[0].user`: got None"),
@@ -423,7 +423,7 @@ def test_a_hostile_archive_is_refused_and_touches_nothing(tmp_path: Path, kind: 
         archive.add(clip, "UCF/train/A/fine.avi")
         archive.addfile(hostile(kind), io.BytesIO(b""))
     before = tree(tmp_path)
-    with pytest.raises(DataError, match=r"bad\.tar\.gz: member .*evil"):
+    with pytest.raises(DataError, match=r"bad\.tar\.gz: got member .*evil"):
         converted(tmp_path / "a" / "out", "ucf101", path)
     assert tree(tmp_path) == before
     assert not Path("/tmp/evil.avi").exists()
@@ -498,7 +498,7 @@ def test_clips_of_every_suffix_are_taken_and_other_files_named(tmp_path: Path, p
     result = convert_files("ucf101", source, tmp_path / "out", "train", name="x")
     assert result["splits"]["train"]["examples"] == 5 and result["splits"]["train"]["untaken"] == 1
     (line,) = map(json.loads, (tmp_path / "out/rejected.jsonl").open())
-    assert line["where"].endswith("train/A/notes.txt") and line["reason"].startswith("expected a clip: .avi, .mp4")
+    assert line["where"].endswith("train/A/notes.txt") and line["reason"].startswith("expected one of .avi, .mp4")
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -676,7 +676,7 @@ def test_a_full_disk_midway_leaves_the_old_folder(tmp_path: Path, monkeypatch: p
 def test_ones_own_files_in_the_output_folder_are_not_replaced(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "a.parquet", cauldron_rows(2))
     (tmp_path / "mine" / "images" / "train").mkdir(parents=True)
-    with pytest.raises(DataError, match="images/train: exists, and the converter did not write it"):
+    with pytest.raises(DataError, match="images/train: exists, but the converter did not write it"):
         converted(tmp_path / "mine", "cauldron", source)
     converted(tmp_path / "mine", "cauldron", source, "val")
     assert (tmp_path / "mine" / "images" / "train").is_dir()

@@ -119,7 +119,7 @@ def test_columns_templates_and_constants(folder: Path) -> None:
     [
         ({"question": "qestion"}, "no column `qestion`; .*did you mean `question`"),
         ({"question": "{qestion}?"}, "no column `qestion`; .*did you mean `question`"),
-        ({"question": "{question"}, "expected '}' before end of string; write {{ and }} for braces"),
+        ({"question": "{question"}, "expected '}' before end of string; write literal braces as {{ and }}"),
         ({"image": "What is it?"}, "no column `What is it?`"),
         ({"anwser": "answer"}, "columns: got 'anwser'; expected roles .*did you mean `answer`"),
         ({"answer": "{empty}"}, "column `empty`: empty or missing"),
@@ -216,13 +216,13 @@ def test_pairs_of_a_question_and_an_answer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        (chat(("user", "a"), ("user", "b")), "got user; expected human and gpt in turn"),
+        (chat(("user", "a"), ("user", "b")), "got user; expected user and assistant messages in turn"),
         (chat(("user", "a"), ("assistant", "<image>b"), images=["a.png"]), "no picture in an answer"),
         (chat(("user", [{"type": "audio"}]), ("assistant", "b")), r"content\[0\]`: got .*expected type text, image"),
         (chat(("user", "a"), ("tool", "b")), r"messages\[1\]\.role`: .*expected user, assistant or system"),
         (chat(("user", None), ("assistant", "b")), r"messages\[0\]\.content`: got None; expected some text"),
         ({"messages": [{"from": "bot", "value": "a"}]}, r"messages\[0\]\.from`: .*expected human, gpt or system"),
-        (chat(("user", "<image>a"), ("assistant", "b")), "1 <image> marks; expected as many as pictures"),
+        (chat(("user", "<image>a"), ("assistant", "b")), "1 <image> marks; expected at most"),
         ({"messages": "[broken"}, "expected a list of messages"),
     ],
 )
@@ -375,10 +375,10 @@ def test_columns_that_only_later_rows_have(folder: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("kind", "row", "expected"),
     [
-        ("table", chat(("user", "q"), images=["a.png"]), "column `question`: missing; .*format `messages` reads"),
+        ("table", chat(("user", "q"), images=["a.png"]), "column `question`: missing; .*format `messages`"),
         ("table", {"data": [{"image": "a.png"}]}, "column `image`: missing; .*option `field: data`"),
         ("table", {"image": "a.png", "answer": "a"}, "`question: NAME`, or a constant text"),
-        ("messages", {"image": "a.png", "question": "q"}, "column `messages`: missing; .*format `table` reads"),
+        ("messages", {"image": "a.png", "question": "q"}, "column `messages`: missing; .*format `table`"),
         ("table", {"image": "a.png", "question": "q", "answer": ""}, "field `answer`: got ''; .*option `unlabelled`"),
         ("table", {"image": "none.png", "question": "q", "answer": "a"}, "no such file in .*option `images_dir`"),
     ],

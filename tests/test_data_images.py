@@ -113,7 +113,7 @@ def test_12_bits_in_a_16_bit_file_are_scaled_by_their_range_when_asked() -> None
     assert scaled.warning == ""
     assert open_rgb(scaled.data, "x").getextrema()[0] == (0, 255)
     floats = encoded(Image.fromarray(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)), "TIFF")
-    with pytest.raises(DataError, match=r"x: pixels from -1 to 1; .* option pixel_range: real"):
+    with pytest.raises(DataError, match=r"x: got pixels from -1 to 1; .* option pixel_range: real"):
         read(floats)
     assert open_rgb(read(floats, pixel_range="real").data, "x").getextrema()[0] == (0, 255)
 
@@ -166,7 +166,7 @@ def test_a_picture_over_the_limit_is_scaled_down_when_asked(monkeypatch: pytest.
     monkeypatch.setattr("phi3v.data.pictures.MAX_PIXELS", 5000)
     for kind, suffix in (("JPEG", ".jpg"), ("PNG", ".png"), ("WEBP", ".png")):
         data = picture_bytes(1, kind, (120, 90))
-        with pytest.raises(DataError, match="120 x 90 pixels; expected at most 5000 in all; option max_pixels"):
+        with pytest.raises(DataError, match=r"120 x 90 pixels; expected at most 5000 pixels in total; .*max_pixels"):
             read(data)
         stored = read(data, max_pixels=3000)
         assert stored.suffix == suffix
@@ -318,9 +318,9 @@ def test_the_size_of_every_kind(kind: str) -> None:
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (b"", "not a picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (b"", "not a readable picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a readable picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable picture"),
         (png_header(60_000, 60_000), "pixels"),
         (png_header(10_000, 10_000), "10000 x 10000 pixels; expected at most"),
     ],

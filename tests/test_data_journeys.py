@@ -93,7 +93,9 @@ prices:
     assert len(shops["val"]) == 1 and not shops["val"] & shops["train"]
     assert Path("out/images", found["train"][1].images[0]).read_bytes() == picture_bytes(1)
     (rejected,) = map(json.loads, Path("out/rejected.jsonl").read_text().splitlines())
-    assert rejected["where"] == "train-00000-of-00002.parquet: row 4" and "gone.jpg: not fetched" in rejected["reason"]
+    assert (
+        rejected["where"] == "train-00000-of-00002.parquet: row 4" and "gone.jpg: not downloaded" in rejected["reason"]
+    )
     shutil.rmtree("web")  # the cache serves from now on
     before = Path("out/train.jsonl").read_bytes()
     shutil.rmtree("out")
@@ -108,7 +110,7 @@ prices:
 def test_a_fetched_file_that_is_no_picture_is_named_by_its_address(web: str) -> None:
     Path("web/page.png").write_text("<html>not found</html>")
     Path("rows.csv").write_text(f"image,question,answer\n{web}/page.png,q,a\n")
-    with pytest.raises(DataError, match=rf"rows\.csv:2: {web}/page\.png: not a picture .*an HTML page"):
+    with pytest.raises(DataError, match=rf"rows\.csv:2: {web}/page\.png: not a readable picture.*an HTML page"):
         convert_files("table", Path("rows.csv"), "out", "train")
 
 

@@ -324,7 +324,7 @@ def test_lines_by_number(tmp_path: Path) -> None:
 
 def test_what_cannot_be_loaded_is_named(data: Path, tmp_path: Path, processor: Phi3VProcessor) -> None:
     with pytest.raises(
-        DataError, match=r"split 'test': expected one test\.jsonl or \*_test\.jsonl; there: train\.jsonl, val\.jsonl"
+        DataError, match=r"split 'test': got train\.jsonl, val\.jsonl; expected exactly one test\.jsonl"
     ):
         ConversationDataset(data, "test", processor)
     with pytest.raises(DataError, match="no such folder"):

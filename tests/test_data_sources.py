@@ -124,7 +124,7 @@ def test_wrong_bytes_are_thrown_away_and_fetched_again(tmp_path: Path, hub: HubS
     hub.faults = {"train-0.parquet": ["wrong"]}
     done = download(tmp_path, hub)
     assert done.returncode == 0, done.stderr
-    assert "wrong bytes" in done.stderr + done.stdout
+    assert "wrong content" in done.stderr + done.stdout
     _, files, _ = locked_files(tmp_path / "out", URL, None)
     assert files[0].read_bytes() == SHARD
 
@@ -134,7 +134,7 @@ def test_bytes_that_stay_wrong_are_an_error_and_leave_no_lock(tmp_path: Path, hu
     done = download(tmp_path, hub, PHI3V_DOWNLOAD_ATTEMPTS="2")
     assert done.returncode == 2
     assert "train-0.parquet" in done.stderr
-    assert "wrong bytes" in done.stderr
+    assert "wrong content" in done.stderr
     assert not (tmp_path / "out" / LOCK).exists()
     assert not list((tmp_path / "out").rglob("train-0.parquet"))
 
@@ -360,7 +360,7 @@ def test_a_fetched_file_that_was_touched_is_noticed(tmp_path: Path) -> None:
     fetch([(url, None)], tmp_path / "out")
     _, files, _ = locked_files(tmp_path / "out", url, None)
     files[0].write_text("abd")
-    with pytest.raises(SourceError, match=r"t\.csv: sha256 .*; run scripts/download\.py again"):
+    with pytest.raises(SourceError, match=r"t\.csv: got sha256 .*; run scripts/download\.py again"):
         locked_files(tmp_path / "out", url, None)
     (tmp_path / "out" / LOCK).write_text("{}")
     with pytest.raises(SourceError, match="not a valid lock file"):

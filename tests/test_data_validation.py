@@ -202,7 +202,7 @@ def test_folders_without_data_and_descriptions_that_do_not_fit(tmp_path: Path) -
     )
     assert [line.rpartition("/")[2] for line in problems(data)] == [
         "train.jsonl: 1 lines; expected 2, the number in dataset.json",
-        "val.jsonl: missing; dataset.json names it as split val",
+        "val.jsonl: missing, but dataset.json lists it as split val; convert the data again",
     ]
     (data / "dataset.json").write_text('{"splits": {"train": {"file": "../x.jsonl"}}}')
     with pytest.raises(DataError, match="not a dataset description"):

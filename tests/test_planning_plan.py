@@ -591,9 +591,7 @@ def test_unknown_gpu_is_refused_and_told_how_to_add(entries):
     for name, meant in (("RTX 6000", "rtx6000ada"), ("NVIDIA H20", "h200"), ("mi300", "mi300x")):
         with pytest.raises(SettingsError, match=f"unknown; did you mean .*{meant}\\?"):
             find_hardware(name, entries)
-    with pytest.raises(
-        SettingsError, match="fits a100-80gb, a100-40gb, a100-64gb, a100-80gb-pcie, a100-40gb-pcie; expected one of"
-    ):
+    with pytest.raises(SettingsError, match="matches several entries; expected one of a100-80gb, a100-40gb, a100-64gb"):
         find_hardware("A100", entries)
 
 
@@ -669,7 +667,7 @@ def test_a_cpu_is_for_the_demo(advice):
     asked = advice("cpu")
     said = asked.text()
     assert asked.chosen is None
-    assert "recommended: none\n- a CPU is for the demo (`make demo`" in said
+    assert "recommended: none\n- the CPU is only meant for the demo (`make demo`" in said
     assert "flash" not in said and " 0.00 " not in said
 
 
@@ -710,7 +708,7 @@ def test_advice_command_line(root, tmp_path):
         [*command, "--output_dir", str(tmp_path)],
         capture_output=True, text=True, check=True, cwd=root, env={"PYTHONPATH": "src"},
     )  # fmt: skip
-    assert "Volta has no bf16" in done.stdout
+    assert "Volta does not support bf16" in done.stdout
     assert (tmp_path / "advice.txt").read_text() == done.stdout
     written = json.loads((tmp_path / "advice.json").read_text())
     assert (written["recommended"], written["count"], written["dtype"]) == ("full", 8, "fp16")
@@ -752,7 +750,7 @@ def test_impossible_geometry(run):
     config = run.models["phi35-vision"].geometry.model_dump()
     with pytest.raises(SettingsError, match=r"my\.json: hidden_size|my\.json: .*expected a multiple"):
         geometry_from_config({**config, "hidden_size": 3073}, "my.json")
-    with pytest.raises(SettingsError, match="image_size: 300"):
+    with pytest.raises(SettingsError, match="image_size: got 300"):
         geometry_from_config({**config, "vision_config": {"image_size": 300}}, "my.json")
     with pytest.raises(SettingsError, match="field `vocab_size`: missing"):
         geometry_from_config({name: value for name, value in config.items() if name != "vocab_size"}, "my.json")

@@ -173,5 +173,5 @@ def test_a_folder_of_somebody_is_not_overwritten(root, run):
     (run / "mine").mkdir()
     (run / "mine/notes.txt").write_text("keep")
     code, _, said = provenance(root, run, "results/mine/report", "--crate", "mine")
-    assert (code, said) == (2, "error: mine: exists and is not a crate; expected a new folder\n")
+    assert (code, said) == (2, "error: mine: exists and is not a crate; choose a new folder\n")
     assert (run / "mine/notes.txt").read_text() == "keep"

@@ -48,7 +48,7 @@ def test_a_checkpoint_folder_that_cannot_be_reached(base, tmp_path):
 
 def test_an_output_folder_that_is_a_file(base, tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"out: cannot be written to .*choose another --output_dir"):
+    with pytest.raises(CheckpointError, match=r"out: not writable .*choose another --output_dir"):
         start(base, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 

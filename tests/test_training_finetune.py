@@ -287,7 +287,7 @@ def test_a_checkpoint_of_a_running_job_answers_like_its_export(folders, tmp_path
     assert any(not torch.equal(found[name], base[name]) for name in found)
     assert loaded.processor.image_processor.num_crops == loaded.num_crops == 16  # the data's, not the base's
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(DataError, match=r"checkpoint-2: no .*settings.json beside it; expected"):
+    with pytest.raises(DataError, match=r"checkpoint-2: .*settings.json is missing; export"):
         Predictor.load(checkpoint, Compute(fp32=True), torch.device("cpu"), 4)
 
 
@@ -301,7 +301,7 @@ def test_a_merge_that_fails_costs_the_steps_since_the_last_checkpoint(folders, t
     with monkeypatch.context() as patch:
         patch.setattr(export, "merge", refuse)
         with pytest.raises(
-            checkpoints.CheckpointError, match=r"merged: the merged model differs\. The adapter is complete"
+            checkpoints.CheckpointError, match=r"merged: the merged model differs\. The adapter itself is complete"
         ):
             train(folders, tmp_path, **merge)
     assert not (tmp_path / "manifest.json").exists()

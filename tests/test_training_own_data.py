@@ -77,7 +77,7 @@ def test_running_out_of_memory_names_the_example(long_answer, tmp_path, monkeypa
         return original(self, batch)
 
     monkeypatch.setattr(Loop, "loss_of", loss_of)
-    with pytest.raises(OutOfMemoryError, match=r"train\.jsonl:6: example 'train-5' of \d{3,} tokens; --max_length"):
+    with pytest.raises(OutOfMemoryError, match=r"train\.jsonl:6: example 'train-5' with \d{3,} tokens; .*--max_length"):
         train_here(long_answer, tmp_path / "out", **SHORT)
 
 
@@ -90,7 +90,7 @@ def test_an_example_that_will_not_fit_is_reported_before_training(long_answer, t
     longest = int(re.search(r"train\.jsonl:6: example 'train-5' has (\d+) tokens", said).group(1))
     assert f"--max_length {longest - 1}" in said
     assert "train.jsonl: 16 examples, 16 turns, 16 pictures, 0 examples without a picture" in said
-    assert re.search(rf"train\.jsonl: tokens of an example: median \d\d, at most {longest} \(line 6\)", said)
+    assert re.search(rf"train\.jsonl: tokens per example: median \d\d, maximum {longest} \(line 6\)", said)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_a_moved_job_with_rates_of_its_own_resumes_to_the_same_bytes(base, tmp_p
         ({"freeze_decoder": True, "freeze_vision_model": "vision"}, "leave nothing to train"),
         ({"vision_learning_rate": 1e-5, "freeze_vision_model": "tower"}, "freezes that part"),
         ({"projector_learning_rate": 1e-5, "freeze_vision_model": "vision"}, "freezes that part"),
-        ({"use_rslora": True}, "without adapters"),
-        ({"lora_targets": ["qkv_proj"]}, "without adapters"),
+        ({"use_rslora": True}, ": set, but adapters are off"),
+        ({"lora_targets": ["qkv_proj"]}, ": set, but adapters are off"),
         ({"use_lora": True, "lora_targets": ["wq"]}, "qkv_proj"),
         ({"lr_scheduler_type": "polynomial"}, "linear"),
         ({"max_tokens_per_micro_batch": 100, "batching": "packed"}, "tokens_per_pack"),
@@ -170,5 +170,5 @@ def test_settings_that_contradict_each_other_are_refused(values, said):
 
 def test_targets_that_are_all_frozen_are_refused(base, tmp_path):
     values = SHORT | {"use_lora": True, "freeze_vision_model": "vision", "lora_targets": ["fc1"]}
-    with pytest.raises(SettingsError, match=r"`lora_targets`: got \['fc1'\]: frozen are clip"):
+    with pytest.raises(SettingsError, match=r"`lora_targets`: got \['fc1'\]: .*clip"):
         train_here(base, tmp_path / "out", **values)

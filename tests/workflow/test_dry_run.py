@@ -164,7 +164,7 @@ def test_a_row_must_not_have_the_name_of_a_rule(snakemake, root, tmp_path, name)
     code, output = snakemake("-n", "--configfile", str(tmp_path / "run.yaml"))
     assert code != 0
     assert re.search(
-        rf"own\.tsv: line \d+: row `{name}`: field `row`: got '{name}': the workflow has a rule of this name", output
+        rf"own\.tsv: line \d+: row `{name}`: field `row`: got '{name}': this is the name of a workflow rule", output
     )
     assert "choose another name for the row" in output
     assert "Traceback" not in output
