@@ -138,7 +138,7 @@ def test_pages_of_a_tiff_and_of_a_pdf() -> None:
         assert [max(range(3), key=colour.__getitem__) for colour in colours] == [0, 1, 2]
         (second,) = read_pictures(data, "x", page=2)
         assert open_rgb(second.data, "x").getpixel((10, 10)) == colours[1]
-        with pytest.raises(DataError, match="x: page 4; expected 1 to 3"):
+        with pytest.raises(DataError, match="x: got page 4; expected 1 to 3"):
             read_pictures(data, "x", page=4)
     with pytest.raises(DataError, match="page 2 of a PNG; expected a TIFF or PDF"):
         read_pictures(picture_bytes(1, "PNG"), "x", page=2)

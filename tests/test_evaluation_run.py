@@ -354,7 +354,7 @@ def test_a_hub_id_comes_through_the_lock_and_never_again(root, checkpoint, tmp_p
     (folder / "config.json").write_text("{}")
     from phi3v.data.conversations import DataError
 
-    with pytest.raises(DataError, match=r"config\.json: 2 bytes; expected"):
+    with pytest.raises(DataError, match=r"config\.json: got 2 bytes; expected"):
         weights_folder("owner/tiny")
 
 
