@@ -283,7 +283,7 @@ def test_llava(tmp_path: Path, kind: str) -> None:
         ({"image": 7}, "expected a string"),
         ({"image": "\ud800.png"}, "expected no lone surrogates"),
         ({"image": "a" * 300}, "File name too long; expected a file in"),
-        ({"video": "broken.avi"}, "does not decode"),
+        ({"video": "broken.avi"}, "cannot be decoded"),
     ],
 )
 def test_llava_items_that_cannot_be_taken(tmp_path: Path, change: dict, expected: str) -> None:
@@ -446,8 +446,8 @@ def test_damaged_archives_and_clips(tmp_path: Path) -> None:
     reasons = {
         Path(item["where"]).name: item["reason"] for item in map(json.loads, (tmp_path / "out/rejected.jsonl").open())
     }
-    assert reasons["short.avi"] == "5 frames; expected at least 8"
-    assert "does not decode" in reasons["junk.avi"]
+    assert reasons["short.avi"] == "got 5 frames; expected at least 8"
+    assert "cannot be decoded" in reasons["junk.avi"]
     assert set(reasons) == {"short.avi", "junk.avi", "cut.avi"}
 
 
@@ -498,7 +498,9 @@ def test_clips_of_every_suffix_are_taken_and_other_files_named(tmp_path: Path, p
     result = convert_files("ucf101", source, tmp_path / "out", "train", name="x")
     assert result["splits"]["train"]["examples"] == 5 and result["splits"]["train"]["untaken"] == 1
     (line,) = map(json.loads, (tmp_path / "out/rejected.jsonl").open())
-    assert line["where"].endswith("train/A/notes.txt") and line["reason"].startswith("expected one of .avi, .mp4")
+    assert line["where"].endswith("train/A/notes.txt") and line["reason"].startswith(
+        "not a clip; expected one of .avi, .mp4"
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -244,7 +244,14 @@ def test_cut_answers_groups_and_a_control_that_is_not_applicable_are_shown(root,
     assert (row["cut"], row["control"]) == ("7", "")
     page = (results / f"report/rows/{ROW}.html").read_text() if (results / "report/rows").is_dir() else ""
     page += (results / "report/index.html").read_text()
-    for text in ("7 of 100 answers", "letters", "31.2", "3 invalid answers", "61.5", "not applicable: one picture"):
+    for text in (
+        "7 of 100 answers",
+        "letters",
+        "31.2",
+        "3 invalid answers",
+        "61.5",
+        "not applicable, because one picture",
+    ):
         assert text in page, text
 
 
