@@ -138,9 +138,16 @@ def test_each_fault_is_answered_in_its_own_way(stubbed, cluster, until):
     until("the holder ends", lambda: cluster.jobs()[holder] not in ("RUNNING", "COMPLETING"))
     until("it waits again", lambda: submissions(snakemake.output, owned) == 3)
     cluster.release()
-    assert snakemake.finish(120) == 0, snakemake.output[-6000:]
-    assert submissions(snakemake.output, row) == 2
-    assert "SLURM reports its job as" in stubbed.log(f"train/{row}.log")
+    code = snakemake.finish(300)
+    cluster.start_node(down)
+    assert code == 0, snakemake.output[-6000:]
+    # A requeued job keeps its number.
+    submitted = {method: submissions(snakemake.output, ROW[method]) for method in METHODS}
+    assert submitted == {"full": 2, "frozen": 2, "lora": 1, "qlora": 1}
+    for row in ROWS:
+        # From the last checkpoint, not from the start.
+        assert [*map(int, (folders[row] / "steps").read_text().split())] == [*range(1, 10)]
+    assert "SLURM reports its job as" in stubbed.log(f"train/{owned}.log")
 
 
 @pytest.mark.verify

@@ -1,6 +1,6 @@
 """What a target needs, and whether the disk can hold it."""
 
-from phi3v.planning.resources import check_room
+from phi3v.planning.resources import check_free_space
 
 
 def manifests_of(jobs):
@@ -43,6 +43,6 @@ def refuse_full_disk():
     if not rows and ("plan" in named or any(name.startswith("results/") for name in named)):
         return
     try:
-        check_room(RUN, rows or {job.row.row for job in JOBS}, downloads_only="data" in named)
+        check_free_space(RUN, rows or {job.row.row for job in JOBS}, downloads_only="data" in named)
     except settings.SettingsError as error:
         raise WorkflowError(f"not enough disk, nothing was started\n{error}")

@@ -323,9 +323,8 @@ def _build_question(inputs: Inputs, values: dict[str, list[Value]]) -> Callable[
             pictures += itertools.chain(*clip_frames(inputs, value.of(row, where), where))
         if inputs.only_urls:
             return Sample(where, "", (SampleTurn(tuple(pictures), "", ()),))
-        if page := as_text(first("page")).removesuffix(
-            ".0"
-        ):  # pandas writes integers like this if the column has empty cells
+        # pandas writes integers with ".0" if the column has empty cells.
+        if page := as_text(first("page")).removesuffix(".0"):
             if not page.isdecimal():
                 raise DataError(f"{where}: field `page`: got {quoted(page)}; expected a number from 1")
             pictures = [replace(picture, page=int(page)) for picture in pictures]

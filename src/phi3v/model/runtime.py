@@ -269,8 +269,7 @@ def weight_dtype(settings: FinetuneSettings) -> torch.dtype:
     return TORCH_DTYPE[settings.dtype]
 
 
-# What really runs
-# ------------------------------------------------------------------------------------------------------
+# What really runs ------------------------------------------------------------------------------------------------------
 
 # Operator names of PyTorch (native_functions.yaml; torch.nn.attention.varlen) and flash-attn, and their titles in
 # reports.

@@ -52,8 +52,7 @@ METHODS: tuple[Method, ...] = ("full", "frozen", "lora", "qlora")
 LEAN_OPTIMIZERS: tuple[Optimizer, ...] = ("adamw_8bit", "paged_adamw_8bit", "adamw_offload")
 
 
-# From a row to a setup
-# -------------------------------------------------------------------------------------------------
+# From a row to a setup -------------------------------------------------------------------------------------------------
 
 
 def workload(name: str, dataset: Dataset, root: Path = Path()) -> Workload:
@@ -189,8 +188,7 @@ def _setup(
     )
 
 
-# What fits
-# -------------------------------------------------------------------------------------------------------------
+# What fits -------------------------------------------------------------------------------------------------------------
 
 
 def interval_of(share: float) -> int:
@@ -300,8 +298,7 @@ def _fastest_that_fits(setup: Setup, among: tuple[Choice, ...]) -> Setup:
     return fastest_first(setup, possible)[0].applied(setup) if possible else setup
 
 
-# What else would fit
-# ---------------------------------------------------------------------------------------------------
+# What else would fit ---------------------------------------------------------------------------------------------------
 
 
 def first_that_fits(candidates: Iterable[Setup]) -> Fit | None:
@@ -381,8 +378,7 @@ def more_of_the_pool(setup: Setup, job: Job) -> Fit | None:
     )
 
 
-# Rows that do not fit
-# --------------------------------------------------------------------------------------------------
+# Rows that do not fit --------------------------------------------------------------------------------------------------
 
 
 def misfit(fit: Fit, load: Workload, job: Job) -> str:

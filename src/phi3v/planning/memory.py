@@ -305,8 +305,7 @@ def probe_bytes(setup: Setup) -> float:
     return _weights(setup) + need.resting.get("runtime", 0.0) + adapters + max(passing)
 
 
-# Published code
-# --------------------------------------------------------------------------------------------------------
+# Published code --------------------------------------------------------------------------------------------------------
 
 # Adapters have float32 weights, gradients and moments, unsharded.
 PUBLISHED_ADAPTER_BYTES = 16

@@ -1,6 +1,6 @@
 """Resources of jobs: time, memory and cores of a cluster job, and the disk space of a run. No torch.
 
-resources(run, job, kind="train")           # for a rule's `resources`
+resources(run, job)["train"]                # for a rule's `resources`
 check_free_space(run, rows)                 # raises if the file system of results/ has too little free space
 """
 
@@ -40,8 +40,7 @@ CPU_MARGIN = 4.0
 DOWNLOADS = ("models", "datasets")
 
 
-# Jobs of a cluster
-# ------------------------------------------------------------------------------------------------------
+# Jobs of a cluster ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,9 @@ def training_steps(row: AccuracyRow | SpeedRow, load: Workload, run: ResolvedRun
     return limit if limit > 0 else math.ceil(load.train / row.batch_size) * math.ceil(row.epochs)
 
 
-def resources(run: ResolvedRun, job: Job, root: Path = Path(), kind: str = "train") -> Resources:
-    """Default resources for a job of a row. kind: `train` (accuracy row), `evaluate`, `official` (evaluation on the
-    authors' own split), or `speed`.
+def resources(run: ResolvedRun, job: Job, root: Path = Path()) -> dict[str, Resources]:
+    """Default resources for the jobs of a row by kind: `train`, `evaluate` and, if there is one, `official` (evaluation
+    on the authors' own split) of an accuracy row, `speed` of a speed row.
 
     The time is the plan's, times 1.5 (CPU: times 4, at least an hour), plus half an hour for start and saving, rounded
     up to ten minutes. If the row cannot be planned yet (no geometry, or data not converted), it is one day.
@@ -123,8 +122,7 @@ def _request(
     return Resources(10 * math.ceil(minutes / 10), math.ceil(mem_mb), cores, job.nodes, gres, job.pool.slurm_partition)
 
 
-# Disk
-# -------------------------------------------------------------------------------------------------------------------
+# Disk -------------------------------------------------------------------------------------------------------------------
 
 
 def most_checkpoints(keep: int, keep_best: bool) -> int:

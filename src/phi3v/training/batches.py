@@ -173,8 +173,7 @@ class BatchPlan:
         return all(len(pack) <= 1 or sum(self.lengths[index] for index in pack) <= self.max_tokens for pack in packs)
 
 
-# From a plan to tensors
-# ------------------------------------------------------------------------------------------------
+# From a plan to tensors ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

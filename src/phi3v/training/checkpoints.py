@@ -50,6 +50,9 @@ def decisive(settings: FinetuneSettings) -> dict[str, object]:
 
 def fingerprint(settings: FinetuneSettings, data_dir: Path) -> dict[str, object]:
     """What must match to resume from a checkpoint: settings, and the contents of data and base weights."""
+    # Imported here, because it imports Pillow, which the environment that starts Snakemake does not have.
+    from phi3v.data.folder import splits_of
+
     data = [data_dir / "dataset.json", *splits_of(data_dir).values(), *data_dir.glob("*.sha256")]
     return decisive(settings) | {
         "data": digest_files(path for path in data if path.is_file()),
@@ -158,8 +161,7 @@ def why_not(path: Path, settings: dict[str, object], processes: int, sharded: bo
     if version != VERSION:
         raise CheckpointError(
             f"{path}: got layout version {version}; expected version {VERSION} for this release. Nothing was changed: "
-            "finish "
-            "that run with the release that started it, choose another --output_dir, or delete the folder to start over"
+            "finish that run with the release that started it, choose another --output_dir, or delete the folder to start over"
         )
     # A release without a setting used what is now its default.
     fields = FinetuneSettings.model_fields
@@ -212,6 +214,5 @@ def check_space(folder: Path, needed: float, count: int) -> None:
     if free < needed * count:
         raise CheckpointError(
             f"{folder}: {free / 1e9:.1f} GB free, but {count} checkpoints of {needed / 1e9:.1f} GB each are needed; "
-            "free "
-            f"{(needed * count - free) / 1e9:.1f} GB, choose another --output_dir, or lower --keep_checkpoints"
+            f"free {(needed * count - free) / 1e9:.1f} GB, choose another --output_dir, or lower --keep_checkpoints"
         )

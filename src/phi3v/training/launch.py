@@ -44,8 +44,7 @@ class LostProcessError(RuntimeError):
 T = TypeVar("T")
 
 
-# The processes of the job
-# ----------------------------------------------------------------------------------------------
+# The processes of the job ----------------------------------------------------------------------------------------------
 
 
 def is_first() -> bool:

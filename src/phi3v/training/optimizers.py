@@ -131,8 +131,7 @@ def schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-# Several processes
-# -----------------------------------------------------------------------------------------------------
+# Several processes -----------------------------------------------------------------------------------------------------
 
 
 def make_accelerator(
