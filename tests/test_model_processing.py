@@ -29,7 +29,7 @@ def tiny() -> Phi3VProcessor:
 def test_golden_prompts(official, case):
     images = [image_from_spec(spec) for spec in case["images"]] or None
     if case["key"] in REFUSED:
-        with pytest.raises(ValueError, match="prompt 0: found"):
+        with pytest.raises(ValueError, match="prompt 0: got"):
             official(case["text"], images, num_crops=case["num_crops"])
         return
     out = official(case["text"], images, num_crops=case["num_crops"])
@@ -135,15 +135,15 @@ def test_every_piece_begins_with_its_own_bos(tiny):
 @pytest.mark.parametrize(
     ("text", "images", "message"),
     [
-        (["x", "<|image_1|>"], [None, None], r"prompt 1: found <\|image_1\|> and 0 image\(s\); expected no tag"),
-        (["x", "y"], [None, [make_image(9, 9)]], r"prompt 1: found no image tag and 1 image\(s\)"),
+        (["x", "<|image_1|>"], [None, None], r"prompt 1: got <\|image_1\|> and 0 image\(s\); expected no tag"),
+        (["x", "y"], [None, [make_image(9, 9)]], r"prompt 1: got no image tag and 1 image\(s\)"),
         ("<|image_1|> <|image_3|>", [make_image(9, 9)] * 2, r"expected <\|image_1\|>, <\|image_2\|>, each once"),
-        ("<|image_0|>", [make_image(9, 9)], r"prompt 0: found <\|image_0\|>"),
+        ("<|image_0|>", [make_image(9, 9)], r"prompt 0: got <\|image_0\|>"),
         ("<|image_1|><|image_1|>", [make_image(9, 9)], "each once"),
         (["a", "b"], [[make_image(9, 9)]], "1 entries for 2 prompts"),
         (["<|image_1|>"], [["cat.jpg"]], r"prompt 0, <\|image_1\|>: got str; expected a PIL image"),
         ("<|image_1|>", [make_image(3000, 1)], r"prompt 0, <\|image_1\|>: image of 3000x1 pixels: scaled to 112x0"),
-        (["a", 3], None, "prompt 1: int; expected a string"),
+        (["a", 3], None, "prompt 1: got int; expected a string"),
         ([], None, "non-empty list"),
     ],
 )

@@ -249,7 +249,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(tmp_path)
 
     try:
         Loop.save = save
-        with pytest.raises(CheckpointError, match=r"step 4: .*could not be written.*GB are free.*untouched"):
+        with pytest.raises(CheckpointError, match=r"step 4: .*could not be written.*GB free.*intact"):
             train_here(base, tmp_path / "out", batch_size=8, max_steps=5, save_steps=2, zero_stage=0, fp32=True)
     finally:
         Loop.save = original

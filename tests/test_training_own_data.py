@@ -51,7 +51,7 @@ def test_the_default_warm_up_fits_a_short_job_and_the_manifest_records_it(base, 
 
 @pytest.mark.parametrize("steps", [3, 20])
 def test_a_warm_up_of_ones_own_that_swallows_the_job_is_refused(base, tmp_path, steps):
-    wrong = rf"`warmup_steps`: got {steps}: the job has 3 optimizer steps \(24 examples in .*expected less than 3"
+    wrong = rf"`warmup_steps`: got {steps}: the job has only 3 optimizer steps \(24 examples in .*expected less than 3"
     with pytest.raises(SettingsError, match=wrong):
         train_here(base, tmp_path / "out", fp32=True, zero_stage=0, batch_size=8, warmup_steps=steps)
     assert not (tmp_path / "out" / "settings.json").exists()
