@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits chat test verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs site screenshots verify-docs clean
+.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits chat test test-fast verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs site screenshots verify-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,11 @@ reproduce: $(VENV)/installed  ## the demo from scratch in another folder, to the
 test: $(VENV)/installed  ## unit tests and one small workflow run for real
 	pytest -n 2 --dist loadfile --ignore tests/slurm
 	pytest tests/slurm
+
+# What starts other programs, or trains, or compares whole gradients.
+SLOW := slurm workflow environments fakegpu gpu clients test_training_* test_evaluation_run.py test_evaluation_chat.py test_model_modeling.py test_reporting_tables.py test_docs.py
+test-fast: $(VENV)/installed  ## what an edit most often breaks (about 2 minutes)
+	pytest -n 2 --dist loadfile $(SLOW:%=--ignore-glob='tests/%')
 
 verify-data: $(VENV)/installed  ## every test image of Pillow's source distribution is taken or refused with a reason (needs the network; 1 minute)
 	pytest -m verify -s tests/test_data_pillow.py

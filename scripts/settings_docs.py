@@ -158,7 +158,7 @@ def hardware() -> str:
     columns = [
         "entry", "GB", "bf16", "fp16", "fp32", "memory", "link", "network", "W", "flash", "4-bit"
     ]  # fmt: skip
-    devices = read_entries([ROOT / "config/hardware.yaml"], Hardware, ROOT)
+    devices = read_entries([str(ROOT / "config/hardware.yaml")], Hardware, ROOT)
     lines = [HARDWARE, f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for name, device in devices.items():
         peak = device.peak_tflops

@@ -93,7 +93,7 @@ def test_a_fresh_adapter_changes_nothing_and_rank_may_exceed_the_width():
         expected = tiny_model().eval()(**batch).logits
         model = add_lora(tiny_model(), rank=200, alpha=100, dropout=0.1, seed=0).eval()
         torch.testing.assert_close(model(**batch).logits, expected, atol=0, rtol=0)
-    with pytest.raises(ValueError, match="lora_rank: 0"):
+    with pytest.raises(ValueError, match="lora_rank: got 0"):
         add_lora(tiny_model(), rank=0, alpha=1)
 
 
