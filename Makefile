@@ -41,7 +41,9 @@ test: $(VENV)/installed  ## unit tests and one small workflow run for real
 	pytest tests/slurm
 
 # What starts other programs, or trains, or compares whole gradients.
-SLOW := slurm workflow environments fakegpu gpu clients test_training_* test_evaluation_run.py test_evaluation_chat.py test_model_modeling.py test_reporting_tables.py test_docs.py
+SLOW := slurm workflow environments fakegpu gpu clients test_training_* test_evaluation_run.py test_evaluation_chat.py test_docs.py test_reporting_* \
+  test_model_modeling.py test_model_runtime.py test_model_compat.py test_model_generation.py test_provenance_lineage.py \
+  test_data_full_disk.py test_benchmark_speed.py
 test-fast: $(VENV)/installed  ## what an edit most often breaks (about 2 minutes)
 	pytest -n 2 --dist loadfile $(SLOW:%=--ignore-glob='tests/%')
 
