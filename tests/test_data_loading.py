@@ -277,7 +277,7 @@ def test_the_summary_says_what_training_and_evaluation_will_lose(tmp_path: Path,
         "1 example",
         "1 example",
     ]
-    assert f"up to {answers[1]} (line 2)" in warnings[2]
+    assert f"{answers[1]} (line 2)" in warnings[2]
     assert len(summary_lines(ConversationDataset(tmp_path, "train", processor, num_crops=400))) == 2
 
 
