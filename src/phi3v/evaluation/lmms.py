@@ -4,7 +4,8 @@
     python -m lmms_eval --model phi3v_checkpoint --model_args pretrained=results/NAME/train/ROW/final,dtype=bf16 \
         --tasks docvqa_val,pope --batch_size 8 --output_path logs
 
-Several GPUs: `accelerate launch --num_processes N -m lmms_eval …`. lmms-eval gives each process its share of the questions.
+Compared with this package's evaluation in one process only. lmms-eval gives each process of `accelerate launch` its share of
+the questions; a run of several processes has not been tried.
 """
 
 from __future__ import annotations
