@@ -329,12 +329,15 @@ def test_the_command_on_path_leaves_no_trace_in_the_jobs_environment(slurm, conn
 
 def raised(number: signal.Signals) -> None:
     """What Snakemake's handlers do: stop at Ctrl-C, and on SIGTERM end when its jobs have ended."""
-    before = signal.signal(signal.SIGTERM, lambda *arguments: None)
+    # A process that a shell started in the background ignores SIGINT.
+    handlers = {signal.SIGTERM: lambda *arguments: None, signal.SIGINT: signal.default_int_handler}
+    before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
     try:
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(number)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -343,9 +346,12 @@ def test_a_signal_ends_a_wait_and_nothing_more_is_submitted(slurm, connected, tm
     line = ["sbatch", "--job-name", "mine", "--comment", COMMENT, "-D", str(tmp_path)]
     pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(line, **pipe) as waiting:
-        until(lambda: connected.lines)
-        raised(number)
-        _, error = waiting.communicate(timeout=5)
+        try:
+            until(lambda: connected.lines)
+            raised(number)
+            _, error = waiting.communicate(timeout=20)
+        finally:
+            waiting.kill()
         assert waiting.returncode == 1
     assert "Snakemake was stopped" in error
     after = subprocess.run(line, capture_output=True, text=True, input="", timeout=5)
