@@ -5,6 +5,7 @@ Hypothesis tries the same examples every time there, others every time elsewhere
 
 import os
 import shutil
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +20,9 @@ if os.environ.get("CI") == "true":
 if version("torch").endswith("+cpu"):
     # Jobs refuse to take the CPU of a machine with GPUs; with this build the tests mean the CPU.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# A shell ignores SIGINT in its background jobs, and so would every program that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -329,15 +329,12 @@ def test_the_command_on_path_leaves_no_trace_in_the_jobs_environment(slurm, conn
 
 def raised(number: signal.Signals) -> None:
     """What Snakemake's handlers do: stop at Ctrl-C, and on SIGTERM end when its jobs have ended."""
-    # A process that a shell started in the background ignores SIGINT.
-    handlers = {signal.SIGTERM: lambda *arguments: None, signal.SIGINT: signal.default_int_handler}
-    before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
+    before = signal.signal(signal.SIGTERM, lambda *arguments: None)
     try:
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(number)
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -89,9 +89,10 @@ def test_an_image_needs_nothing_but_its_lock(root, name, lock, tmp_path):
     )
     assert "pytest" in refused
     (folder / "src/sitecustomize.py").write_text(
-        f"import sys\nrefused = set({refused})\n\n\nclass Refuse:\n    def find_spec(name, path=None, target=None):\n"
-        "        if name.partition('.')[0] in refused:\n            raise ModuleNotFoundError(f'{name}: not in the lock')\n"
-        "\n\nsys.meta_path.insert(0, Refuse)\n"
+        "import sys\nfrom importlib.machinery import PathFinder\n\n\nclass Lock(PathFinder):\n    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] not in {set(refused)}:\n            return super().find_spec(name, path, target)\n"
+        "\n\nsys.meta_path = [Lock if finder is PathFinder else finder for finder in sys.meta_path]\n"
     )
     done = subprocess.run(
         [folder / "containers/smoke.sh", name], capture_output=True, text=True, check=False,
