@@ -42,6 +42,11 @@ from phi3v.settings.run import place_accuracy
 UNKNOWN = {"shapes": [(1000, 1000, 1.0)], "text": 100, "labels": 12, "picture_bytes": 3e5}
 # RECIPE: mean length of DocVQA at num_crops 16. The scripts pad every picture to 17 tiles and run the tower on all.
 MEAN_TOKENS, PADDED_TILES = 2443.23, 17
+FULL_IMAGES, FROZEN_IMAGES = 8.657, 31.736
+"""Published images/s on 8 A100 with flash attention: full fine-tuning, and the "vision frozen" row."""
+PEAK_SHARES = {"full": 27, "full_hardware": 36, "frozen": 82, "frozen_hardware": 107, "forward_only": 34}
+"""Percent of the peak of 8 A100 at these rates, from phi3v.planning.flops (tests/test_planning_flops.py computes them).
+forward_only: the frozen row, if the decoder only ran forward."""
 # Recompute no layer (0), or every eighth, fourth, third, second, or every layer (transformers' every_n_layers).
 RECOMPUTE_EVERY = (0, 8, 4, 3, 2, 1)
 # The recipe's rank, for suggesting adapters to a row of another method.

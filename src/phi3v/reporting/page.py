@@ -24,7 +24,7 @@ from PIL import Image
 from phi3v.data.conversations import DataError
 from phi3v.data.pictures import open_rgb
 from phi3v.evaluation.questions import Record
-from phi3v.planning.fits import MEAN_TOKENS, PADDED_TILES, runnable
+from phi3v.planning.fits import FROZEN_IMAGES, FULL_IMAGES, MEAN_TOKENS, PADDED_TILES, PEAK_SHARES, runnable
 from phi3v.planning.flops import FORMULA
 from phi3v.planning.memory import GB
 from phi3v.provenance.manifest import Commit, Manifest, commit, write_atomically, write_json, write_manifest
@@ -302,6 +302,9 @@ def _environment() -> jinja2.Environment:
         "harmless": fields_with(AccuracyRow, Role.EQUIVALENT),
         "published_tokens": MEAN_TOKENS,
         "padded_tiles": PADDED_TILES,
+        "full_images": FULL_IMAGES,
+        "frozen_images": FROZEN_IMAGES,
+        "share": PEAK_SHARES,
         "formula": FORMULA,
     }
     return environment
