@@ -4,7 +4,7 @@
     python scripts/serve.py --model_name_or_path results/NAME/train/ROW/final --base results/models/KEY --bf16
 
 With --base, both models answer, side by side. The page only accepts connections from this machine. From elsewhere, use
-a tunnel: `ssh -L 8501:127.0.0.1:8501 HOST`. Requires the extra `chat` (pip install 'phi3v[chat]'). For programs that
+a tunnel: `ssh -L 8501:127.0.0.1:8501 HOST`. Requires the extra `chat` (pip install -e '.[chat]'). For programs that
 use OpenAI's protocol, serve the model with vLLM: docs/how-to/serve.md.
 """
 
@@ -20,7 +20,7 @@ def main() -> None:
     settings = parse(ServeSettings, __doc__)
     found = find_spec("phi3v.evaluation.chat")
     if find_spec("streamlit") is None or found is None or found.origin is None:
-        raise SettingsError("streamlit is not installed; run `pip install 'phi3v[chat]'`")
+        raise SettingsError("streamlit is not installed; run `pip install -e '.[chat]'`")
     options = {
         "server.address": settings.host, "server.port": settings.port, "server.headless": "true",
         "browser.gatherUsageStats": "false", "server.fileWatcherType": "none", "client.toolbarMode": "minimal",

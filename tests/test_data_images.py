@@ -191,9 +191,9 @@ def test_heic_opens_and_its_damage_and_a_missing_reader_are_named(
         read(tmp_path / "cut.heic", "row 1")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
-    with pytest.raises(DataError, match=r"pip install 'phi3v\[heif\]'"):
+    with pytest.raises(DataError, match=r"pip install -e '\.\[heif\]'"):
         read(tmp_path / "x.heic")
-    with pytest.raises(DataError, match=r"pip install 'phi3v\[pdf\]'"):
+    with pytest.raises(DataError, match=r"pip install -e '\.\[pdf\]'"):
         read(b"%PDF-1.7")
 
 

@@ -236,7 +236,7 @@ def test_files_folders_and_patterns_of_an_object_store(
 def test_a_missing_package_of_an_object_store_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(SourceError, match=r"s3fs.*pip install 'phi3v\[cloud\]'"):
+    with pytest.raises(SourceError, match=r"s3fs.*pip install -e '\.\[cloud\]'"):
         fetch([("s3://bucket/x", None)], tmp_path)
 
 

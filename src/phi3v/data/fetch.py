@@ -318,7 +318,7 @@ def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
         return url_to_fs(url.replace("::", "%3A%3A"), **(web if protocol in ("http", "https") else {}))
     except ImportError as error:
         raise SourceError(
-            f"source {url!r}: {error}; s3://, gs:// and az:// require the extra `cloud`: pip install 'phi3v[cloud]'"
+            f"source {url!r}: {error}; s3://, gs:// and az:// require the extra `cloud`: pip install -e '.[cloud]'"
         ) from None
 
 

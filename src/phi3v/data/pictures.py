@@ -229,7 +229,7 @@ def _open_other(source: bytes | Path, where: str) -> Image.Image:
         try:
             import pillow_heif
         except ImportError:
-            raise DataError(f"{where}: HEIF (HEIC) requires pillow-heif; run: pip install 'phi3v[heif]'") from None
+            raise DataError(f"{where}: HEIF (HEIC) requires pillow-heif; run: pip install -e '.[heif]'") from None
         pillow_heif.register_heif_opener()
         with contextlib.suppress(UnidentifiedImageError):
             return Image.open(file(), formats=("HEIF",))
@@ -318,7 +318,7 @@ def _pdf_pages(data: bytes, where: str, options: PictureOptions, page: int | Non
     try:
         import pypdfium2
     except ImportError:
-        raise DataError(f"{where}: a PDF requires pypdfium2; run: pip install 'phi3v[pdf]'") from None
+        raise DataError(f"{where}: a PDF requires pypdfium2; run: pip install -e '.[pdf]'") from None
     with _damage(f"{where}: a PDF that cannot be rendered"):
         with _PDFIUM:
             document = pypdfium2.PdfDocument(data)
