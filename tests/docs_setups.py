@@ -32,10 +32,6 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("CONTRIBUTING.md", "make check"): "takes minutes; the continuous integration runs it",
     ("CONTRIBUTING.md", "python -m tests.fakegpu"): "make verify-gpu",
     ("docs/explanation/reproducibility.md", "make reproduce"): "takes minutes",
-    (
-        "docs/explanation/reproducibility.md",
-        "python scripts/provenance.py",
-    ): "needs a finished run; tests/test_provenance_lineage.py",
     ("docs/how-to/chat.md", "make chat"): "serves until it is stopped; tests/test_evaluation_chat.py",
     ("docs/how-to/cite.md", "python scripts/provenance.py"): "needs a finished run; tests/test_provenance_lineage.py",
     ("docs/how-to/convert-documents.md", "pip install"): NETWORK,

@@ -160,8 +160,8 @@ class Options(Strict):
     frames: int = Field(8, ge=1, le=512)
     """Frames per video clip (table, messages, ucf101)."""
     pixel_range: Literal["full", "real"] = "full"
-    """Value that becomes white in 16-bit grey pictures: full: 65535; real: the picture's largest value (table,
-    messages, imagefolder)."""
+    """Range of a 16-bit grey picture that becomes 0 to 255: full: 0 to 65535; real: the picture's darkest to its
+    brightest pixel (table, messages, imagefolder)."""
     max_pixels: int | None = Field(None, ge=1)
     """Scale larger pictures down to this many pixels. Empty: reject those above 89 million (same formats as
     `pixel_range`)."""
