@@ -56,6 +56,10 @@ if not JOBS:
 prologue = SITE.prologue(f"{ROOT}/scripts") if ON_SLURM and workflow.remote_exec else ""
 source = shlex.quote(f"{ROOT}/src")
 prefix = f"set -euo pipefail; export PYTHONPATH={source}; {prologue}"
+# A job's output is in its log; beside the lines of other jobs on the terminal it would be unreadable.
+output_settings = workflow.output_settings
+if not (workflow.remote_exec or output_settings.printshellcmds or output_settings.verbose):
+    prefix += "exec >/dev/null; "
 shell.prefix(prefix.replace("{", "{{").replace("}", "}}"))
 
 # The smallest environments that serve: a run on CPUs alone needs no CUDA libraries. One image serves data and training.

@@ -14,6 +14,8 @@ rule evaluate_base:
         f"{RESULTS}/logs/evaluate/base/{{baseline}}.log",
     benchmark:
         f"{RESULTS}/logs/evaluate/base/{{baseline}}.tsv"
+    # Scores before training are shown beside those after it.
+    priority: 1
     conda:
         TRAIN_ENV
     container:

@@ -14,6 +14,8 @@ rule run_settings:
         f"{RESULTS}/config.json",
     log:
         f"{RESULTS}/logs/settings.log",
+    # The terminal's lines read it.
+    priority: 2
     params:
         config=json.dumps(dict(config), sort_keys=True),
     message:

@@ -1,4 +1,5 @@
 import shutil
+import subprocess
 
 
 rule data_statistics:
@@ -89,21 +90,32 @@ rule report:
 
 # Not in the report's folder: as a target that is newer than everything, it would keep the next run from continuing.
 PARTIAL_REPORT = f"{RESULTS}/report-partial"
+NEXT_STEPS = (
+    f"Answers of a row: {RESULTS}/evaluate/ROW/after/predictions.jsonl",
+    f"Ask a trained model: make chat MODEL={RESULTS}/train/ROW/final",
+    "Your own pictures: docs/tutorials/own-pictures.md; a cluster: docs/tutorials/slurm.md",
+)
 
 
 onsuccess:
     if Path(rules.report.output.page).is_file():
         shutil.rmtree(PARTIAL_REPORT, ignore_errors=True)
-        print(f"Report: {rules.report.output.page}")
+        logger.info(f"Report: {rules.report.output.page}")
+        for line in NEXT_STEPS:
+            logger.info(line)
 
 
 onerror:
     # Before the run's settings are written there is nothing to report.
     if Path(f"{RESULTS}/config.json").is_file():
-        print(
+        logger.info(
             f"Some jobs failed; what finished stays in {RESULTS}. A report of it, with the reason for each missing row:"
         )
-        shell(
-            f"python {SCRIPTS}/report.py --config {RESULTS}/config.json --results {RESULTS} --output_dir {PARTIAL_REPORT}"
-            f" --partial && echo 'Partial report: {PARTIAL_REPORT}/index.html' || echo 'the report could not be built'"
-        )
+        try:
+            shell(
+                f"python {SCRIPTS}/report.py --config {RESULTS}/config.json --results {RESULTS}"
+                f" --output_dir {PARTIAL_REPORT} --partial"
+            )
+            logger.info(f"Partial report: {PARTIAL_REPORT}/index.html")
+        except subprocess.CalledProcessError:
+            logger.info("the report could not be built")
