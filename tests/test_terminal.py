@@ -85,7 +85,7 @@ def test_a_failed_job_shows_its_log_and_the_end_of_it(folder):
     lines = [line.strip() for line in done.stderr.splitlines()]
     assert any(re.fullmatch(r"FAILED: break something, after \d+ s", line) for line in lines)
     assert "logs/broken.log:" in lines
-    assert "no such letter" in lines and "line 99" in lines and "line 80" not in lines
+    assert "no such letter" in lines and "line 99" in lines and "line 50" not in lines
     # The other jobs went on.
     assert any(line.startswith("evaluate two, ") for line in lines)
     assert not any("seq 99" in line for line in lines)

@@ -20,7 +20,8 @@ from snakemake_interface_logger_plugins.common import LogEvent
 from phi3v.reporting.outcome import outcome
 
 CHATTER = (
-    "Building DAG of jobs", "Complete log(s)", "Conda environments: ignored", "Execute ", "Provided cores",
+    "Assuming unrestricted shared filesystem", "Building DAG of jobs", "Complete log(s)", "Conda environments: ignored",
+    "Execute ", "Provided cores",
     "Provided remote nodes", "Provided resources", "Rules claiming more threads", "Select jobs to execute",
     "Singularity containers: ignored", "Using shell",
 )  # fmt: skip

@@ -33,9 +33,10 @@ ROW = dict(zip(METHODS, ROWS, strict=True))
 
 
 def environment_of(folder: Path) -> dict[str, str]:
-    """This Python's programs, and the package of the repository's copy."""
+    """This Python's programs, and the package of the repository's copy; of the repository for a folder without one."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(folder / "src")}
+    source = folder / "src" if (folder / "src").is_dir() else Path(__file__).resolve().parents[2] / "src"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(source)}
 
 
 class Snakemake:
