@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -107,6 +108,20 @@ def test_a_terminal_gets_a_bar_over_all_jobs(folder):
     assert {total for *_, total, _ in bars} == {"3"}
     assert [int(done) for _, done, *_ in bars] == sorted(int(done) for _, done, *_ in bars)
     assert any(title.startswith("evaluate ") for *_, title in bars)
+
+
+def test_a_stopped_run_says_once_that_it_waits(folder):
+    with (folder / "Snakefile").open("a") as file:
+        file.write(
+            '\nrule slow:\n    output:\n        "slow.txt"\n    shell:\n        "touch began; sleep 5; touch {output}"\n'
+        )
+    process = subprocess.Popen(command("slow.txt"), cwd=folder, stderr=subprocess.PIPE, text=True)
+    while not (folder / "began").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    _, output = process.communicate(timeout=300)
+    assert output.count("Will exit after finishing currently running jobs") == 1
 
 
 def test_outcomes_of_training_and_timing(tmp_path):

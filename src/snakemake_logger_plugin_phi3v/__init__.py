@@ -128,6 +128,7 @@ class LogHandler(LogHandlerBase):
         self.stream = sys.stdout if self.common_settings.stdout else sys.stderr
         self.is_terminal = self.stream.isatty()
         self.progress = Progress()
+        self.message = ""
         common = self.common_settings
         self.is_plain = bool(common.dryrun or common.verbose or common.debug_dag)
 
@@ -175,8 +176,10 @@ class LogHandler(LogHandlerBase):
                 yield self.format(record)
         elif event in (LogEvent.SHELLCMD, LogEvent.GROUP_ERROR):
             yield self.format(record)
-        elif event is None and not record.getMessage().startswith(CHATTER):
-            yield record.getMessage()
+        elif event is None and not (message := record.getMessage()).startswith(CHATTER) and message != self.message:
+            # While a stopped run waits for its jobs, Snakemake repeats one message.
+            self.message = message
+            yield message
 
     def failure(self, fields: dict[str, object], now: float) -> Iterator[str]:
         """What a failed job leaves: its title, log and last lines."""
