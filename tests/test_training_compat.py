@@ -19,9 +19,10 @@ IMPORTS = """
 import sys
 import torch
 import peft
+import transformers.modeling_utils
 from accelerate.utils import extract_model_from_parallel
 extract_model_from_parallel(torch.nn.Linear(1, 1))
-print(*sorted(name for name in ("bitsandbytes", "deepspeed") if sys.modules.get(name)))
+print(*sorted(name for name in ("bitsandbytes", "deepspeed", "scipy") if sys.modules.get(name)))
 """
 LEAVE_OUT = """
 from phi3v.settings import FinetuneSettings, validate
@@ -45,8 +46,8 @@ def printed(code: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_peft_and_accelerate_import_what_a_lora_job_does_not_use():
-    assert printed(IMPORTS) == ["bitsandbytes", "deepspeed"]
+def test_libraries_import_what_a_lora_job_does_not_use():
+    assert printed(IMPORTS) == ["bitsandbytes", "deepspeed", "scipy"]
     assert printed(LEAVE_OUT + IMPORTS) == []
 
 
@@ -73,9 +74,10 @@ def test_deepspeed_would_build_an_all_reduce_and_asks_onednn_for_float16():
 @pytest.mark.parametrize(
     ("values", "left_out"),
     [
-        ({"use_lora": True}, {"bitsandbytes", "deepspeed"}),
+        ({"use_lora": True}, {"bitsandbytes", "deepspeed", "scipy"}),
+        ({"use_lora": True, "report_to": ["tensorboard"]}, {"bitsandbytes", "deepspeed"}),
         ({"use_qlora": True}, {"deepspeed"}),
-        ({"zero_stage": 2}, {"bitsandbytes"}),
+        ({"zero_stage": 2}, {"bitsandbytes", "scipy"}),
         ({"optimizer": "adamw_8bit"}, {"deepspeed"}),
     ],
 )

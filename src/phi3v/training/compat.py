@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 def leave_out_unused(settings: FinetuneSettings) -> None:
-    """Prevents accelerate and PEFT from importing unused libraries. Imports no torch.
+    """Prevents transformers, accelerate and PEFT from importing unused libraries. Imports no torch.
 
-    peft imports bitsandbytes with PyTorch's inductor (1.8 s of start-up on a 2-core machine, in each process), and
-    accelerate's extract_model_from_parallel DeepSpeed (0.4 s), if they are installed. A None in sys.modules is Python's
+    peft imports bitsandbytes with PyTorch's inductor (1.8 s of start-up on a 2-core machine, in each process),
+    accelerate's extract_model_from_parallel DeepSpeed (0.4 s), and transformers scipy for the losses of object
+    detection (0.7 s), if they are installed. A None in sys.modules is Python's
     way to say that a module cannot be imported (Python reference, 5.3.1). For scripts only: it holds for the whole
     process.
     """
@@ -26,6 +27,9 @@ def leave_out_unused(settings: FinetuneSettings) -> None:
         unused.append("bitsandbytes")
     if settings.method in ("lora", "qlora") or settings.zero_stage == 0:
         unused.append("deepspeed")
+    # bitsandbytes and trackers import scipy themselves.
+    if "bitsandbytes" in unused and not settings.report_to:
+        unused.append("scipy")
     for name in unused:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
