@@ -87,7 +87,9 @@ def environment() -> dict[str, object]:
     installed.
     """
     locks = sorted(path for pattern in LOCKS for path in SOURCE.glob(pattern))
-    installed = sorted({f"{found.metadata['Name'].lower()}=={found.version}" for found in metadata.distributions()})
+    # Each access to `metadata` or `version` parses the file again.
+    described = [found.metadata for found in metadata.distributions()]
+    installed = sorted({f"{found['Name'].lower()}=={found['Version']}" for found in described})
     return {
         "locks": {str(path.relative_to(SOURCE)): digest_file(path) for path in locks},
         "packages": hashlib.sha256("\n".join(installed).encode()).hexdigest(),
