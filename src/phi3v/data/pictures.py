@@ -341,14 +341,14 @@ def _pdf_pages(data: bytes, where: str, options: PictureOptions, page: int | Non
 def _rgb(image: Image.Image, where: str, options: PictureOptions = _STORED) -> Image.Image:
     """The picture in RGB, as an image viewer shows it."""
     image.load()
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)  # without it, and below without the test, a page is copied
     if image.mode[0] in "IF":
         image = _grey(image, where, options)
     elif image.has_transparency_data:
         clear = image.convert("RGBA")
         image = Image.new("RGBA", image.size, "white")
         image.alpha_composite(clear)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _grey(image: Image.Image, where: str, options: PictureOptions) -> Image.Image:
