@@ -165,3 +165,14 @@ def test_auto_processor_loads_it_without_remote_code():
     processor = AutoProcessor.from_pretrained(tiny_folder(), num_crops=9)
     assert type(processor) is Phi3VProcessor
     assert processor.image_processor.num_crops == 9
+
+
+def test_ids_are_those_of_the_tokenizer_whatever_it_did_before(tiny):
+    texts = ["", "<|user|>\nWhat is written here?<|end|>\n<|assistant|>\n", " é 漢字 \n\n  two  spaces"]
+    expected = [tiny.tokenizer(text)["input_ids"] for text in texts]
+    without = [tiny.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert len(expected[1]) > 6
+    tiny.tokenizer(texts, padding="max_length", truncation=True, max_length=5)
+    assert [tiny.text_ids(text) for text in texts] == expected
+    tiny.tokenizer(texts, padding="max_length", truncation=True, max_length=5)
+    assert [tiny.text_ids(text, add_special_tokens=False) for text in texts] == without

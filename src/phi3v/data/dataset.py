@@ -150,7 +150,7 @@ def encode(
         prompt = inputs["input_ids"][0]
         if position and prompt and prompt[0] == tokenizer.bos_token_id:
             prompt = prompt[1:]
-        answer = tokenizer(answer_text(turn), add_special_tokens=False)["input_ids"]
+        answer = processor.text_ids(answer_text(turn), add_special_tokens=False)
         ids += prompt + answer
         labels += [-100] * len(prompt) + answer
         if own:
