@@ -48,12 +48,12 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Parses the command line and prints the problems."""
     given = arguments()
-    processor = None
+    counter = None
     if given.model:
-        from phi3v.model.processing import Phi3VProcessor
+        from phi3v.data.lengths import Counter, write_statistics
 
-        processor = Phi3VProcessor.from_pretrained(given.model)
-    tile_size = processor.image_processor.tile_size if processor else 336
+        counter = Counter.of(given.model)
+    tile_size = counter.image_processor.tile_size if counter else 336
     checks, problems, shared = validate_folder(given.data_dir, given.level, given.workers, tile_size)
     if given.allow_leaks:
         problems.forget("leak: ")
@@ -65,10 +65,8 @@ def main() -> int:
     for pair, count in shared.items():
         print(f"{pair}: {count} pictures in common", file=sys.stderr)
     print(f"{given.data_dir}: {problems.total or 'no'} problems", file=sys.stderr)
-    if processor and not problems.total:
-        from phi3v.data.lengths import write_statistics
-
-        print(*write_statistics(given.data_dir, processor, given.num_crops), sep="\n", file=sys.stderr)
+    if counter and not problems.total:
+        print(*write_statistics(given.data_dir, counter, given.num_crops), sep="\n", file=sys.stderr)
     return 1 if problems.total else 0
 
 

@@ -26,7 +26,7 @@ from phi3v.data.conversations import (
 from phi3v.data.convert import convert_files
 from phi3v.data.dataset import ConversationDataset, collate
 from phi3v.data.folder import LENGTHS, LineIndex, split_file
-from phi3v.data.lengths import count, count_turns, lengths, plot, summary_lines, write_statistics
+from phi3v.data.lengths import Counter, count, count_turns, lengths, plot, summary_lines, write_statistics
 from phi3v.demo.tiny import train_tokenizer
 from phi3v.model.image_processing import Phi3VImageProcessor
 from phi3v.model.processing import Phi3VProcessor
@@ -300,6 +300,21 @@ def test_tiles_are_counted_as_the_processor_cuts_them(processor: Phi3VProcessor,
     cut = processor.image_processor(Image.new("RGB", size))
     assert counts.tiles == len(cut["pixel_values"])
     assert counts.image == cut["num_img_tokens"][0]
+
+
+def test_a_counter_counts_what_the_processor_counts(data: Path, processor: Phi3VProcessor, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        Counter.of(tmp_path)
+    processor.save_pretrained(tmp_path / "model")
+    counter = Counter.of(tmp_path / "model")
+    expected = count(ConversationDataset(data, "train", processor))
+    assert expected[:, 0].min() > 0
+    assert (count(ConversationDataset(data, "train", counter)) == expected).all()
+    # The count that validate.py stores is the one that training looks for.
+    assert lengths(ConversationDataset(data, "train", counter)) == expected[:, 0].tolist()
+    assert len(list((data / LENGTHS).glob("*.npy"))) == 1
+    lengths(ConversationDataset(data, "train", processor))
+    assert len(list((data / LENGTHS).glob("*.npy"))) == 1
 
 
 def test_lines_by_number(tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ class ConversationDataset(Dataset[Example]):
     """A split of a data folder as training examples.
 
     dataset.json's `turns` selects the turns that train. all: every turn. draw: one turn per epoch, drawn from (seed,
-    epoch, index). first: the first turn. Call `set_epoch` before each epoch.
+    epoch, index). first: the first turn. Call `set_epoch` before each epoch. processor: the model's, or a
+    phi3v.data.lengths.Counter for a dataset whose tokens are only counted.
     """
 
     def __init__(

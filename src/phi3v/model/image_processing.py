@@ -8,7 +8,6 @@ processor. Golden data in tests/golden record its behaviour.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, TypeAlias
@@ -20,7 +19,7 @@ from torch import nn
 from transformers import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 
-from phi3v.planning.geometry import TileLayout, num_image_tokens, tile_layout
+from phi3v.planning.geometry import PictureTokens, TileLayout, tile_layout
 
 # OpenAI CLIP's channel means and deviations, RGB, on a 0-1 scale.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -68,7 +67,7 @@ def normalise_picture(
     out[:1] = nn.functional.interpolate(canvas, size=(size, size), mode="bicubic", align_corners=False)
 
 
-class Phi3VImageProcessor(ImageProcessingMixin):
+class Phi3VImageProcessor(PictureTokens, ImageProcessingMixin):
     """Cuts each picture into at most `num_crops` local tiles of `tile_size` pixels.
 
     `num_crops` can be changed at any time. The saved form is the publisher's preprocessor_config.json.
@@ -86,31 +85,11 @@ class Phi3VImageProcessor(ImageProcessingMixin):
         tile_size: int = 336,
         **kwargs: object,
     ) -> None:
-        super().__init__()
-        self.num_crops = num_crops
+        ImageProcessingMixin.__init__(self)
+        PictureTokens.__init__(self, num_crops, num_img_tokens, tile_size)
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.do_convert_rgb = do_convert_rgb
-        self.tile_size = tile_size
-        self.num_img_tokens = num_img_tokens
-        if math.isqrt(num_img_tokens) ** 2 != num_img_tokens:
-            raise ValueError(
-                f"num_img_tokens: got {num_img_tokens}; expected a square number (tokens of one square tile)"
-            )
-
-    @property
-    def tile_grid(self) -> int:
-        """Side of a tile in image tokens."""
-        return math.isqrt(self.num_img_tokens)
-
-    def tokens_of_size(self, image_height: int, image_width: int) -> int:
-        """Image tokens of a padded canvas with a size from `image_sizes`."""
-        return num_image_tokens(image_height // self.tile_size, image_width // self.tile_size, self.tile_grid)
-
-    def tokens_of_picture(self, width: int, height: int, num_crops: int | None = None) -> int:
-        """Image tokens of a picture, computed from its size alone, for budgets and length-sorted batches."""
-        layout = tile_layout(width, height, num_crops or self.num_crops, self.tile_size)
-        return num_image_tokens(layout.tiles_down, layout.tiles_across, self.tile_grid)
 
     def layout(self, image: Image.Image, num_crops: int | None = None) -> TileLayout:
         """`tile_layout` of a picture.

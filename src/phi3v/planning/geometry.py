@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -204,6 +205,38 @@ def num_image_tokens(tiles_down: int, tiles_across: int, tile_grid: int = 12) ->
     tile_grid: side of a tile, in image tokens.
     """
     return (tiles_down * tiles_across + 1) * tile_grid**2 + 1 + (tiles_down + 1) * tile_grid
+
+
+@dataclass(eq=False, repr=False)
+class PictureTokens:
+    """Tiles and tokens of pictures by an image processor's settings, which can change at any time.
+
+    Raises ValueError unless `num_img_tokens` is a square number.
+    """
+
+    num_crops: int = 4
+    num_img_tokens: int = 144
+    tile_size: int = 336
+
+    def __post_init__(self) -> None:
+        if math.isqrt(self.num_img_tokens) ** 2 != self.num_img_tokens:
+            raise ValueError(
+                f"num_img_tokens: got {self.num_img_tokens}; expected a square number (tokens of one square tile)"
+            )
+
+    @property
+    def tile_grid(self) -> int:
+        """Side of a tile in image tokens."""
+        return math.isqrt(self.num_img_tokens)
+
+    def tokens_of_size(self, image_height: int, image_width: int) -> int:
+        """Image tokens of a padded canvas with a size from `image_sizes`."""
+        return num_image_tokens(image_height // self.tile_size, image_width // self.tile_size, self.tile_grid)
+
+    def tokens_of_picture(self, width: int, height: int, num_crops: int | None = None) -> int:
+        """Image tokens of a picture, computed from its size alone, for budgets and length-sorted batches."""
+        layout = tile_layout(width, height, num_crops or self.num_crops, self.tile_size)
+        return num_image_tokens(layout.tiles_down, layout.tiles_across, self.tile_grid)
 
 
 def tile_grid(vision: VisionGeometry) -> int:
