@@ -391,7 +391,7 @@ def test_a_refusal_names_what_would_take_the_row(folder: Path, kind: str, row: d
 def test_when_every_row_is_rejected_the_first_reason_is_told(folder: Path) -> None:
     path = write(folder / "rows.jsonl", {"image": "none.png", "question": "q", "answer": "a"})
     with pytest.raises(
-        DataError, match=r"no valid example \(1 rows rejected.*rows\.jsonl:1: field `image`: got 'none.png'"
+        DataError, match=r"no valid example \(all rows, 1 rejected\).*rows\.jsonl:1: field `image`: got 'none.png'"
     ):
         convert_files("table", path, folder.parent / "out", "train", on_error="skip")
 

@@ -348,10 +348,10 @@ def _convert_split(
     for file_name, reason in untaken:
         _log(log, split, file_name, reason)
     if not examples:
+        part = "all rows" if source.rows == ":" else f"rows {source.rows}"
         raise DataError(
-            f"{split}: {source.url}: got no valid example ({rejected} rows rejected, rows {source.rows!r}); expected "
-            "at "
-            f"least one{first_reason}"
+            f"{split}: {source.url}: got no valid example ({part}, {rejected} rejected); expected at least "
+            f"one{first_reason}"
         )
     without = f"; {bare} examples without a picture" if bare else ""
     print(f"{split}: {examples} examples, {writer.written} pictures, {rejected} rejected{without}", file=sys.stderr)
