@@ -27,27 +27,30 @@ demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then 
 demo-all: $(VENV)/installed  ## every row of both tables on a CPU, then the report (about 35 minutes)
 	snakemake --profile profiles/demo --config 'rows={accuracy: ["*"], speed: ["*gpu"]}'
 
-digits: $(VENV)/installed  ## the worked example of one's own data: real handwritten digits
+digits: $(VENV)/installed  ## the example of your own data: real handwritten digits
 	snakemake --profile profiles/demo --configfile config/digits.yaml
 
 chat: $(VENV)/installed  ## a page on this machine to ask a model about pictures: make chat MODEL=FOLDER [BASE=FOLDER] [ARGS="--bf16"]
 	python scripts/serve.py --model_name_or_path $(MODEL) $(if $(BASE),--base $(BASE)) $(ARGS)
 
-reproduce: $(VENV)/installed  ## the demo from scratch in another folder, to the byte what is stored for this kind of processor (about 10 minutes)
+reproduce: $(VENV)/installed  ## the demo from scratch in another folder, compared byte by byte with stored digests (about 10 minutes)
 	python scripts/reproduce.py $(ARGS)
 
 test: $(VENV)/installed  ## unit tests and one small workflow run for real
 	pytest -n 2 --dist loadfile --ignore tests/slurm
 	pytest tests/slurm
 
-# What starts other programs, or trains, or compares whole gradients.
+# Files and single tests that start other programs, train, compare whole gradients, or resize very large pictures.
 SLOW := slurm workflow environments fakegpu gpu clients test_training_* test_evaluation_run.py test_evaluation_chat.py test_docs.py test_reporting_* \
   test_model_modeling.py test_model_runtime.py test_model_compat.py test_model_generation.py test_provenance_lineage.py \
   test_data_full_disk.py test_benchmark_speed.py
+SLOW_TESTS := test_cluster.py::test_what_the_probe_runs_says_yes_or_why_training_is_refused \
+  test_security.py::test_names_that_reach_a_shell_line_are_plain test_model_image_processing.py::test_golden_pictures[4598x5082_RGB_s37_c16] \
+  test_model_image_processing.py::test_golden_pictures[4000x3000_RGB_s10_c16] test_data_sources.py::test_offline_takes_the_files_from_the_cache
 test-fast: $(VENV)/installed  ## what an edit most often breaks (about 2 minutes)
-	pytest -n 2 --dist loadfile $(SLOW:%=--ignore-glob='tests/%')
+	pytest -n 2 --dist loadfile $(SLOW:%=--ignore-glob='tests/%') $(SLOW_TESTS:%=--deselect='tests/%')
 
-verify-data: $(VENV)/installed  ## every test image of Pillow's source distribution is taken or refused with a reason (needs the network; 1 minute)
+verify-data: $(VENV)/installed  ## every test image of Pillow's source distribution is read, or rejected with a reason (needs the network; 1 minute)
 	pytest -m verify -s tests/test_data_pillow.py
 
 verify-training: $(VENV)/installed  ## runs killed at random moments end with the same weights (about 7 minutes)

@@ -290,7 +290,9 @@ BASE = ["--model_name_or_path", "m", "--data_dir", "d", "--output_dir", "o"]
 
 
 def test_command_line_round_trip(published):
-    for job in published.accuracy:
+    # Rows with the same settings differ in their dataset and model alone.
+    kinds = {(job.row.method, job.row.dtype, job.row.flash_attention): job for job in published.accuracy}
+    for job in kinds.values():
         written = jobs.finetune(published, job)
         parsed = settings.parse(settings.FinetuneSettings, "", settings.flags(written))
         assert parsed == written

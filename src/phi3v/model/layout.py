@@ -127,7 +127,7 @@ def plan_attention(
     """The plan for B x `queries` tokens after `past` cached ones.
 
     attention_mask: [B, past + queries] (1 = token, 0 = padding), a ready [B, 1, Q, K] mask, or None. Packed batches
-    are recognised by position ids that start anew, without attention mask and cache.
+    are recognised by position ids that start again, without attention mask and cache.
     """
     if attention_mask is None:
         if past == 0 and position_ids is not None and queries > 1:

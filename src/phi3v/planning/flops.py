@@ -39,10 +39,10 @@ from phi3v.settings.rows import Optimizer
 Method = Literal["full", "frozen", "frozen_forward_only", "lora", "qlora"]
 
 FORMULA = (
-    "MFU = model FLOP / (s x devices x dense peak), HFU = hardware FLOP / the same. Model FLOP: matrix products of the "
-    "forward and backward pass, causal attention, no gradients of frozen weights, adapters as what they are; hardware "
-    "FLOP: also what checkpointing and the flash kernel compute again, and the masked half that eager attention "
-    "computes"
+    "MFU = model FLOP / (seconds x devices x dense peak), HFU = hardware FLOP / the same. Model FLOP: matrix products "
+    "of the forward and backward pass, with causal attention and the adapters' own products, without gradients of "
+    "frozen weights. Hardware FLOP add what checkpointing and the flash kernel compute again, and the masked half that "
+    "eager attention computes"
 )
 """Printed with every MFU and HFU."""
 
@@ -206,12 +206,12 @@ class Setup:
 
     @property
     def replicated(self) -> bool:
-        """Whether every device holds the whole optimizer: with 8-bit states ZeRO does not run."""
+        """Whether every device holds the complete optimizer states. ZeRO does not run with 8-bit states."""
         return self.adapters or "8bit" in self.optimizer or self.zero_stage == 0
 
     @property
     def trains_by(self) -> str:
-        """The method whose parameters the optimizer holds."""
+        """Method whose parameters the optimizer holds."""
         return "frozen" if self.method == "frozen_forward_only" else self.method
 
     @property
@@ -230,7 +230,7 @@ class Setup:
         return sum(self.trainable().values())
 
     def trainable(self, frozen: Collection[str] = ()) -> dict[str, int]:
-        """The same by group; frozen: further groups that do not train."""
+        """Trained parameters by group. frozen: further groups that do not train."""
         return trainable_parameters(
             self.geometry, self.trains_by, self.rank, self.frozen | set(frozen), self.lora_targets
         )
@@ -292,7 +292,7 @@ class TrainingFlops:
 
 @dataclass(frozen=True)
 class _Counting:
-    """What is counted of a step: the arguments of training_flops."""
+    """Properties of a step that determine its FLOP: the arguments of training_flops."""
 
     trained: Trained
     rank: int
@@ -312,7 +312,7 @@ class _Counting:
         recompute: float = 0.0,
         stops_here: bool = False,
     ) -> Flops:
-        """A linear layer (inputs, outputs) over `rows` rows, with the adapter beside it, which runs before it.
+        """A linear layer (inputs, outputs) over `rows` rows, and its adapter, which runs before the layer.
 
         recompute: share of the layers that run again in the backward pass. stops_here: the last product of its layer,
         which non-reentrant checkpointing leaves out once everything that is saved has been recomputed.
@@ -337,7 +337,7 @@ class _Counting:
         return total
 
     def attention(self, stack: Stack, pairs: float) -> Flops:
-        """Scores and weighted values: two products of `pairs` x width a layer, four in the backward pass."""
+        """Scores and weighted values: two products of `pairs` x width per layer, four in the backward pass."""
         product = 2.0 * stack.width * pairs * stack.layers
         # A flash kernel computes the scores again in its backward pass (Dao 2023, FlashAttention-2, section 3.1.2).
         return Flops(2 * product, (5 if self.flash else 4) * product, 2 * product * self.recompute)

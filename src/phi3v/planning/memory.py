@@ -5,9 +5,11 @@
 
 GPU tools report three numbers separately:
 
-- allocated: live tensors at the peak (torch.cuda.max_memory_allocated). Counted here and compared with traced runs. -
-reserved: memory of PyTorch's allocator, including cached free blocks (torch.cuda.max_memory_reserved). - context:
-memory of the process outside the allocator: CUDA context, kernels, NCCL. nvidia-smi shows reserved + context.
+- allocated: live tensors at the peak (torch.cuda.max_memory_allocated). Counted here and compared with traced runs.
+- reserved: memory of PyTorch's allocator, including cached free blocks (torch.cuda.max_memory_reserved).
+- context: memory of the process outside the allocator: CUDA context, kernels, NCCL.
+
+nvidia-smi shows reserved + context.
 
 Memory can peak at several moments of a step. Each moment adds its own tensors to those that always stay on the device
 (weights, optimizer states). The peak is the moment with the largest sum.

@@ -21,7 +21,7 @@ from phi3v.planning.flops import Setup, TrainingFlops, stacks, training_flops
 from phi3v.planning.geometry import parameters, quantised_parameters
 from phi3v.settings import SettingsError
 
-# Casting a float32 weight under autocast, once a pass: read 4, write 2.
+# Casting a float32 weight under autocast, once per pass: read 4, write 2.
 CAST_BYTES = 6
 # Logits: to float32, shifted copy, log-softmax, and their backward passes, per logit.
 LOGIT_BYTES = 40
@@ -45,7 +45,7 @@ class Constants:
     without vector loads), 4-bit expansion, gradients, optimizer."""
     elementwise_efficiency: float = field(default=0.8, metadata={"unit": "share of peak bandwidth", "fitted": False})
     """The same for norms, activations and residuals. Not fitted, but a usual value for streaming kernels."""
-    layer_seconds: float = field(default=0.0008, metadata={"unit": "s a layer pass"})
+    layer_seconds: float = field(default=0.0008, metadata={"unit": "s per layer pass"})
     """Constant time per layer and pass: kernel launches, tails of kernels, the host."""
     link_efficiency: float = field(default=0.247, metadata={"unit": "share of peak link bandwidth"})
     """Efficiency of a collective relative to the slowest link, within or between machines."""
@@ -109,13 +109,14 @@ class Implementation:
     reduce_over_gather: float
     """Bytes that reducing the gradients sends, over those of gathering the weights."""
     operators: dict[str, float]
-    """Method to operators of a micro-step over those of plain full fine-tuning, traced: what Constants.layer_seconds is
-    multiplied with. The published rows fit one figure for all methods."""
+    """Factor of Constants.layer_seconds by method: traced operators of a micro-step over those of plain full
+    fine-tuning. Empty: 1, as for the published code, whose rows fit one figure for all methods."""
 
 
-# Plain. Decoder: two RMSNorms 4 each, two residual sums 6, rotary tables on queries and keys 4 each, a transpose 4;
-# gate and product 6. What one operator hands to the next within a norm or a rotation is counted as staying in the
-# cache: a token's tensors are 15 MB here. Tower: two LayerNorms 4, two residual sums 6, transposes 8; quick GELU 4.
+# The comments below list bytes per element of the width; after a semicolon, of the feed-forward width.
+# Plain decoder: two RMSNorms 4 each, two residual sums 6 each, rotary tables on queries and keys 4 each, a transpose 4;
+# gate and product 6. Tensors between the operators of a norm or a rotation are assumed to stay in the cache.
+# Plain tower: two LayerNorms 4 each, two residual sums 6 each, transposes 8; quick GELU 4.
 _PLAIN_DECODER = (2 * 4 + 2 * 6 + 2 * 4 + 4, 6)
 _PLAIN_TOWER = (2 * 4 + 2 * 6 + 8, 4)
 
@@ -134,10 +135,10 @@ PLAIN = Implementation(
     # values 2, to float32 6, softmax 10, scale 4, to queries and keys 4. CLIP scales the queries, has no mask and keeps
     # the softmax in half precision.
     decoder_scores=(24, 28), tower_scores=(8, 14), float16_scores=0,
-    # Half a byte and its scale read, float32 written and read, half precision written. That the published code goes by
-    # float32 is inferred: going straight to half precision would move 2.6.
+    # Reads half a byte and its scale, writes and reads float32, writes half precision. We infer that the published code
+    # converts to float32 first: a direct conversion to half precision would move 2.6.
     dequantisation=10.6,
-    # Write it 2, copy into a bucket 4, divide 4, all-reduce 4, add to the shard's share 4.
+    # Write the gradient 2, copy it into a bucket 4, divide 4, all-reduce 4, add to the shard 4.
     gradient=18,
     # Gradient, weight and two moments in float32 read and written, temporaries of the multi-tensor AdamW, and the
     # half-precision copy.
@@ -145,8 +146,8 @@ PLAIN = Implementation(
     # An all-reduce: a reduce-scatter and a gather.
     reduce_over_gather=2.0, operators={},
 )  # fmt: skip
-# Without ZeRO plain operators run under autocast, whose softmax writes float32 that the next product reads back: CLIP's
-# scores pay for it (the decoder's softmax is float32 either way).
+# Without ZeRO, plain operators run under autocast. Its softmax writes float32, so CLIP's scores move more bytes. The
+# decoder's softmax is float32 in any case.
 PLAIN_AUTOCAST = replace(PLAIN, tower_scores=(16, 24))
 
 FUSED = Implementation(
@@ -161,10 +162,9 @@ FUSED = Implementation(
     # bf16: product 2, scale 4, mask 4, to float32 6, softmax 8, back 6, product 2; backward: gradient of weights 2, to
     # values 2, to float32 6, softmax 12, back 6, mask 4, scale 4, to queries and keys 4. CLIP: the same without a mask.
     decoder_scores=(32, 40), tower_scores=(28, 36), float16_scores=8,
-    # Half a byte and its scale read, half precision written, and read by the product.
+    # Reads half a byte and its scale, writes half precision, which the product reads.
     dequantisation=4.6,
-    # Within a machine a bucket is all-reduced where it lies: write 2, copy into the bucket 4, divide 4, add to the
-    # share.
+    # Within a machine, a bucket is all-reduced in place: write 2, copy into the bucket 4, divide 4, add to the shard.
     gradient=13,
     # The fused AdamW 32; norm in float64, scaling, checks and the half-precision copy 40; traced.
     optimizer=72,
@@ -172,29 +172,29 @@ FUSED = Implementation(
     # 1,895 forward and 7,347 backward; LoRA 3,248 and 9,361; QLoRA 3,781 and 10,677; plain 2,908 and 11,252.
     operators={"full": 0.65, "frozen": 0.65, "lora": 0.89, "qlora": 1.02},
 )  # fmt: skip
-# Between machines each share of a bucket is cut out and reduced to the device that owns it: half the bytes on the links
-# (phi3v.training.optimizers). Traced.
+# Between machines, each part of a bucket is copied and reduced to the device that owns it, which moves half the bytes
+# over the links (phi3v.training.optimizers). Traced.
 FUSED_MACHINES = replace(FUSED, gradient=17, reduce_over_gather=1.0)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Cost of a mean example besides its matrix products: bytes bound by bandwidth, passes and seconds."""
+    """Cost of a mean example in addition to its matrix products: bytes bound by bandwidth, passes and seconds."""
 
     elementwise: float
     """Bytes outside matrix products and scores."""
     adapters: float
-    """Bytes of the adapters' narrow products, which reading and writing bounds."""
+    """Bytes of the adapters' narrow products, whose time memory traffic determines."""
     scores: float
     """Bytes of eager attention."""
     layer_passes: float
-    """Layers run through in a micro-step: forward, recomputed, and backward as two, both towers."""
+    """Layer passes of a micro-step, vision tower and decoder. A backward pass counts as two."""
     flash_seconds: float
-    """What a flash kernel spends on starting one sequence and head after the other."""
+    """Seconds in which a flash kernel starts one sequence and head after the other."""
 
 
 def implementation(setup: Setup) -> Implementation:
-    """How the setup's layers run."""
+    """Implementation that runs the setup's layers."""
     if setup.as_published or setup.hardware.kind == "cpu":
         return PLAIN_AUTOCAST if setup.adapters else PLAIN
     if not setup.fused:
@@ -203,7 +203,7 @@ def implementation(setup: Setup) -> Implementation:
 
 
 def runs(setup: Setup) -> tuple[Runs, Runs]:
-    """How often the tower and the decoder run in a micro-step."""
+    """Number of passes through the tower and the decoder in a micro-step."""
     tower, decoder = float(setup.trains_vision), float(setup.trains_decoder)
     return Runs(1, setup.recompute * tower, tower), Runs(1, setup.recompute * decoder, decoder)
 
@@ -288,7 +288,7 @@ def _empty(setup: Setup, field: str, expected: str) -> SettingsError:
 
 
 def _collective_seconds(setup: Setup, size: float, constants: Constants) -> float:
-    """Seconds to reduce-scatter or to gather `size` bytes over all devices: the slower of the links it crosses.
+    """Seconds to reduce-scatter or to gather `size` bytes over all devices, at the speed of the slowest link.
 
     A ring moves (n - 1) / n of the data over each device's links in a machine, (N - 1) / N over each machine's network.
     """
@@ -343,7 +343,7 @@ def step_time(setup: Setup, constants: Constants = CONSTANTS) -> StepTime:
         elementwise += way.gradient * reduced * width / 2 / bandwidth
     dequantisation = way.dequantisation * quantised * (again + decoder_runs.backward) / bandwidth
 
-    # ZeRO 2 and 3 reduce every micro-step's gradients beside the backward pass; others the last one's.
+    # ZeRO 2 and 3 reduce the gradients of every micro-step during the backward pass; others only those of the last.
     busy = matmul + attending + elementwise + dequantisation
     backward = sum(part.backward + part.recompute for part in flops.parts.values()) / flops.hardware
     reduction = way.reduce_over_gather * _collective_seconds(setup, width * reduced, constants)

@@ -169,8 +169,8 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
 
     accumulation: micro-steps of an optimizer step. ZeRO 1 shards optimizer states, 2 gradients too, 3 weights as well.
     """
-    # Elements. On a GPU two buckets are held: 200 MB each keeps the links busy, and the largest weight (the embedding,
-    # 98.5 million) fits in one. On a CPU a bucket is copied whole, no matter how little is in it.
+    # Elements. On a GPU there are two buckets: 200 MB each keeps the links busy, and the largest weight (the embedding,
+    # 98.5 million) fits in one. On a CPU, DeepSpeed copies the complete bucket even if it is nearly empty.
     bucket = 100_000_000 if cuda else 5_000_000
     several_machines = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     zero: dict[str, Any] = {
@@ -180,22 +180,22 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         # False: each share of a bucket is reduced to the process that owns it, which transfers half the bytes of
-        # DeepSpeed's # default, an all-reduce that discards the other shares. But DeepSpeed synchronises with the
-        # device before each of # these 112 reductions (stage_1_and_2.py, allreduce_and_copy), so within a machine the
-        # all-reduce stays.
+        # DeepSpeed's default, an all-reduce that discards the other shares. But DeepSpeed synchronises with the device
+        # before each of these 112 reductions (stage_1_and_2.py, allreduce_and_copy), so within a machine the all-reduce
+        # stays.
         "use_multi_rank_bucket_allreduce": not (cuda and several_machines),
         # If false, a bucket is all-reduced in place, without splitting it into shares and copying them back.
-        # It sums before it divides by the processes, which bfloat16's range bears and float16's may not.
-        # ZeRO 3 scatters in any case, and without this it would all-reduce first.
+        # It then sums before it divides by the processes, which fits the range of bfloat16 but may overflow float16.
+        # ZeRO 3 always scatters; with false, it would all-reduce first.
         "reduce_scatter": not (cuda and not several_machines and settings.dtype == "bf16" and settings.zero_stage < 3),
     }
     if settings.optimizer == "adamw_offload":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     if settings.zero_stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_prefetch_bucket_size": bucket}
-    # bfloat16 keeps 8 bits: a sum over many micro-steps would lose the small gradients. ZeRO 1 sums whole gradients in
-    # the compute type: in float32 they would take 29 GB more (47.6 instead of 18.7 GB on 8 GPUs), in bfloat16 they take
-    # 6 GB more. On a CPU DeepSpeed's default, the compute type, stays.
+    # bfloat16 has 8 significant bits, so a sum over many micro-steps would lose small gradients. ZeRO 1 keeps complete
+    # gradients: float32 would need 29 GB more (47.6 instead of 18.7 GB on 8 GPUs), the compute type needs 6 GB more.
+    # On a CPU, DeepSpeed's default remains: the compute type.
     in_float32 = cuda and settings.zero_stage > 1
     accumulate: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}} if in_float32 else {}
     return {
@@ -206,8 +206,7 @@ def zero_config(settings: FinetuneSettings, accumulation: int, cuda: bool) -> di
         "bf16": {"enabled": settings.dtype == "bf16"},
         "fp16": {"enabled": settings.dtype == "fp16", "initial_scale_power": 16, "loss_scale_window": 1000},
         "zero_optimization": zero,
-        # DeepSpeed's own CPU Adam would be compiled on first use. torch's fused AdamW runs there too, without a
-        # compiler.
+        # DeepSpeed would compile its own CPU Adam on first use. torch's fused AdamW needs no compiler.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
