@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from phi3v.cluster.ask import ClusterError
-from phi3v.cluster.check import Problem, login_problems, problems, requests, settings_problems
+from phi3v.cluster.check import cluster_problems, login_problems, requests
 from phi3v.cluster.facts import look, site_text
 from phi3v.cluster.probe import all_reduce, probe
 from phi3v.cluster.site import CPU, SITE_FILE, load_site
@@ -43,11 +43,7 @@ def check(config: str, probing: bool, nodes: int, device: str) -> int:
     """Print what is wrong and what is worth knowing; nodes: of the device, to look at and to time together."""
     run, here = runnable(load_run(config)), load_site()
     wanted = requests(run, here)
-    found = [*login_problems(Path.cwd()), *settings_problems(run, here, wanted)]
-    try:
-        found += problems(here, look(), wanted)
-    except ClusterError as error:
-        found.append(Problem("error", f"the cluster could not be looked at: {error}"))
+    found = login_problems(Path.cwd()) + cluster_problems(run, here, if_silent="error")
     lines: list[str] = []
     wrong = any(problem.level == "error" for problem in found)
     if nodes and not wrong:

@@ -78,6 +78,10 @@ elif "conda" in DEPLOYMENT and "rocm" in KINDS:
     )
 
 
+# Rules without an image of their own run in this one.
+container: TRAIN_IMAGE
+
+
 wildcard_constraints:
     row="[A-Za-z0-9_.@=+-]+",
     key="[A-Za-z0-9_.-]+",
@@ -99,6 +103,11 @@ def model_file(model):
 def sources_of(job):
     """What a row starts from."""
     return [model_file(job.row.model), dataset_file(job.row.dataset)]
+
+
+def shown(file, caption, category):
+    """A file of the run's results as `snakemake --report` shows it."""
+    return report(f"{RESULTS}/{file}", caption=f"../report/{caption}.rst", category=category, labels={"what": caption})
 
 
 def job_of(wildcards):

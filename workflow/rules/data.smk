@@ -1,16 +1,39 @@
 from phi3v.data.fetch import local_contents
 
 
-# Snakemake does not record parameters that take `input`: the list of settings files differs between runs that share an
-# entry, and must not repeat its work.
 localrules:
     download_data,
     download_model,
 
 
-rule download_data:
-    """Fetch a dataset's files to where every run shares them; sizes and digests go into a lock file."""
+# Snakemake records no parameter that takes `input`. The settings files are such a parameter, because runs that share an
+# entry may list other files, and must not repeat its work.
+rule download_model:
+    """Fetch a model's weights into a folder that all runs share; sizes and digests go into a lock file."""
+    input:
+        lambda wildcards: settings.source_file(RUN.models[RUN.models_by_key[wildcards.key]].url),
+    output:
+        "results/models/{key}/sources.lock.json",
+    log:
+        "results/models/logs/{key}.log",
+    benchmark:
+        "results/models/logs/{key}.tsv"
+    conda:
+        DATA_ENV
+    resources:
+        **on_cpus(mem_mb=2000, runtime=240),
+    params:
+        scripts=SCRIPTS,
+        name=lambda wildcards: RUN.models_by_key[wildcards.key],
+        options=lambda wildcards, input: ["--models", *RUN.settings.files.models, "--model"],
+    message:
+        "download {params.name}"
+    shell:
+        "python {params.scripts}/download.py {params.options:q} {params.name}"
+        " --output_dir $(dirname {output}) 2>&1 | tee {log}"
 
+
+use rule download_model as download_data with:
     # A user's own files are compared by content, so their times do not matter.
     input:
         lambda wildcards: [
@@ -22,52 +45,13 @@ rule download_data:
         "results/data/{key}/logs/download.log",
     benchmark:
         "results/data/{key}/logs/download.tsv"
-    conda:
-        DATA_ENV
-    container:
-        TRAIN_IMAGE
-    resources:
-        **on_cpus(mem_mb=2000, runtime=240),
     params:
-        scripts=SCRIPTS,
-        dataset=lambda wildcards: RUN.datasets_by_key[wildcards.key],
+        name=lambda wildcards: RUN.datasets_by_key[wildcards.key],
         # An edited file of the user's repeats the download and what follows.
         contents=lambda wildcards: [
             local_contents(url, Path("results/data/.digests.json")) for url in RUN.dataset_of(wildcards.key).users_urls
         ],
-        files=lambda wildcards, input: RUN.settings.files.datasets,
-    message:
-        "download {params.dataset}"
-    shell:
-        "python {params.scripts}/download.py --datasets {params.files:q} --dataset {params.dataset}"
-        " --output_dir results/data/{wildcards.key}/source 2>&1 | tee {log}"
-
-
-rule download_model:
-    """Fetch a model's weights to where every run shares them."""
-    input:
-        lambda wildcards: settings.source_file(RUN.models[RUN.models_by_key[wildcards.key]].url),
-    output:
-        "results/models/{key}/sources.lock.json",
-    log:
-        "results/models/logs/{key}.log",
-    benchmark:
-        "results/models/logs/{key}.tsv"
-    conda:
-        DATA_ENV
-    container:
-        TRAIN_IMAGE
-    resources:
-        **on_cpus(mem_mb=2000, runtime=240),
-    params:
-        scripts=SCRIPTS,
-        model=lambda wildcards: RUN.models_by_key[wildcards.key],
-        files=lambda wildcards, input: RUN.settings.files.models,
-    message:
-        "download {params.model}"
-    shell:
-        "python {params.scripts}/download.py --models {params.files:q} --model {params.model}"
-        " --output_dir results/models/{wildcards.key} 2>&1 | tee {log}"
+        options=lambda wildcards, input: ["--datasets", *RUN.settings.files.datasets, "--dataset"],
 
 
 rule convert:
@@ -82,8 +66,6 @@ rule convert:
         "results/data/{key}/logs/convert.tsv"
     conda:
         DATA_ENV
-    container:
-        TRAIN_IMAGE
     threads: settings.CONVERSION_THREADS
     resources:
         **on_cpus(mem_mb=4000, runtime=240, threads=settings.CONVERSION_THREADS),

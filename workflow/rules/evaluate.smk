@@ -2,8 +2,8 @@
 CONTROL = f"{RESULTS}/evaluate/{{row}}/control/metrics.json" if RUN.settings.evaluation.control else []
 
 
-rule evaluate_base:
-    """Evaluate a model before training, once for all rows that start from it on the same inputs."""
+use rule finetune as evaluate_base with:
+    # Before training, once for all rows that start from the same model and inputs.
     input:
         on_job(sources_of),
     output:
@@ -16,20 +16,13 @@ rule evaluate_base:
         f"{RESULTS}/logs/evaluate/base/{{baseline}}.tsv"
     # Scores before training are shown beside those after it.
     priority: 1
-    conda:
-        TRAIN_ENV
-    container:
-        TRAIN_IMAGE
     threads: threads_of("evaluate")
     resources:
         **resources_of("evaluate"),
     params:
-        start=start_of,
         command=command("evaluate", jobs.evaluate, what="base"),
     message:
         "evaluate {wildcards.baseline} before training"
-    shell:
-        "{params.start} {params.command} 2>&1 | tee {log}"
 
 
 use rule evaluate_base as evaluate with:
@@ -46,7 +39,6 @@ use rule evaluate_base as evaluate with:
     benchmark:
         f"{RESULTS}/logs/evaluate/{{row}}.tsv"
     params:
-        start=start_of,
         command=command("evaluate", jobs.evaluate, what="trained"),
     message:
         "evaluate {wildcards.row}"
@@ -68,7 +60,6 @@ use rule evaluate_base as evaluate_official with:
     resources:
         **resources_of("official"),
     params:
-        start=start_of,
         command=command("evaluate", jobs.evaluate, what="official"),
     message:
         "evaluate {wildcards.row} on the official split"
@@ -87,8 +78,6 @@ rule score:
         f"{RESULTS}/logs/score/{{evaluated}}.tsv"
     conda:
         DATA_ENV
-    container:
-        TRAIN_IMAGE
     resources:
         **on_cpus(mem_mb=4000, runtime=60, results=RESULTS),
     params:
@@ -115,7 +104,6 @@ use rule evaluate_base as predict with:
     benchmark:
         f"{RESULTS}/logs/predictions/{{prediction}}.tsv"
     params:
-        start=start_of,
         command=lambda wildcards: command("predict", jobs.predict, name=wildcards.prediction)(wildcards),
     message:
         "answer {wildcards.prediction}"

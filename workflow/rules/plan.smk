@@ -30,12 +30,7 @@ rule plan_run:
         config=rules.run_settings.output,
     output:
         json=f"{RESULTS}/plan/plan.json",
-        page=report(
-            f"{RESULTS}/plan/plan.html",
-            caption="../report/plan.rst",
-            category="Plan",
-            labels={"what": "plan"},
-        ),
+        page=shown("plan/plan.html", "plan", "Plan"),
     log:
         f"{RESULTS}/logs/plan.log",
     benchmark:

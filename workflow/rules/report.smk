@@ -18,8 +18,6 @@ rule data_statistics:
         "results/data/{key}/logs/statistics.tsv"
     conda:
         TRAIN_ENV
-    container:
-        TRAIN_IMAGE
     resources:
         **on_cpus(mem_mb=4000, runtime=60),
     params:
@@ -42,30 +40,10 @@ rule report:
             f"{RUN.data_folder(name)}/statistics.json" for name in dict.fromkeys(job.row.dataset for job in JOBS)
         ],
     output:
-        page=report(
-            f"{RESULTS}/report/index.html",
-            caption="../report/page.rst",
-            category="Report",
-            labels={"what": "page"},
-        ),
-        accuracy=report(
-            f"{RESULTS}/report/accuracy.tsv",
-            caption="../report/accuracy.rst",
-            category="Tables",
-            labels={"what": "accuracy"},
-        ),
-        speed=report(
-            f"{RESULTS}/report/speed.tsv",
-            caption="../report/speed.rst",
-            category="Tables",
-            labels={"what": "speed"},
-        ),
-        markdown=report(
-            f"{RESULTS}/report/tables.md",
-            caption="../report/tables.rst",
-            category="Tables",
-            labels={"what": "both, in Markdown"},
-        ),
+        page=shown("report/index.html", "page", "Report"),
+        accuracy=shown("report/accuracy.tsv", "accuracy", "Tables"),
+        speed=shown("report/speed.tsv", "speed", "Tables"),
+        markdown=shown("report/tables.md", "tables", "Tables"),
     log:
         f"{RESULTS}/logs/report.log",
     benchmark:

@@ -1,4 +1,4 @@
-"""What jobs ask for: threads and resources by the names that Snakemake's executors know."""
+"""Threads and resources of jobs, by the names that Snakemake's executors know."""
 
 import functools
 import hashlib
@@ -10,7 +10,7 @@ from phi3v.planning.resources import resources
 
 
 def with_work(resources, *work):
-    """A job's resources and a digest of what it works on: only for the same does a new start take a running job over."""
+    """A job's resources and a digest of what it works on: a restarted Snakemake takes over a running job of the same digest."""
     digest = hashlib.sha256("\n".join(work).encode()).hexdigest()[:16]
     # A job that SLURM puts back into the queue continues its log.
     flags = ["--open-mode=append", resources["slurm_extra"], f"{WORK}{digest}"]
@@ -18,7 +18,7 @@ def with_work(resources, *work):
 
 
 def with_attempts(flags):
-    """A resources function: the job's own flags of sbatch, and those that follow from its failed attempts."""
+    """A resources function: the job's own sbatch flags, and those that follow from its failed attempts."""
 
     def value(wildcards, rulename):
         key = rulename, *wildcards
@@ -48,12 +48,12 @@ def threads_of(kind):
 
 
 def resources_of(kind):
-    """Resources of a row's job, by the names that Snakemake's executors know."""
+    """Resources of a row's job."""
     _, some = next(iter(planned(JOBS[0].row.row).values()))
     named = {name: on_job(lambda job, name=name: planned(job.row.row)[kind][1][name]) for name in some}
     if ON_SLURM:
         named["slurm_extra"] = with_attempts(named["slurm_extra"])
-    # One number, if it is the same for all rows, costs less than a function.
+    # One number for all rows costs less than a function.
     accelerators = {job.processes_per_node for job in JOBS}
     each = on_job(lambda job: job.processes_per_node)
     return {"accelerators": accelerators.pop() if len(accelerators) == 1 else each, **named}
@@ -62,7 +62,7 @@ def resources_of(kind):
 def start_of(wildcards, input):
     """What stands before a row's command: threads of one process, and on SLURM the job's step if torchrun starts none.
 
-    Not recorded, as it takes `input`: another site must not train finished rows again.
+    It takes `input`, so that Snakemake does not record it: another site must not train finished rows again.
     """
     job = job_of(wildcards)
     cpus, _ = next(iter(planned(job.row.row).values()))

@@ -1,38 +1,26 @@
-"""How often a failed job on SLURM is tried again, and where: this depends on what its attempts have saved.
+"""How often a failed job on SLURM is tried again, and on which nodes. What its attempts have saved decides.
 
-Snakemake's `retries` is a number per rule, which jobs inside SLURM would repeat, and takes no function. So this file
-replaces Job.restart_times, which Snakemake reads after each failed attempt. tests/workflow/test_retries.py fails when
-`retries` takes a function.
+Snakemake's `retries` takes no function, so this file replaces Job.restart_times, which Snakemake reads after each failed
+attempt. tests/workflow/test_retries.py fails when `retries` takes a function.
 """
 
+import itertools
 from collections import defaultdict
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 from snakemake.jobs import Job as SnakemakeJob
-from snakemake.logging import logger
 
-from phi3v.cluster.ask import ClusterError
 from phi3v.cluster.status import nodes_to_avoid
 from phi3v.training.checkpoints import checkpoint_folders
 from phi3v.training.lock import take_refusal
 
-
-@dataclass
-class Attempts:
-    """What a job's failed attempts have shown."""
-
-    saved: int = -1
-    refused: int = 0
-    flags: str = ""
-    """sbatch options of the next attempt."""
-
-
-# By rule and wildcards.
-ATTEMPTS = defaultdict(Attempts)
+# Of each rule and its wildcards, what the last failed attempt had saved, how many attempts found the folder in use,
+# and sbatch flags of the next attempt.
+ATTEMPTS = defaultdict(lambda: SimpleNamespace(saved=-1, refused=0, flags=""))
 
 
 def saved_by(folder):
-    """Progress of a job's work: the newest checkpoint's step, or the size of the answers so far."""
+    """Progress of a job's work: the newest checkpoint's step plus the size of the answers so far."""
     checkpoints = folder / "checkpoints"
     saved = checkpoint_folders(checkpoints) if checkpoints.is_dir() else []
     step = int(saved[0].name.removeprefix("checkpoint-")) if saved else 0
@@ -40,12 +28,11 @@ def saved_by(folder):
 
 
 def retries_of(job):
-    """How many retries a job has; Snakemake asks after each failed attempt.
+    """Number of retries of a job.
 
-    The profile's `retries` is the most that a job may take. Training and evaluation must get on: an attempt that saved
-    nothing more than the one before is the last. Anything else is tried three times at most. After an attempt that was
-    not told to leave, the next one avoids its nodes. An attempt that found the row's folder owned by another job does
-    not count.
+    An attempt that found its folder in use does not count. Training and evaluation continue while each attempt saves more
+    than the one before, up to the profile's `retries`; other jobs have two retries. The next attempt avoids the nodes of
+    one that failed by itself.
     """
     allowed, folder = job.rule.restart_times, Path(job.output[0]).parent
     attempts = ATTEMPTS[job.name, *job.wildcards]
@@ -67,29 +54,17 @@ def retries_of(job):
     if job.attempt > allowed + attempts.refused:
         return 0
     if not (folder / "checkpoints/stopped.json").exists():
-        attempts.flags = avoid_nodes(job)
-    keep_logs(job)
-    return allowed + attempts.refused
-
-
-def avoid_nodes(job):
-    """An sbatch option that keeps a job's next attempt away from the nodes of the last."""
-    try:
-        nodes = nodes_to_avoid(Path.cwd(), job.name, list(job.wildcards), job.resources.get("slurm_partition", ""))
-    except ClusterError as error:
-        logger.warning(f"the failed node stays in use: {error}")
-        return ""
-    return f"--exclude={nodes}" if nodes else ""
-
-
-def keep_logs(job):
-    """Give a failed attempt's log a name of its own, ROW.1.log: the next attempt writes ROW.log anew."""
+        try:
+            nodes = nodes_to_avoid(Path.cwd(), job.name, job.wildcards, job.resources.get("slurm_partition", ""))
+            attempts.flags = f"--exclude={nodes}" if nodes else ""
+        except ClusterError as error:
+            logger.warning(f"the failed node stays in use: {error}")
+    # The next attempt writes ROW.log anew.
     for log in map(Path, job.log):
-        number = 1
-        while log.with_suffix(f".{number}{log.suffix}").exists():
-            number += 1
+        names = (log.with_suffix(f".{number}{log.suffix}") for number in itertools.count(1))
         if log.exists():
-            log.rename(log.with_suffix(f".{number}{log.suffix}"))
+            log.rename(next(name for name in names if not name.exists()))
+    return allowed + attempts.refused
 
 
 if ON_SLURM and workflow.is_main_process:

@@ -1,40 +1,31 @@
-"""What a run on SLURM does before its first job: a look at the cluster, and the commands that the executor calls."""
+"""What a run on SLURM does before its first job: it checks the cluster, and puts its own sbatch and squeue on PATH."""
 
 from snakemake.logging import logger
 
-from phi3v.cluster.check import problems, requests, settings_problems
 from phi3v.cluster.ask import ClusterError
+from phi3v.cluster.check import cluster_problems
 from phi3v.cluster.executor import connect
-from phi3v.cluster.facts import look
 
 
-def refuse_other_extra():
-    """Flags of sbatch that would take the place of the site file's, or the other way around."""
-    settings = workflow.resource_settings
-    named = [("default-resources", settings.default_resources)] + [
-        (f"set-resources {rule}", values) for rule, values in settings.overwrite_resources.items()
-    ]
-    for where, values in named:
+def refuse_slurm_extra():
+    """Stop if `slurm_extra` is set outside the site file, because it would replace the flags that the rules set."""
+    given = workflow.resource_settings
+    for option, values in [("default-resources", given.default_resources), *given.overwrite_resources.items()]:
         if "slurm_extra" in (values or {}):
+            where = option if option == "default-resources" else f"set-resources {option}"
             raise WorkflowError(
                 f"--{where}: field `slurm_extra`: expected these flags as `extra` of the partition in {SITE_FILE}, "
                 "beside which the workflow puts its own; nothing was started"
             )
 
 
-def look_at_cluster():
-    """Stop before the first job if the cluster would refuse one or never start it."""
-    asked = requests(RUN, SITE)
-    found = settings_problems(RUN, SITE, asked)
-    try:
-        found += problems(SITE, look(), asked)
-    except ClusterError as error:
-        logger.warning(f"the cluster could not be looked at: {error}")
+def check_cluster():
+    """Stop if the cluster would refuse a job or never start it."""
+    found = cluster_problems(RUN, SITE, if_silent="warning")
     for problem in found:
         if problem.level == "warning":
             logger.warning(str(problem))
-    errors = [str(problem) for problem in found if problem.level == "error"]
-    if errors:
+    if errors := [str(problem) for problem in found if problem.level == "error"]:
         raise WorkflowError(
             f"{SITE_FILE} or the run's hardware does not fit this cluster, nothing was started\n" + "\n".join(errors)
         )
@@ -44,6 +35,6 @@ include: "retries.smk"
 
 
 if ON_SLURM and workflow.is_main_process:
-    refuse_other_extra()
-    look_at_cluster()
+    refuse_slurm_extra()
+    check_cluster()
     connect(ROOT / "workflow/slurm", logger)

@@ -1,9 +1,7 @@
 rule speed_row:
-    """Time one row: warm-up excluded, repeats with their spread.
+    """Time one row."""
 
-    No `benchmark:` here: in its first 15 seconds Snakemake walks the pages of every process twice a second, which made the
-    first window up to a tenth slower. speed.json has time and memory.
-    """
+    # Without `benchmark`, whose polling slows the first measurements by up to a tenth. speed.json has time and memory.
     input:
         on_job(sources_of),
     output:
@@ -13,8 +11,6 @@ rule speed_row:
         f"{RESULTS}/logs/speed/{{row}}.log",
     conda:
         TRAIN_ENV
-    container:
-        TRAIN_IMAGE
     threads: threads_of("speed")
     resources:
         **resources_of("speed"),

@@ -1,5 +1,5 @@
+# Checkpoints are no outputs, because Snakemake removes the outputs of a failed job, and the next job resumes from them.
 rule finetune:
-    """Train one row. Checkpoints are no outputs, which Snakemake would remove after a failure: the next job resumes from them."""
     input:
         on_job(sources_of),
     output:
@@ -11,8 +11,6 @@ rule finetune:
         f"{RESULTS}/logs/train/{{row}}.tsv"
     conda:
         TRAIN_ENV
-    container:
-        TRAIN_IMAGE
     threads: threads_of("train")
     resources:
         **resources_of("train"),

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from phi3v.cluster.facts import Facts, PartitionFacts
+from phi3v.cluster.ask import ClusterError
+from phi3v.cluster.facts import Facts, PartitionFacts, look
 from phi3v.cluster.limits import JOBS, Limit
 from phi3v.cluster.site import CPU, SITE_FILE, Partition, Site
 from phi3v.planning.resources import resources
@@ -29,11 +30,15 @@ LEAST_JOB_AGE = 180
 LEAST_GRACE = 30
 
 
+Level = Literal["error", "warning", "note"]
+"""An error stops the run; a note is about what makes it slower."""
+
+
 @dataclass(frozen=True)
 class Problem:
-    """An error, which stops the run, a warning, or a note of what makes it slower."""
+    """What a user should know before a run."""
 
-    level: Literal["error", "warning", "note"]
+    level: Level
     text: str
 
     def __str__(self) -> str:
@@ -78,6 +83,16 @@ def requests(run: ResolvedRun, site: Site) -> list[Request]:
             what, gpus = f"row `{job.row.row}` ({kind})", job.processes_per_node if wanted.gres else 0
             found.append(Request(what, device, partition, job.nodes, gpus, fitted.cpus, fitted.mem_mb, wanted.runtime))
     return found
+
+
+def cluster_problems(run: ResolvedRun, site: Site, if_silent: Level) -> list[Problem]:
+    """All problems of a run on this cluster. if_silent: the level of the problem that SLURM does not answer."""
+    wanted = requests(run, site)
+    found = settings_problems(run, site, wanted)
+    try:
+        return found + problems(site, look(), wanted)
+    except ClusterError as error:
+        return [*found, Problem(if_silent, f"the cluster could not be looked at: {error}")]
 
 
 def settings_problems(run: ResolvedRun, site: Site, requests: Iterable[Request]) -> list[Problem]:

@@ -8,6 +8,7 @@ import os
 import re
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def running_jobs(folder: Path) -> list[RunningJob]:
     return found
 
 
-def nodes_to_avoid(folder: Path, rule: str, wildcards: list[str], partition: str) -> str:
+def nodes_to_avoid(folder: Path, rule: str, wildcards: Iterable[str], partition: str) -> str:
     """Nodes of this user's newest job of a rule in `folder`, if its partition has as many others of their kind that work.
 
     "" if it has not. Of a job that SLURM has forgotten, the first node, from the job's log. Raises ClusterError.
