@@ -88,7 +88,7 @@ def test_accounting_that_users_may_not_read_forbids_nothing(clients, closed):
 
 def test_a_first_site_file_names_the_users_default_account(clients, root):
     clients(
-        sacctmgr="""case "$*" in *account=*) ;; *defaultaccount*) echo vision ;;
+        sacctmgr="""case "$*" in *account=*) ;; *DefaultAccount*) echo vision ;;
 *assoc*) printf 'alpha||normal|||||||||\\nvision||normal,long|||||||||\\n' ;; esac"""
     )
     facts = look()
@@ -98,10 +98,10 @@ def test_a_first_site_file_names_the_users_default_account(clients, root):
 
 
 SACCTMGR = """case "$*" in
-*qos*maxtrespa*) printf 'normal||||||||||||\\nlong|DenyOnLimit|1-00:00:00||gres/gpu=4|node=8||||6|gres/gpu=16||gres/gpu=1\\n' ;;
+*qos*MaxTRESPerAccount*) printf 'normal||||||||||||\\nlong|DenyOnLimit|1-00:00:00||gres/gpu=4|node=8||||6|gres/gpu=16||gres/gpu=1\\n' ;;
 *account=*) printf 'vision|||||mem=4T,gres/gpu=64||||\\nvision|ada|||||||||\\n' ;;
 *assoc*) printf 'alpha|||normal||||||||\\nvision||normal,long|long|12:00:00|cpu=256||||||5\\n' ;;
-*defaultaccount*) echo vision ;;
+*DefaultAccount*) echo vision ;;
 esac"""
 
 
@@ -120,6 +120,17 @@ def test_limits_of_association_and_quality_of_service(clients):
     assert accounting.of("alpha", "normal", "gpu", "") == []
     # A partition's own quality of service goes before the job's.
     assert accounting.of("alpha", "normal", "gpu", "long")[0].where == "QOS long"
+
+
+@pytest.mark.parametrize(("flags", "first"), [("OverPartQOS", "QOS long"), ("DenyOnLimit", "QOS part")])
+def test_a_quality_of_service_goes_before_that_of_its_partition_if_its_flag_says_so(clients, flags, first):
+    clients(
+        sacctmgr=f"""case "$*" in
+*qos*) printf 'part||60|||||||||||\nlong|{flags}|90|||||||||||\n' ;;
+*assoc*user=*) printf 'vision||long,part|long||||||||\n' ;;
+esac"""
+    )
+    assert look().accounting.of("vision", "long", "gpu", "part")[0].where == first
 
 
 @pytest.mark.parametrize(("text", "expected"), [("2", 2), ("500G", 512_000), ("1.5T", 1_572_864), ("2048M", 2048)])

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import getpass
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from phi3v.cluster.ask import ClusterError, ask, minutes
 
-# sacctmgr's name of a field for its format option, and the name by which users know it. Those of both first.
-_BOTH = {
-    "maxwall": "MaxWall", "maxtres": "MaxTRESPerJob", "maxtrespernode": "MaxTRESPerNode", "grptres": "GrpTRES",
-    "grpjobs": "GrpJobs", "grpsubmit": "GrpSubmitJobs",
-}  # fmt: skip
-ASSOCIATION = {**_BOTH, "maxjobs": "MaxJobs", "maxsubmit": "MaxSubmitJobs"}
-QOS = {
-    **_BOTH, "maxjobspu": "MaxJobsPerUser", "maxsubmitpu": "MaxSubmitJobsPerUser", "maxtrespu": "MaxTRESPerUser",
-    "maxtrespa": "MaxTRESPerAccount", "mintres": "MinTRESPerJob",
-}  # fmt: skip
+# Fields of both first.
+_BOTH = ["MaxWall", "MaxTRESPerJob", "MaxTRESPerNode", "GrpTRES", "GrpJobs", "GrpSubmitJobs"]
+ASSOCIATION = [*_BOTH, "MaxJobs", "MaxSubmitJobs"]
+QOS = [*_BOTH, "MaxJobsPerUser", "MaxSubmitJobsPerUser", "MaxTRESPerUser", "MaxTRESPerAccount", "MinTRESPerJob"]
 JOBS = {
     "MaxJobs": "of yours run", "MaxJobsPerUser": "of yours run", "GrpJobs": "of all its users run",
     "MaxSubmitJobs": "of yours wait or run", "MaxSubmitJobsPerUser": "of yours wait or run",
@@ -77,55 +70,45 @@ def read(enforced: str) -> Accounting:
         return Accounting()
     limited, mine = "limits" in enforced, f"user={getpass.getuser()}"
     users, accounts, allowed = {}, {}, {}
-    for row in _show("assoc", ["account", "partition", "qos", "defaultqos"], ASSOCIATION, mine):
-        users[row["account"], row["partition"]] = list(_limits(f"account {row['account']}", row)) if limited else []
-        names = [name for name in row["qos"].split(",") if name]
-        default = row["defaultqos"] or (names[0] if len(names) == 1 else "normal")
-        allowed[row["account"]] = sorted(names, key=lambda name: (name != default, name))
+    for row in _show("assoc", ["Account", "Partition", "QOS", "DefaultQOS", *ASSOCIATION], mine):
+        users[row["Account"], row["Partition"]] = _limits(f"account {row['Account']}", row) if limited else []
+        names = [name for name in row["QOS"].split(",") if name]
+        default = row["DefaultQOS"] or (names[0] if len(names) == 1 else "normal")
+        allowed[row["Account"]] = sorted(names, key=lambda name: (name != default, name))
     names = sorted({account for account, _ in users})
     if names and limited:
-        for row in _show("assoc", ["account", "user"], ASSOCIATION, f"account={','.join(names)}"):
-            if not row["user"]:
-                shared = [limit for limit in _limits(f"account {row['account']}", row) if limit.name.startswith("Grp")]
-                accounts[row["account"]] = shared
-    rows = _show("qos", ["name", "flags"], QOS) if limited else []
+        for row in _show("assoc", ["Account", "User", *ASSOCIATION], f"account={','.join(names)}"):
+            if not row["User"]:
+                shared = [limit for limit in _limits(f"account {row['Account']}", row) if limit.name.startswith("Grp")]
+                accounts[row["Account"]] = shared
+    rows = _show("qos", ["Name", "Flags", *QOS]) if limited else []
     return Accounting(
-        users, accounts, {row["name"]: list(_limits(f"QOS {row['name']}", row)) for row in rows}, allowed,
-        frozenset(row["name"] for row in rows if "OverPartQOS" in row["flags"]),
-        next((row["defaultaccount"] for row in _show("user", ["defaultaccount"], {}, mine)), ""),
+        users, accounts, {row["Name"]: _limits(f"QOS {row['Name']}", row) for row in rows}, allowed,
+        frozenset(row["Name"] for row in rows if "OverPartQOS" in row["Flags"]),
+        next((row["DefaultAccount"] for row in _show("user", ["DefaultAccount"], mine)), ""),
     )  # fmt: skip
 
 
-def _show(what: str, names: list[str], limits: dict[str, str], *where: str) -> Iterator[dict[str, str]]:
-    """Lines of `sacctmgr show`, limits under their full names; none where users may not read them."""
-    command = ["sacctmgr", "-nP", "show", what, *where, f"format={','.join([*names, *limits])}"]
+def _show(what: str, fields: list[str], *where: str) -> list[dict[str, str]]:
+    """Lines of `sacctmgr show` by field; none where users may not read them."""
     try:
-        lines = ask(*command).splitlines()
+        answer = ask("sacctmgr", "-nP", "show", what, *where, f"format={','.join(fields)}")
     except ClusterError:
-        return
-    for line in lines:
-        if line.strip():
-            yield dict(zip([*names, *limits.values()], line.strip().split("|"), strict=False))
+        return []
+    return [dict(zip(fields, line.split("|"), strict=False)) for line in answer.splitlines() if line.strip()]
 
 
-def _limits(where: str, row: dict[str, str]) -> Iterator[Limit]:
+def _limits(where: str, row: dict[str, str]) -> list[Limit]:
+    found = []
     for name, text in row.items():
-        if not text or name[0].islower():
-            continue
         if name == "MaxWall":
-            allowed = minutes(text)
-            yield from [] if allowed is None else [Limit(where, name, "", allowed)]
-        elif name in JOBS:
-            yield Limit(where, name, "", int(text))
-        else:
-            yield from (Limit(where, name, tres, amount(value)) for tres, value in _pairs(text))
-
-
-def _pairs(text: str) -> Iterator[tuple[str, str]]:
-    """`cpu=4,mem=500G` in parts."""
-    for part in text.split(","):
-        tres, _, value = part.partition("=")
-        yield tres, value
+            found += [Limit(where, name, "", limit)] if (limit := minutes(text)) is not None else []
+        elif name in JOBS and text:
+            found.append(Limit(where, name, "", int(text)))
+        elif "TRES" in name and text:
+            pairs = [part.partition("=") for part in text.split(",")]
+            found += [Limit(where, name, tres, amount(value)) for tres, _, value in pairs]
+    return found
 
 
 def amount(text: str) -> int:
