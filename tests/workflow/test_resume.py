@@ -121,6 +121,38 @@ def test_no_profile_is_needed_to_keep_what_is_finished(finished):
     assert code == 0 and small_run.planned(output)["finetune"] == 2
 
 
+def test_a_finished_row_stays_finished_if_only_its_execution_changes(finished):
+    """Other machines, workers and saving repeat no training and no evaluation; a setting of the recipe repeats both."""
+    same = {"hardware": [{"device": "cpu", "per_node": 1}], "num_workers": 3, "save_minutes": 7}
+    stand_in.configure(finished, "stand", stand_in.ROWS, **same)
+    code, output = stand_in.snakemake(finished, "-n")
+    assert code == 0, output
+    assert not {"finetune", "evaluate", "evaluate_base"} & small_run.planned(output).keys(), output
+    stand_in.configure(finished, "stand", stand_in.ROWS, **same, overrides={"one": {"learning_rate": 0.5}})
+    code, output = stand_in.snakemake(finished, "-n")
+    assert code == 0, output
+    found = small_run.planned(output)
+    assert (found["finetune"], found["evaluate"]) == (1, 1)
+    stand_in.configure(finished, "stand", stand_in.ROWS)
+
+
+def test_touch_accepts_what_another_version_has_finished(finished):
+    """The command of the upgrade notes, after a change that Snakemake takes for one of the recipe's settings."""
+    path = finished / "src/phi3v/settings/jobs.py"
+    text = path.read_text()
+    path.write_text(
+        text.replace(
+            "return shlex.join([*flags(settings, roles)", 'return shlex.join(["new", *flags(settings, roles)', 1
+        )
+    )
+    assert path.read_text() != text
+    assert small_run.planned(stand_in.snakemake(finished, "-n")[1])["finetune"] == 2
+    code, output = stand_in.snakemake(finished, "--touch")
+    assert code == 0, output
+    code, output = stand_in.snakemake(finished, "-n")
+    assert code == 0 and "Nothing to be done" in output, output
+
+
 def test_two_runs_at_the_same_time(finished):
     """Of one clone, with names of their own and the same data."""
     for name in ("left", "right"):

@@ -130,6 +130,18 @@ def on_job(function):
     return value
 
 
-def command(script, settings_of, **more):
-    """Params of a row's job: its command line, without the pipe to the log."""
-    return on_job(lambda job: jobs.command(RUN, job, script, settings_of(RUN, job, **more), SCRIPTS))
+def command(script, settings_of):
+    """Params of a row's job: its command line, and the flags on which its result depends.
+
+    Snakemake does not record a parameter that takes `input`. So a finished row stays finished if its command changes in
+    what does not matter, such as the number of GPUs or workers. settings_of: of (job, wildcards).
+    """
+
+    def line(wildcards, input):
+        job = job_of(wildcards)
+        return f"{start_of(job)} {jobs.command(RUN, job, script, settings_of(job, wildcards), SCRIPTS)}"
+
+    def result(wildcards):
+        return jobs.result_flags(settings_of(job_of(wildcards), wildcards))
+
+    return {"command": line, "result": result}

@@ -20,7 +20,7 @@ use rule finetune as evaluate_base with:
     resources:
         **resources_of("evaluate"),
     params:
-        command=command("evaluate", jobs.evaluate, what="base"),
+        **command("evaluate", lambda job, wildcards: jobs.evaluate(RUN, job, "base")),
     message:
         "evaluate {wildcards.baseline} before training"
 
@@ -39,7 +39,7 @@ use rule evaluate_base as evaluate with:
     benchmark:
         f"{RESULTS}/logs/evaluate/{{row}}.tsv"
     params:
-        command=command("evaluate", jobs.evaluate, what="trained"),
+        **command("evaluate", lambda job, wildcards: jobs.evaluate(RUN, job, "trained")),
     message:
         "evaluate {wildcards.row}"
 
@@ -60,7 +60,7 @@ use rule evaluate_base as evaluate_official with:
     resources:
         **resources_of("official"),
     params:
-        command=command("evaluate", jobs.evaluate, what="official"),
+        **command("evaluate", lambda job, wildcards: jobs.evaluate(RUN, job, "official")),
     message:
         "evaluate {wildcards.row} on the official split"
 
@@ -104,6 +104,6 @@ use rule evaluate_base as predict with:
     benchmark:
         f"{RESULTS}/logs/predictions/{{prediction}}.tsv"
     params:
-        command=lambda wildcards: command("predict", jobs.predict, name=wildcards.prediction)(wildcards),
+        **command("predict", lambda job, wildcards: jobs.predict(RUN, job, wildcards.prediction)),
     message:
         "answer {wildcards.prediction}"

@@ -59,12 +59,8 @@ def resources_of(kind):
     return {"accelerators": accelerators.pop() if len(accelerators) == 1 else each, **named}
 
 
-def start_of(wildcards, input):
-    """What stands before a row's command: threads of one process, and on SLURM the job's step if torchrun starts none.
-
-    It takes `input`, so that Snakemake does not record it: another site must not train finished rows again.
-    """
-    job = job_of(wildcards)
+def start_of(job):
+    """What stands before a row's command: threads of one process, and on SLURM the job's step if torchrun starts none."""
     cpus, _ = next(iter(planned(job.row.row).values()))
     threads = f"OMP_NUM_THREADS={cpus // job.processes_per_node}"
     alone = ON_SLURM and jobs.is_alone(RUN, job)

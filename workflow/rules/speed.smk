@@ -15,9 +15,8 @@ rule speed_row:
     resources:
         **resources_of("speed"),
     params:
-        start=start_of,
-        command=command("speed", jobs.speed),
+        **command("speed", lambda job, wildcards: jobs.speed(RUN, job)),
     message:
         "time {wildcards.row}"
     shell:
-        "{params.start} {params.command} 2>&1 | tee {log}"
+        "{params.command} 2>&1 | tee {log}"

@@ -15,9 +15,8 @@ rule finetune:
     resources:
         **resources_of("train"),
     params:
-        start=start_of,
-        command=command("finetune", jobs.finetune),
+        **command("finetune", lambda job, wildcards: jobs.finetune(RUN, job)),
     message:
         "train {wildcards.row}"
     shell:
-        "{params.start} {params.command} 2>&1 | tee {log}"
+        "{params.command} 2>&1 | tee {log}"

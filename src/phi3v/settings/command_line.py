@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import pydantic_settings
@@ -159,10 +159,10 @@ def parse(settings: type[C], description: str | None, arguments: list[str] | Non
         parser.error(f"command line: {error}")
 
 
-def flags(settings: Command) -> list[str]:
-    """The flags that make `parse` return these settings. Settings at their defaults are omitted."""
+def flags(settings: Command, roles: Iterable[Role] = Role) -> list[str]:
+    """The flags that make `parse` return these settings. Settings at their defaults are omitted. roles: of the fields."""
     written = []
-    for name in fields_with(type(settings), *Role):
+    for name in fields_with(type(settings), *roles):
         value = getattr(settings, name)
         if value == type(settings).model_fields[name].default:
             continue

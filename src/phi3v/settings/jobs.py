@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from typing import Any, Literal
 
+from phi3v.settings.base import Role
 from phi3v.settings.command_line import flags
 from phi3v.settings.commands import (
     Command,
@@ -63,6 +64,14 @@ def command(run: ResolvedRun, job: Job, script: str, settings: Command, scripts:
         # SIGUSR1.
         words += ["--shutdown-timeout=900", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     return " ".join([*words, f"{scripts}/{script}.py", shlex.join(flags(settings))])
+
+
+def result_flags(settings: Command) -> str:
+    """The flags on which a job's files depend: with the same ones, a finished job need not run again."""
+    # A timing depends on all of them, also on how long it measures.
+    roles = [role for role in Role if role is not Role.RUNTIME or isinstance(settings, SpeedSettings)]
+    merged = ["--merge"] if isinstance(settings, FinetuneSettings) and settings.merge else []
+    return shlex.join([*flags(settings, roles), *merged])
 
 
 def finetune(run: ResolvedRun, job: Job) -> FinetuneSettings:
