@@ -1,4 +1,4 @@
-# Fine-tune Phi-3.5-vision with Microsoft's recipe, every row of its tables, and report beside the published numbers.
+# Fine-tune Phi-3.5-vision with Microsoft's recipe, for every row of its tables, and compare with the published numbers.
 #
 #   snakemake -n                                     what would run (config/config.yaml: the published run)
 #   snakemake --profile profiles/demo                         the demo on a CPU
@@ -29,7 +29,7 @@ include: "workflow/rules/report.smk"
 
 
 rule all:
-    """Every selected row that this run's hardware can do, and the report."""
+    """Every selected row that this run's hardware can run, and the report."""
     default_target: True
     input:
         rules.report.output,
@@ -51,7 +51,7 @@ rule accuracy:
 
 
 rule predictions:
-    """Answers for the pictures without labels that the run's `predictions` name."""
+    """Answers for the unlabelled pictures under `predictions` of the run."""
     input:
         [f"{RESULTS}/predictions/{name}/manifest.json" for name in RUN.settings.predictions],
 
@@ -63,13 +63,13 @@ rule speed:
 
 
 rule plan:
-    """What every row costs, before it runs."""
+    """Predicted memory, time, price and disk of every row."""
     input:
         rules.plan_run.output,
 
 
-# A row's id is a target, with all its seeds: `snakemake phi3-docvqa-lora-bf16`; a single seed's id is another. Only those
-# that the command line names become rules: of 10,000 rows they would take more time and memory than the rest.
+# A row's id is a target that includes all its seeds: `snakemake phi3-docvqa-lora-bf16`. A single seed's id is a target too.
+# Only ids on the command line become rules, because 10,000 more rules would double time and memory.
 for target, members in RUN.targets().items():
     if any(argument.endswith(target) for argument in sys.argv):
 
@@ -83,6 +83,6 @@ for target, members in RUN.targets().items():
 include: "workflow/rules/slurm.smk"
 
 
-# Snakemake keeps the last onstart alone, so there is one for all.
+# Snakemake keeps only the last onstart.
 onstart:
     refuse_full_disk()

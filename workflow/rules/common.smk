@@ -10,10 +10,10 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-# A DAG of many thousands of jobs is not garbage: to look through it again and again takes a sixth of a dry run.
+# Fewer searches for garbage, which otherwise take a sixth of a dry run of thousands of jobs.
 gc.set_threshold(100_000, 20, 20)
 
-# This checkout, also where another workflow uses it as a module: its rules need the files beside them.
+# The rules need the files beside them, also if another workflow uses this one as a module.
 if not Path(str(workflow.current_basedir)).is_dir():
     raise WorkflowError(
         f"{workflow.current_basedir} is no folder: clone phi3v and name the clone's Snakefile in `module … snakefile:`"
@@ -27,7 +27,7 @@ from phi3v.cluster.site import SITE_FILE, Site, load_site
 from phi3v.planning.fits import runnable
 from phi3v.settings import jobs
 
-# The SLURM profile's default resources name an account, be it none; jobs inherit them.
+# The SLURM profile's default resources contain an account, possibly an empty one. Jobs inherit them.
 ON_SLURM = "slurm_account" in (workflow.resource_settings.default_resources or {})
 DEPLOYMENT = {str(method) for method in workflow.deployment_settings.deployment_method}
 if (ON_SLURM or DEPLOYMENT) and not re.fullmatch(r"[\w./+,:=@%~-]+", f"{ROOT}{Path.cwd()}"):
@@ -39,20 +39,20 @@ if (ON_SLURM or DEPLOYMENT) and not re.fullmatch(r"[\w./+,:=@%~-]+", f"{ROOT}{Pa
 try:
     RUN = runnable(settings.load_run(dict(config)))
     SITE = load_site() if ON_SLURM else Site()
-    # Here and not in a rule's shell: Snakemake itself fills caches, and reads what Apptainer is told.
+    # For this process too: Snakemake itself fills caches and reads Apptainer's variables.
     os.environ.update(SITE.environment(workflow.remote_exec))
 except settings.SettingsError as error:
     raise WorkflowError(f"wrong settings, nothing was started\n{error}")
 RESULTS = RUN.results
 JOBS = [*RUN.accuracy, *RUN.speed]
-# What all rows of the run share.
+# The settings that all rows of the run share.
 RUN_SETTINGS = RUN.settings.model_dump_json(exclude={"rows", "overrides", "predictions"})
 if not JOBS:
     reasons = "\n".join(f"{row.row.row}: not run: {row.reason}" for row in RUN.not_run)
     raise WorkflowError(f"wrong settings, nothing was started\nno selected row can run on this hardware:\n{reasons}")
 
-# The scripts import phi3v from this checkout, whichever environment they run in. It is part of each command, since
-# Snakemake takes PYTHONPATH from the environment where it activates conda. A shell prefix replaces Snakemake's own.
+# The scripts import phi3v from this checkout in every environment. Each command sets PYTHONPATH, because Snakemake clears it
+# for conda. Setting a shell prefix replaces Snakemake's `set -euo pipefail`, so it is repeated.
 prologue = SITE.prologue(f"{ROOT}/scripts") if ON_SLURM and workflow.remote_exec else ""
 source = shlex.quote(f"{ROOT}/src")
 prefix = f"set -euo pipefail; export PYTHONPATH={source}; {prologue}"
@@ -62,14 +62,14 @@ if not (workflow.remote_exec or output_settings.printshellcmds or output_setting
     prefix += "exec >/dev/null; "
 shell.prefix(prefix.replace("{", "{{").replace("}", "}}"))
 
-# The smallest environments that serve: a run on CPUs alone needs no CUDA libraries. One image serves data and training.
+# A run on CPUs alone needs no CUDA libraries. One image serves data and training.
 KINDS = {RUN.hardware[pool.device].kind for pool in RUN.settings.hardware}
 TRAIN_ENV = f"{ROOT}/envs/train-{'cpu' if KINDS == {'cpu'} else 'cuda'}.yaml"
 DATA_ENV, REPORT_ENV = f"{ROOT}/envs/data.yaml", f"{ROOT}/envs/report.yaml"
 TRAIN_IMAGE = REPORT_IMAGE = None
 if "apptainer" in DEPLOYMENT:
     TRAIN_IMAGE, REPORT_IMAGE = (f"{ROOT}/containers/{name}.sif" for name in ("train", "report"))
-    # An image holds what the environment would; with both asked for, conda is not needed inside it.
+    # An image contains the environment, so with both methods no conda environment is made in it.
     TRAIN_ENV = DATA_ENV = REPORT_ENV = None
 elif "conda" in DEPLOYMENT and "rocm" in KINDS:
     raise WorkflowError(
@@ -101,13 +101,8 @@ def model_file(model):
 
 
 def sources_of(job):
-    """What a row starts from."""
+    """A row's model and data."""
     return [model_file(job.row.model), dataset_file(job.row.dataset)]
-
-
-def shown(file, caption, category):
-    """A file of the run's results as `snakemake --report` shows it."""
-    return report(f"{RESULTS}/{file}", caption=f"../report/{caption}.rst", category=category, labels={"what": caption})
 
 
 def job_of(wildcards):
@@ -128,20 +123,3 @@ def on_job(function):
     # Snakemake asks for it three times per job.
     value.__signature__ = inspect.signature(value)
     return value
-
-
-def command(script, settings_of):
-    """Params of a row's job: its command line, and the flags on which its result depends.
-
-    Snakemake does not record a parameter that takes `input`. So a finished row stays finished if its command changes in
-    what does not matter, such as the number of GPUs or workers. settings_of: of (job, wildcards).
-    """
-
-    def line(wildcards, input):
-        job = job_of(wildcards)
-        return f"{start_of(job)} {jobs.command(RUN, job, script, settings_of(job, wildcards), SCRIPTS)}"
-
-    def result(wildcards):
-        return jobs.result_flags(settings_of(job_of(wildcards), wildcards))
-
-    return {"command": line, "result": result}

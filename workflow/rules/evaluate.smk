@@ -1,4 +1,4 @@
-# A control that does not apply to a dataset has no predictions, only a reason in place of metrics.
+# If the control does not apply to a dataset, its metrics.json contains the reason and there are no predictions.
 CONTROL = f"{RESULTS}/evaluate/{{row}}/control/metrics.json" if RUN.settings.evaluation.control else []
 
 
@@ -66,7 +66,7 @@ use rule evaluate_base as evaluate_official with:
 
 
 rule score:
-    """Score predictions by functions of the user's, outside the job that holds the GPUs."""
+    """Score predictions with the user's own functions, outside the job that occupies the GPUs."""
     input:
         f"{RESULTS}/evaluate/{{evaluated}}/manifest.json",
         functions=lambda wildcards: RUN.datasets[RUN.evaluated(wildcards.evaluated)].own_metrics,

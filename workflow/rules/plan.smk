@@ -9,7 +9,7 @@ localrules:
 
 
 rule run_settings:
-    """The run's effective configuration, beside its results: what the report and a later reader start from."""
+    """Keep the run's effective configuration beside its results."""
     output:
         f"{RESULTS}/config.json",
     log:
@@ -25,7 +25,7 @@ rule run_settings:
 
 
 rule plan_run:
-    """What every row costs before it runs: memory, time, price, disk; needs no GPU and no torch."""
+    """Predict memory, time, price and disk of every row, without a GPU or torch."""
     input:
         config=rules.run_settings.output,
     output:

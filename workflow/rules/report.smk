@@ -3,10 +3,10 @@ import subprocess
 
 
 rule data_statistics:
-    """Tokens, tiles and answer lengths of a dataset's examples, as its rows' models count them; for the report."""
+    """Count tokens, tiles and answer lengths of a dataset's examples for the report."""
     input:
         data="results/data/{key}/dataset.json",
-        # As the first row on the dataset counts them.
+        # With the model of the first row on the dataset.
         model=lambda wildcards: next(
             model_file(job.row.model) for job in JOBS if job.row.dataset == RUN.datasets_by_key[wildcards.key]
         ),
@@ -31,7 +31,7 @@ rule data_statistics:
 
 
 rule report:
-    """Join everything that finished with the published numbers."""
+    """Compare all results with the published numbers."""
     input:
         config=rules.run_settings.output[0],
         plan=rules.plan_run.output.json,
@@ -66,7 +66,7 @@ rule report:
         " 2>&1 | tee {log}"
 
 
-# Not in the report's folder: as a target that is newer than everything, it would keep the next run from continuing.
+# A partial report in the report's folder would be newer than all results, so the next run would have nothing to do.
 PARTIAL_REPORT = f"{RESULTS}/report-partial"
 NEXT_STEPS = (
     f"Answers of a row: {RESULTS}/evaluate/ROW/after/predictions.jsonl",

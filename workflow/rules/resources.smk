@@ -1,4 +1,4 @@
-"""Threads and resources of jobs, by the names that Snakemake's executors know."""
+"""Threads, resources and command lines of jobs. Resources have the names that Snakemake's executors know."""
 
 import functools
 import hashlib
@@ -65,6 +65,23 @@ def start_of(job):
     threads = f"OMP_NUM_THREADS={cpus // job.processes_per_node}"
     alone = ON_SLURM and jobs.is_alone(RUN, job)
     return f"{threads} {SCRIPTS}/torchrun_nodes.sh 1 1" if alone else threads
+
+
+def command(script, settings_of):
+    """Params of a row's job: its command line, and the flags on which its result depends.
+
+    Snakemake does not record a parameter that takes `input`. So a finished row stays finished if its command changes in
+    what does not matter, such as the number of GPUs or workers. settings_of: of (job, wildcards).
+    """
+
+    def line(wildcards, input):
+        job = job_of(wildcards)
+        return f"{start_of(job)} {jobs.command(RUN, job, script, settings_of(job, wildcards), SCRIPTS)}"
+
+    def result(wildcards):
+        return jobs.result_flags(settings_of(job_of(wildcards), wildcards))
+
+    return {"command": line, "result": result}
 
 
 def on_cpus(mem_mb, runtime, threads=1, results=""):

@@ -1,23 +1,20 @@
-"""What a target needs, and whether the disk can hold it."""
+"""Files of a target, and the check that the disk can hold them."""
 
 from phi3v.planning.resources import check_free_space
 
 
 def manifests_of(jobs):
-    """What rows end with."""
+    """The last file of each step of the rows."""
     return list(dict.fromkeys(path for job in jobs for path in RUN.manifests(job)))
 
 
 def results_of(jobs):
-    """What rows end with, and what is lost of it."""
+    """The manifests of rows, and files that finished rows have lost."""
     return manifests_of(jobs) + lost_of(jobs)
 
 
 def lost_of(jobs):
-    """Weights, answers and scores that finished rows lack, to make them again.
-
-    To list those of all rows would double time and memory of a run of 10,000 rows.
-    """
+    """Missing weights, answers and scores of finished rows. Listing those of all rows would double time and memory."""
     found = []
     for job in jobs:
         row = {"row": job.row.row, "baseline": job.baseline}
@@ -33,11 +30,13 @@ def lost_of(jobs):
     return list(dict.fromkeys(found))
 
 
-def refuse_full_disk():
-    """Hours of downloads and training should not end at a full disk; what is left to write counts.
+def shown(file, caption, category):
+    """A file of the run's results as `snakemake --report` shows it."""
+    return report(f"{RESULTS}/{file}", caption=f"../report/{caption}.rst", category=category, labels={"what": caption})
 
-    Targets that are files, and the plan, are left to the jobs, which look at the disk themselves.
-    """
+
+def refuse_full_disk():
+    """Stop if the disk cannot hold what is left to write. For files as targets and for the plan, the jobs check it."""
     named = set(sys.argv)
     rows = {job.row.row for name, members in RUN.targets().items() if name in named for job in members}
     if not rows and ("plan" in named or any(name.startswith("results/") for name in named)):
