@@ -258,7 +258,13 @@ def test_the_catalogues_small_run_plans(snakemake):
 def test_no_page_names_a_target_after_a_list_of_files(root):
     """Snakemake would take it as another configuration file, and end with a traceback."""
     pages = [root / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "Snakefile")]
-    for folder, kinds in (("docs", "md"), ("config", "md yaml"), ("profiles", "yaml"), ("scripts", "py"), ("src", "py")):
+    for folder, kinds in (
+        ("docs", "md"),
+        ("config", "md yaml"),
+        ("profiles", "yaml"),
+        ("scripts", "py"),
+        ("src", "py"),
+    ):
         pages += [page for kind in kinds.split() for page in (root / folder).glob(f"**/*.{kind}")]
     for page in pages:
         for line in page.read_text().splitlines():
