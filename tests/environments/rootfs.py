@@ -98,7 +98,7 @@ class Stopwatch:
         yield
         seconds = time.monotonic() - started
         size = ""
-        if folder is not None:
+        if folder is not None and folder.exists():
             listed = subprocess.run(["du", "-sxm", str(folder)], capture_output=True, text=True, check=True).stdout
             size = f", {listed.split()[0]} MB"
         with self.capsys.disabled():
