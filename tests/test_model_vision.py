@@ -5,6 +5,7 @@ import torch
 from golden.golden_common import make_image
 from golden.helpers import tiny_model, tiny_processor
 
+import phi3v.model.vision as vision_module
 from phi3v.model.vision import gather_index
 
 
@@ -48,6 +49,23 @@ def test_against_the_slow_version():
     assert len(fast) == sum(out["num_img_tokens"])
     slow = slow_features(vision, out["pixel_values"], out["image_sizes"])
     torch.testing.assert_close(fast, slow, atol=1e-6, rtol=1e-5)
+
+
+def test_tiles_in_parts_give_the_same_features_without_gradients_alone(monkeypatch):
+    vision = tiny_model().model.vision_embed_tokens
+    tower, seen = vision.img_processor.vision_model, []
+    tower.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    out = batch()
+    inputs = out["pixel_values"], out["image_sizes"]
+    whole = vision(*inputs)
+    monkeypatch.setattr(
+        vision_module, "CACHED_ACTIVATIONS", 2 * vision.config.vision.intermediate_size * (28 // 7) ** 2
+    )
+    torch.testing.assert_close(vision(*inputs), whole, atol=0, rtol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(vision(*inputs), whole, atol=1e-6, rtol=1e-5)
+    tiles = len(out["pixel_values"])
+    assert seen == [tiles, tiles, *[2] * (tiles // 2), *[1] * (tiles % 2)]
 
 
 def test_only_real_tiles_and_no_unused_layer_run():

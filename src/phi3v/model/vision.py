@@ -16,6 +16,9 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.fused import QuickGELU
 from phi3v.model.image_processing import CLIP_MEAN, CLIP_STD, expand_uint8_tiles
 
+CACHED_ACTIVATIONS = 20_000_000
+"""Values of a layer that stay in a CPU's cache: eight tiles of the published tower."""
+
 
 class VisionTower(nn.Module):
     """CLIP's vision transformer. The features are the inputs of its last layer, without the class token."""
@@ -115,13 +118,24 @@ class ImageEmbedding(nn.Module):
         tower = self.img_processor.vision_model
         frozen = not any(parameter.requires_grad for parameter in tower.parameters())
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            patches = tower(pixel_values.to(tower.pre_layrnorm.weight.dtype))  # [n, p*p, C]
+            pixels = pixel_values.to(tower.pre_layrnorm.weight.dtype)
+            # Not in training: ZeRO 3 counts the calls of a module, and every process must make as many.
+            if pixels.device.type == "cpu" and torch.is_inference_mode_enabled():
+                patches = torch.cat([tower(part) for part in pixels.split(self._tiles_at_once())])
+            else:
+                patches = tower(pixels)  # [n, p*p, C]
         count, _, width = patches.shape
         grid = self.config.tile_grid
         merged = patches.view(count, grid, 2, grid, 2, width).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4 * width)
         separators = torch.cat((self.sub_GN.view(1, -1), self.glb_GN.view(1, -1)))
         # Separators occur many times. Projecting distinct rows and gathering them afterwards projects each one once.
         return self.img_projection(torch.cat((merged, separators.to(merged.dtype))))
+
+    def _tiles_at_once(self) -> int:
+        """Number of tiles whose widest activations fit a CPU's cache."""
+        vision = self.config.vision
+        widest = (vision.image_size // vision.patch_size) ** 2 * vision.intermediate_size
+        return max(1, CACHED_ACTIVATIONS // widest)
 
     def must_run_without_images(self, training: bool) -> bool:
         """Whether a batch without pictures must still use the vision weights. training: whether a backward pass
