@@ -13,6 +13,7 @@ import pytest
 import torch
 from data_examples import cauldron_rows, picture_bytes, write_parquet
 from PIL import Image
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 from phi3v.data.conversations import (
@@ -315,6 +316,19 @@ def test_a_counter_counts_what_the_processor_counts(data: Path, processor: Phi3V
     assert len(list((data / LENGTHS).glob("*.npy"))) == 1
     lengths(ConversationDataset(data, "train", processor))
     assert len(list((data / LENGTHS).glob("*.npy"))) == 1
+
+
+def test_a_counter_ignores_truncation_and_padding_of_the_file(processor: Phi3VProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    turns = [Turn((), "What is it?", "A cat"), Turn((), "Why?", "It is")]
+    expected = count_turns(processor, turns, [(), ()])
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=40)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert count_turns(Counter.of(tmp_path), turns, [(), ()]) == expected
+    processor.tokenizer(["a", "a longer text"], padding="max_length", max_length=40)
+    assert count_turns(processor, turns, [(), ()]) == expected
 
 
 def test_lines_by_number(tmp_path: Path) -> None:

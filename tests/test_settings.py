@@ -289,10 +289,20 @@ def test_flags_are_the_recipes(published):
 BASE = ["--model_name_or_path", "m", "--data_dir", "d", "--output_dir", "o"]
 
 
+def test_a_timing_depends_on_its_machines_and_a_training_does_not(published):
+    for kept, job, of in (
+        (True, published.job("phi3-docvqa-qlora-bf16"), jobs.finetune),
+        (False, published.job("phi3-a100-full-eager-8gpu"), jobs.speed),
+    ):
+        settings_of = of(published, job)
+        pool = job.pool.model_copy(update={"device": "h100-80gb"})
+        for change in ({"nodes": 2, "processes_per_node": 4}, {"pool": pool}):
+            other = job.model_copy(update=change)
+            assert (jobs.result_flags(other, settings_of) == jobs.result_flags(job, settings_of)) == kept
+
+
 def test_command_line_round_trip(published):
-    # Rows with the same settings differ in their dataset and model alone.
-    kinds = {(job.row.method, job.row.dtype, job.row.flash_attention): job for job in published.accuracy}
-    for job in kinds.values():
+    for job in published.accuracy:
         written = jobs.finetune(published, job)
         parsed = settings.parse(settings.FinetuneSettings, "", settings.flags(written))
         assert parsed == written

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from phi3v.reporting.outcome import outcome
+from snakemake_logger_plugin_phi3v import log_of_attempt
 
 SNAKEFILE = """
 rule all:
@@ -92,6 +93,34 @@ def test_a_failed_job_shows_its_log_and_the_end_of_it(folder):
     assert not any("seq 99" in line for line in lines)
 
 
+def test_an_error_of_a_rules_own_python_is_printed(folder):
+    with (folder / "Snakefile").open("a") as file:
+        file.write('\nrule own:\n    output:\n        "own.txt"\n    run:\n        raise OSError("no space here")\n')
+    done = run(folder, "own.txt")
+    assert done.returncode == 1
+    assert "no space here" in done.stderr
+
+
+def test_a_log_that_got_the_number_of_its_attempt_is_found(tmp_path):
+    log = tmp_path / "row.log"
+    assert log_of_attempt(log) == log
+    for number in (1, 2):
+        (tmp_path / f"row.{number}.log").touch()
+        os.utime(tmp_path / f"row.{number}.log", (number, number))
+    assert log_of_attempt(log) == tmp_path / "row.2.log"
+    log.touch()
+    assert log_of_attempt(log) == log
+
+
+def test_the_plugin_leaves_the_choice_of_the_checkout_to_the_snakefile():
+    """Snakemake imports all plugins before it reads a Snakefile."""
+    code = (
+        "import sys, snakemake_logger_plugin_phi3v; print([name for name in sys.modules if name.startswith('phi3v')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_terminal_gets_a_bar_over_all_jobs(folder):
     ours, theirs = pty.openpty()
     done = subprocess.Popen(command(), cwd=folder, stdout=theirs, stderr=theirs)
@@ -133,6 +162,7 @@ def test_outcomes_of_training_and_timing(tmp_path):
     assert outcome("finetune", manifest) == f"{name}: trained 94 steps on 6000 examples, loss 6.46 → 0.32"
     assert outcome("speed_row", manifest) == f"{name}: 312.4 images/s, spread 3.1 %"
     assert outcome("evaluate", manifest) == ""
+    assert outcome("phi3v_finetune", manifest) == outcome("finetune", manifest)
     assert outcome("convert", manifest) == ""
 
 

@@ -1,8 +1,9 @@
-"""The terminal of a run: a line for each finished job, and on a terminal a bar over all jobs. Profiles select it by `logger: phi3v`.
+"""The terminal of a run: a line for each finished job, and on a terminal a bar over all jobs.
 
     phi3-docvqa-full-bf16: ANLS 4.9 → 91.5, 34 s
 
-A dry run, --verbose and --debug-dag print what Snakemake itself prints. -p adds the shell commands and the jobs' output.
+Profiles select it by `logger: phi3v`. The time counts from a job's start, on SLURM from its submission. A dry run,
+--verbose and --debug-dag print what Snakemake itself prints. -p adds the shell commands and the jobs' output.
 """
 
 from __future__ import annotations
@@ -13,19 +14,17 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from phi3v.reporting.outcome import outcome
-
 CHATTER = (
     "Assuming unrestricted shared filesystem", "Building DAG of jobs", "Complete log(s)", "Conda environments: ignored",
-    "Execute ", "Provided cores",
-    "Provided remote nodes", "Provided resources", "Rules claiming more threads", "Select jobs to execute",
-    "Singularity containers: ignored", "Using shell",
+    "Execute ", "Provided cores", "Provided remote nodes", "Provided resources", "Rules claiming more threads",
+    "Select jobs to execute", "Singularity containers: ignored", "Using shell",
 )  # fmt: skip
-"""Beginnings of Snakemake's messages that say nothing to a user of this workflow."""
+"""Beginnings of Snakemake's messages that are of no use to a user of this workflow."""
 LOG_LINES = 40
 """Last lines of a failed job's log."""
 BAR = 20
@@ -53,10 +52,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def last_lines(path: str) -> list[str]:
+def log_of_attempt(log: Path) -> Path:
+    """The log of a job's latest attempt, which gets a number before the next attempt: ROW.log, else ROW.2.log."""
+    numbered = log.parent.glob(f"{log.stem}.*{log.suffix}")
+    return log if log.exists() else max(numbered, key=lambda path: path.stat().st_mtime, default=log)
+
+
+def last_lines(path: Path) -> list[str]:
     """The end of a text file; a sentence if it cannot be read."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with path.open(encoding="utf-8", errors="replace") as file:
             return [line.rstrip() for line in deque(file, LOG_LINES)] or ["(empty)"]
     except OSError as error:
         return [f"({error.strerror})"]
@@ -163,6 +168,9 @@ class LogHandler(LogHandlerBase):
             job = Started(title, fields["rule_name"], list(fields["output"] or []), record.created)
             self.progress.running[fields["jobid"]] = job
         elif event == LogEvent.JOB_FINISHED:
+            # Snakemake imports this module before the Snakefile chooses the checkout that phi3v is imported from.
+            from phi3v.reporting.outcome import outcome
+
             found = self.progress.finish(fields["job_id"], record.created)
             # A target such as `all` makes nothing itself.
             if found and found[0].output:
@@ -171,8 +179,8 @@ class LogHandler(LogHandlerBase):
         elif event == LogEvent.JOB_ERROR:
             yield from self.failure(fields, record.created)
         elif event == LogEvent.ERROR:
-            # Of a failed command the lines of its job say more.
-            if fields.get("exception") not in ("RuleException", "CalledProcessError"):
+            # The log of a failed command, printed with its job, gives the reason.
+            if "CalledProcessError" not in f"{fields.get('exception')} {record.getMessage()}":
                 yield self.format(record)
         elif event in (LogEvent.SHELLCMD, LogEvent.GROUP_ERROR):
             yield self.format(record)
@@ -193,6 +201,6 @@ class LogHandler(LogHandlerBase):
         aux, logs = fields.get("aux"), fields.get("log")
         for name, value in aux.items() if isinstance(aux, dict) else ():
             yield f"  {name}: {value}"
-        for log in logs if isinstance(logs, list) else ():
-            yield f"  {log}:"
-            yield from (f"    {line}" for line in last_lines(str(log)))
+        for log in map(Path, logs if isinstance(logs, list) else ()):
+            yield f"  {(found := log_of_attempt(log))}:"
+            yield from (f"    {line}" for line in last_lines(found))

@@ -56,9 +56,10 @@ if not JOBS:
 prologue = SITE.prologue(f"{ROOT}/scripts") if ON_SLURM and workflow.remote_exec else ""
 source = shlex.quote(f"{ROOT}/src")
 prefix = f"set -euo pipefail; export PYTHONPATH={source}; {prologue}"
-# A job's output is in its log; beside the lines of other jobs on the terminal it would be unreadable.
-output_settings = workflow.output_settings
-if not (workflow.remote_exec or output_settings.printshellcmds or output_settings.verbose):
+# A job's output is in its log; beside the lines of other jobs on the terminal it would be unreadable. The prefix holds for
+# all rules, also for those of a workflow that uses this one as a module.
+output_settings, is_main = workflow.output_settings, Path(workflow.main_snakefile).resolve() == ROOT / "Snakefile"
+if is_main and not (workflow.remote_exec or output_settings.printshellcmds or output_settings.verbose):
     prefix += "exec >/dev/null; "
 shell.prefix(prefix.replace("{", "{{").replace("}", "}}"))
 

@@ -14,7 +14,7 @@ use rule finetune as evaluate_base with:
         f"{RESULTS}/logs/evaluate/base/{{baseline}}.log",
     benchmark:
         f"{RESULTS}/logs/evaluate/base/{{baseline}}.tsv"
-    # Scores before training are shown beside those after it.
+    # Evaluations, also the rules derived from this one, start before further trainings.
     priority: 1
     threads: threads_of("evaluate")
     resources:

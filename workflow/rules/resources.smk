@@ -79,7 +79,8 @@ def command(script, settings_of):
         return f"{start_of(job)} {jobs.command(RUN, job, script, settings_of(job, wildcards), SCRIPTS)}"
 
     def result(wildcards):
-        return jobs.result_flags(settings_of(job_of(wildcards), wildcards))
+        job = job_of(wildcards)
+        return jobs.result_flags(job, settings_of(job, wildcards))
 
     return {"command": line, "result": result}
 

@@ -59,7 +59,7 @@ def retries_of(job):
             attempts.flags = f"--exclude={nodes}" if nodes else ""
         except ClusterError as error:
             logger.warning(f"the failed node stays in use: {error}")
-    # The next attempt writes ROW.log anew.
+    # The next attempt overwrites ROW.log.
     for log in map(Path, job.log):
         names = (log.with_suffix(f".{number}{log.suffix}") for number in itertools.count(1))
         if log.exists():

@@ -90,7 +90,7 @@ def read(enforced: str) -> Accounting:
 
 
 def _show(what: str, fields: list[str], *where: str) -> list[dict[str, str]]:
-    """Lines of `sacctmgr show` by field; none where users may not read them."""
+    """Lines of `sacctmgr show` by field; none if users may not read them."""
     try:
         answer = ask("sacctmgr", "-nP", "show", what, *where, f"format={','.join(fields)}")
     except ClusterError:

@@ -116,6 +116,14 @@ class Counter:
         return cls(Tokens(Tokenizer.from_file(str(tokenizer))), PictureTokens(**known))
 
 
+def _plain(processor: ProcessorMixin | Counter) -> Tokenizer:
+    """The tokenizer without truncation and padding, which its file or an earlier call may have turned on."""
+    tokenizer: Tokenizer = processor.tokenizer.backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def count_turns(
     processor: ProcessorMixin | Counter, turns: Sequence[Turn], sizes: Sequence[Sequence[tuple[int, int]]]
 ) -> list[Counts]:
@@ -125,9 +133,9 @@ def count_turns(
         texts += [*_TAG.split(prompt_text(turn)), answer_text(turn)]
     # Prompts start alike and answers repeat, so each text is tokenised once. encode_batch_fast omits offsets.
     unique = list(dict.fromkeys(texts))
-    encodings = processor.tokenizer.backend_tokenizer.encode_batch_fast(unique)
-    length_of = dict(zip(unique, map(len, encodings), strict=True))
-    bos = len(processor.tokenizer.backend_tokenizer.encode("").ids)
+    tokenizer = _plain(processor)
+    length_of = dict(zip(unique, map(len, tokenizer.encode_batch_fast(unique)), strict=True))
+    bos = len(tokenizer.encode("").ids)
     images = processor.image_processor
     counts, place = [], 0
     for turn, own in zip(turns, sizes, strict=True):
@@ -145,7 +153,7 @@ def count_turns(
 
 def counted(dataset: ConversationDataset, start: int = 0, stop: int | None = None) -> Iterator[list[Counts]]:
     """Counts of the turns that can train, of examples start … stop-1 in order. Raises DataError."""
-    bos = len(dataset.processor.tokenizer.backend_tokenizer.encode("").ids)
+    bos = len(_plain(dataset.processor).encode("").ids)
     tile_size = dataset.processor.image_processor.tile_size
     stop = len(dataset) if stop is None else stop
     for first in range(start, stop, CHUNK):

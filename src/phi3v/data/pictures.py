@@ -341,7 +341,7 @@ def _pdf_pages(data: bytes, where: str, options: PictureOptions, page: int | Non
 def _rgb(image: Image.Image, where: str, options: PictureOptions = _STORED) -> Image.Image:
     """The picture in RGB, as an image viewer shows it."""
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)  # without it, and below without the test, a page is copied
+    ImageOps.exif_transpose(image, in_place=True)  # this and the test below avoid two copies
     if image.mode[0] in "IF":
         image = _grey(image, where, options)
     elif image.has_transparency_data:

@@ -16,15 +16,10 @@ METRIC_NAMES = {"anls": "ANLS", "cer": "CER", "wer": "WER"}
 def outcome(rule: str, output: Sequence[str]) -> str:
     """`ROW: ANLS 4.9 → 91.5` and the like; empty for a job without a result, and for files that cannot be read.
 
-    rule: the workflow's rule. output: what the job wrote, its manifest first.
+    rule: the workflow's rule, with a prefix if another workflow uses it as a module. output: what the job wrote, its
+    manifest first.
     """
-    describe = {
-        "finetune": trained,
-        "evaluate": evaluated,
-        "evaluate_base": base_evaluated,
-        "evaluate_official": officially_evaluated,
-        "speed_row": timed,
-    }.get(rule)
+    describe = next((function for name, function in DESCRIPTIONS.items() if rule.endswith(name)), None)
     try:
         return describe(Path(output[0]).parent) if describe else ""
     except (OSError, ValueError, KeyError, TypeError, IndexError):
@@ -32,7 +27,7 @@ def outcome(rule: str, output: Sequence[str]) -> str:
 
 
 def trained(folder: Path) -> str:
-    """Steps and seconds of training, and the loss."""
+    """Steps and examples of training, and the loss."""
     observed = _read(folder / "observed.json")
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [point["loss"] for line in lines if "loss" in (point := json.loads(line))]
@@ -68,6 +63,15 @@ def timed(folder: Path) -> str:
     """The speed of a row."""
     found = _read(folder / "speed.json")
     return f"{folder.name}: {found['images_per_second']:.4g} images/s, spread {100 * found['spread']:.1f} %"
+
+
+DESCRIPTIONS = {
+    "finetune": trained,
+    "evaluate": evaluated,
+    "evaluate_base": base_evaluated,
+    "evaluate_official": officially_evaluated,
+    "speed_row": timed,
+}
 
 
 def _metric(found: dict[str, Any]) -> str:

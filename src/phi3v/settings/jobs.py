@@ -66,10 +66,11 @@ def command(run: ResolvedRun, job: Job, script: str, settings: Command, scripts:
     return " ".join([*words, f"{scripts}/{script}.py", shlex.join(flags(settings))])
 
 
-def result_flags(settings: Command) -> str:
-    """The flags on which a job's files depend: with the same ones, a finished job need not run again."""
-    # A timing depends on all of them, also on how long it measures.
-    roles = [role for role in Role if role is not Role.RUNTIME or isinstance(settings, SpeedSettings)]
+def result_flags(job: Job, settings: Command) -> str:
+    """What a job's files depend on: flags, and for a timing the machines too. While it is the same, a finished job stays."""
+    if isinstance(settings, SpeedSettings):
+        return f"{job.nodes} x {job.processes_per_node} {job.pool.device} {shlex.join(flags(settings))}"
+    roles = [role for role in Role if role is not Role.RUNTIME]
     merged = ["--merge"] if isinstance(settings, FinetuneSettings) and settings.merge else []
     return shlex.join([*flags(settings, roles), *merged])
 
