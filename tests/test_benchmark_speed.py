@@ -76,7 +76,7 @@ def test_utilisation_is_of_a_measured_peak_on_a_cpu(measured):
     assert result["hardware_tflop_per_step"] > result["model_tflop_per_step"] > 0
     assert result["hfu"] > result["mfu"]
     assert result["formula"] in said
-    assert "MFU = model FLOP / (s x devices x dense peak)" in said
+    assert "MFU" in result["formula"]
 
 
 def test_memory_is_of_the_largest_process(measured):
