@@ -58,6 +58,12 @@ def test_a_container_is_named_with_its_digest(tmp_path, monkeypatch):
     assert manifest.container() == {"image": str(image), "sha256": None}
     (tmp_path / "train.sif.sha256").write_text(f"{'ab' * 32}  train.sif\n")
     assert manifest.container() == {"image": str(image), "sha256": "ab" * 32}
+    # The link's target lies on a disk that the container does not see.
+    monkeypatch.setenv("APPTAINER_CONTAINER", "/elsewhere/train.sif")
+    monkeypatch.setattr(manifest, "SOURCE", tmp_path / "checkout")
+    (tmp_path / "checkout/containers").mkdir(parents=True)
+    (tmp_path / "train.sif.sha256").rename(tmp_path / "checkout/containers/train.sif.sha256")
+    assert manifest.container() == {"image": "/elsewhere/train.sif", "sha256": "ab" * 32}
 
 
 def test_the_commit_and_what_differs_from_it(tmp_path):

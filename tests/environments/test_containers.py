@@ -254,8 +254,9 @@ def test_an_archive_runs_unprivileged_in_charliecloud(images, capsys):
 def test_each_job_of_a_small_run_is_inside_its_image(root, images, tmp_path, capsys):
     figures = rootfs.Stopwatch(capsys)
     copy = small_run.make(root, tmp_path / "run")
-    for path in images.glob("*.sif*"):
+    for path in images.glob("*.sif"):
         (copy / "containers" / path.name).symlink_to(path)
+        shutil.copy2(path.with_suffix(".sif.sha256"), copy / "containers")
     with figures("the small run, each job inside its image"):
         code, output, _ = small_run.snakemake(copy, "--sdm", "apptainer", timeout=3000)
     assert code == 0, output[-6000:]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from cluster_run import ROW
 @pytest.mark.skipif("PHI3V_IMAGES" not in os.environ, reason="PHI3V_IMAGES: no folder with images of verify-containers")
 def test_each_job_is_inside_its_image(runs):
     images = Path(os.environ["PHI3V_IMAGES"])
-    for path in images.glob("*.sif*"):
+    for path in images.glob("*.sif"):
         (runs.folder / "containers" / path.name).symlink_to(path)
+        shutil.copy2(path.with_suffix(".sif.sha256"), runs.folder / "containers")
     config = runs.configure("contained", [ROW["lora"]])
     code, output = runs.run(config, "--sdm", "apptainer")
     assert code == 0, output[-8000:]

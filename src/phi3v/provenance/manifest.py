@@ -102,14 +102,15 @@ def environment() -> dict[str, object]:
 def container() -> dict[str, str | None] | None:
     """{"image", "sha256"} of the Apptainer image that this process runs in, else None.
 
-    The digest is read from IMAGE.sha256, which `make containers` writes: an image has gigabytes. Without that file it
-    is None.
+    The digest is read from a file that `make containers` writes, because an image has gigabytes: IMAGE.sha256, or that name
+    in this checkout's containers/, as a link's target may be out of sight in the container. Without it, it is None.
     """
     image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     if not image:
         return None
-    digest = Path(image + ".sha256")
-    return {"image": image, "sha256": digest.read_text().split()[0] if digest.is_file() else None}
+    files = (Path(image + ".sha256"), SOURCE / "containers" / f"{Path(image).name}.sha256")
+    digest = next((file.read_text().split()[0] for file in files if file.is_file()), None)
+    return {"image": image, "sha256": digest}
 
 
 def scrub(text: str) -> str:
