@@ -50,9 +50,9 @@ def main() -> int:
     given = arguments()
     counter = None
     if given.model:
-        from phi3v.data.lengths import Counter, write_statistics
+        from phi3v.data.lengths import TokenCounter, write_statistics
 
-        counter = Counter.of(given.model)
+        counter = TokenCounter.of(given.model)
     tile_size = counter.image_processor.tile_size if counter else 336
     checks, problems, shared = validate_folder(given.data_dir, given.level, given.workers, tile_size)
     if given.allow_leaks:

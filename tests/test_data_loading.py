@@ -27,7 +27,7 @@ from phi3v.data.conversations import (
 from phi3v.data.convert import convert_files
 from phi3v.data.dataset import ConversationDataset, collate
 from phi3v.data.folder import LENGTHS, LineIndex, split_file
-from phi3v.data.lengths import Counter, count, count_turns, lengths, plot, summary_lines, write_statistics
+from phi3v.data.lengths import TokenCounter, count, count_turns, lengths, plot, summary_lines, write_statistics
 from phi3v.demo.tiny import train_tokenizer
 from phi3v.model.image_processing import Phi3VImageProcessor
 from phi3v.model.processing import Phi3VProcessor
@@ -305,9 +305,9 @@ def test_tiles_are_counted_as_the_processor_cuts_them(processor: Phi3VProcessor,
 
 def test_a_counter_counts_what_the_processor_counts(data: Path, processor: Phi3VProcessor, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
-        Counter.of(tmp_path)
+        TokenCounter.of(tmp_path)
     processor.save_pretrained(tmp_path / "model")
-    counter = Counter.of(tmp_path / "model")
+    counter = TokenCounter.of(tmp_path / "model")
     expected = count(ConversationDataset(data, "train", processor))
     assert expected[:, 0].min() > 0
     assert (count(ConversationDataset(data, "train", counter)) == expected).all()
@@ -326,7 +326,7 @@ def test_a_counter_ignores_truncation_and_padding_of_the_file(processor: Phi3VPr
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=40)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert count_turns(Counter.of(tmp_path), turns, [(), ()]) == expected
+    assert count_turns(TokenCounter.of(tmp_path), turns, [(), ()]) == expected
     processor.tokenizer(["a", "a longer text"], padding="max_length", max_length=40)
     assert count_turns(processor, turns, [(), ()]) == expected
 

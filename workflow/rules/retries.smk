@@ -9,7 +9,9 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 from snakemake.jobs import Job as SnakemakeJob
+from snakemake.logging import logger
 
+from phi3v.cluster.ask import ClusterError
 from phi3v.cluster.status import nodes_to_avoid
 from phi3v.training.checkpoints import checkpoint_folders
 from phi3v.training.lock import take_refusal

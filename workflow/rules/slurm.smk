@@ -2,7 +2,6 @@
 
 from snakemake.logging import logger
 
-from phi3v.cluster.ask import ClusterError
 from phi3v.cluster.check import cluster_problems
 from phi3v.cluster.executor import connect
 

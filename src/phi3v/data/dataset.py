@@ -53,7 +53,7 @@ class ConversationDataset(Dataset[Example]):
 
     dataset.json's `turns` selects the turns that train. all: every turn. draw: one turn per epoch, drawn from (seed,
     epoch, index). first: the first turn. Call `set_epoch` before each epoch. processor: the model's, or a
-    phi3v.data.lengths.Counter for a dataset whose tokens are only counted.
+    phi3v.data.lengths.TokenCounter for a dataset whose tokens are only counted.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from phi3v.model.fused import QuickGELU
 from phi3v.model.image_processing import CLIP_MEAN, CLIP_STD, expand_uint8_tiles
 
 CACHED_ACTIVATIONS = 20_000_000
-"""Values of a layer that stay in a CPU's cache: eight tiles of the published tower."""
+"""Values of a layer that a CPU's cache is expected to hold: those of eight tiles of the published tower."""
 
 
 class VisionTower(nn.Module):
@@ -132,7 +132,7 @@ class ImageEmbedding(nn.Module):
         return self.img_projection(torch.cat((merged, separators.to(merged.dtype))))
 
     def _tiles_at_once(self) -> int:
-        """Number of tiles whose widest activations fit a CPU's cache."""
+        """Number of tiles that run together on a CPU, by CACHED_ACTIVATIONS."""
         vision = self.config.vision
         widest = (vision.image_size // vision.patch_size) ** 2 * vision.intermediate_size
         return max(1, CACHED_ACTIVATIONS // widest)

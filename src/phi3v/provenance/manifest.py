@@ -102,8 +102,9 @@ def environment() -> dict[str, object]:
 def container() -> dict[str, str | None] | None:
     """{"image", "sha256"} of the Apptainer image that this process runs in, else None.
 
-    The digest is read from a file that `make containers` writes, because an image has gigabytes: IMAGE.sha256, or that name
-    in this checkout's containers/, as a link's target may be out of sight in the container. Without it, it is None.
+    The digest is read from a file that `make containers` writes, because an image has gigabytes: IMAGE.sha256, or the
+    file of that name in this checkout's containers/, because the container may not see the folder that a linked image
+    lies in. Without such a file, the digest is None.
     """
     image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     if not image:

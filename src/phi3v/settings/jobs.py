@@ -67,7 +67,10 @@ def command(run: ResolvedRun, job: Job, script: str, settings: Command, scripts:
 
 
 def result_flags(job: Job, settings: Command) -> str:
-    """What a job's files depend on: flags, and for a timing the machines too. While it is the same, a finished job stays."""
+    """What a job's files depend on: flags, and for a timing also the machines.
+
+    A finished job is repeated only if this changes.
+    """
     if isinstance(settings, SpeedSettings):
         return f"{job.nodes} x {job.processes_per_node} {job.pool.device} {shlex.join(flags(settings))}"
     roles = [role for role in Role if role is not Role.RUNTIME]

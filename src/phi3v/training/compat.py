@@ -18,9 +18,8 @@ def leave_out_unused(settings: FinetuneSettings) -> None:
 
     peft imports bitsandbytes with PyTorch's inductor (1.8 s of start-up on a 2-core machine, in each process),
     accelerate's extract_model_from_parallel DeepSpeed (0.4 s), and transformers scipy for the losses of object
-    detection (0.7 s), if they are installed. A None in sys.modules is Python's
-    way to say that a module cannot be imported (Python reference, 5.3.1). For scripts only: it holds for the whole
-    process.
+    detection (0.7 s), if they are installed. A None in sys.modules is Python's way to say that a module cannot be
+    imported (Python reference, 5.3.1). For scripts only: it holds for the whole process.
     """
     unused = []
     if not settings.use_qlora and "8bit" not in settings.optimizer:
