@@ -77,7 +77,7 @@ def test_a_picture_a_question_and_a_second_turn(browser, address, tmp_path):
         lambda _: "square.png" in browser.find_element(By.CSS_SELECTOR, "[data-testid=stChatInput]").text
     )
     ask("Which colour is the square ?", 1)
-    assert count("[data-testid=stChatMessage] img") >= 1
+    WebDriverWait(browser, 60).until(lambda _: count("[data-testid=stChatMessage] img"))
     ask("And now ?", 2)
     assert not browser.find_elements(By.CSS_SELECTOR, "[data-testid=stException], [data-testid=stAlert]")
     browser.save_screenshot(str(tmp_path / "page.png"))
