@@ -54,7 +54,6 @@ def _identity() -> dict[str, object]:
     return {
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "cluster": os.environ.get("SLURM_CLUSTER_NAME", ""),
-        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
         "user": os.getuid(),
         "host": platform.node(),
         "boot": boot,
@@ -65,13 +64,15 @@ def _identity() -> dict[str, object]:
 
 
 def _started(pid: object) -> str | None:
-    """Start time of a process in clock ticks since boot, or None if there is no such process."""
+    """Start time of a process in clock ticks since boot, or None if there is no such process or it has ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
-    # Field 22, counted after the command name, which may contain spaces and brackets (proc(5)).
-    return text.rpartition(")")[2].split()[19]
+    # Fields 3 and 22 of proc(5), counted after the command name, which may contain spaces and brackets.
+    fields = text.rpartition(")")[2].split()
+    # Until its parent asks for the exit code, an ended process is a zombie: for ever below a container's first process.
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def _slurm_state(job: object) -> str | None:
@@ -183,7 +184,7 @@ class FolderLock:
 
         here, job, state = same("host", "boot", "namespace"), holder.get("job"), None
         if job and same("cluster", "job"):
-            if not (here and same("restart")):
+            if not here:
                 return Liveness.GONE, "it is from an earlier start of this job"
         elif job and same("cluster", "user"):
             # For other users' jobs, squeue may be configured to hide them.
