@@ -265,11 +265,19 @@ class Cluster:
         lines = self.out("squeue", "-h", "--states=all", "-o", "%i %T").splitlines()
         return dict(line.split() for line in lines)
 
+    def restarts(self, job: str) -> int | None:
+        """How often SLURM has put a job back into the queue; None while processes of its last start may run."""
+        shown = self.out("scontrol", "show", "job", job)
+        return None if "COMPLETING" in shown else int(shown.partition("Restarts=")[2].split()[0])
+
     def release(self) -> None:
-        """Let jobs that SLURM put back into the queue start now, not after two minutes."""
+        """Let jobs that SLURM put back into the queue start soon, not after two minutes.
+
+        In the second in which a node revoked a job's credential it starts the job no second time, and the job has failed.
+        """
         for job, state in self.jobs().items():
             if state == "PENDING":
-                self.out("scontrol", "update", f"JobId={job}", "StartTime=now")
+                self.out("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
     def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)

@@ -104,7 +104,8 @@ def test_each_fault_is_answered_in_its_own_way(stubbed, cluster, until):
     folders = {row: stubbed.folder / "results/short/train" / row for row in rows}
     # A lock that is not released: the job goes on.
     hold = f"output={folders[owned]}; mkdir -p $output; export PYTHONPATH={stubbed.folder}/src; {LOCK}\nsleep 600"
-    options = ["--parsable", "--mem=100", "--nodelist=node4", "--output=/dev/null"]
+    # Alone on its node, which therefore is not the one that loses power.
+    options = ["--parsable", "--mem=100", "--nodelist=node4", "--exclusive", "--output=/dev/null"]
     holder = cluster.out("sbatch", *options, f"--wrap={hold}").strip()
     until("the lock", (folders[owned] / ".lock.json").exists)
     stubbed.work(STEPS)
@@ -125,11 +126,10 @@ def test_each_fault_is_answered_in_its_own_way(stubbed, cluster, until):
     cluster.out("scancel", "--signal=KILL", "--full", jobs["frozen"][0])
     cluster.out("scontrol", "requeue", jobs["lora"][0])
     down = jobs["qlora"][1]
-    assert down != "node4"
     cluster.kill(down)
     cluster.out("scontrol", "update", f"NodeName={down}", "State=DOWN", "Reason=test")
     for method in ("qlora", "lora"):
-        until(f"{method} waits", lambda job=jobs[method][0]: cluster.jobs()[job] == "PENDING")
+        until(f"the first start of {method} has ended", lambda job=jobs[method][0]: cluster.restarts(job) == 1)
     (stubbed.folder / "continue").touch()
     until("the refused row waits", lambda: submissions(snakemake.output, owned) == 2)
     cluster.release()
