@@ -47,8 +47,6 @@ class Budget:
     """An entry of budgets.yaml."""
 
     job: FullSizeJob
-    short: bool
-    """Part of `make test`; the others are run by `make verify-gpu`."""
     before: dict[str, float]
     """At commit 18b3476, before this harness was there."""
     budget: dict[str, float]
@@ -57,10 +55,7 @@ class Budget:
 def read_budgets() -> list[Budget]:
     """The entries of budgets.yaml."""
     entries = yaml.safe_load(FILE.read_text(encoding="utf-8"))["budgets"]
-    return [
-        Budget(FullSizeJob(**entry["job"]), entry.get("short", False), entry.get("before", {}), entry.get("budget", {}))
-        for entry in entries
-    ]
+    return [Budget(FullSizeJob(**entry["job"]), entry.get("before", {}), entry.get("budget", {})) for entry in entries]
 
 
 def exceeded(budget: Budget, result: Measured) -> list[str]:
@@ -116,7 +111,7 @@ def table(pairs: list[tuple[Budget, Measured | None]]) -> str:
     """Jobs against quantities: before -> budget -> measured."""
     lines = []
     for budget, result in pairs:
-        lines.append(f"{budget.job.name}{' (short)' if budget.short else ''}")
+        lines.append(budget.job.name)
         now = figures(result) if result else {}
         for name in QUANTITIES:
             columns = [side.get(name) for side in (budget.before, budget.budget, now)]
@@ -133,7 +128,6 @@ def write(budgets: list[Budget], results: dict[str, Measured]) -> None:
         now = figures(result) if result else budget.budget
         given = {key: value for key, value in asdict(budget.job).items() if value != _DEFAULTS.get(key)}
         document += f"  - job: {json.dumps(given)}\n"
-        document += "    short: true\n" if budget.short else ""
         document += f"    before: {_flow(budget.before)}\n    budget: {_flow(now)}\n"
         if result:
             breakdown |= {(result.job, quantity): rows[:ROWS] for quantity, rows in result.sources.items()}

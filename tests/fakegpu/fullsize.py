@@ -23,8 +23,8 @@ _WORD, _ANSWER = "invoice", "total"
 _FACTORS = Path(__file__).resolve().parent.parent / "golden" / "rope_factors.json"
 
 
-def write_folders(folder: Path) -> None:
-    """FOLDER/model without weights, and FOLDER/data with `EXAMPLES` equal examples."""
+def write_folders(folder: Path, layers: int = 0) -> None:
+    """FOLDER/model without weights, of all layers or of so many, and FOLDER/data with `EXAMPLES` equal examples."""
     from phi3v.data.dataset import ConversationDataset
     from phi3v.demo.tiny import train_tokenizer
     from phi3v.model import Phi3VConfig, Phi3VProcessor
@@ -35,6 +35,8 @@ def write_folders(folder: Path) -> None:
     factors = json.loads(_FACTORS.read_text(encoding="utf-8"))
     scaling = {"type": "su", "short_factor": factors["short_factor"], "long_factor": factors["long_factor"]}
     config = Phi3VConfig(rope_scaling=scaling, sliding_window=262144, pad_token_id=pad, image_token_id=image)
+    if layers:
+        config.num_hidden_layers = config.vision_config.num_hidden_layers = layers
     config.save_pretrained(folder / "model")
     processor = Phi3VProcessor(
         Phi3VImageProcessor(num_crops=16, num_img_tokens=config.tokens_per_tile, tile_size=config.tile_size), tokenizer

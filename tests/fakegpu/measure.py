@@ -46,13 +46,18 @@ class FullSizeJob:
     """Micro-steps of an optimizer step."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Further finetune settings, by name."""
+    layers: int = 0
+    """Of the decoder, and of the vision tower; 0: all that the published model has."""
 
     @property
     def name(self) -> str:
         """As in budgets.yaml: "lora flash bf16 8 GPUs"."""
         more = "".join(f" {key}={value}" for key, value in sorted(self.settings.items()))
         rows = f" micro-batch {self.micro_batch}" if self.micro_batch != 1 else ""
-        return f"{self.method} {self.attention} {self.dtype} {self.world} GPU{'s' * (self.world > 1)}{rows}{more}"
+        layers = f" {self.layers} layers" * bool(self.layers)
+        return (
+            f"{self.method} {self.attention} {self.dtype} {self.world} GPU{'s' * (self.world > 1)}{rows}{more}{layers}"
+        )
 
 
 @dataclass(frozen=True)
@@ -308,10 +313,11 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        fullsize.write_folders(folder)
+        for layers in {job.layers for job in jobs}:
+            fullsize.write_folders(folder / str(layers), layers)
         top = max(chosen.top, 400) if chosen.by else chosen.top
         for job in jobs:
-            text = in_child(lambda job=job: asdict(measure(job, folder, top)), folder / "answer.json")
+            text = in_child(lambda job=job: asdict(measure(job, folder / str(job.layers), top)), folder / "answer.json")
             if chosen.json:
                 print(text, flush=True)
             else:

@@ -1,4 +1,4 @@
-"""What a micro-step at full size costs; on a regression the operators and lines that grew are printed."""
+"""What a micro-step costs, of the whole model and of 3 layers; on a regression the operators and lines that grew are printed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 from fakegpu.budgets import Budget, exceeded, grown, read_budgets
 from fakegpu.measure import Measured, measured
 
-SHORT = [budget for budget in read_budgets() if budget.short]
-LONG = [budget for budget in read_budgets() if not budget.short]
+SHORT = [budget for budget in read_budgets() if budget.job.layers]
+LONG = [budget for budget in read_budgets() if not budget.job.layers]
 
 
 def measure_all(budgets: list[Budget]) -> dict[str, Measured]:
