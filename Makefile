@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits chat test test-fast verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs site screenshots verify-docs clean
+.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits chat test test-fast verify-model verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs site screenshots verify-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,9 +36,9 @@ chat: $(VENV)/installed  ## a page on this machine to ask a model about pictures
 reproduce: $(VENV)/installed  ## the demo from scratch in another folder, compared byte by byte with stored digests (about 8 minutes)
 	python scripts/reproduce.py $(ARGS)
 
-test: $(VENV)/installed  ## unit tests and one small workflow run for real
-	pytest -n 2 --dist loadfile --ignore tests/slurm
-	pytest tests/slurm
+# One of three workers mostly waits for SLURM; two cores are enough.
+test: $(VENV)/installed  ## unit tests, one small workflow run for real, and a SLURM of four nodes (about 12 minutes on two cores)
+	pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 # Files and single tests that start other programs, train, compare whole gradients, or resize very large pictures.
 SLOW := slurm workflow environments fakegpu gpu clients test_training_* test_evaluation_run.py test_evaluation_chat.py test_docs.py test_reporting_* \
@@ -55,6 +55,9 @@ verify-data: $(VENV)/installed  ## every test image of Pillow's source distribut
 
 verify-training: $(VENV)/installed  ## runs killed at random moments end with the same weights (about 7 minutes)
 	pytest -m verify tests/test_training_kills.py tests/test_training_optimizers.py
+
+verify-model: $(VENV)/installed  ## every stored case of the published code, forward and backward; compiled kernels (about 3 minutes)
+	pytest -m verify tests/test_model_modeling.py tests/test_model_fused.py
 
 verify-evaluation: $(VENV)/installed  ## batches are three times as fast as one by one, with the same answers
 	pytest -m verify -s tests/test_evaluation_speed.py
@@ -87,7 +90,7 @@ verify-conda: $(VENV)/installed  ## every rule in its own environment and nothin
 
 verify-containers: $(VENV)/installed  ## images built twice with Buildah, run in Apptainer, Charliecloud and on SLURM; needs these tools, umoci, debootstrap and root
 	folder=$$(mktemp -d) && export PHI3V_IMAGES=$$folder && trap "rm -r $$folder" EXIT && \
-	  pytest -m verify -s tests/environments/test_containers.py && pytest -m verify -s tests/slurm/test_containers.py
+	  pytest -m verify -s tests/environments/test_containers.py && pytest -m verify -s tests/slurm/test_images.py
 
 verify-pristine: $(VENV)/installed  ## clone, demo and tests on a machine with python3, make and git; needs root and debootstrap (about 25 minutes)
 	pytest -m verify -s tests/environments/test_pristine.py

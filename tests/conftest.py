@@ -24,6 +24,11 @@ if version("torch").endswith("+cpu"):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
+# The groups that take longest start first, so that all workers end together.
+LONGEST = (
+    "slurm", "test_run", "test_resume", "test_training_finetune", "test_deployment", "test_training_checkpoints",
+    "test_training_faults", "test_walks", "test_docs", "test_reporting_tables", "test_evaluation_run", "test_refusals",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +68,14 @@ def same_environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` one worker takes the tests of a file, which share fixtures, or all of tests/slurm."""
+    groups = {item: "slurm" if item.path.parent.name == "slurm" else item.path.stem for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
 
 
 @pytest.hookimpl(hookwrapper=True)
