@@ -121,9 +121,12 @@ def test_the_plugin_leaves_the_choice_of_the_checkout_to_the_snakefile():
     assert done.stdout.strip() == "[]"
 
 
-def test_a_terminal_gets_a_bar_over_all_jobs(folder):
+def on_terminal(folder, *arguments, **variables):
+    """What a run prints to a terminal."""
     ours, theirs = pty.openpty()
-    done = subprocess.Popen(command(), cwd=folder, stdout=theirs, stderr=theirs)
+    unset = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")}
+    environment = unset | {"TERM": "xterm"} | variables
+    done = subprocess.Popen(command(*arguments), cwd=folder, env=environment, stdout=theirs, stderr=theirs)
     os.close(theirs)
     output = b""
     while True:
@@ -133,10 +136,23 @@ def test_a_terminal_gets_a_bar_over_all_jobs(folder):
             break
     os.close(ours)
     assert done.wait() == 0
-    bars = re.findall(r"\[([#-]+)\] (\d+) of (\d+) jobs · ([^\r\x1b]*)", output.decode())
+    return output.decode()
+
+
+def test_a_terminal_gets_a_bar_over_all_jobs(folder):
+    bars = re.findall(r"\[([#-]+)\] (\d+) of (\d+) jobs · ([^\r\x1b]*)", on_terminal(folder))
     assert {total for *_, total, _ in bars} == {"3"}
     assert [int(done) for _, done, *_ in bars] == sorted(int(done) for _, done, *_ in bars)
     assert any(title.startswith("evaluate ") for *_, title in bars)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables"), [(["--nocolor"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})]
+)
+def test_a_terminal_without_codes_gets_plain_lines(folder, arguments, variables):
+    output = on_terminal(folder, *arguments, **variables)
+    assert "one: ANLS 91.5" in output
+    assert "jobs ·" not in output and "\x1b" not in output
 
 
 def test_a_stopped_run_says_once_that_it_waits(folder):

@@ -4,11 +4,13 @@
 
 Profiles select it by `logger: phi3v`. The time counts from a job's start, on SLURM from its submission. A dry run,
 --verbose and --debug-dag print what Snakemake itself prints. -p adds the shell commands and the jobs' output.
+--nocolor, NO_COLOR (https://no-color.org) and TERM=dumb leave out the bar, as does output to a file.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 from collections import Counter, deque
@@ -131,21 +133,22 @@ class LogHandler(LogHandlerBase):
 
     def __post_init__(self) -> None:
         self.stream = sys.stdout if self.common_settings.stdout else sys.stderr
-        self.is_terminal = self.stream.isatty()
+        common = self.common_settings
+        has_codes = not (common.nocolor or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb")
+        self.has_bar = has_codes and self.stream.isatty()
         self.progress = Progress()
         self.message = ""
-        common = self.common_settings
         self.is_plain = bool(common.dryrun or common.verbose or common.debug_dag)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record's lines above the bar."""
         try:
             lines = [self.format(record)] if self.is_plain else list(self.lines(record))
-            clear = "\r\x1b[K" if self.is_terminal else ""
+            clear = "\r\x1b[K" if self.has_bar else ""
             if text := "\n".join(line for line in lines if line and line != "None"):
                 self.stream.write(f"{clear}{text}\n")
                 clear = ""
-            if self.is_terminal and self.progress.running and self.progress.total:
+            if self.has_bar and self.progress.running and self.progress.total:
                 bar = self.progress.bar(record.created, shutil.get_terminal_size().columns)
                 self.stream.write(f"\r\x1b[K{bar}")
             else:
