@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from phi3v.settings import run_script
+from phi3v.settings import heavy_imports, run_script
 
 TEXTS_PER_FOLDER = 600
 """Examples per data folder whose texts train the tokenizer. They contain every word of the demo."""
@@ -48,7 +48,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
     parser.add_argument("--geometry", type=setting, action="append", default=[], metavar="NAME=NUMBER")
     given = parser.parse_args()
-    from phi3v.demo.tiny import build_tiny
+    with heavy_imports():
+        from phi3v.demo.tiny import build_tiny
 
     folder = build_tiny(given.output_dir, texts(given.data_dirs), seed=given.seed, **dict(given.geometry))
     print(f"{folder}: a random tiny model of the official layout")

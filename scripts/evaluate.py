@@ -11,14 +11,17 @@ resumes a stopped run. On a CPU, with the demo's data:
         --data_dir results/data/KEY --output_dir evaluated
 """
 
-from phi3v.settings import EvaluateSettings, parse, run_script
+from phi3v.settings import EvaluateSettings, heavy_imports, parse, run_script
+from phi3v.training.compat import leave_out_unused
 
 
 def main() -> None:
     """Parses the command line and evaluates."""
     settings = parse(EvaluateSettings, __doc__)
+    leave_out_unused(settings)
     # Imported after the command line is checked, because loading PyTorch takes seconds.
-    from phi3v.evaluation.run import evaluate
+    with heavy_imports():
+        from phi3v.evaluation.run import evaluate
 
     evaluate(settings)
 

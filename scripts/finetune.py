@@ -13,7 +13,7 @@ The same command resumes from the newest checkpoint in OUT/checkpoints. Exit cod
 a signal; 73: another job uses OUT; 2: wrong setting; 1: any other error.
 """
 
-from phi3v.settings import FinetuneSettings, parse, run_script
+from phi3v.settings import FinetuneSettings, heavy_imports, parse, run_script
 from phi3v.training.compat import leave_out_unused
 
 
@@ -21,7 +21,8 @@ def main() -> int:
     """Parses the command line and trains."""
     settings = parse(FinetuneSettings, __doc__)
     leave_out_unused(settings)
-    from phi3v.training.finetune import run
+    with heavy_imports():
+        from phi3v.training.finetune import run
 
     return run(settings)
 

@@ -14,14 +14,17 @@ A table of pictures and questions, or every picture in a folder, on one GPU or w
 Writes answers.jsonl, answers.csv and manifest.json to OUTPUT_DIR. The same command resumes a stopped run.
 """
 
-from phi3v.settings import PredictSettings, parse, run_script
+from phi3v.settings import PredictSettings, heavy_imports, parse, run_script
+from phi3v.training.compat import leave_out_unused
 
 
 def main() -> None:
     """Parses the command line, and prints the answer or the path of the answers."""
     settings = parse(PredictSettings, __doc__)
+    leave_out_unused(settings)
     # Imported after the command line is checked, because loading PyTorch takes seconds.
-    from phi3v.evaluation.predict import predict, predict_all
+    with heavy_imports():
+        from phi3v.evaluation.predict import predict, predict_all
 
     if settings.table or settings.folder:
         print(predict_all(settings), end="")

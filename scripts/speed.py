@@ -13,7 +13,7 @@ Two CPU processes in place of the published machines; the result is labelled:
 Exit codes: 0: done; 2: wrong setting, or other devices than expected; 1: any other error.
 """
 
-from phi3v.settings import SpeedSettings, parse, run_script
+from phi3v.settings import SpeedSettings, heavy_imports, parse, run_script
 from phi3v.training.compat import leave_out_unused
 
 
@@ -21,7 +21,8 @@ def main() -> int:
     """Parses the command line and measures."""
     settings = parse(SpeedSettings, __doc__)
     leave_out_unused(settings)
-    from phi3v.benchmark.speed import measure
+    with heavy_imports():
+        from phi3v.benchmark.speed import measure
 
     return measure(settings)
 

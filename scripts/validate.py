@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from phi3v.data.check import validate_folder
-from phi3v.settings import run_script
+from phi3v.settings import heavy_imports, run_script
 
 
 def arguments() -> argparse.Namespace:
@@ -50,7 +50,8 @@ def main() -> int:
     given = arguments()
     counter = None
     if given.model:
-        from phi3v.data.lengths import TokenCounter, write_statistics
+        with heavy_imports():
+            from phi3v.data.lengths import TokenCounter, write_statistics
 
         counter = TokenCounter.of(given.model)
     tile_size = counter.image_processor.tile_size if counter else 336

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from phi3v.settings import FinetuneSettings, validate
+from phi3v.settings import EvaluateSettings, FinetuneSettings, validate
 from phi3v.training.compat import compute_float16_on_cpu
 
 # What a LoRA job runs of these libraries.
@@ -88,3 +88,13 @@ def test_only_unused_libraries_are_left_out(monkeypatch, values, left_out):
     monkeypatch.setattr(sys, "modules", modules)
     leave_out_unused(validate(FinetuneSettings, {"model_name_or_path": "m", "output_dir": "o"} | values, "test"))
     assert set(modules) == left_out
+
+
+def test_evaluation_imports_no_library_of_training(monkeypatch):
+    from phi3v.training.compat import leave_out_unused
+
+    modules = dict.fromkeys(())
+    monkeypatch.setattr(sys, "modules", modules)
+    values = {"model_name_or_path": "m", "data_dir": "d", "output_dir": "o"}
+    leave_out_unused(validate(EvaluateSettings, values, "test"))
+    assert set(modules) == {"bitsandbytes", "deepspeed"}

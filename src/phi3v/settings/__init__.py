@@ -11,7 +11,7 @@ from phi3v.settings.base import (
     read_yaml,
     validate,
 )
-from phi3v.settings.command_line import flags, parse, run_script
+from phi3v.settings.command_line import flags, heavy_imports, parse, run_script
 from phi3v.settings.commands import (
     Compute,
     EvaluateSettings,

@@ -7,13 +7,13 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from phi3v.settings import Compute, FinetuneSettings
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from phi3v.settings import FinetuneSettings
 
-
-def leave_out_unused(settings: FinetuneSettings) -> None:
+def leave_out_unused(settings: Compute) -> None:
     """Prevents transformers, accelerate and PEFT from importing unused libraries. Imports no torch.
 
     peft imports bitsandbytes with PyTorch's inductor (1.8 s of start-up on a 2-core machine, in each process),
@@ -21,14 +21,16 @@ def leave_out_unused(settings: FinetuneSettings) -> None:
     detection (0.7 s), if they are installed. A None in sys.modules is Python's way to say that a module cannot be
     imported (Python reference, 5.3.1). For scripts only: it holds for the whole process.
     """
-    unused = []
-    if not settings.use_qlora and "8bit" not in settings.optimizer:
-        unused.append("bitsandbytes")
-    if settings.method in ("lora", "qlora") or settings.zero_stage == 0:
-        unused.append("deepspeed")
-    # bitsandbytes and trackers import scipy themselves.
-    if "bitsandbytes" in unused and not settings.report_to:
-        unused.append("scipy")
+    # Answers come from unquantised weights.
+    unused = ["bitsandbytes", "deepspeed"]
+    if isinstance(settings, FinetuneSettings):
+        if settings.use_qlora or "8bit" in settings.optimizer:
+            unused.remove("bitsandbytes")
+        if settings.method not in ("lora", "qlora") and settings.zero_stage:
+            unused.remove("deepspeed")
+        # bitsandbytes and trackers import scipy themselves.
+        if "bitsandbytes" in unused and not settings.report_to:
+            unused.append("scipy")
     for name in unused:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
