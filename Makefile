@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits chat test test-fast verify-model verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs site screenshots verify-docs clean
+.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits chat test test-units test-slurm test-fast verify-model verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs site screenshots verify-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,9 +36,15 @@ chat: $(VENV)/installed  ## a page on this machine to ask a model about pictures
 reproduce: $(VENV)/installed  ## the demo from scratch in another folder, compared byte by byte with stored digests (about 8 minutes)
 	python scripts/reproduce.py $(ARGS)
 
-# One of three workers mostly waits for SLURM; two cores are enough.
-test: $(VENV)/installed  ## unit tests, one small workflow run for real, and a SLURM of four nodes (about 12 minutes on two cores)
-	pytest -n 3 --dist loadgroup --no-loadscope-reorder
+# SLURM's tests mostly wait, so they run beside the others.
+test: $(VENV)/installed  ## all tests but the longer proofs (about 12 minutes on two cores)
+	$(MAKE) --jobs 2 --keep-going test-units test-slurm
+
+test-units: $(VENV)/installed  ## unit tests and one small workflow run for real
+	pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm
+
+test-slurm: $(VENV)/installed  ## short tests on a real SLURM started here; printed when they end
+	@output=$$(pytest tests/slurm 2>&1); code=$$?; echo "$$output"; exit $$code
 
 # Files and single tests that start other programs, train, compare whole gradients, or resize very large pictures.
 SLOW := slurm workflow environments fakegpu gpu clients test_training_* test_evaluation_run.py test_evaluation_chat.py test_docs.py test_reporting_* \

@@ -24,9 +24,9 @@ if version("torch").endswith("+cpu"):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
-# The groups that take longest start first, so that all workers end together.
+# The files that take longest start first, so that both workers of `make test` end together.
 LONGEST = (
-    "slurm", "test_run", "test_resume", "test_training_finetune", "test_deployment", "test_training_checkpoints",
+    "test_run", "test_resume", "test_training_finetune", "test_deployment", "test_training_checkpoints",
     "test_training_faults", "test_walks", "test_docs", "test_reporting_tables", "test_evaluation_run", "test_refusals",
 )  # fmt: skip
 
@@ -71,11 +71,8 @@ def same_environment():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` one worker takes the tests of a file, which share fixtures, or all of tests/slurm."""
-    groups = {item: "slurm" if item.path.parent.name == "slurm" else item.path.stem for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+    """The longest files first. `make test` gives a worker whole files, for what the tests of a file share."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.hookimpl(hookwrapper=True)
