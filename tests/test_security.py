@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import yaml
+
+from phi3v.settings import SettingsError, load_run
 
 UNSAFE_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 UNSAFE_CALLS = {
@@ -87,13 +90,16 @@ def test_the_scan_lets_pass(text):
 
 def test_names_that_reach_a_shell_line_are_plain(root):
     """Rows, datasets and models come from tables and become words of commands and paths."""
+    published = yaml.safe_load((root / "config/config.yaml").read_text())
     for name in ("x; touch y", "$(id)", "a b", "../x", "-rf"):
-        done = subprocess.run(
-            [sys.executable, "-m", "snakemake", "-n", "--config", f"name={name!r}"],
-            cwd=root, capture_output=True, text=True, check=False, timeout=120,
-        )  # fmt: skip
-        assert done.returncode != 0, name
-        assert "nothing was started" in done.stdout + done.stderr
+        with pytest.raises(SettingsError, match="name"):
+            load_run(published | {"name": name}, root)
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", "--config", "name='$(id)'"],
+        cwd=root, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "nothing was started" in done.stdout + done.stderr
 
 
 def test_a_token_is_not_shown_by_a_download_that_fails(root, tmp_path):

@@ -40,7 +40,7 @@ def train(folders: tuple[Path, Path], out: Path, **values) -> Path:
     model, data = folders
     defaults = {
         "model_name_or_path": str(model), "data_dir": str(data), "output_dir": str(out), "batch_size": 8,
-        "max_steps": 4, "warmup_steps": 1, "learning_rate": 2e-3, "zero_stage": 0, "tqdm": False, "lora_rank": 4,
+        "batch_size_per_gpu": 8, "max_steps": 4, "warmup_steps": 1, "learning_rate": 2e-3, "zero_stage": 0, "tqdm": False, "lora_rank": 4,
     }  # fmt: skip
     assert run(validate(FinetuneSettings, defaults | values, "test")) == 0
     return out
@@ -61,10 +61,10 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_the_loss_curve_does_not_depend_on_grouping(folders, tmp_path):
     """20 float32 steps over text-only and picture examples, last partial step of each epoch included."""
     ways = {
-        "one by one": {},
+        "one by one": {"batch_size_per_gpu": 1},
         "in fours": {"batch_size_per_gpu": 4},
         "like lengths": {"batch_size_per_gpu": 4, "batching": "length"},
-        "packed": {"batching": "packed", "tokens_per_pack": 300},
+        "packed": {"batch_size_per_gpu": 1, "batching": "packed", "tokens_per_pack": 300},
     }
     curves = {
         way: losses(train(folders, tmp_path / way, fp32=True, max_steps=20, gradient_checkpointing=False, **values))
@@ -83,7 +83,7 @@ def test_the_step_loss_is_the_mean_of_the_examples_means(folders, tmp_path):
     from phi3v.training.batches import BatchPlan
 
     model_dir, data = folders
-    out = train(folders, tmp_path / "out", fp32=True, max_steps=1, warmup_steps=0, batch_size_per_gpu=8)
+    out = train(folders, tmp_path / "out", fp32=True, max_steps=1, warmup_steps=0)
     model = Phi3VForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
     dataset = ConversationDataset(data, "train", Phi3VProcessor.from_pretrained(model_dir), seed=42)
     means = []
@@ -153,7 +153,7 @@ def test_what_ran_is_what_was_asked(folders, tmp_path, dtype, flash, method):
 
 
 def test_what_a_finished_row_holds(folders, tmp_path):
-    out = train(folders, tmp_path, fp32=True, eval_steps=2, save_steps=1, deterministic=True)
+    out = train(folders, tmp_path, fp32=True, eval_steps=2, save_steps=1, deterministic=True, batch_size_per_gpu=1)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
@@ -173,16 +173,16 @@ def test_what_a_finished_row_holds(folders, tmp_path):
 
 def test_a_finished_row_is_not_trained_again(folders, tmp_path, capfd):
     """Its outputs come back if they were removed; with other settings it is trained."""
-    out = train(folders, tmp_path, fp32=True, batch_size_per_gpu=8)
+    out = train(folders, tmp_path, fp32=True)
     weights, manifest, log = tensors(out / "final"), read(out / "manifest.json"), (out / "metrics.jsonl").read_bytes()
     shutil.rmtree(out / "final")
-    train(folders, tmp_path, fp32=True, batch_size_per_gpu=8)
+    train(folders, tmp_path, fp32=True)
     assert "already finished" in capfd.readouterr().err
     assert (out / "metrics.jsonl").read_bytes() == log
     assert read(out / "manifest.json") == manifest
     again = tensors(out / "final")
     assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
-    train(folders, tmp_path, fp32=True, batch_size_per_gpu=8, learning_rate=1e-3)
+    train(folders, tmp_path, fp32=True, learning_rate=1e-3)
     assert any(not torch.equal(weights[name], value) for name, value in tensors(out / "final").items())
 
 
@@ -197,7 +197,7 @@ def test_checkpoints_come_by_steps_and_by_the_clock(folders, tmp_path, monkeypat
         [({"save_steps": 2}, [2]), ({"save_minutes": 1e-5}, [1, 2, 3]), ({}, []), ({"save_minutes": 60.0}, [])]
     ):
         written.clear()
-        out = train(folders, tmp_path / str(number), fp32=True, batch_size_per_gpu=8, **how)
+        out = train(folders, tmp_path / str(number), fp32=True, **how)
         assert written == expected, how
         assert not (out / "checkpoints").exists()
 
@@ -217,7 +217,7 @@ def test_the_space_asked_for_is_what_a_checkpoint_takes(folders, tmp_path, monke
     monkeypatch.setattr(writer, "seal", measured)
     monkeypatch.setattr(checkpoints, "check_space", lambda folder, needed, count: asked.append((needed, count)))
     best = {"eval_steps": 1, "keep_best": True} if not how else {}
-    train(folders, tmp_path, fp32=True, batch_size_per_gpu=8, save_steps=2, keep_checkpoints=3, **best, **how)
+    train(folders, tmp_path, fp32=True, save_steps=2, keep_checkpoints=3, **best, **how)
     ((needed, count),) = asked
     # Beside weights and optimizer there are a few small files.
     assert needed < written[0] < needed + 100_000
@@ -227,7 +227,7 @@ def test_the_space_asked_for_is_what_a_checkpoint_takes(folders, tmp_path, monke
 def test_a_merged_model_beside_the_adapter(folders, tmp_path, capfd):
     from phi3v.model import Phi3VForCausalLM
 
-    out = train(folders, tmp_path, fp32=True, use_lora=True, batch_size_per_gpu=8, merge=True)
+    out = train(folders, tmp_path, fp32=True, use_lora=True, merge=True)
     assert (out / "final" / "adapter_config.json").is_file()
     assert "largest difference of logits" in capfd.readouterr().err
     moved = tensors(out / "merged")
@@ -241,7 +241,7 @@ def test_what_is_saved_beside_the_weights(folders, tmp_path, how):
     """Files of the base that training does not change, its number of crops, and readable by whom the umask lets read."""
     before = os.umask(0o027)
     try:
-        out = train(folders, tmp_path, fp32=True, batch_size_per_gpu=8, num_crops=6, recompute_every=1, **how)
+        out = train(folders, tmp_path, fp32=True, num_crops=6, recompute_every=1, **how)
     finally:
         os.umask(before)
     for folder in [out / "final", *out.glob("merged")]:
@@ -277,7 +277,7 @@ def test_a_checkpoint_of_a_running_job_answers_like_its_export(folders, tmp_path
         self.module.save_pretrained(tmp_path / "exported")
 
     monkeypatch.setattr(Loop, "save", save)
-    train(folders, tmp_path, fp32=True, use_lora=lora, batch_size_per_gpu=8, save_steps=2)
+    train(folders, tmp_path, fp32=True, use_lora=lora, save_steps=2)
     exported = dict(load_for_inference(tmp_path / "exported", torch.float32).named_parameters())
     (checkpoint,) = (tmp_path / "kept").iterdir()
     loaded = Predictor.load(checkpoint, Compute(fp32=True), torch.device("cpu"), 4)
@@ -297,7 +297,7 @@ def test_a_merge_that_fails_costs_the_steps_since_the_last_checkpoint(folders, t
     def refuse(*arguments):
         raise ValueError("the merged model differs.")
 
-    merge = {"fp32": True, "use_lora": True, "batch_size_per_gpu": 8, "save_steps": 2, "merge": True}
+    merge = {"fp32": True, "use_lora": True, "save_steps": 2, "merge": True}
     with monkeypatch.context() as patch:
         patch.setattr(export, "merge", refuse)
         with pytest.raises(
@@ -329,7 +329,7 @@ def test_no_adapter_is_read_through_the_first_gpu(folders, tmp_path, monkeypatch
     monkeypatch.setattr(save_and_load, "safe_load_file", recorded)
     for module in (save_and_load, peft_model):
         monkeypatch.setattr(module, "infer_device", lambda: "cuda")
-    values = {"fp32": True, "use_lora": True, "batch_size_per_gpu": 8, "save_steps": 2, "eval_steps": 2, "merge": True}
+    values = {"fp32": True, "use_lora": True, "save_steps": 2, "eval_steps": 2, "merge": True}
     with monkeypatch.context() as patch:
         patch.setattr(export, "merge", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
