@@ -235,6 +235,11 @@ class Cluster:
         process.kill()
         process.wait()
 
+    def lose(self, node: str) -> None:
+        """A node loses power. One that is only marked DOWN registers again by itself."""
+        self.kill(node)
+        self.out("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
     def stop(self) -> None:
         """End every node with its jobs, and every daemon, whatever state they are in."""
         for name in reversed(list(self.processes)):
@@ -265,10 +270,10 @@ class Cluster:
         lines = self.out("squeue", "-h", "--states=all", "-o", "%i %T").splitlines()
         return dict(line.split() for line in lines)
 
-    def restarts(self, job: str) -> int | None:
-        """How often SLURM has put a job back into the queue; None while processes of its last start may run."""
+    def restarts(self, job: str) -> int:
+        """How often SLURM has put a job back into the queue; 0 while processes of an earlier start may run."""
         shown = self.out("scontrol", "show", "job", job)
-        return None if "COMPLETING" in shown else int(shown.partition("Restarts=")[2].split()[0])
+        return 0 if "COMPLETING" in shown else int(shown.partition("Restarts=")[2].split()[0])
 
     def release(self) -> None:
         """Let jobs that SLURM put back into the queue start soon, not after two minutes.

@@ -126,10 +126,9 @@ def test_each_fault_is_answered_in_its_own_way(stubbed, cluster, until):
     cluster.out("scancel", "--signal=KILL", "--full", jobs["frozen"][0])
     cluster.out("scontrol", "requeue", jobs["lora"][0])
     down = jobs["qlora"][1]
-    cluster.kill(down)
-    cluster.out("scontrol", "update", f"NodeName={down}", "State=DOWN", "Reason=test")
+    cluster.lose(down)
     for method in ("qlora", "lora"):
-        until(f"the first start of {method} has ended", lambda job=jobs[method][0]: cluster.restarts(job) == 1)
+        until(f"the first start of {method} has ended", lambda job=jobs[method][0]: cluster.restarts(job))
     (stubbed.folder / "continue").touch()
     until("the refused row waits", lambda: submissions(snakemake.output, owned) == 2)
     cluster.release()

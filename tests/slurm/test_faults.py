@@ -15,29 +15,40 @@ SPEED = "phi3-a100-full-eager-8gpu"
 def test_cancelled_killed_requeued_and_a_machine_down(runs, cluster, until, undisturbed):
     """A row of each method, each with a fault of its own, and a speed row, in one run."""
     snakemake = runs.start(runs.configure("faults", ROWS, [SPEED], epochs=EPOCHS, save_minutes=0.02), "--jobs", "6")
-    for row in ROWS:
-        until(f"{row} trains", lambda row=row: runs.steps("faults", row) >= 2 or snakemake.process.poll() is not None)
-    jobs = {method: job_of(cluster, ROW[method]) for method in METHODS}
-    assert all(job for job, _ in jobs.values()), snakemake.output[-6000:]
-    # Its daemon and every process die with a machine: one that is only marked DOWN registers again by itself.
-    down = jobs["qlora"][1]
-    cluster.kill(down)
-    cluster.out("scontrol", "update", f"NodeName={down}", "State=DOWN", "Reason=test")
-    cluster.out("scancel", jobs["full"][0])
-    # The first rank holds the lock of the row's folder, and takes it along.
-    workers(f"faults/train/{ROW['frozen']}")[0].send_signal(signal.SIGKILL)
-    cluster.out("scontrol", "requeue", jobs["lora"][0])
+    faults = {
+        "full": lambda job: cluster.out("scancel", job),
+        # The first rank holds the lock of the row's folder, and takes it along.
+        "frozen": lambda _: workers(f"faults/train/{ROW['frozen']}")[0].send_signal(signal.SIGKILL),
+        "lora": lambda job: cluster.out("scontrol", "requeue", job),
+        # Its node may have other rows' jobs, so it goes last; until then this row must not finish.
+        "qlora": lambda _: [worker.suspend() for worker in workers(f"faults/train/{ROW['qlora']}")],
+    }
+    jobs, node = {}, {}
+
+    def all_struck() -> bool:
+        """Whether each row has met its fault, which comes soon after its training began."""
+        assert snakemake.process.poll() is None, snakemake.output[-6000:]
+        for method in faults.keys() - jobs.keys():
+            if runs.steps("faults", ROW[method]) >= 2 and workers(f"faults/train/{ROW[method]}"):
+                jobs[method], node[method] = job_of(cluster, ROW[method])
+                faults[method](jobs[method])
+        return len(jobs) == len(faults)
+
+    until("every row trains and meets its fault", all_struck)
+    first_log = runs.folder / f"results/faults/logs/train/{ROW['frozen']}.1.log"
+    until("the killed row is tried again", first_log.exists)
+    cluster.lose(node["qlora"])
     for method in ("qlora", "lora"):
-        until(f"{method} waits", lambda job=jobs[method][0]: cluster.jobs()[job] == "PENDING")
+        until(f"the first start of {method} has ended", lambda job=jobs[method]: cluster.restarts(job))
     # SLURM holds jobs that it put back for two minutes.
     cluster.release()
-    code = snakemake.finish(400)
-    cluster.start_node(down)
+    code = snakemake.finish(600)
+    cluster.start_node(node["qlora"])
     assert code == 0, snakemake.output[-8000:]
     assert_complete(runs, "faults", ROWS)
     assert (runs.folder / "results/faults/speed" / SPEED / "manifest.json").is_file()
     # The rank that went first is named.
-    assert re.search(r"Root Cause \(first observed failure\):[\s\S]*?rank +: 0 [\s\S]*?SIGKILL", snakemake.output)
+    assert re.search(r"Root Cause \(first observed failure\):[\s\S]*?rank +: 0 [\s\S]*?SIGKILL", first_log.read_text())
     # Only what failed was submitted again; a requeued job keeps its number.
     submitted = {method: submissions(snakemake.output, ROW[method]) for method in METHODS}
     assert submitted == {"full": 2, "frozen": 2, "lora": 1, "qlora": 1}

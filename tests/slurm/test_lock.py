@@ -73,8 +73,7 @@ def test_the_lock_of_a_killed_job_is_free_on_another_node_at_once(cluster, jobs,
 @pytest.mark.verify
 def test_a_job_that_slurm_requeues_after_its_node_died_takes_its_own_lock_over(cluster, jobs, until):
     job = jobs.submit("node1", "hold", "--requeue")
-    cluster.kill("node1")
-    cluster.out("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=test")
+    cluster.lose("node1")
     until("the job waits", lambda: cluster.jobs()[job] == "PENDING")
     cluster.out("scontrol", "update", f"JobId={job}", "ReqNodeList=node2", "StartTime=now")
     until("it runs on node2", lambda: jobs.said(job).count("mine after") == 2, seconds=60)

@@ -15,7 +15,8 @@ def trained(runs):
 
     def train(name: str, nodes: int, per_node: int) -> str:
         pool = [{"device": "a100-80gb", "per_node": per_node, "nodes": nodes, "stand_in": True}]
-        code, output = runs.run(runs.configure(name, [ROW], hardware=pool), f"results/{name}/train/{ROW}/manifest.json")
+        target = f"results/{name}/train/{ROW}/manifest.json"
+        code, output = runs.run(runs.configure(name, [ROW], hardware=pool), target, "--printshellcmds")
         assert code == 0, output[-8000:]
         return output
 
