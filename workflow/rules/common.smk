@@ -115,12 +115,12 @@ def job_of(wildcards):
     return RUN.baselines[wildcards.baseline]
 
 
+def with_signature(function):
+    """The function, with the signature for which Snakemake asks several times per job."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
 def on_job(function):
     """An input or params function of the job that the wildcards name."""
-
-    def value(wildcards):
-        return function(job_of(wildcards))
-
-    # Snakemake asks for it three times per job.
-    value.__signature__ = inspect.signature(value)
-    return value
+    return with_signature(lambda wildcards: function(job_of(wildcards)))

@@ -163,10 +163,10 @@ def parse(settings: type[C], description: str | None, arguments: list[str] | Non
 
 def flags(settings: Command, roles: Iterable[Role] = Role) -> list[str]:
     """The flags that make `parse` return these settings. Settings at their defaults are omitted. roles: of the fields."""
-    written = []
+    written, fields = [], type(settings).model_fields
     for name in fields_with(type(settings), *roles):
         value = getattr(settings, name)
-        if value == type(settings).model_fields[name].default:
+        if value == fields[name].default:
             continue
         if isinstance(value, bool):
             written.append(f"--{name}" if value else f"--no-{name}")
