@@ -99,7 +99,7 @@ def test_a_first_site_file_names_the_users_default_account(clients, root):
 
 SACCTMGR = """case "$*" in
 *qos*MaxTRESPerAccount*) printf 'normal||||||||||||\\nlong|DenyOnLimit|1-00:00:00||gres/gpu=4|node=8||||6|gres/gpu=16||gres/gpu=1\\n' ;;
-*account=*) printf 'vision|||||mem=4T,gres/gpu=64||||\\nvision|ada|||||||||\\n' ;;
+*account=*) printf 'vision|||||mem=4T,gres/gpu=64|||||2-00:00:00|cpu=9000\\nvision|ada|||||||||\\n' ;;
 *assoc*) printf 'alpha|||normal||||||||\\nvision||normal,long|long|12:00:00|cpu=256||||||5\\n' ;;
 *DefaultAccount*) echo vision ;;
 esac"""
@@ -115,6 +115,7 @@ def test_limits_of_association_and_quality_of_service(clients):
         "QOS long (MaxSubmitJobsPerUser: 6)", "QOS long (MaxTRESPerUser: gres/gpu=16)",
         "QOS long (MinTRESPerJob: gres/gpu=1)", "account vision (MaxTRESPerJob: cpu=256)",
         "account vision (GrpTRES: mem=4194304)", "account vision (GrpTRES: gres/gpu=64)",
+        "account vision (GrpWall: 2880)", "account vision (GrpTRESMins: cpu=9000)",
     ]  # fmt: skip
     assert str(accounting.of("vision", "normal", "gpu", "")[0]) == "account vision (MaxWall: 720)"
     assert accounting.of("alpha", "normal", "gpu", "") == []
@@ -150,6 +151,9 @@ def test_amounts_as_accounting_prints_them(text, expected):
         (("MaxWall", "", 60), "error", "asks for 600 min, QOS q (MaxWall: 60): such a job waits for ever; set "
          "`partitions.a100-80gb.max_runtime: 60`, or another account or qos, in config/site.yaml"),
         (("MaxWall", "", 600), None, ""),
+        (("GrpWall", "", 599), "error", "asks for 600 min, QOS q (GrpWall: 599): such a job waits for ever"),
+        (("GrpTRESMins", "gres/gpu", 4799), "error", "asks for gres/gpu=4800, QOS q (GrpTRESMins: gres/gpu=4799)"),
+        (("GrpTRESMins", "gres/gpu", 4800), None, ""),
         (("MaxJobsPerUser", "", 0), "error", "asks for a job, QOS q (MaxJobsPerUser: 0): no job may run"),
         (("MaxSubmitJobs", "", 2), "note", "QOS q (MaxSubmitJobs): at most 2 jobs of yours wait or run at a time"),
     ],

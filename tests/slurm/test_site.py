@@ -251,7 +251,9 @@ def test_limits_of_accounting_are_read(runs, look, cluster):
     cluster.out(
         "sacctmgr", "-i", "modify", *where, "MaxTRES=gres/gpu=1", "MaxWall=20", "MaxSubmitJobs=5", "qos=normal,tiny"
     )
-    cluster.out("sacctmgr", "-i", "modify", "account", "research", "set", "GrpTRES=cpu=1")
+    cluster.out(
+        "sacctmgr", "-i", "modify", "account", "research", "set", "GrpTRES=cpu=1", "GrpTRESMins=cpu=3", "GrpWall=4"
+    )
     try:
         runs.site(site(qos="tiny"))
         code, output = look("check", "--no-probe", "--config", config)
@@ -259,13 +261,25 @@ def test_limits_of_accounting_are_read(runs, look, cluster):
         cluster.out(
             "sacctmgr", "-i", "modify", *where, "MaxTRES=gres/gpu=-1", "MaxWall=-1", "MaxSubmitJobs=-1", "qos=normal"
         )
-        cluster.out("sacctmgr", "-i", "modify", "account", "research", "set", "GrpTRES=cpu=-1")
+        cluster.out(
+            "sacctmgr",
+            "-i",
+            "modify",
+            "account",
+            "research",
+            "set",
+            "GrpTRES=cpu=-1",
+            "GrpTRESMins=cpu=-1",
+            "GrpWall=-1",
+        )
     assert code == 1
     row = "error: row `phi3-a100-full-eager-8gpu` (speed): asks for"
     for said in (
         f"{row} gres/gpu=2, account research (MaxTRESPerJob: gres/gpu=1): such a job waits for ever",
         f"{row} cpu=2, QOS tiny (MaxTRESPerUser: cpu=1)",
         f"{row} cpu=2, account research (GrpTRES: cpu=1)",
+        "account research (GrpTRESMins: cpu=3): such a job waits for ever",
+        "account research (GrpWall: 4): such a job waits for ever",
         "account research (MaxWall: 20): such a job waits for ever; set `partitions.a100-80gb.max_runtime: 20`",
         "note: account research (MaxSubmitJobs): at most 5 jobs of yours wait or run at a time",
     ):

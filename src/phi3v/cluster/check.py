@@ -228,7 +228,9 @@ def _limit_problems(entry: Partition, limits: Iterable[Limit], request: Request)
     other = f"or another account or qos, in {SITE_FILE}"
     for limit in limits:
         asked = each.get(limit.tres, 0) * (1 if limit.name == "MaxTRESPerNode" else request.nodes)
-        if limit.name == "MaxWall":
+        if limit.name == "GrpTRESMins":
+            asked *= runtime
+        if limit.name.endswith("Wall"):
             if runtime > limit.value:
                 field = f"`partitions.{request.device}.max_runtime: {limit.value}`"
                 yield f"{runtime} min", f"{limit}: such a job waits for ever; set {field}, {other}"

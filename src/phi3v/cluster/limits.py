@@ -1,4 +1,4 @@
-"""Limits of SLURM's accounting: what a user's association and the quality of service allow a job, and all jobs together."""
+"""Limits of SLURM's accounting: what an association and the quality of service allow a job, and all jobs together."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from phi3v.cluster.ask import ClusterError, ask, minutes
 
 # Fields of both first.
 _BOTH = ["MaxWall", "MaxTRESPerJob", "MaxTRESPerNode", "GrpTRES", "GrpJobs", "GrpSubmitJobs"]
-ASSOCIATION = [*_BOTH, "MaxJobs", "MaxSubmitJobs"]
-QOS = [*_BOTH, "MaxJobsPerUser", "MaxSubmitJobsPerUser", "MaxTRESPerUser", "MaxTRESPerAccount", "MinTRESPerJob"]
+# Of all jobs together, also those that have ended.
+_USED = ["GrpWall", "GrpTRESMins"]
+ASSOCIATION = [*_BOTH, "MaxJobs", "MaxSubmitJobs", *_USED]
+QOS = [*_BOTH, "MaxJobsPerUser", "MaxSubmitJobsPerUser", "MaxTRESPerUser", "MaxTRESPerAccount", "MinTRESPerJob", *_USED]
 JOBS = {
     "MaxJobs": "of yours run", "MaxJobsPerUser": "of yours run", "GrpJobs": "of all its users run",
     "MaxSubmitJobs": "of yours wait or run", "MaxSubmitJobsPerUser": "of yours wait or run",
@@ -101,7 +103,7 @@ def _show(what: str, fields: list[str], *where: str) -> list[dict[str, str]]:
 def _limits(where: str, row: dict[str, str]) -> list[Limit]:
     found = []
     for name, text in row.items():
-        if name == "MaxWall":
+        if name.endswith("Wall"):
             found += [Limit(where, name, "", limit)] if (limit := minutes(text)) is not None else []
         elif name in JOBS and text:
             found.append(Limit(where, name, "", int(text)))
