@@ -16,21 +16,17 @@ rule download_model:
         "results/models/{key}/sources.lock.json",
     log:
         "results/models/logs/{key}.log",
-    benchmark:
-        "results/models/logs/{key}.tsv"
     conda:
         DATA_ENV
     resources:
         **on_cpus(mem_mb=2000, runtime=240),
     params:
-        scripts=SCRIPTS,
         name=lambda wildcards: RUN.models_by_key[wildcards.key],
         options=lambda wildcards, input: ["--models", *RUN.settings.files.models, "--model"],
     message:
         "download {params.name}"
     shell:
-        "python {params.scripts}/download.py {params.options:q} {params.name}"
-        " --output_dir $(dirname {output}) 2>&1 | tee {log}"
+        run_script("download", "{params.options:q} {params.name} --output_dir $(dirname {output})")
 
 
 use rule download_model as download_data with:
@@ -43,8 +39,6 @@ use rule download_model as download_data with:
         "results/data/{key}/source/sources.lock.json",
     log:
         "results/data/{key}/logs/download.log",
-    benchmark:
-        "results/data/{key}/logs/download.tsv"
     params:
         name=lambda wildcards: RUN.datasets_by_key[wildcards.key],
         # An edited file of the user's repeats the download and what follows.
@@ -62,20 +56,20 @@ rule convert:
         "results/data/{key}/dataset.json",
     log:
         "results/data/{key}/logs/convert.log",
-    benchmark:
-        "results/data/{key}/logs/convert.tsv"
     conda:
         DATA_ENV
     threads: settings.CONVERSION_THREADS
     resources:
         **on_cpus(mem_mb=4000, runtime=240, threads=settings.CONVERSION_THREADS),
     params:
-        scripts=SCRIPTS,
         dataset=lambda wildcards: RUN.datasets_by_key[wildcards.key],
         entry=lambda wildcards: RUN.dataset_of(wildcards.key).conversion_entry,
         files=lambda wildcards, input: RUN.settings.files.datasets,
     message:
         "convert {params.dataset} to the conversations jsonl"
     shell:
-        "python {params.scripts}/convert.py --datasets {params.files:q} --dataset {params.dataset}"
-        " --source_dir results/data/{wildcards.key}/source --output_dir results/data/{wildcards.key} --workers {threads} 2>&1 | tee {log}"
+        run_script(
+            "convert",
+            "--datasets {params.files:q} --dataset {params.dataset} --source_dir results/data/{wildcards.key}/source"
+            " --output_dir results/data/{wildcards.key} --workers {threads}",
+        )

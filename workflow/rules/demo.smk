@@ -9,20 +9,14 @@ rule digits:
         directory("results/digits-source"),
     log:
         "results/logs/digits.log",
-    benchmark:
-        "results/logs/digits.tsv"
     conda:
         DATA_ENV
-    container:
-        TRAIN_IMAGE
     resources:
         **on_cpus(mem_mb=1000, runtime=10),
-    params:
-        scripts=SCRIPTS,
     message:
         "write the handwritten digits as files"
     shell:
-        "python {params.scripts}/digits.py --output_dir {output} 2>&1 | tee {log}"
+        run_script("digits", "--output_dir {output}")
 
 
 if DEMO:
@@ -45,23 +39,18 @@ if DEMO:
             ),
         log:
             f"{DEMO.folder}/logs/sources.log",
-        benchmark:
-            f"{DEMO.folder}/logs/sources.tsv"
         conda:
             DATA_ENV
-        container:
-            TRAIN_IMAGE
         resources:
             **on_cpus(mem_mb=2000, runtime=10),
         params:
-            scripts=SCRIPTS,
             folder=lambda wildcards: DEMO.folder,
             seed=DEMO.seed,
             sizes=" ".join(f"--size {name}={size}" for name, size in DEMO.sizes.items()),
         message:
             "make the demo's source files"
         shell:
-            "python {params.scripts}/demo_sources.py --output_dir {params.folder} --seed {params.seed} {params.sizes} 2>&1 | tee {log}"
+            run_script("demo_sources", "--output_dir {params.folder} --seed {params.seed} {params.sizes}")
 
     rule demo_model:
         """A random tiny model, and a tokenizer that knows the words of the training splits."""
@@ -71,24 +60,21 @@ if DEMO:
             directory(f"{DEMO.folder}/random"),
         log:
             f"{DEMO.folder}/logs/random.log",
-        benchmark:
-            f"{DEMO.folder}/logs/random.tsv"
         conda:
             TRAIN_ENV
-        container:
-            TRAIN_IMAGE
         resources:
             **on_cpus(mem_mb=2000, runtime=10),
         params:
-            scripts=SCRIPTS,
             data=[RUN.data_folder(name) for name in DEMO.texts],
             seed=DEMO.seed,
             geometry=" ".join(f"--geometry {name}={size}" for name, size in DEMO.geometry.items()),
         message:
             "make a random tiny Phi-3.5-vision"
         shell:
-            "python {params.scripts}/demo_model.py --data_dirs {params.data} --seed {params.seed} {params.geometry}"
-            " --output_dir {output} 2>&1 | tee {log}"
+            run_script(
+                "demo_model",
+                "--data_dirs {params.data} --seed {params.seed} {params.geometry} --output_dir {output}",
+            )
 
     rule demo_base:
         """Train the random model a little on a mixture, so that rows start from something."""
@@ -100,12 +86,8 @@ if DEMO:
             f"{DEMO.folder}/base/manifest.json",
         log:
             f"{DEMO.folder}/logs/base.log",
-        benchmark:
-            f"{DEMO.folder}/logs/base.tsv"
         conda:
             TRAIN_ENV
-        container:
-            TRAIN_IMAGE
         threads: DEMO.base.processes
         resources:
             **on_cpus(mem_mb=6000, runtime=30, threads=DEMO.base.processes),

@@ -12,8 +12,6 @@ use rule finetune as evaluate_base with:
         f"{RESULTS}/evaluate/base/{{baseline}}/before/metrics.json",
     log:
         f"{RESULTS}/logs/evaluate/base/{{baseline}}.log",
-    benchmark:
-        f"{RESULTS}/logs/evaluate/base/{{baseline}}.tsv"
     # Evaluations, also the rules derived from this one, start before further trainings.
     priority: 1
     threads: threads_of("evaluate")
@@ -36,8 +34,6 @@ use rule evaluate_base as evaluate with:
         CONTROL,
     log:
         f"{RESULTS}/logs/evaluate/{{row}}.log",
-    benchmark:
-        f"{RESULTS}/logs/evaluate/{{row}}.tsv"
     params:
         **command("evaluate", lambda job, wildcards: jobs.evaluate(RUN, job, "trained")),
     message:
@@ -55,8 +51,6 @@ use rule evaluate_base as evaluate_official with:
         f"{RESULTS}/evaluate/official/{{row}}/after/metrics.json",
     log:
         f"{RESULTS}/logs/evaluate/official/{{row}}.log",
-    benchmark:
-        f"{RESULTS}/logs/evaluate/official/{{row}}.tsv"
     resources:
         **resources_of("official"),
     params:
@@ -74,21 +68,18 @@ rule score:
         f"{RESULTS}/score/{{evaluated}}/manifest.json",
     log:
         f"{RESULTS}/logs/score/{{evaluated}}.log",
-    benchmark:
-        f"{RESULTS}/logs/score/{{evaluated}}.tsv"
     conda:
         DATA_ENV
     resources:
         **on_cpus(mem_mb=4000, runtime=60, results=RESULTS),
     params:
-        scripts=SCRIPTS,
         flags=lambda wildcards: shlex.join(
             settings.flags(jobs.score(RUN, RUN.evaluated(wildcards.evaluated), wildcards.evaluated))
         ),
     message:
         "score {wildcards.evaluated}"
     shell:
-        "python {params.scripts}/score.py {params.flags} 2>&1 | tee {log}"
+        run_script("score", "{params.flags}")
 
 
 use rule evaluate_base as predict with:
@@ -101,8 +92,6 @@ use rule evaluate_base as predict with:
         f"{RESULTS}/predictions/{{prediction}}/answers.csv",
     log:
         f"{RESULTS}/logs/predictions/{{prediction}}.log",
-    benchmark:
-        f"{RESULTS}/logs/predictions/{{prediction}}.tsv"
     params:
         **command("predict", lambda job, wildcards: jobs.predict(RUN, job, wildcards.prediction)),
     message:

@@ -33,8 +33,6 @@ rule plan_run:
         page=shown("plan/plan.html", "plan", "Plan"),
     log:
         f"{RESULTS}/logs/plan.log",
-    benchmark:
-        f"{RESULTS}/logs/plan.tsv"
     conda:
         REPORT_ENV
     container:
@@ -42,10 +40,9 @@ rule plan_run:
     resources:
         **on_cpus(mem_mb=500, runtime=5, results=RESULTS),
     params:
-        scripts=SCRIPTS,
         tables=lambda wildcards: RUN.digest,
         folder=lambda wildcards, output: Path(output.json).parent,
     message:
         "plan every row"
     shell:
-        "python {params.scripts}/plan.py --config {input.config} --output_dir {params.folder} 2>&1 | tee {log}"
+        run_script("plan", "--config {input.config} --output_dir {params.folder}")

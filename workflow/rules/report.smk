@@ -14,20 +14,17 @@ rule data_statistics:
         "results/data/{key}/statistics.json",
     log:
         "results/data/{key}/logs/statistics.log",
-    benchmark:
-        "results/data/{key}/logs/statistics.tsv"
     conda:
         TRAIN_ENV
     resources:
         **on_cpus(mem_mb=4000, runtime=60),
     params:
-        scripts=SCRIPTS,
         folder=lambda wildcards, input: Path(input.data).parent,
         model=lambda wildcards, input: Path(input.model).parent,
     message:
         "count the tokens of {wildcards.key}"
     shell:
-        "python {params.scripts}/validate.py {params.folder} --level shape --model {params.model} 2>&1 | tee {log}"
+        run_script("validate", "{params.folder} --level shape --model {params.model}")
 
 
 rule report:
@@ -46,8 +43,6 @@ rule report:
         markdown=shown("report/tables.md", "tables", "Tables"),
     log:
         f"{RESULTS}/logs/report.log",
-    benchmark:
-        f"{RESULTS}/logs/report.tsv"
     conda:
         REPORT_ENV
     container:
@@ -55,15 +50,13 @@ rule report:
     resources:
         **on_cpus(mem_mb=3000, runtime=30, results=RESULTS),
     params:
-        scripts=SCRIPTS,
         tables=lambda wildcards: RUN.digest,
         results=lambda wildcards, input: Path(input.config).parent,
         folder=lambda wildcards, output: Path(output.page).parent,
     message:
         "report"
     shell:
-        "python {params.scripts}/report.py --config {input.config} --results {params.results} --output_dir {params.folder}"
-        " 2>&1 | tee {log}"
+        run_script("report", "--config {input.config} --results {params.results} --output_dir {params.folder}")
 
 
 # A partial report in the report's folder would be newer than all results, so the next run would have nothing to do.

@@ -20,6 +20,7 @@ def with_work(resources, *work):
 def with_attempts(flags):
     """A resources function: the job's own sbatch flags, and those that follow from its failed attempts."""
 
+    @with_signature
     def value(wildcards, rulename):
         key = rulename, *wildcards
         return f"{flags(wildcards)} {ATTEMPTS[key].flags if key in ATTEMPTS else ''}".rstrip()
@@ -67,6 +68,12 @@ def start_of(job):
     return f"{threads} {SCRIPTS}/torchrun_nodes.sh 1 1" if alone else threads
 
 
+def run_script(name, arguments):
+    """Shell command that runs one of our scripts, with its output in the rule's log."""
+    folder = SCRIPTS.replace("{", "{{").replace("}", "}}")
+    return f"python {folder}/{name}.py {arguments} 2>&1 | tee {{log}}"
+
+
 def command(script, settings_of):
     """Params of a row's job: its command line, and the flags on which its result depends.
 
@@ -74,10 +81,12 @@ def command(script, settings_of):
     what does not matter, such as the number of GPUs or workers. settings_of: of (job, wildcards).
     """
 
+    @with_signature
     def line(wildcards, input):
         job = job_of(wildcards)
         return f"{start_of(job)} {jobs.command(RUN, job, script, settings_of(job, wildcards), SCRIPTS)}"
 
+    @with_signature
     def result(wildcards):
         job = job_of(wildcards)
         return jobs.result_flags(job, settings_of(job, wildcards))

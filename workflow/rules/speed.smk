@@ -1,7 +1,5 @@
 rule speed_row:
     """Time one row."""
-
-    # Without `benchmark`, whose polling slows the first measurements by up to a tenth. speed.json has time and memory.
     input:
         on_job(sources_of),
     output:

@@ -7,8 +7,6 @@ rule finetune:
         directory(f"{RESULTS}/train/{{row}}/final"),
     log:
         f"{RESULTS}/logs/train/{{row}}.log",
-    benchmark:
-        f"{RESULTS}/logs/train/{{row}}.tsv"
     conda:
         TRAIN_ENV
     threads: threads_of("train")
