@@ -68,7 +68,7 @@ rule plan:
         rules.plan_run.output,
 
 
-# A row's id is a target that includes all its seeds: `snakemake phi3-docvqa-lora-bf16`. A single seed's id is a target too.
+# A row's id is a target that includes all its seeds: `snakemake phi3-docvqa-lora-bf16`. A seed's id is a target too.
 # Only ids on the command line become rules, because 10,000 more rules would double time and memory.
 for target, members in RUN.targets().items():
     if any(argument.endswith(target) for argument in sys.argv):

@@ -32,9 +32,9 @@ ON_SLURM = "slurm_account" in (workflow.resource_settings.default_resources or {
 DEPLOYMENT = {str(method) for method in workflow.deployment_settings.deployment_method}
 if (ON_SLURM or DEPLOYMENT) and not re.fullmatch(r"[\w./+,:=@%~-]+", f"{ROOT}{Path.cwd()}"):
     raise WorkflowError(
-        f"the path of this folder holds a space, a quote or another special character: got {Path.cwd()} (workflow in {ROOT}); "
-        "SLURM, conda and containers do not take it, nothing was started. Move the folder to another path, or run "
-        "without them"
+        f"the path of this folder holds a space, a quote or another special character: got {Path.cwd()} (workflow in "
+        f"{ROOT}); SLURM, conda and containers do not take it, nothing was started. Move the folder to another path, "
+        "or run without them"
     )
 try:
     RUN = runnable(settings.load_run(dict(config)))
@@ -51,13 +51,13 @@ if not JOBS:
     reasons = "\n".join(f"{row.row.row}: not run: {row.reason}" for row in RUN.not_run)
     raise WorkflowError(f"wrong settings, nothing was started\nno selected row can run on this hardware:\n{reasons}")
 
-# The scripts import phi3v from this checkout in every environment. Each command sets PYTHONPATH, because Snakemake clears it
-# for conda. Setting a shell prefix replaces Snakemake's `set -euo pipefail`, so it is repeated.
+# The scripts import phi3v from this checkout in every environment. Each command sets PYTHONPATH, because Snakemake
+# clears it for conda. Setting a shell prefix replaces Snakemake's `set -euo pipefail`, so it is repeated.
 prologue = SITE.prologue(f"{ROOT}/scripts") if ON_SLURM and workflow.remote_exec else ""
 source = shlex.quote(f"{ROOT}/src")
 prefix = f"set -euo pipefail; export PYTHONPATH={source}; {prologue}"
-# A job's output is in its log; beside the lines of other jobs on the terminal it would be unreadable. The prefix holds for
-# all rules, also for those of a workflow that uses this one as a module.
+# A job's output is in its log; beside the lines of other jobs on the terminal it would be unreadable. The prefix holds
+# for all rules, also for those of a workflow that uses this one as a module.
 output_settings, is_main = workflow.output_settings, Path(workflow.main_snakefile).resolve() == ROOT / "Snakefile"
 if is_main and not (workflow.remote_exec or output_settings.printshellcmds or output_settings.verbose):
     prefix += "exec >/dev/null; "
@@ -74,8 +74,8 @@ if "apptainer" in DEPLOYMENT:
     TRAIN_ENV = DATA_ENV = REPORT_ENV = None
 elif "conda" in DEPLOYMENT and "rocm" in KINDS:
     raise WorkflowError(
-        "hardware with AMD GPUs: no environment is locked for them; got --sdm conda, expected none or apptainer; nothing was "
-        "started. docs/how-to/conda.md has the steps to make one"
+        "hardware with AMD GPUs: no environment is locked for them; got --sdm conda, expected none or apptainer; "
+        "nothing was started. docs/how-to/conda.md has the steps to make one"
     )
 
 

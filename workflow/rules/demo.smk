@@ -1,4 +1,4 @@
-"""Where the demo's sources come from: files in the hub's formats, and a tiny base model. Nothing after this is special."""
+"""Where the demo's sources come from: files in the hub's formats, and a tiny base model. The rest is not special."""
 
 DEMO = RUN.demo
 

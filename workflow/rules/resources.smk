@@ -10,7 +10,7 @@ from phi3v.planning.resources import resources
 
 
 def with_work(resources, *work):
-    """A job's resources and a digest of what it works on: a restarted Snakemake takes over a running job of the same digest."""
+    """A job's resources and a digest of its work: a restarted Snakemake takes over a running job of the same digest."""
     digest = hashlib.sha256("\n".join(work).encode()).hexdigest()[:16]
     # A job that SLURM puts back into the queue continues its log.
     flags = ["--open-mode=append", resources["slurm_extra"], f"{WORK}{digest}"]
@@ -61,7 +61,7 @@ def resources_of(kind):
 
 
 def start_of(job):
-    """What stands before a row's command: threads of one process, and on SLURM the job's step if torchrun starts none."""
+    """What stands before a row's command: a process's threads, and on SLURM the job's step if torchrun starts none."""
     cpus, _ = next(iter(planned(job.row.row).values()))
     threads = f"OMP_NUM_THREADS={cpus // job.processes_per_node}"
     alone = ON_SLURM and jobs.is_alone(RUN, job)
@@ -95,7 +95,7 @@ def command(script, settings_of):
 
 
 def on_cpus(mem_mb, runtime, threads=1, results=""):
-    """Resources of a job that needs no row's machines. results: the folder of the run, if the job is of this run alone."""
+    """Resources of a job that needs no row's machines. results: the run's folder, if the job is of this run alone."""
     if not ON_SLURM:
         return {"mem_mb": mem_mb, "runtime": runtime}
     entry = SITE.of(CPU)

@@ -1,7 +1,7 @@
 """How often a failed job on SLURM is tried again, and on which nodes. What its attempts have saved decides.
 
-Snakemake's `retries` takes no function, so this file replaces Job.restart_times, which Snakemake reads after each failed
-attempt. tests/workflow/test_retries.py fails when `retries` takes a function.
+Snakemake's `retries` takes no function, so this file replaces Job.restart_times, which Snakemake reads after each
+failed attempt. tests/workflow/test_retries.py fails when `retries` takes a function.
 """
 
 import itertools
@@ -32,9 +32,9 @@ def saved_by(folder):
 def retries_of(job):
     """Number of retries of a job.
 
-    An attempt that found its folder in use does not count. Training and evaluation continue while each attempt saves more
-    than the one before, up to the profile's `retries`; other jobs have two retries. The next attempt avoids the nodes of
-    one that failed by itself.
+    An attempt that found its folder in use does not count. Training and evaluation continue while each attempt saves
+    more than the one before, up to the profile's `retries`; other jobs have two retries. The next attempt avoids the
+    nodes of one that failed by itself.
     """
     allowed, folder = job.rule.restart_times, Path(job.output[0]).parent
     attempts = ATTEMPTS[job.name, *job.wildcards]

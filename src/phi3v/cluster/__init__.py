@@ -1,1 +1,1 @@
-"""What SLURM's executor plugin does not do: check a run against the cluster, and follow its jobs. Imports no torch and no Snakemake."""
+"""What SLURM's executor plugin does not do: check a run against the cluster, and follow its jobs. Imports no torch."""

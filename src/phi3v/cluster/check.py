@@ -1,4 +1,4 @@
-"""Whether a run fits a cluster: reports what SLURM would refuse or keep waiting for ever, before any job is submitted."""
+"""Whether a run fits a cluster: what SLURM would refuse or keep waiting for ever, before any job is submitted."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ def problems(site: Site, facts: Facts, requests: Iterable[Request]) -> list[Prob
         found.append(
             Problem(
                 "warning",
-                f"MinJobAge is {facts.min_job_age} s: less than the {LEAST_JOB_AGE} s between two status queries, so without "
-                "accounting only its outputs tell how a job ended. Ask your administrators for MinJobAge of 300",
+                f"MinJobAge is {facts.min_job_age} s: less than the {LEAST_JOB_AGE} s between two status queries, so "
+                "without accounting only its outputs tell how a job ended. Ask your administrators for MinJobAge=300",
             )
         )
     return list(dict.fromkeys(found))

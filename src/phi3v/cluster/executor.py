@@ -1,7 +1,7 @@
-"""SLURM's commands as Snakemake's executor sees them: a submission that fails for now is repeated, and no job is submitted twice.
+"""SLURM's commands as Snakemake's executor sees them: failed submissions are repeated, and no job is submitted twice.
 
-The executor calls `sbatch` from its PATH, and one failure ends the job's attempt. `connect` puts workflow/slurm first on
-that PATH; the command there runs this file, which calls the real one. Jobs get the PATH without that folder. The
+The executor calls `sbatch` from its PATH, and one failure ends the job's attempt. `connect` puts workflow/slurm first
+on that PATH; the command there runs this file, which calls the real one. Jobs get the PATH without that folder. The
 commands run often, so this file imports the standard library alone.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FIRST_WAIT, LONGEST_WAIT, GIVE_UP = 10.0, 300.0, 3600.0
 """Seconds between submissions, doubled each time, and in total."""
 SUBMIT_SECONDS, QUERY_SECONDS = 300, 25
-"""Longest that sbatch, which repeats by itself, and other commands may take; the executor gives a status query a minute."""
+"""Longest that sbatch, which repeats by itself, and others may take; the executor waits a minute for a status."""
 PREFIX = "PHI3V_EXECUTOR_"
 """Of the environment variables by which Snakemake and the commands know each other."""
 PYTHON, PATH, CHANNEL = f"{PREFIX}PYTHON", f"{PREFIX}PATH", f"{PREFIX}CHANNEL"
@@ -35,8 +35,8 @@ WORK = "--phi3v-work="
 TEMPORARY = re.compile(
     r"timed? ?out|try again|temporarily|controller|standby mode|(message|communication) \w+ failure|zero bytes|"
     r"connection (refused|reset)|not connected|no route to host|inactive or drain|required node not available|"
-    r"unable to create job record|i/o error writing|authentication error|munge|connect to database|cannot allocate memory|"
-    r"submitjob",
+    r"unable to create job record|i/o error writing|authentication error|munge|connect to database|"
+    r"cannot allocate memory|submitjob",
     re.IGNORECASE,
 )
 # AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, QOSGrpSubmitJobsLimit …: until another job ends.
@@ -47,16 +47,17 @@ ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_ME
 # squeue's reasons that end by themselves.
 ORDINARY = ("None", "Resources", "Priority", "Dependency", "BeginTime", "Cleaning", "Prolog", "Licenses", "Reservation")
 ADVICE = {
-    r"TimeLimit|WallDuration|MinutesPerJob": "lower `max_runtime` of its partition in config/site.yaml, or change `qos`",
+    r"TimeLimit|WallDuration|MinutesPerJob": "lower `max_runtime` of its partition or change `qos` (config/site.yaml)",
     r"Minutes": "the hours of the account are used up; change `account` in config/site.yaml",
-    r"Jobs": "it starts when other jobs have ended; `jobs` in profiles/slurm/profile.yaml limits how many are submitted",
+    r"Jobs": "it starts when other jobs have ended; `jobs` in profiles/slurm/profile.yaml limits the number submitted",
     r"Hel|Hold|held|NeverSatisfied": "scontrol release JOB, or scancel JOB to submit it anew",
     r"InvalidQOS|QOSNotAllowed": "change `qos` in config/site.yaml",
     r"AccountNot|InvalidAccount": "change `account` in config/site.yaml",
     r"^(QOS|Assoc|Max)": "change `hardware` of the run, or `cpus_per_gpu` or `qos` in config/site.yaml",
     r"BadConstraints": "change `constraint`, `gpu_type` or `partition` in config/site.yaml",
     r"Partition": "change `partition` in config/site.yaml, or `nodes` in `hardware` of the run",
-    r"NotAvail|DOWN|Reserv": "nodes are down or reserved (sinfo -R); before maintenance, lower `max_runtime` in config/site.yaml",
+    r"NotAvail|DOWN|Reserv": "nodes are down or reserved (sinfo -R); before maintenance, lower `max_runtime` in "
+    "config/site.yaml",
     r"": "see squeue(1), job reason codes, and the fields of config/site.yaml",
 }
 
@@ -195,7 +196,7 @@ def take_over(job: str, comment: str, work: str, submitted_for: str) -> Answer:
 
 
 class Journal:
-    """Of one Snakemake's jobs: lines of (kind, job, text), beside the executor's own logs, which it deletes after ten days."""
+    """Of one Snakemake's jobs: lines of (kind, job, text), beside the executor's logs, which live ten days."""
 
     def __init__(self, name: str) -> None:
         self.path = Path(".snakemake/slurm_logs", f"{name}.log")

@@ -85,7 +85,7 @@ def look() -> Facts:
 
 
 def _partition(entry: dict[str, str], shapes: list[list[str]]) -> PartitionFacts:
-    """entry: fields of `scontrol show partition`. shapes: sinfo's nodes, CPUs, MB, GRES and features of each kind of node."""
+    """entry: fields of `scontrol show partition`. shapes: nodes, CPUs, MB, GRES and features of each kind of node."""
     counts = [gpus(gres) for *_, gres, _ in shapes]
     allowed = entry.get("AllowAccounts", "ALL")
     return PartitionFacts(

@@ -1,4 +1,4 @@
-"""What only a node can tell: a short job looks at folders, software and GPUs; another one times all-reduce over nodes."""
+"""What only a node can tell: a short job looks at folders, software and GPUs; another times all-reduce over nodes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from phi3v.planning.resources import Resources
 LEAST_FREE_MB = 1000
 # Of the hardware file's network_gb_s: a rate below is that of another network.
 LEAST_SHARE = 0.1
-# Each line of output is NODE NAME VALUE. $1 a file of this folder, $2 Python, $3 scratch, $4 cache, $5 the package or "",
-# $6 what Python runs on a GPU.
+# Each line of output is NODE NAME VALUE. $1 a file of this folder, $2 Python, $3 scratch, $4 cache, $5 the package or
+# "", $6 what Python runs on a GPU.
 PROBE = r"""
 free() {
   file=$(mktemp "$1/.phi3v-XXXXXX" 2>/dev/null) || { echo none; return; }
@@ -191,7 +191,8 @@ def all_reduce(
         return lines, [Problem("error", f"{_name(entry)}: all-reduce over {nodes} nodes failed: {reason}")]
     found = []
     if nodes > 1 and network_gb_s and float(rate[1]) < LEAST_SHARE * network_gb_s:
-        text = f"all-reduce over {nodes} nodes reaches {rate[1]} GB/s; the hardware file has network_gb_s: {network_gb_s:g}"
+        reached = f"all-reduce over {nodes} nodes reaches {rate[1]} GB/s"
+        text = f"{reached}; the hardware file has network_gb_s: {network_gb_s:g}"
         remedy = "NCCL may use another interface: set env.NCCL_SOCKET_IFNAME or env.NCCL_IB_HCA in config/site.yaml"
         found.append(Problem("warning", f"{_name(entry)}: {text}; {remedy}"))
     return [*lines, *(f"NCCL: {line}" for line in nccl)], found

@@ -37,7 +37,8 @@ MANAGED = {
     "--nodes --ntasks --ntasks-per-node --ntasks-per-gpu": "set `nodes` and `per_node` of the run's hardware",
     "--signal": "set `leave_seconds`", "--requeue --no-requeue": "set slurm-requeue in profiles/slurm",
     "--exclude": "set slurm-exclude-failed-nodes in profiles/slurm",
-    "--array --chdir --clusters --comment --error --export --job-name --output --parsable --wait --wrap": "Snakemake sets it",
+    "--array --chdir --clusters --comment --error --export --job-name --output --parsable --wait --wrap":
+        "Snakemake sets it",
 }  # fmt: skip
 """Options of sbatch that have another place, and which."""
 CACHES = {
@@ -114,13 +115,13 @@ class Site(Strict):
     env: dict[Variable, Line] = {}
     """Environment variables of each job, such as NCCL_SOCKET_IFNAME; $USER and other variables are expanded."""
     rendezvous: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.{}-]*$")] = ""
-    """Where the nodes of a row meet: a pattern for the first node's name, such as `{host}i`, or a network interface, such
-    as `ib0`. Empty: the first node's address in SLURM."""
+    """Where the nodes of a row meet: a pattern for the first node's name, such as `{host}i`, or a network interface,
+    such as `ib0`. Empty: the first node's address in SLURM."""
     numa_binding: Literal["", "node", "socket", "exclusive", "core-complex"] = ""
     """torchrun's --numa-binding: CPUs that each GPU's process may use. Empty: all of the job."""
     cache: Folder = ""
-    """Folder for caches, off the home quota, for jobs and for downloads on the login node; $USER and other variables are
-    expanded."""
+    """Folder for caches, off the home quota, for jobs and for downloads on the login node; $USER and other variables
+    are expanded."""
     scratch: Folder = ""
     """Folder on the machine's own disk: pictures are copied there before training; empty: read where they are."""
     offline: bool = False
@@ -139,8 +140,8 @@ class Site(Strict):
     def resources(self, entry: Partition, wanted: Resources, is_row: bool) -> dict[str, str | int | None]:
         """Snakemake's resources of a job on `entry`, by the names that the executor knows; None: left out.
 
-        wanted: as `entry.fit` gives it, per node. is_row: the job starts its processes on its nodes by itself, and saves
-        when SLURM signals that its time is nearly over.
+        wanted: as `entry.fit` gives it, per node. is_row: the job starts its processes on its nodes by itself, and
+        saves when SLURM signals that its time is nearly over.
         """
         extra = [shlex.quote(flag) for flag in entry.extra]
         by_gres = entry.gpu_flag == "gres"

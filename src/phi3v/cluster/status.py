@@ -53,7 +53,7 @@ def running_jobs(folder: Path) -> list[RunningJob]:
 
 
 def nodes_to_avoid(folder: Path, rule: str, wildcards: Iterable[str], partition: str) -> str:
-    """Nodes of this user's newest job of a rule in `folder`, if its partition has as many others of their kind that work.
+    """Nodes of this user's newest job of a rule in `folder`, if its partition has as many working others of their kind.
 
     "" if it has not. Of a job that SLURM has forgotten, the first node, from the job's log. Raises ClusterError.
     """
@@ -97,7 +97,7 @@ class Progress:
 def progress(folder: Path) -> Progress | None:
     """Step and time left of a training folder; None before its first step.
 
-    The number of steps follows from the epochs set and the epoch reached; the time from the median of the last 50 steps.
+    The number of steps follows from the epochs set and the epoch reached; the time from the median of 50 steps.
     """
     try:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
