@@ -3,6 +3,7 @@
 Hypothesis tries the same examples every time there, others every time elsewhere.
 """
 
+import gc
 import os
 import shutil
 import signal
@@ -68,6 +69,15 @@ def same_environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+def pytest_sessionstart() -> None:
+    gc.disable()  # importing all tests, and with them PyTorch, makes only objects that stay
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

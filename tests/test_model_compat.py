@@ -63,7 +63,7 @@ def test_float16_products_are_the_float32_products_rounded_once(root):
     # In a process of its own: the kernels stay for the life of a process.
     done = subprocess.run(
         [sys.executable, "-c", PRODUCTS],
-        capture_output=True, text=True, check=False, env={"PYTHONPATH": str(root / "src")},
+        capture_output=True, text=True, check=False, env={"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr

@@ -96,7 +96,7 @@ def test_an_image_needs_nothing_but_its_lock(root, name, lock, tmp_path):
     )
     done = subprocess.run(
         [folder / "containers/smoke.sh", name], capture_output=True, text=True, check=False,
-        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(tmp_path)},
+        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{name}: passed" in done.stdout
