@@ -114,21 +114,12 @@ def test_two_processes_answer_each_example_once_and_alike(root, checkpoint, tmp_
 
 
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_file(root, checkpoint, tmp_path):
-    data = write_data(tmp_path / "data", 40)
-    flags = [
-        "--model_name_or_path",
-        checkpoint,
-        "--data_dir",
-        data,
-        "--fp32",
-        "--max_new_tokens",
-        48,
-        "--batch_size_per_gpu",
-        1,
-        "--no-tqdm",
-    ]
-    finish(run_script(root, *flags, "--output_dir", tmp_path / "whole"))
-    process = run_script(root, *flags, "--output_dir", tmp_path / "killed")
+    data = write_data(tmp_path / "data", 16)
+    fields = {"max_new_tokens": 48, "batch_size_per_gpu": 1}
+    evaluate_here(checkpoint, data, tmp_path / "whole", **fields)
+    flags = ["--model_name_or_path", checkpoint, "--data_dir", data, "--output_dir", tmp_path / "killed", "--fp32"]
+    flags += [word for name, value in fields.items() for word in (f"--{name}", value)]
+    process = run_script(root, *flags, "--no-tqdm")
     partial = tmp_path / "killed/after/partial"
     deadline = time.monotonic() + 300
     while not any(path.stat().st_size > 300 for path in partial.glob("*.jsonl")):
@@ -138,10 +129,10 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_file(root, checkpoin
     process.communicate()
     assert not (tmp_path / "killed/manifest.json").exists()
     part = next(partial.glob("*.jsonl"))
-    part.write_bytes(part.read_bytes() + b'{"id": "val-0039", "predic')
-    finish(run_script(root, *flags, "--output_dir", tmp_path / "killed"))
+    part.write_bytes(part.read_bytes() + b'{"id": "val-0015", "predic')
+    evaluate_here(checkpoint, data, tmp_path / "killed", **fields)
     timing = json.loads((tmp_path / "killed/after/timing.json").read_text())
-    assert 0 < timing["observed"]["resumed_examples"] < 40
+    assert 0 < timing["observed"]["resumed_examples"] < 16
     for file in ("predictions.jsonl", "metrics.json"):
         assert (tmp_path / "killed/after" / file).read_bytes() == (tmp_path / "whole/after" / file).read_bytes()
 

@@ -1,5 +1,6 @@
 """Where a job computes and with which kernels: what a machine shows, and what is refused before anything is loaded."""
 
+import json
 import os
 import subprocess
 import sys
@@ -286,49 +287,53 @@ PACKAGES = {
     "FlashAttention 4": ("", {"distribution": "flash-attn-4", "version": "4.0.0"}),
     "too old": ("def flash_attn_func(): ...\ndef flash_attn_varlen_func(): ...\n", {"version": "2.0.1"}),
 }
+# Capability and package of each machine; "none": a folder `flash_attn` that is no distribution.
+MACHINES = [("8.0", kind) for kind in PACKAGES]
+MACHINES += [("7.0", "FlashAttention 2"), ("7.5", "FlashAttention 2"), ("9.0", "none")]
 CHOICE = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-capability = tuple(map(int, sys.argv[2].split(".")))
-answers = {"is_available": True, "get_device_capability": capability, "get_device_name": "GPU", "device_count": 1}
-for name, answer in answers.items():
-    setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-torch.version.cuda = "13.0"
-from phi3v.model.runtime import attention_implementation
-from phi3v.settings import Compute
-settings = [Compute(use_flash_attention=True, **{dtype: True}) for dtype in ("bf16", "fp16", "fp32")]
-device = torch.device("cuda", 0)
-print(*[attention_implementation(one, device) for one in settings], attention_implementation(Compute(), device))
-print(attention_implementation(settings[0], torch.device("cpu")))
+import json, os, sys, torch
+for folder, capability in json.loads(sys.argv[1]):
+    if os.fork():  # transformers looks for packages once in a process
+        os.wait()
+        continue
+    sys.path.insert(0, folder)
+    capability = tuple(map(int, capability.split(".")))
+    answers = {"is_available": True, "get_device_capability": capability, "get_device_name": "GPU", "device_count": 1}
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    torch.version.cuda = "13.0"
+    from phi3v.model.runtime import attention_implementation
+    from phi3v.settings import Compute
+    settings = [Compute(use_flash_attention=True, **{dtype: True}) for dtype in ("bf16", "fp16", "fp32")]
+    device = torch.device("cuda", 0)
+    chosen = [attention_implementation(one, device) for one in [*settings, Compute()]]
+    print(*chosen, attention_implementation(settings[0], torch.device("cpu")), flush=True)
+    os._exit(0)
 """
 
 
-@pytest.mark.parametrize("kind", PACKAGES)
-def test_only_a_flash_attention_2_that_imports_is_chosen(tmp_path, kind):
-    code, named = PACKAGES[kind]
-    package(tmp_path, code, **named)
-    flash = "flash_attention_2" if kind == "FlashAttention 2" else "sdpa"
-    assert choices(tmp_path, "8.0") == [flash, flash, "sdpa", "eager", "sdpa"]
+@pytest.fixture(scope="module")
+def choices(tmp_path_factory) -> dict[tuple[str, str], list[str]]:
+    """Attention for bf16, fp16 and fp32 on each GPU, without the flag there, and with it on a CPU, in new processes."""
+    folders = []
+    for _, kind in MACHINES:
+        folders.append(tmp_path_factory.mktemp("packages"))
+        if kind == "none":
+            (folders[-1] / "flash_attn" / "cute").mkdir(parents=True)
+        else:
+            code, named = PACKAGES[kind]
+            package(folders[-1], code, **named)
+    asked = json.dumps([(str(folder), machine[0]) for folder, machine in zip(folders, MACHINES, strict=True)])
+    done = subprocess.run([sys.executable, "-c", CHOICE, asked], capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(MACHINES), done.stderr
+    return {machine: line.split() for machine, line in zip(MACHINES, lines, strict=True)}
 
 
-def test_a_folder_that_is_no_distribution_is_not_flash_attention_2(tmp_path):
-    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
-    assert choices(tmp_path, "9.0") == ["sdpa", "sdpa", "sdpa", "eager", "sdpa"]
-
-
-@pytest.mark.parametrize("capability", ["7.0", "7.5"])
-def test_volta_and_turing_never_get_flash_attention_2(tmp_path, capability):
-    package(tmp_path, PACKAGES["FlashAttention 2"][0])
-    assert choices(tmp_path, capability) == ["sdpa", "sdpa", "sdpa", "eager", "sdpa"]
-
-
-def choices(folder, capability: str) -> list[str]:
-    """Attention for bf16, fp16 and fp32 on the GPU, without the flag there, and with it on a CPU, in a new process."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHOICE, str(folder), capability], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+@pytest.mark.parametrize("machine", MACHINES, ids=" ".join)
+def test_only_a_flash_attention_2_that_imports_is_chosen_and_not_before_ampere(choices, machine):
+    flash = "flash_attention_2" if machine == ("8.0", "FlashAttention 2") else "sdpa"
+    assert choices[machine] == [flash, flash, "sdpa", "eager", "sdpa"]
 
 
 @pytest.mark.parametrize(

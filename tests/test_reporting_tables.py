@@ -36,9 +36,8 @@ def changed(finished, tmp_path):
 
 
 def line_of(run, results, row=ROW):
-    return next(
-        line for line in build_tables(run, results).accuracy + build_tables(run, results).speed if line.row.row == row
-    )
+    tables = build_tables(run, results)
+    return next(line for line in tables.accuracy + tables.speed if line.row.row == row)
 
 
 def report(root, results: Path, config="config/demo.yaml"):
