@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits chat test test-units test-slurm test-fast verify-model verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs site screenshots verify-docs clean
+.PHONY: help venv lock containers offline-bundle reproduce verify-data verify-conda verify-containers verify-pristine demo demo-all digits chat test test-units test-slurm test-fast verify-model verify-workflow verify-training verify-evaluation verify-gpu verify-report verify-clients clients verify-slurm slurm-status check audit format docs site screenshots verify-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ verify-training: $(VENV)/installed  ## runs killed at random moments end with th
 
 verify-model: $(VENV)/installed  ## every stored case of the published code, forward and backward; compiled kernels (about 3 minutes)
 	pytest -m verify tests/test_model_modeling.py tests/test_model_fused.py
+
+verify-workflow: $(VENV)/installed  ## small workflow runs with every fault: late outputs, two runs of one clone (about 5 minutes)
+	pytest -m 'verify or not verify' tests/workflow
 
 verify-evaluation: $(VENV)/installed  ## batches are three times as fast as one by one, with the same answers
 	pytest -m verify -s tests/test_evaluation_speed.py
