@@ -291,7 +291,9 @@ PACKAGES = {
 MACHINES = [("8.0", kind) for kind in PACKAGES]
 MACHINES += [("7.0", "FlashAttention 2"), ("7.5", "FlashAttention 2"), ("9.0", "none")]
 CHOICE = """
-import json, os, sys, torch
+import gc, json, os, sys
+gc.disable()  # nothing goes before the end
+import torch
 for folder, capability in json.loads(sys.argv[1]):
     if os.fork():  # transformers looks for packages once in a process
         os.wait()
