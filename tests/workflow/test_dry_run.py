@@ -54,6 +54,14 @@ def test_published_run_plans_every_row(snakemake, profile):
     assert time.monotonic() - started < 30  # goal 10 s on an idle machine; generous against neighbours
 
 
+def test_a_large_run_can_be_split_into_batches(snakemake):
+    code, output = snakemake("-n", "--batch", "report=1/2")
+    assert code == 0, output
+    found = planned(output)
+    assert 0 < found["finetune"] == found["evaluate"] < 38
+    assert not {"report", "all"} & found.keys()
+
+
 def test_one_row_by_name_prints_the_command_that_a_person_types(snakemake):
     code, output = snakemake("-n", "-p", "phi3-docvqa-lora-fp16")
     assert code == 0, output
