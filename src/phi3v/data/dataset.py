@@ -8,7 +8,6 @@ within seconds.
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,9 +19,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from phi3v.data.conversations import Conversation, DataError, Turn, answer_text, parse_line, prompt_text
-from phi3v.data.folder import LineIndex, Pictures, describe, split_file
-from phi3v.settings import Dataset as Entry
+from phi3v.data.conversations import Conversation, DataError, Turn, answer_text, prompt_text
+from phi3v.data.split import SplitRecords
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,13 +46,13 @@ class Example(Encoded):
     id: str
 
 
-class ConversationDataset(Dataset[Example]):
+class ConversationDataset(SplitRecords, Dataset[Example]):
     """A split of a data folder as training examples.
 
-    dataset.json's `turns` selects the turns that train. all: every turn. draw: one turn per epoch, drawn from (seed,
-    epoch, index). first: the first turn. Call `set_epoch` before each epoch. processor: the model's, or a
-    phi3v.data.lengths.TokenCounter for a dataset whose tokens are only counted.
+    Call `set_epoch` before each epoch, which draws other turns if `turns` is draw.
     """
+
+    processor: ProcessorMixin
 
     def __init__(
         self,
@@ -66,24 +64,10 @@ class ConversationDataset(Dataset[Example]):
         as_uint8: bool = False,
         turns: str | None = None,
     ) -> None:
-        self.data_dir = Path(data_dir)
-        self.description = describe(data_dir)
-        self.lines = LineIndex(split_file(data_dir, split))
-        if not len(self.lines):
-            raise DataError(f"{self.lines.path}: empty; expected one JSON object per line")
-        self.pictures = Pictures(data_dir)
-        self.turns = turns or self.description.get("turns", "all")
-        self.num_crops = num_crops or self.description.get("num_crops") or Entry.model_fields["num_crops"].default
-        # A copy, because another dataset may use the same processor with another num_crops.
-        self.processor = copy.copy(processor)
-        self.processor.image_processor = copy.copy(processor.image_processor)
-        self.processor.image_processor.num_crops = self.num_crops
+        super().__init__(data_dir, split, processor, num_crops, turns)
         self.seed, self.as_uint8 = seed, as_uint8
         # Shared with loader processes that outlive an epoch.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.lines)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch whose turns are drawn, also in loader processes."""
@@ -93,20 +77,6 @@ class ConversationDataset(Dataset[Example]):
     def epoch(self) -> int:
         """Epoch whose turns are drawn."""
         return int(self._epoch[0])
-
-    def conversation(self, index: int) -> Conversation:
-        """The record of an example with all its turns. Raises DataError."""
-        return parse_line(self.lines[index], f"{self.lines.path}:{index + 1}")
-
-    def choices(self, conversation: Conversation) -> tuple[Turn, ...]:
-        """The turns that can train. If one is drawn, each has all pictures and the first system message of the
-        record."""
-        if self.turns == "draw" and len(conversation.turns) > 1:
-            system = conversation.turns[0].system
-            return tuple(
-                replace(turn, images=conversation.images, system=turn.system or system) for turn in conversation.turns
-            )
-        return conversation.turns[:1] if self.turns == "first" else conversation.turns
 
     def selected(self, index: int) -> Conversation:
         """The record, with the turns that train in this epoch."""

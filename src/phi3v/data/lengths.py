@@ -18,7 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import islice
 from pathlib import Path
@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from phi3v.data.conversations import DataError, Turn, answer_text, prompt_text
-from phi3v.data.dataset import ConversationDataset
 from phi3v.data.folder import LENGTHS, splits_of
 from phi3v.data.processes import process_pool
-from phi3v.planning.geometry import PictureTokens, num_image_tokens, tile_layout
+from phi3v.data.split import SplitRecords, TokenCounter
+from phi3v.planning.geometry import num_image_tokens, tile_layout
 from phi3v.provenance.manifest import digest_file, write_atomically, write_json
 
 if TYPE_CHECKING:
@@ -86,36 +86,6 @@ class Counts:
         return self.text + self.image + self.answer
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A tokenizer without its class in transformers."""
-
-    backend_tokenizer: Tokenizer
-
-
-@dataclass
-class TokenCounter:
-    """Counts tokens as the processor of a checkpoint does, without importing it, which takes 4 s."""
-
-    tokenizer: Tokens
-    image_processor: PictureTokens
-
-    @classmethod
-    def of(cls, folder: str | Path) -> TokenCounter:
-        """Reads a checkpoint folder. Raises FileNotFoundError that names the missing file."""
-        from tokenizers import Tokenizer
-
-        tokenizer, pictures = Path(folder) / "tokenizer.json", Path(folder) / "preprocessor_config.json"
-        for file in (tokenizer, pictures):
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"{folder}: contains no {file.name}; expected a checkpoint folder in the published layout"
-                )
-        values = json.loads(pictures.read_text(encoding="utf-8"))
-        known = {field.name: values[field.name] for field in fields(PictureTokens) if field.name in values}
-        return cls(Tokens(Tokenizer.from_file(str(tokenizer))), PictureTokens(**known))
-
-
 def _plain(processor: ProcessorMixin | TokenCounter) -> Tokenizer:
     """The tokenizer without truncation and padding, which its file or an earlier call may have turned on."""
     tokenizer: Tokenizer = processor.tokenizer.backend_tokenizer
@@ -151,7 +121,7 @@ def count_turns(
     return counts
 
 
-def counted(dataset: ConversationDataset, start: int = 0, stop: int | None = None) -> Iterator[list[Counts]]:
+def counted(dataset: SplitRecords, start: int = 0, stop: int | None = None) -> Iterator[list[Counts]]:
     """Counts of the turns that can train, of examples start … stop-1 in order. Raises DataError."""
     bos = len(_plain(dataset.processor).encode("").ids)
     tile_size = dataset.processor.image_processor.tile_size
@@ -179,7 +149,7 @@ def counted(dataset: ConversationDataset, start: int = 0, stop: int | None = Non
             yield own
 
 
-def lengths(dataset: ConversationDataset, processes: int | None = None) -> list[int]:
+def lengths(dataset: SplitRecords, processes: int | None = None) -> list[int]:
     """Tokens of every example. If a turn is drawn, those of the longest turn, so that a limit holds in every epoch.
 
     processes: number of counting processes (default: one per available core). Raises DataError for unreadable data.
@@ -187,7 +157,7 @@ def lengths(dataset: ConversationDataset, processes: int | None = None) -> list[
     return counts(dataset, processes)[:, 0].tolist()
 
 
-def counts(dataset: ConversationDataset, processes: int | None = None) -> np.ndarray:
+def counts(dataset: SplitRecords, processes: int | None = None) -> np.ndarray:
     """[examples, 5] int32: tokens, tokens of the longest answer, turns, pictures and shrunk pictures of each example.
 
     If a turn is drawn, tokens and pictures are the largest possible. Raises DataError for unreadable data.
@@ -211,7 +181,7 @@ def counts(dataset: ConversationDataset, processes: int | None = None) -> np.nda
 
 
 def summary_lines(
-    dataset: ConversationDataset,
+    dataset: SplitRecords,
     max_length: int | None = None,
     max_new_tokens: int | None = None,
     found: np.ndarray | None = None,
@@ -247,7 +217,7 @@ def summary_lines(
     return lines
 
 
-def count(dataset: ConversationDataset, processes: int = 1) -> np.ndarray:
+def count(dataset: SplitRecords, processes: int = 1) -> np.ndarray:
     """Computes the result of `counts`. Raises DataError."""
     parts = [(start, min(start + PART, len(dataset))) for start in range(0, len(dataset), PART)]
     if processes == 1 or len(parts) < 2:
@@ -258,15 +228,15 @@ def count(dataset: ConversationDataset, processes: int = 1) -> np.ndarray:
         return np.concatenate(list(pool.map(_count_part, parts)))
 
 
-_KEPT: list[ConversationDataset] = []
+_KEPT: list[SplitRecords] = []
 """Dataset of a counting process. It is inherited by fork, not sent."""
 
 
-def _keep(dataset: ConversationDataset) -> None:
+def _keep(dataset: SplitRecords) -> None:
     _KEPT[:] = [dataset]
 
 
-def _count_part(part: tuple[int, int], dataset: ConversationDataset | None = None) -> np.ndarray:
+def _count_part(part: tuple[int, int], dataset: SplitRecords | None = None) -> np.ndarray:
     dataset = dataset or _KEPT[0]
     choose = max if dataset.turns == "draw" else sum
     rows = []
@@ -278,7 +248,7 @@ def _count_part(part: tuple[int, int], dataset: ConversationDataset | None = Non
     return np.array(rows, np.int32)
 
 
-def _key(dataset: ConversationDataset) -> str:
+def _key(dataset: SplitRecords) -> str:
     images = dataset.processor.image_processor
     facts = [
         VERSION,
@@ -325,7 +295,7 @@ def _summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def split_statistics(dataset: ConversationDataset) -> SplitStatistics:
+def split_statistics(dataset: SplitRecords) -> SplitStatistics:
     """Statistics of a split. If one turn of several is drawn, tokens are the mean over the turns."""
     tokens, answers, tiles = [], [], []
     longest = {"tokens": 0, "tiles": 0, "labels": 0}
@@ -377,9 +347,7 @@ def write_statistics(
     data_dir: str | Path, processor: ProcessorMixin | TokenCounter, num_crops: int | None = None
 ) -> list[str]:
     """statistics.json and statistics.svg of a data folder, counted with a model's processor; returns summary_lines."""
-    datasets = {
-        split: ConversationDataset(data_dir, split, processor, num_crops) for split in splits_of(Path(data_dir))
-    }
+    datasets = {split: SplitRecords(data_dir, split, processor, num_crops) for split in splits_of(Path(data_dir))}
     statistics = {split: split_statistics(dataset) for split, dataset in datasets.items()}
     write_json(Path(data_dir) / "statistics.json", statistics, indent=2)
     (Path(data_dir) / "statistics.svg").write_text(plot(statistics), encoding="utf-8")
