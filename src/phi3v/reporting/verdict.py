@@ -102,8 +102,8 @@ def speed_verdict(run: ResolvedRun, job: Job, row: SpeedRow, speed: Speed, besid
 def stand_in_text(job: Job, row: SpeedRow, speed: Speed, hardware: dict[str, Hardware]) -> str:
     """Description of the devices used in place of the published machines."""
     own = hardware[job.pool.device]
-    name = "CPU processes" if own.kind == "cpu" else own.title
     count = speed.world_size or job.processes
+    name = own.title if own.kind != "cpu" else "CPU process" if count == 1 else "CPU processes"
     return f"{count} {name} instead of {row.nodes * row.gpus_per_node} {hardware_name(row.hardware)}"
 
 
