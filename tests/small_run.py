@@ -63,6 +63,8 @@ def make(root: Path, folder: Path, rows=None) -> Path:
         values["overrides"] = {
             "*": {"micro_batch_size": 8, "flash_attention": False, "epochs": 1},
             ROWS["accuracy"][0]: {"learning_rate": 0.002},
+            ROWS["accuracy"][1]: {"epochs": 0.2},
+            ROWS["speed"][0]: {"batch_size": 16},
         }
 
     edit(folder / "config/demo/sources.yaml", smaller)
