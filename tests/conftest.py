@@ -27,8 +27,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ROOT = Path(__file__).resolve().parent.parent
 # The files that take longest start first, so that both workers of `make test` end together.
 LONGEST = (
-    "test_run", "test_resume", "test_training_finetune", "test_deployment", "test_training_checkpoints",
-    "test_training_faults", "test_walks", "test_docs", "test_reporting_tables", "test_evaluation_run", "test_refusals",
+    "test_run", "test_training_checkpoints", "test_resume", "test_evaluation_run", "test_docs", "test_walks",
+    "test_model_modeling", "test_dry_run", "test_model_runtime", "test_training_finetune", "test_refusals",
+    "test_shared_data", "test_benchmark_speed", "test_training_processes", "test_containers", "test_budgets",
+    "test_supply", "test_training_text_only", "test_deployment", "test_model_generation", "test_training_kills",
 )  # fmt: skip
 
 
