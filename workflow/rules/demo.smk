@@ -98,10 +98,14 @@ if DEMO:
             tasks=1,
         params:
             scripts=SCRIPTS,
-            processes=DEMO.base.processes,
+            # torchrun would import PyTorch a second time.
+            start=(
+                "python"
+                if DEMO.base.processes == 1
+                else f"torchrun --standalone --nproc_per_node={DEMO.base.processes}"
+            ),
             flags=settings.flags(jobs.demo_base(RUN)),
         message:
             "train the tiny base model a little"
         shell:
-            "OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node={params.processes} {params.scripts}/finetune.py"
-            " {params.flags} 2>&1 | tee {log}"
+            "OMP_NUM_THREADS=1 {params.start} {params.scripts}/finetune.py {params.flags} 2>&1 | tee {log}"

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 SIZES: dict[str, int] = {
     "docvqa_train": 1600, "docvqa_mini_train": 1000, "docvqa_test": 200, "hateful_memes": 1800, "nlvr2": 1500,
-    "ucf101_train": 30, "ucf101_val": 20, "ucf101_test": 6, "mixture_train": 8000, "mixture_val": 100,
+    "ucf101_train": 30, "ucf101_val": 20, "ucf101_test": 6, "mixture_train": 7200, "mixture_val": 100,
 }  # fmt: skip
 """Rows of each source file; of ucf101: clips of each class."""
 

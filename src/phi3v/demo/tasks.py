@@ -1,12 +1,12 @@
 """The demo's tasks, one row of pictures, questions and answers at a time, each from its own seed; and how pictures are drawn.
 
-Every task needs its picture. Order slips hold four words drawn from eight each; a meme is hateful only when a mean word
+Every task needs its picture. Order slips hold two words drawn from eight each; a meme is hateful only when a mean word
 stands beside a face (either alone is harmless); statements about the colours of picture pairs are true and false equally often; a
 clip's class is the colour and the direction of a moving ball. Whoever answers without looking gets one slip word in
 eight, half of the memes and statements, and one clip in ten. A row's numbers come from (seed, task, index) alone.
 
 Pictures are drawn on a grid of cells of 14 x 14 pixels. With the tiny model's tiles of 28 x 28 pixels and `num_crops`
-4 the HD transform halves a page of 112 x 112 (2 x 2 tiles) and a card of 112 x 56 (2 x 1 tiles), so that a letter falls
+4 the HD transform halves slips, memes and cards of 112 x 56 (2 x 1 tiles), so that a letter falls
 on a patch of 7 x 7: the smallest picture on which lettering is still legible, hence the cheapest one from which a model
 can learn to read. The letters are a bitmap font of this module: the same bytes whatever font library the machine has.
 """
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 CELL = 14
 """Pixels from one letter to the next."""
 SIDE = 8 * CELL
-"""Width and height of a page, pixels: 8 letters across, 8 rows of cells down."""
+"""Width of a picture, twice its height, in pixels: 8 letters across, 4 rows of cells down."""
 
 Colour = tuple[int, int, int]
 
@@ -83,8 +83,8 @@ def paper(rng: Random) -> Colour:
 
 
 def page(rng: Random, lines: list[tuple[str, str]]) -> Image.Image:
-    """A form of up to four lines: the field's name in the left half, its value in the right half."""
-    picture = Image.new("RGB", (SIDE, SIDE), paper(rng))
+    """A form of up to two lines: the field's name in the left half, its value in the right half."""
+    picture = Image.new("RGB", (SIDE, SIDE // 2), paper(rng))
     canvas = ImageDraw.Draw(picture)
     ink, label = shade(rng, (30, 30, 50), 25), shade(rng, (95, 95, 110), 25)
     for number, (name, value) in enumerate(lines):
@@ -193,17 +193,13 @@ def moving_frames(rng: Random, colour: str, direction: str, frames: int, side: i
 
 SLIP_FIELDS: dict[str, tuple[str, ...]] = {
     "FOR": ("ANNA", "OTTO", "EMIL", "RUTH", "IVAN", "LENA", "HUGO", "MAYA"),
-    "IN": ("OSLO", "LIMA", "ROME", "KYIV", "BERN", "BAKU", "CALI", "DOHA"),
     "BUY": ("LAMP", "DESK", "SOFA", "BOOK", "VASE", "MUGS", "TENT", "RICE"),
-    "DAY": ("MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN", "ANY"),
 }
 """A slip's fields (at most three letters) and their values (at most four letters)."""
 
 SLIP_QUESTIONS = {
     "FOR": "Who is the order FOR?",
-    "IN": "Which city is it IN?",
     "BUY": "What is there to BUY?",
-    "DAY": "On which DAY is it needed?",
 }
 """A question names its field as the slip does."""
 
@@ -240,8 +236,8 @@ def rng_of(seed: int, task: str, index: int) -> Random:
     return Random(f"{seed}/{task}/{index}")
 
 
-def _slip(rng: Random, filled: int = 4) -> tuple[Image.Image, dict[str, str]]:
-    """An order slip with `filled` of its four lines written on, and their values by field from top to bottom."""
+def _slip(rng: Random, filled: int = 2) -> tuple[Image.Image, dict[str, str]]:
+    """An order slip with `filled` of its two lines written on, and their values by field from top to bottom."""
     written = set(rng.sample(list(SLIP_FIELDS), filled))
     values = {name: rng.choice(options) for name, options in SLIP_FIELDS.items() if name in written}
     return page(rng, [(name, values.get(name, "")) for name in SLIP_FIELDS]), values
@@ -255,9 +251,9 @@ def slip_row(rng: Random) -> TaskRow:
 
 
 def docvqa_row(rng: Random) -> TaskRow:
-    """An order slip with two or three questions."""
+    """An order slip with one or two questions."""
     picture, values = _slip(rng)
-    asked = rng.sample(list(SLIP_QUESTIONS), rng.randint(2, 3))
+    asked = rng.sample(list(SLIP_QUESTIONS), rng.randint(1, 2))
     return TaskRow((picture,), tuple((f"{SLIP_QUESTIONS[name]}\nAnswer briefly.", values[name]) for name in asked))
 
 
@@ -301,11 +297,11 @@ def nlvr2_row(rng: Random) -> TaskRow:
 
 
 def mixture_slip(rng: Random) -> TaskRow:
-    """Reading: everything on a slip with one to four lines, then single lines of it."""
-    filled = rng.choice((1, 1, 2, 4))
+    """Reading: everything on a slip with one or two lines, then its lines one by one."""
+    filled = rng.choice((1, 2, 2))
     picture, values = _slip(rng, filled)
     everything = " ".join(f"{name} {value}" for name, value in values.items())
-    asked = rng.sample(list(values), min(2, filled))
+    asked = rng.sample(list(values), filled)
     return TaskRow(
         (picture,), (("Read all lines.", everything), *((f"Read the line {name}.", values[name]) for name in asked))
     )
@@ -317,12 +313,6 @@ def mixture_meme(rng: Random) -> TaskRow:
     turns = [("What is drawn?", f"a {figure}"), ("Read the text.", f"{opening} {word}")]
     rng.shuffle(turns)
     return TaskRow((picture,), tuple(turns))
-
-
-def mixture_pair(rng: Random) -> TaskRow:
-    """Describing both cards of a pair."""
-    cards, contents = _pair(rng)
-    return TaskRow(cards, (("Describe both.", " ".join(word for content in contents for word in content)),))
 
 
 def mixture_check(rng: Random) -> TaskRow:
@@ -343,13 +333,15 @@ def mixture_digit(rng: Random) -> TaskRow:
 MIXTURE: tuple[Callable[[Random], TaskRow], ...] = (
     mixture_slip,
     mixture_meme,
-    mixture_pair,
+    mixture_slip,
     mixture_check,
     mixture_slip,
     mixture_digit,
+    mixture_slip,
+    mixture_meme,
     mixture_check,
 )
-"""What the tiny base is pre-trained on, in turn: perception, with other words than the tasks use."""
+"""What the tiny base is pre-trained on, in turn: perception, with other words than the tasks use. Reading is hardest."""
 
 
 def clip_frames(rng: Random, name: str, frames: int) -> list[Image.Image]:
