@@ -21,7 +21,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 venv: $(VENV)/installed  ## make .venv from the pinned requirements
 
-demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then the report (about 8 minutes); ARGS="ROW …" makes some rows only
+demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then the report (about 5 minutes); ARGS="ROW …" makes some rows only
 	snakemake --profile profiles/demo $(ARGS)
 
 demo-all: $(VENV)/installed  ## every row of both tables on a CPU, then the report (about 35 minutes)
@@ -33,7 +33,7 @@ digits: $(VENV)/installed  ## the example of your own data: real handwritten dig
 chat: $(VENV)/installed  ## a page on this machine to ask a model about pictures: make chat MODEL=FOLDER [BASE=FOLDER] [ARGS="--bf16"]
 	python scripts/serve.py --model_name_or_path $(MODEL) $(if $(BASE),--base $(BASE)) $(ARGS)
 
-reproduce: $(VENV)/installed  ## the demo from scratch in another folder, compared byte by byte with stored digests (about 8 minutes)
+reproduce: $(VENV)/installed  ## the demo from scratch in another folder, compared byte by byte with stored digests (about 5 minutes)
 	python scripts/reproduce.py $(ARGS)
 
 # SLURM's tests mostly wait, so they run beside the others.
