@@ -183,9 +183,11 @@ def heavy_imports() -> Iterator[None]:
     What exists afterwards stays out of later collections.
     """
     gc.disable()
-    yield
-    gc.freeze()
-    gc.enable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 FIRST_PROCESS_SECONDS = 2.0
