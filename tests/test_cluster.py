@@ -193,7 +193,7 @@ def request(**changes) -> Request:
 def test_what_is_asked_of_the_cpu_partition_covers_every_rule_without_a_rows_machines(root):
     run = load_run(root / "config/demo.yaml", root)
     common, base = [wanted for wanted in check.requests(run, Site()) if not wanted.what.startswith("row")]
-    assert (common.cpus, base.cpus) == (4, 2)
+    assert (common.cpus, base.cpus) == (4, run.demo.base.processes)
     for name, wanted in (("data", common), ("report", common), ("plan", common), ("demo", base)):
         text = (root / f"workflow/rules/{name}.smk").read_text()
         for field in ("mem_mb", "runtime"):
