@@ -278,7 +278,7 @@ class Cluster:
     def release(self) -> None:
         """Let jobs that SLURM put back into the queue start soon, not after two minutes.
 
-        In the second in which a node revoked a job's credential it starts the job no second time, and the job has failed.
+        A node that has revoked a job's credential refuses to start the job in the same second, and the job fails.
         """
         for job, state in self.jobs().items():
             if state == "PENDING":
