@@ -62,10 +62,10 @@ verify-data: $(VENV)/installed  ## every test image of Pillow's source distribut
 verify-training: $(VENV)/installed  ## runs killed at random moments end with the same weights (about 7 minutes)
 	pytest -m verify tests/test_training_kills.py tests/test_training_optimizers.py
 
-verify-model: $(VENV)/installed  ## every stored case of the published code, forward and backward; compiled kernels (about 3 minutes)
+verify-model: $(VENV)/installed  ## every stored case of the published code, forward and backward; compiled kernels (about 4 minutes)
 	pytest -m verify tests/test_model_modeling.py tests/test_model_fused.py
 
-verify-workflow: $(VENV)/installed  ## small workflow runs with every fault: late outputs, two runs of one clone (about 5 minutes)
+verify-workflow: $(VENV)/installed  ## small workflow runs with every fault: late outputs, two runs of one clone (about 10 minutes)
 	pytest -m 'verify or not verify' tests/workflow
 
 verify-evaluation: $(VENV)/installed  ## batches are three times as fast as one by one, with the same answers
