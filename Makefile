@@ -65,7 +65,7 @@ verify-training: $(VENV)/installed  ## runs killed at random moments end with th
 verify-model: $(VENV)/installed  ## every stored case of the published code, forward and backward; compiled kernels (about 4 minutes)
 	pytest -m verify tests/test_model_modeling.py tests/test_model_fused.py
 
-verify-workflow: $(VENV)/installed  ## small workflow runs with every fault: late outputs, two runs of one clone (about 10 minutes)
+verify-workflow: $(VENV)/installed  ## small workflow runs with every fault: late outputs, two runs of one clone
 	pytest -m 'verify or not verify' tests/workflow
 
 verify-evaluation: $(VENV)/installed  ## batches are three times as fast as one by one, with the same answers
