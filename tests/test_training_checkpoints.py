@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from training_fixtures import await_step, finish, launch, slow_disk, train_here, weights, write_base, write_data
 
-from phi3v.settings import FinetuneSettings, validate
+from phi3v.settings import FinetuneSettings, flags, validate
 from phi3v.training import checkpoints
 from phi3v.training.checkpoints import (
     SEAL,
@@ -154,12 +155,16 @@ def test_the_fingerprint_follows_settings_data_and_base_weights(tmp_path):
     assert mark()["data"] != before["data"]
 
 
-def arguments(base: Path, out: Path, *more: str) -> list[str]:
-    return [
-        "--model_name_or_path", str(base / "model"), "--data_dir", str(base / "data"), "--output_dir", str(out),
-        "--batch_size", "8", "--max_steps", "14", "--warmup_steps", "2", "--learning_rate", "2e-3", "--bf16",
-        "--save_steps", "3", "--no-tqdm", *more,
-    ]  # fmt: skip
+def settings_of(base: Path, out: Path, **more) -> dict:
+    return {
+        "model_name_or_path": str(base / "model"), "data_dir": str(base / "data"), "output_dir": str(out),
+        "batch_size": 8, "max_steps": 14, "warmup_steps": 2, "learning_rate": 2e-3, "bf16": True, "save_steps": 3,
+        "tqdm": False, **more,
+    }  # fmt: skip
+
+
+def start(settings: dict, more: dict[str, str] | None = None) -> subprocess.Popen:
+    return launch(flags(validate(FinetuneSettings, settings, "test")), processes=2, more=more)
 
 
 def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_path):
@@ -170,10 +175,7 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
     """
     write_base(tmp_path, examples=20, text_only_every=7)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    code, output = finish(launch(arguments(tmp_path, straight), processes=2))
-    assert code == 0, output
-
-    process = launch(arguments(tmp_path, broken), processes=2)
+    process = start(settings_of(tmp_path, broken))
     await_step(process, broken, 7)
     for child in (family := psutil.Process(process.pid).children(recursive=True)):
         child.suspend()  # it must not finish while the second job starts
@@ -194,7 +196,7 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
 
     # Writing takes 6 s and more; torchrun, which is told as a workflow's job tells it, would wait 4.
     disk = slow_disk(tmp_path / "disk", 1.5) | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "4"}
-    process = launch([*arguments(tmp_path, broken), "--save_steps", "100", "--num_workers", "1"], 2, more=disk)
+    process = start(settings_of(tmp_path, broken, save_steps=100, num_workers=1), more=disk)
     await_step(process, broken, 10)
     asked = time.monotonic()
     process.send_signal(signal.SIGUSR1)
@@ -221,8 +223,13 @@ def test_killed_damaged_and_stopped_full_training_ends_with_the_same_bytes(tmp_p
     assert plain.keys() == base.keys()
     assert {value.dtype for value in plain.values()} == {torch.bfloat16}
 
-    code, output = finish(launch([*arguments(tmp_path, broken), "--num_workers", "1"], processes=2))
+    # One start serves the resumed run and the undisturbed one.
+    cases = [settings_of(tmp_path, broken, num_workers=1), settings_of(tmp_path, straight)]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    process = launch([str(tmp_path / "cases.json"), str(tmp_path)], processes=2, script="tests/training_cases.py")
+    code, output = finish(process)
     assert code == 0, output
+    assert json.loads((tmp_path / "rank0.json").read_text()) == [[0, "", ""]] * 2
     assert f"checkpoint-{stopped}: resuming from here" in output
     assert weights(broken / "final") == weights(straight / "final")
     lines = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
