@@ -249,8 +249,12 @@ def test_overrides_are_recorded_and_checked(tree):
 
 
 def test_unknown_setting_and_selection(tree):
-    with pytest.raises(SettingsError, match="field `sed`: got 3: unknown field"):
+    with pytest.raises(SettingsError, match=r"field `sed`: got 3: unknown field; did you mean `seed`\?"):
         tree(sed=3)
+    with pytest.raises(SettingsError, match=r"`speed.warmup`: got 3: unknown field; did you mean `warmup_steps`\?"):
+        tree(speed={"warmup": 3})
+    with pytest.raises(SettingsError, match="field `xyzzy`: got 3: unknown field; no such setting"):
+        tree(xyzzy=3)
     with pytest.raises(SettingsError, match=r"field `rows.accuracy`: got 'phi9-\*': matches no row"):
         tree(rows={"accuracy": ["phi9-*"]})
     with pytest.raises(SettingsError, match=r"field `hardware.device`: got 'a1000': expected one of a10, a100-40gb"):

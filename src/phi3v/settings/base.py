@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Iterable, Mapping
@@ -88,10 +89,12 @@ def check_choice(where: str, field: str, value: str, choices: Iterable[str]) -> 
         raise SettingsError(f"{where}: field `{field}`: got {value!r}: expected one of {', '.join(sorted(choices))}")
 
 
-def explain(error: ValidationError, where: str, typed: Mapping[str, str] | None = None) -> SettingsError:
+def explain(
+    error: ValidationError, where: str, typed: Mapping[str, str] | None = None, model: type[BaseModel] | None = None
+) -> SettingsError:
     """One line per problem: location, field, value, and what was expected.
 
-    typed: field to the alias that the user typed. The message names both.
+    typed: field to the alias that the user typed. The message names both. model: whose fields an unknown one may mean.
     """
     other = {name: f" (given as {alias})" for name, alias in (typed or {}).items()}
     lines = []
@@ -102,7 +105,8 @@ def explain(error: ValidationError, where: str, typed: Mapping[str, str] | None 
         if not field and name in other:
             expected = expected.replace(name, f"{name}{other[name]}", 1)
         if item["type"] == "extra_forbidden":
-            expected = "unknown field; no such setting"
+            like = difflib.get_close_matches(str(item["loc"][-1]), _fields(model) if model else [], 1)
+            expected = f"unknown field; did you mean `{like[0]}`?" if like else "unknown field; no such setting"
         elif item["type"] == "missing":
             lines.append(f"{where}: field `{field}`: missing; expected a value")
             continue
@@ -114,12 +118,18 @@ def explain(error: ValidationError, where: str, typed: Mapping[str, str] | None 
     return SettingsError("\n".join(lines))
 
 
+def _fields(model: type[BaseModel]) -> list[str]:
+    """Names of the fields of a model and of the models in it."""
+    schema = model.model_json_schema()
+    return sorted({name for part in (schema, *schema.get("$defs", {}).values()) for name in part.get("properties", {})})
+
+
 def validate(model: type[M], values: Any, where: str) -> M:
     """Parses `values` as `model`. Raises SettingsError that starts each problem with `where`."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise explain(error, where) from None
+        raise explain(error, where, model=model) from None
 
 
 class _UniqueKeys(yaml.SafeLoader):
