@@ -75,7 +75,7 @@ if "apptainer" in DEPLOYMENT:
 elif "conda" in DEPLOYMENT and "rocm" in KINDS:
     raise WorkflowError(
         "hardware with AMD GPUs: no environment is locked for them; got --sdm conda, expected none or apptainer; "
-        "nothing was started. docs/how-to/conda.md has the steps to make one"
+        "nothing was started. docs/how-to/containers.md tells how to build an image for them"
     )
 
 
