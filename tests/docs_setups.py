@@ -45,7 +45,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("docs/how-to/slurm-events.md", "snakemake"): SLURM,
     ("docs/how-to/slurm-site.md", "python scripts/cluster.py site"): SLURM,
     ("docs/how-to/slurm-site.md", "python scripts/cluster.py check"): SLURM,
-    ("docs/how-to/small-gpu.md", "python scripts/finetune.py"): GPU,
+    ("docs/how-to/small-gpu.md", "python scripts/download.py"): GPU,
     ("docs/how-to/tune.md", "python scripts/finetune.py …"): "parts of commands; tests/test_training_own_data.py",
     ("docs/troubleshooting.md", "python3.11 -m venv"): "needs the network and an older GPU",
     ("docs/tutorials/demo.md", "git clone"): NETWORK,
