@@ -15,12 +15,12 @@ GPU = "needs a GPU and the published weights"
 SLURM = "needs a cluster; tests/slurm runs it on one"
 NETWORK = "needs the network; make verify-pristine runs it"
 NOT_RUN: dict[tuple[str, str], str] = {
-    ("docs/how-to/conda.md", "snakemake --sdm"): "verify-conda runs it over rattler; conda-forge is not reachable",
+    ("docs/how-to/conda.md", "snakemake --profile"): "verify-conda runs it over rattler; conda-forge is not reachable",
     (
         "docs/how-to/containers.md",
         "make containers\n",
     ): "verify-containers builds with buildah; no registry is reachable",
-    ("docs/how-to/containers.md", "snakemake --sdm"): "verify-containers runs it; needs images",
+    ("docs/how-to/containers.md", "snakemake --profile"): "verify-containers runs it; needs images",
     ("docs/how-to/containers.md", "apptainer build"): "verify-containers converts archives; needs Apptainer",
     ("docs/how-to/containers.md", "docker build"): "needs Docker",
     ("docs/how-to/containers.md", "mkdir layout"): "verify-containers runs it; needs Charliecloud",

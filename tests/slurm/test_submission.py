@@ -171,7 +171,7 @@ class Terminal:
 
     def __init__(self, sleeps: Sleeps, *arguments: str) -> None:
         page = (sleeps.root / "docs/tutorials/slurm.md").read_text()
-        (line,) = re.findall(r"^tmux new -d '(snakemake .*)'$", page, re.MULTILINE)
+        (line,) = re.findall(r'^tmux new -d "PATH=\$PATH (snakemake .*)"$', page, re.MULTILINE)
         line = line.replace("--configfile config/mine.yaml", shlex.join(sleeps.options(*arguments)))
         line = line.replace("snakemake --profile slurm", f"exec {sys.executable} -m snakemake")
         self.log = sleeps.folder / "mine.log"
