@@ -32,10 +32,10 @@ def site(path: str) -> int:
     text = site_text(look(), read_entries(["config/hardware.yaml"], Hardware, Path()))
     print(text, end="")
     if Path(path).exists():
-        print(f"{path} exists and was left as it is", file=sys.stderr)
+        print(f"{path} exists and was not changed; to use the printed text, copy it there", file=sys.stderr)
         return 1
     Path(path).write_text(text, encoding="utf-8")
-    print(f"{path}: written; look through it, then: python scripts/cluster.py check", file=sys.stderr)
+    print(f"{path}: written; review it, then run: python scripts/cluster.py check", file=sys.stderr)
     return 0
 
 
@@ -60,7 +60,10 @@ def check(config: str, probing: bool, nodes: int, device: str) -> int:
             found += probe(here, entry, Path.cwd())
     print("\n".join([*lines, *map(str, dict.fromkeys(found))]))
     errors, warnings = (sum(problem.level == level for problem in found) for level in ("error", "warning"))
-    print(f"{len(wanted)} kinds of work looked at: {errors} errors, {warnings} warnings")
+    counts = [
+        f"{number} {level}{'' if number == 1 else 's'}" for number, level in ((errors, "error"), (warnings, "warning"))
+    ]
+    print(f"{len(wanted)} kinds of jobs checked: {', '.join(counts)}")
     return 1 if errors else 0
 
 
@@ -70,7 +73,7 @@ def status(config: str) -> int:
     try:
         jobs, silent = running_jobs(Path.cwd()), ""
     except ClusterError as error:
-        jobs, silent = [], f"SLURM could not be asked, jobs that run or wait are not shown: {error}"
+        jobs, silent = [], f"SLURM does not answer, so jobs that run or wait are not shown: {error}"
     print("\n".join(status_lines(run, Path(), jobs)), flush=True)
     if silent:
         print(silent, file=sys.stderr)
@@ -94,18 +97,22 @@ def main() -> int:
     """Parse and do one of the four."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("do", choices=["site", "check", "status", "wait"])
-    parser.add_argument("--config", default="config/config.yaml", help="the run (default: config/config.yaml)")
+    parser.add_argument(
+        "--config", default="config/config.yaml", help="configuration file of the run (default: config/config.yaml)"
+    )
     parser.add_argument("--output", default=SITE_FILE, help=f"site: file to write (default: {SITE_FILE})")
     parser.add_argument("--no-probe", action="store_true", help="check: submit no probe jobs")
     parser.add_argument("--nodes", type=int, default=0, help="check: also time all-reduce over this many nodes")
-    parser.add_argument("--device", default="", help="check --nodes: of which device, by its name in the site file")
-    parser.add_argument("--seconds", type=float, default=10, help="wait: between two looks (default: 10)")
+    parser.add_argument(
+        "--device", default="", help="check --nodes: device of these nodes, by its name in the site file"
+    )
+    parser.add_argument("--seconds", type=float, default=10, help="wait: seconds between two queries (default: 10)")
     given = parser.parse_args()
     if given.do == "site":
         return site(given.output)
     if given.do == "check":
         if bool(given.nodes) != bool(given.device):
-            parser.error(f"got --nodes {given.nodes} --device {given.device!r}: expected both or none")
+            parser.error(f"got --nodes {given.nodes} --device {given.device!r}: expected both or neither")
         return check(given.config, not given.no_probe, given.nodes, given.device)
     return status(given.config) if given.do == "status" else wait(given.seconds)
 

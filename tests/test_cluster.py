@@ -147,7 +147,7 @@ def test_amounts_as_accounting_prints_them(text, expected):
         (("MaxTRESPerNode", "cpu", 32), "error", "asks for cpu=64, QOS q (MaxTRESPerNode: cpu=32)"),
         (("GrpTRES", "mem", 100), "error", "asks for mem=400000, QOS q (GrpTRES: mem=100)"),
         (("GrpTRES", "billing", 1), None, ""),
-        (("MinTRESPerJob", "gres/gpu", 16), "error", "QOS q (MinTRESPerJob: gres/gpu=16) is the least of a job"),
+        (("MinTRESPerJob", "gres/gpu", 16), "error", "QOS q (MinTRESPerJob: gres/gpu=16): a job needs at least that"),
         (("MaxWall", "", 60), "error", "asks for 600 min, QOS q (MaxWall: 60): such a job waits for ever; set "
          "`partitions.a100-80gb.max_runtime: 60`, or another account or qos, in config/site.yaml"),
         (("MaxWall", "", 600), None, ""),
@@ -155,7 +155,7 @@ def test_amounts_as_accounting_prints_them(text, expected):
         (("GrpTRESMins", "gres/gpu", 4799), "error", "asks for gres/gpu=4800, QOS q (GrpTRESMins: gres/gpu=4799)"),
         (("GrpTRESMins", "gres/gpu", 4800), None, ""),
         (("MaxJobsPerUser", "", 0), "error", "asks for a job, QOS q (MaxJobsPerUser: 0): no job may run"),
-        (("MaxSubmitJobs", "", 2), "note", "QOS q (MaxSubmitJobs): at most 2 jobs of yours wait or run at a time"),
+        (("MaxSubmitJobs", "", 2), "note", "QOS q (MaxSubmitJobs): at most 2 of your jobs wait or run at a time"),
     ],
 )  # fmt: skip
 def test_what_accounting_would_never_start_is_refused(limit, level, said):
@@ -214,9 +214,9 @@ def test_a_request_that_fits_has_no_problem():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"gpus": 16}, "asks for 16 GPUs of a machine, partition gpu has 8"),
+        ({"gpus": 16}, "asks for 16 GPUs per machine, partition gpu has 8"),
         ({"nodes": 5}, "asks for 5 machines, partition gpu has 4"),
-        ({"mem_mb": 600_000}, "asks for 600000 MB memory of a machine, partition gpu has 500000"),
+        ({"mem_mb": 600_000}, "asks for 600000 MB of memory per machine, partition gpu has 500000"),
         ({"runtime": 3000}, "asks for 3000 min, partition gpu ends jobs after 1440 min; set `partitions.a100-80gb.max_runtime"),
         ({"partition": "gpux"}, "partition 'gpux': not on this cluster; expected one of gpu, cpu"),
     ],
@@ -229,7 +229,7 @@ def test_a_request_that_does_not_fit_says_why(changes, said):
 
 def test_many_rows_with_one_reason_are_one_line():
     (found,) = problems(Site(), FACTS, [request(what=f"row `r{n}` (train)", gpus=9) for n in range(50)])
-    assert found.text == "row `r0` (train): asks for 9 GPUs of a machine, partition gpu has 8 (and 49 more jobs)"
+    assert found.text == "row `r0` (train): asks for 9 GPUs per machine, partition gpu has 8 (and 49 more jobs)"
 
 
 def test_preemption_by_cancelling_and_a_short_memory_are_worth_knowing():
@@ -313,8 +313,8 @@ def test_without_an_answer_of_slurm_the_rest_is_said_all_the_same(root, tmp_path
     assert said in error
     code, found, _ = cluster_command(root, tmp_path, "check", *config)
     assert code == 1
-    assert "error: the cluster could not be looked at: scontrol" in found
-    assert "kinds of work looked at: 1 errors" in found
+    assert "error: the cluster could not be checked: scontrol" in found
+    assert "kinds of jobs checked: 1 error, " in found
 
 
 def test_a_machine_of_a_partition_without_a_name_is_of_the_default_one(tmp_path, monkeypatch):
@@ -536,7 +536,7 @@ def test_what_a_job_asks_for_fits_the_partition():
 @pytest.mark.parametrize(
     ("flag", "reason"),
     [
-        ("--mem=5G", "expected no --mem here: the plan gives the memory, `memory` how"),
+        ("--mem=5G", "expected no --mem here: the plan sets the memory, and `memory` how"),
         ("--part=gpu", "expected no --part here: set `partition`"),
         ("--signal=USR2@5", "set `leave_seconds`"),
         ("-p", "expected a long option"),

@@ -253,9 +253,7 @@ def test_outputs_decide_where_accounting_does_not_know(slurm, submitted, reports
     slurm.answer("sacct", answer)
     found = query(slurm, capfd, "squeue", "3|RUNNING|None", "4|COMPLETING|None")
     assert found == {"1": "COMPLETED", "2": "COMPLETED", "3": "RUNNING", "4": "COMPLETING"}
-    assert reports == [
-        f"{COMMENT}: SLURM does not know any more how job {job} ended, so its outputs decide" for job in (1, 2)
-    ]
+    assert reports == [f"{COMMENT}: SLURM no longer knows how job {job} ended, so its outputs decide" for job in (1, 2)]
 
 
 def test_jobs_are_not_forgotten_while_the_controller_is_away(slurm, submitted, reports, capfd):
@@ -263,7 +261,7 @@ def test_jobs_are_not_forgotten_while_the_controller_is_away(slurm, submitted, r
     slurm.answer("squeue", (1, "", AWAY))
     assert executor.main("squeue", ["--name", "mine"]) == 0
     assert capfd.readouterr().out == ""
-    assert reports == [f"SLURM does not answer ({AWAY}); its jobs continue, and it is asked again"]
+    assert reports == [f"SLURM does not answer ({AWAY}); submitted jobs continue, and Snakemake asks again"]
 
 
 def test_a_reason_that_does_not_end_by_itself_is_reported_once(slurm, submitted, reports, capfd):

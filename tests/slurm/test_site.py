@@ -43,7 +43,7 @@ def test_a_first_site_file_is_one_that_the_check_accepts(runs, look):
     assert "there is no apptainer" in output
     code, output = look("site")
     assert code == 1
-    assert "exists and was left as it is" in output
+    assert "exists and was not changed" in output
 
 
 SHOW = """
@@ -189,13 +189,13 @@ WRONG: list[tuple[dict[str, Any], int, list[str]]] = [
         ),
         2,
         [
-            "field `account`: got 'nobody': not yours on this cluster; expected one of research",
-            "field `qos`: got 'fast': not yours on this cluster; expected one of normal",
+            "field `account`: got 'nobody': you cannot use it on this cluster; expected one of research",
+            "field `qos`: got 'fast': you cannot use it on this cluster; expected one of normal",
             "`partitions.a100-80gb.max_runtime`: got 100000: partition gpu ends jobs after 1440",
-            "asks for 2 GPUs of a machine, partition gpu has 1",
-            "`partitions.a100-80gb.gpu_type`: got 'h100': GPU types of partition gpu: a100",
+            "asks for 2 GPUs per machine, partition gpu has 1",
+            "`partitions.a100-80gb.gpu_type`: got 'h100': expected a GPU type of partition gpu: a100",
             "got 'nvlink': no machine of partition gpu has it",
-            "asks for 32 CPUs of a machine, partition gpu has 8",
+            "asks for 32 CPUs per machine, partition gpu has 8",
         ],
     ),
     (site(partition="gpux"), 2, ["partition 'gpux': not on this cluster; expected one of cpu, gpu,"]),
@@ -207,7 +207,7 @@ WRONG: list[tuple[dict[str, Any], int, list[str]]] = [
     (
         site(gpus_per_node=0, max_runtime=3, leave_seconds_=600),
         16,
-        ["asks for 16 GPUs of a machine, partition gpu has 8", "field `leave_seconds`: got 600: partition gpu"],
+        ["asks for 16 GPUs per machine, partition gpu has 8", "field `leave_seconds`: got 600: partition gpu"],
     ),
 ]  # fmt: skip
 
@@ -281,7 +281,7 @@ def test_limits_of_accounting_are_read(runs, look, cluster):
         "account research (GrpTRESMins: cpu=3): such a job waits for ever",
         "account research (GrpWall: 4): such a job waits for ever",
         "account research (MaxWall: 20): such a job waits for ever; set `partitions.a100-80gb.max_runtime: 20`",
-        "note: account research (MaxSubmitJobs): at most 5 jobs of yours wait or run at a time",
+        "note: account research (MaxSubmitJobs): at most 5 of your jobs wait or run at a time",
     ):
         assert said in output, output
     runs.site(SITE)

@@ -225,7 +225,7 @@ def test_a_dry_run_needs_no_commands_of_slurm(root, tmp_path):
         cwd=root, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PATH": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "the cluster could not be looked at: scontrol was not found" in done.stdout + done.stderr
+    assert "the cluster could not be checked: scontrol was not found" in done.stdout + done.stderr
 
 
 def test_predictions_answer_new_pictures_with_a_trained_row(snakemake, root, tmp_path):

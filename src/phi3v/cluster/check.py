@@ -92,7 +92,7 @@ def cluster_problems(run: ResolvedRun, site: Site, if_silent: Level) -> list[Pro
     try:
         return found + problems(site, look(), wanted)
     except ClusterError as error:
-        return [*found, Problem(if_silent, f"the cluster could not be looked at: {error}")]
+        return [*found, Problem(if_silent, f"the cluster could not be checked: {error}")]
 
 
 def settings_problems(run: ResolvedRun, site: Site, requests: Iterable[Request]) -> list[Problem]:
@@ -103,16 +103,16 @@ def settings_problems(run: ResolvedRun, site: Site, requests: Iterable[Request])
             devices = ", ".join(sorted(run.hardware))
             found.append(_field("partitions", device, f"expected {CPU} or a device of the run: {devices}"))
         if entry.max_runtime and entry.max_runtime * 60 <= site.leave_seconds + SLURM_EARLY:
-            limit = f"partition {entry.partition} ({device}) gives a job {entry.max_runtime} min"
-            expected = "expected less, since SLURM may signal a minute early"
+            limit = f"partition {entry.partition} ({device}) ends jobs after {entry.max_runtime} min"
+            expected = f"expected over {SLURM_EARLY} s less than that, because SLURM may signal a minute early"
             found.append(_field("leave_seconds", site.leave_seconds, f"{limit}; {expected}"))
     for request in requests:
         entry = site.of(request.device, request.partition)
         if 0 < entry.gpus_per_node < request.gpus:
             found.append(
                 _error(
-                    f"{request.what}: asks for {request.gpus} GPUs of a machine, partition {entry.partition} has "
-                    f"{entry.gpus_per_node}; expected per_node of the run's hardware at most that"
+                    f"{request.what}: asks for {request.gpus} GPUs per machine, partition {entry.partition} has "
+                    f"{entry.gpus_per_node}; set per_node of the run's hardware to at most {entry.gpus_per_node}"
                 )
             )
     return list(dict.fromkeys(found))
@@ -144,14 +144,14 @@ def problems(site: Site, facts: Facts, requests: Iterable[Request]) -> list[Prob
         ]:
             stopped.setdefault((partition.name, reason), []).append(f"{request.what}: asks for {asked}")
     for (_, reason), jobs in stopped.items():
-        more = f" (and {len(jobs) - 1} more jobs)" if len(jobs) > 1 else ""
+        more = f" (and {len(jobs) - 1} more job{'s' if len(jobs) > 2 else ''})" if len(jobs) > 1 else ""
         found.append(_error(f"{jobs[0]}, {reason}{more}"))
     if facts.min_job_age < LEAST_JOB_AGE:
         found.append(
             Problem(
                 "warning",
-                f"MinJobAge is {facts.min_job_age} s: less than the {LEAST_JOB_AGE} s between two status queries, so "
-                "without accounting only its outputs tell how a job ended. Ask your administrators for MinJobAge=300",
+                f"MinJobAge is {facts.min_job_age} s: less than the {LEAST_JOB_AGE} s between two status queries. Without "
+                "accounting, only a job's outputs then show how it ended. Ask your administrators for MinJobAge=300",
             )
         )
     return list(dict.fromkeys(found))
@@ -160,7 +160,7 @@ def problems(site: Site, facts: Facts, requests: Iterable[Request]) -> list[Prob
 def _partition_problems(entry: Partition, partition: PartitionFacts, field: str) -> Iterator[Problem]:
     name, limit = f"partition {partition.name}", partition.max_minutes
     if not partition.up:
-        yield _error(f"{name}: is not UP")
+        yield _error(f"{name}: is not UP; wait until it is, or set another partition in {SITE_FILE}")
     if limit is not None and entry.max_runtime is not None and entry.max_runtime > limit:
         reason = f"{name} ends jobs after {limit} min; expected at most that"
         yield _field(f"{field}.max_runtime", entry.max_runtime, reason)
@@ -175,20 +175,20 @@ def _partition_problems(entry: Partition, partition: PartitionFacts, field: str)
         reason = f"no machine of {name} has it; features there: {_names(known)}"
         yield _field(f"{field}.constraint", entry.constraint, reason)
     if entry.gpu_type and entry.gpu_type not in partition.gpus:
-        yield _field(f"{field}.gpu_type", entry.gpu_type, f"GPU types of {name}: {_names(partition.gpus)}")
+        yield _field(f"{field}.gpu_type", entry.gpu_type, f"expected a GPU type of {name}: {_names(partition.gpus)}")
     if partition.preempt_mode == "CANCEL" and partition.grace_seconds < LEAST_GRACE:
-        text = f"pre-empted jobs are cancelled after {partition.grace_seconds} s, which is short for saving"
-        yield Problem("warning", f"{name}: {text}; they lose what came after the last checkpoint")
+        text = f"pre-empted jobs are cancelled after {partition.grace_seconds} s, which may be too short to save"
+        yield Problem("warning", f"{name}: {text}; they lose the work since their last checkpoint")
 
 
 def _rights_problems(site: Site, entry: Partition, partition: PartitionFacts, facts: Facts) -> Iterator[Problem]:
     account, qos = entry.account or site.account, entry.qos or site.qos
     if account and facts.accounts is not None and account not in facts.accounts:
-        yield _field("account", account, f"not yours on this cluster; expected one of {_names(facts.accounts)}")
+        yield _field("account", account, f"you cannot use it on this cluster; expected one of {_names(facts.accounts)}")
     if account and partition.accounts is not None and account not in partition.accounts:
-        yield _field("account", account, f"partition {partition.name} takes {_names(partition.accounts)} only")
+        yield _field("account", account, f"partition {partition.name} only accepts {_names(partition.accounts)}")
     if qos and facts.qos is not None and qos not in facts.qos:
-        yield _field("qos", qos, f"not yours on this cluster; expected one of {_names(facts.qos)}")
+        yield _field("qos", qos, f"you cannot use it on this cluster; expected one of {_names(facts.qos)}")
 
 
 def _names(found: Iterable[str]) -> str:
@@ -204,9 +204,9 @@ def _request_problems(entry: Partition, partition: PartitionFacts, request: Requ
     fewer_cpus = f"; set `{field}.cpus_per_gpu`" if request.gpus else ""
     for what, asked, there, remedy in (
         ("machines", request.nodes, partition.nodes, ""),
-        ("GPUs of a machine", request.gpus, partition.gpus_per_node, ""),
-        ("CPUs of a machine", request.cpus, partition.cpus, fewer_cpus),
-        ("MB memory of a machine", request.mem_mb, partition.memory_mb, ""),
+        ("GPUs per machine", request.gpus, partition.gpus_per_node, ""),
+        ("CPUs per machine", request.cpus, partition.cpus, fewer_cpus),
+        ("MB of memory per machine", request.mem_mb, partition.memory_mb, ""),
     ):
         if asked > there:
             yield f"{asked} {what}", f"{name} has {there}{remedy}"
@@ -215,9 +215,7 @@ def _request_problems(entry: Partition, partition: PartitionFacts, request: Requ
 def _notes(limits: Iterable[Limit]) -> Iterator[Problem]:
     for limit in limits:
         if limit.name in JOBS and limit.value:
-            yield Problem(
-                "note", f"{limit.where} ({limit.name}): at most {limit.value} jobs {JOBS[limit.name]} at a time"
-            )
+            yield Problem("note", f"{limit.where} ({limit.name}): at most {limit.value} {JOBS[limit.name]} at a time")
 
 
 def _limit_problems(entry: Partition, limits: Iterable[Limit], request: Request) -> Iterator[tuple[str, str]]:
@@ -239,9 +237,9 @@ def _limit_problems(entry: Partition, limits: Iterable[Limit], request: Request)
                 yield "a job", f"{limit}: no job may run; set another account or qos in {SITE_FILE}"
         elif limit.name == "MinTRESPerJob":
             if limit.tres in each and asked < limit.value:
-                yield f"{limit.tres}={asked}", f"{limit} is the least of a job there; set another qos in {SITE_FILE}"
+                yield f"{limit.tres}={asked}", f"{limit}: a job needs at least that; set another qos in {SITE_FILE}"
         elif asked > limit.value:
-            remedy = f"set nodes and per_node of the run's hardware to what a job may have, {other}"
+            remedy = f"lower nodes or per_node of the run's hardware, or set another account or qos in {SITE_FILE}"
             yield f"{limit.tres}={asked}", f"{limit}: such a job waits for ever; {remedy}"
 
 

@@ -50,7 +50,7 @@ ADVICE = {
     r"TimeLimit|WallDuration|MinutesPerJob": "lower `max_runtime` of its partition or change `qos` (config/site.yaml)",
     r"Minutes": "the hours of the account are used up; change `account` in config/site.yaml",
     r"Jobs": "it starts when other jobs have ended; `jobs` in profiles/slurm/profile.yaml limits the number submitted",
-    r"Hel|Hold|held|NeverSatisfied": "scontrol release JOB, or scancel JOB to submit it anew",
+    r"Hel|Hold|held|NeverSatisfied": "run scontrol release JOB, or scancel JOB to submit it again",
     r"InvalidQOS|QOSNotAllowed": "change `qos` in config/site.yaml",
     r"AccountNot|InvalidAccount": "change `account` in config/site.yaml",
     r"^(QOS|Assoc|Max)": "change `hardware` of the run, or `cpus_per_gpu` or `qos` in config/site.yaml",
@@ -191,7 +191,7 @@ def take_over(job: str, comment: str, work: str, submitted_for: str) -> Answer:
             f"job {job} still runs or waits for the same output, with other settings; nothing was submitted beside it"
         )
         return Answer([], 1, "", f"{comment}: {text}. Wait for it or scancel {job}, then start Snakemake again.\n")
-    report(f"{comment}: job {job} still runs or waits and is taken over; to submit it anew: scancel {job}")
+    report(f"{comment}: job {job} still runs or waits and is taken over; to submit it again: scancel {job}")
     return Answer([], 0, f"{job}\n", "")
 
 
@@ -220,7 +220,7 @@ def states(name: str) -> Answer:
     queue = slurm("squeue", "--me", "--states=all", "--noheader", "--format=%i|%T|%r")
     if queue.returncode:
         # To the executor an answer without a job means that it has not ended; after failed queries it forgets its jobs.
-        report(f"SLURM does not answer ({queue.stderr}); its jobs continue, and it is asked again")
+        report(f"SLURM does not answer ({queue.stderr}); submitted jobs continue, and Snakemake asks again")
         return Answer([], 0, "", "")
     listed = [line.split("|", 2) for line in queue.stdout.splitlines()]
     found = {job: state for job, state, _ in listed}
@@ -249,7 +249,7 @@ def how_they_ended(submitted: dict[str, str], known: Iterable[str]) -> dict[str,
         if accounted.get(job) in LEFT_TO_SLURM:
             accounted[job] = "FAILED"
         elif accounted.get(job) not in ENDED:
-            report(f"{submitted[job]}: SLURM does not know any more how job {job} ended, so its outputs decide")
+            report(f"{submitted[job]}: SLURM no longer knows how job {job} ended, so its outputs decide")
             accounted[job] = "COMPLETED"
     return accounted
 

@@ -118,7 +118,7 @@ def site_text(facts: Facts, hardware: dict[str, Hardware]) -> str:
     """config/site.yaml for this cluster; every choice that is left to the reader is a comment."""
     lines = [
         "# Written by scripts/cluster.py from what this cluster reports.",
-        "# Fields: docs/reference/configuration.md, a cluster.",
+        "# Fields: docs/reference/configuration.md, section `A cluster`.",
     ]
     if facts.accounts:
         first, *others = sorted(facts.accounts, key=lambda name: (name != facts.accounting.default_account, name))
@@ -137,14 +137,14 @@ def site_text(facts: Facts, hardware: dict[str, Hardware]) -> str:
             names = devices_of(kind, hardware)
             if not names:
                 kind = kind or "(none given)"
-                lines.append(f"  # partition {partition.name}: GPU type {kind} is no entry of the hardware file")
+                lines.append(f"  # partition {partition.name}: the hardware file has no entry for GPU type {kind}")
             elif names[0] not in written:
                 written.add(names[0])
                 entry = _entry(names[0], partition, kind, [other for other in up if kind in other.gpus])
                 lines.append(entry + (f"  # {kind}: or {', '.join(names[1:])}" if names[1:] else ""))
     lines += [
         "# modules: [apptainer]           # environment modules that each job loads; PyTorch brings its own CUDA",
-        "# cache: /scratch/$USER/phi3v    # off the home quota",
+        "# cache: /scratch/$USER/phi3v    # caches outside the home quota",
         "# scratch: /tmp                  # on the node's own disk: pictures are copied there before training",
         "# offline: true                  # nodes have no network",
     ]

@@ -15,9 +15,9 @@ _USED = ["GrpWall", "GrpTRESMins"]
 ASSOCIATION = [*_BOTH, "MaxJobs", "MaxSubmitJobs", *_USED]
 QOS = [*_BOTH, "MaxJobsPerUser", "MaxSubmitJobsPerUser", "MaxTRESPerUser", "MaxTRESPerAccount", "MinTRESPerJob", *_USED]
 JOBS = {
-    "MaxJobs": "of yours run", "MaxJobsPerUser": "of yours run", "GrpJobs": "of all its users run",
-    "MaxSubmitJobs": "of yours wait or run", "MaxSubmitJobsPerUser": "of yours wait or run",
-    "GrpSubmitJobs": "of all its users wait or run",
+    "MaxJobs": "of your jobs run", "MaxJobsPerUser": "of your jobs run", "GrpJobs": "jobs of all its users run",
+    "MaxSubmitJobs": "of your jobs wait or run", "MaxSubmitJobsPerUser": "of your jobs wait or run",
+    "GrpSubmitJobs": "jobs of all its users wait or run",
 }  # fmt: skip
 """Limits on the number of jobs, and of which jobs."""
 

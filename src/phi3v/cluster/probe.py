@@ -110,12 +110,12 @@ def probe(site: Site, entry: Partition, folder: Path, nodes: int = 1, wait_secon
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=wait_seconds + 120, check=False)
     except subprocess.TimeoutExpired:
-        return [Problem("warning", f"{name}: its nodes did not answer: not looked at")]
+        return [Problem("warning", f"{name}: its nodes did not answer in time, so they were not checked")]
     finally:
         marker.unlink(missing_ok=True)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        return [Problem("warning", f"{name}: no node could be looked at: {reason[0]}")]
+        return [Problem("warning", f"{name}: no node could be checked: {reason[0]}")]
     seen: dict[str, dict[str, str]] = {}
     for node, what, value in re.findall(r"^(\S+) (\w+) (.*)$", done.stdout, re.M):
         seen.setdefault(node, {})[what] = value
@@ -132,12 +132,13 @@ def probe(site: Site, entry: Partition, folder: Path, nodes: int = 1, wait_secon
 def _seen(seen: dict[str, str], site: Site, folder: Path) -> Iterator[tuple[Literal["error", "warning"], str]]:
     """Levels and texts of one node's problems, with `<where>` for its name."""
     if seen.get("shared") != "yes":
-        yield "error", f"<where> {folder} is not this folder; expected a file system that all nodes share"
+        yield "error", f"<where> {folder} is missing or another folder; expected a file system that all nodes share"
     if (python := seen.get("python", "none")) != f"{sys.version_info.major}.{sys.version_info.minor}":
-        expected = "expected this Python, in a folder that all nodes share"
-        yield "error", f"<where> {sys.executable} is {python}; {expected}"
+        here = f"{sys.version_info.major}.{sys.version_info.minor}"
+        expected = f"expected Python {here} as here, in a folder that all nodes share"
+        yield "error", f"<where> {sys.executable}: got Python {python}; {expected}"
     if seen.get("apptainer", "none") == "none":
-        yield "warning", "<where> there is no apptainer; --sdm apptainer will not work, --sdm conda will"
+        yield "warning", "<where> there is no apptainer; --sdm apptainer will not work there, but --sdm conda will"
     for what in ("TMPDIR", "shm", "home"):
         free, _, path = seen.get(what, "none ").partition(" ")
         # With caches elsewhere, a job writes nothing to the home folder; some centres let it only be read there.
@@ -146,7 +147,7 @@ def _seen(seen: dict[str, str], site: Site, folder: Path) -> Iterator[tuple[Lite
         if free == "none":
             yield full, f"<where> 16 MB could not be written to {title} (full, over quota, or read-only)"
         elif int(free) < LEAST_FREE_MB and what != "home":
-            yield "warning", f"<where> {title} has {free} MB free; expected {LEAST_FREE_MB}"
+            yield "warning", f"<where> {title} has {free} MB free; expected at least {LEAST_FREE_MB}"
     for field, path in (("scratch", site.scratch), ("cache", site.cache)):
         if path and seen.get(field, "none") == "none":
             yield "error", f"field `{field}`: got {path}: <where> 16 MB could not be written there"
@@ -157,7 +158,7 @@ def _seen(seen: dict[str, str], site: Site, folder: Path) -> Iterator[tuple[Lite
     if state == "no":
         yield "error", f"<where> training would be refused: {reason}"
     if state == "cpu-build":
-        text = "only --sdm conda or apptainer can train, whose PyTorch for CUDA 13 needs driver 580 or newer"
+        text = "training needs --sdm conda or --sdm apptainer, whose PyTorch for CUDA 13 needs driver 580 or newer"
         yield "warning", f"<where> {text}: {reason}"
 
 

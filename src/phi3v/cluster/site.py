@@ -30,8 +30,8 @@ Folder = Annotated[str, StringConstraints(pattern=r"^([/$][A-Za-z0-9_./${}-]*)?$
 
 MANAGED = {
     "--account": "set `account`", "--partition": "set `partition`", "--qos": "set `qos`",
-    "--constraint": "set `constraint`", "--time": "the plan gives the time, `max_runtime` the most of it",
-    "--mem --mem-per-cpu --mem-per-gpu": "the plan gives the memory, `memory` how it is requested",
+    "--constraint": "set `constraint`", "--time": "the plan sets the time, and `max_runtime` limits it",
+    "--mem --mem-per-cpu --mem-per-gpu": "the plan sets the memory, and `memory` how it is requested",
     "--cpus-per-task --cpus-per-gpu": "set `cpus_per_gpu`",
     "--gres --gpus --gpus-per-node --gpus-per-task --gpus-per-socket": "set `gpu_type` and `gpu_flag`",
     "--nodes --ntasks --ntasks-per-node --ntasks-per-gpu": "set `nodes` and `per_node` of the run's hardware",
@@ -63,28 +63,28 @@ def _is_flag(value: str) -> str:
 
 
 class Partition(Strict):
-    """Where jobs of one device go."""
+    """The partition for jobs of one device."""
 
     partition: Word = ""
-    """SLURM's name of the partition; empty: jobs name none, and the cluster chooses."""
+    """SLURM's name of the partition. Empty: jobs name no partition, and the cluster chooses."""
     max_runtime: int | None = Field(None, ge=1)
-    """Minutes that a job may take there; longer jobs are cut to it and resume in the next one. Left out: no limit."""
+    """Longest time of a job there, in minutes. Work that takes longer resumes in the next job. Empty: no limit."""
     gpus_per_node: int = Field(0, ge=0)
-    """GPUs of a machine."""
+    """GPUs per machine. 0: not set."""
     gpu_type: Word = ""
-    """Type in the machine's GRES (`a100` of `gpu:a100:8`), where jobs must name it."""
+    """Type in the machine's GRES (`a100` in `gpu:a100:8`), if jobs must name it."""
     gpu_flag: Literal["gres", "gpus-per-node"] = "gres"
     """Option of sbatch that requests GPUs: `--gres=gpu:8` or `--gpus-per-node=8`."""
     cpus_per_gpu: int = Field(8, ge=1)
     """CPUs that a job gets with each GPU: its process, and the threads that load pictures."""
     memory: Literal["node", "cpu", "none"] = "node"
-    """How jobs request memory: `--mem`, `--mem-per-cpu`, or not at all (machines are given whole, or by their CPUs)."""
+    """How jobs request memory: `--mem`, `--mem-per-cpu`, or not at all (whole machines, or memory by CPUs)."""
     account: Word = ""
-    """Instead of the site's account."""
+    """Account of these jobs. Empty: the site's account."""
     qos: Word = ""
-    """Instead of the site's quality of service."""
+    """Quality of service of these jobs. Empty: the site's."""
     constraint: Constraint = ""
-    """Features that a machine must have, as sbatch takes them: `a100&nvlink`."""
+    """Features that a machine must have, in sbatch's syntax: `a100&nvlink`."""
     extra: list[Annotated[str, AfterValidator(_is_flag)]] = []
     """More options of sbatch, such as `--exclusive`, `--licenses=scratch:1`, `--hint=nomultithread`."""
 
@@ -102,28 +102,28 @@ class Site(Strict):
     """config/site.yaml: the cluster's own values."""
 
     account: Word = ""
-    """Account that jobs are charged to; empty: the one SLURM takes by itself."""
+    """Account that jobs are charged to. Empty: your default account in SLURM."""
     qos: Word = ""
-    """Quality of service; empty: the account's default."""
+    """Quality of service. Empty: the account's default."""
     partitions: dict[str, Partition] = {}
-    """Device of the hardware file to the partition of its machines; `cpu`: conversion, validation, report. A device
-    that is not named, and whose pool names no slurm_partition either, goes to the cluster's default partition."""
+    """Device of the hardware file to the partition of its machines. `cpu`: conversion, validation, report. Without an
+    entry, a device uses the slurm_partition of its pool, else the cluster's default partition."""
     setup: list[Line] = []
     """Shell lines that each job runs first, such as `module use /apps/modules`."""
     modules: list[Module] = []
     """Environment modules that each job loads."""
     env: dict[Variable, Line] = {}
-    """Environment variables of each job, such as NCCL_SOCKET_IFNAME; $USER and other variables are expanded."""
+    """Environment variables of each job, such as NCCL_SOCKET_IFNAME. $USER and other variables are expanded."""
     rendezvous: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.{}-]*$")] = ""
     """Where the nodes of a row meet: a pattern for the first node's name, such as `{host}i`, or a network interface,
     such as `ib0`. Empty: the first node's address in SLURM."""
     numa_binding: Literal["", "node", "socket", "exclusive", "core-complex"] = ""
-    """torchrun's --numa-binding: CPUs that each GPU's process may use. Empty: all of the job."""
+    """torchrun's --numa-binding: CPUs that each GPU's process may use. Empty: all CPUs of the job."""
     cache: Folder = ""
-    """Folder for caches, off the home quota, for jobs and for downloads on the login node; $USER and other variables
+    """Folder for caches outside the home quota, for jobs and for downloads on the login node. $USER and other variables
     are expanded."""
     scratch: Folder = ""
-    """Folder on the machine's own disk: pictures are copied there before training; empty: read where they are."""
+    """Folder on the machine's own disk. Pictures are copied there before training. Empty: pictures are read in place."""
     offline: bool = False
     """Compute nodes have no network, so libraries must not use it. Downloads run where Snakemake runs."""
     leave_seconds: int = Field(300, ge=10)
@@ -217,8 +217,8 @@ def _expand(field: str, value: str, known: dict[str, str]) -> str:
         name = match[1] or match[2]
         if name not in known:
             raise SettingsError(
-                f"{SITE_FILE}: field `{field}`: got {value!r}: expected variables that are set, but {name} is not on "
-                f"{socket.gethostname()}"
+                f"{SITE_FILE}: field `{field}`: got {value!r}: expected variables that are set, but {name} is not set "
+                f"on {socket.gethostname()}"
             )
         return known[name]
 
