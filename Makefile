@@ -13,7 +13,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/installed: requirements.txt pyproject.toml
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"expected Python 3.11 or newer, got {sys.version}"'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -21,7 +21,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 venv: $(VENV)/installed  ## make .venv from the pinned requirements
 
-demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then the report (about 5 minutes); ARGS="ROW …" makes some rows only
+demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then the report (about 5 minutes); ARGS="ROW …" runs only these rows
 	snakemake --profile profiles/demo $(ARGS)
 
 demo-all: $(VENV)/installed  ## every accuracy row and every published speed row on a CPU, then the report (about 13 minutes)
@@ -30,20 +30,20 @@ demo-all: $(VENV)/installed  ## every accuracy row and every published speed row
 digits: $(VENV)/installed  ## the example of your own data: real handwritten digits
 	snakemake --profile profiles/demo --configfile config/digits.yaml
 
-chat: $(VENV)/installed  ## a page on this machine to ask a model about pictures: make chat MODEL=FOLDER [BASE=FOLDER] [ARGS="--bf16"]
+chat: $(VENV)/installed  ## a web page on this machine for asking a model about pictures: make chat MODEL=FOLDER [BASE=FOLDER] [ARGS="--bf16"]
 	python scripts/serve.py --model_name_or_path $(MODEL) $(if $(BASE),--base $(BASE)) $(ARGS)
 
 reproduce: $(VENV)/installed  ## the demo from scratch in another folder, compared byte by byte with stored digests (about 5 minutes)
 	python scripts/reproduce.py $(ARGS)
 
 # SLURM's tests mostly wait, so they run beside the others.
-test: $(VENV)/installed  ## all tests but the longer proofs (about 15 minutes on two cores)
+test: $(VENV)/installed  ## all tests except the longer ones of make verify-… (about 15 minutes on two cores)
 	$(MAKE) --jobs 2 --keep-going test-units test-slurm
 
 test-units: $(VENV)/installed  ## unit tests and one small workflow run for real
 	pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm
 
-test-slurm: $(VENV)/installed  ## short tests on a real SLURM started here; printed when they end
+test-slurm: $(VENV)/installed  ## short tests on a real SLURM started here; the output is printed when they end
 	@output=$$(pytest tests/slurm 2>&1); code=$$?; echo "$$output"; exit $$code
 
 # Files and single tests that start other programs, train, compare whole gradients, or resize very large pictures.
@@ -53,7 +53,7 @@ SLOW := slurm workflow environments fakegpu gpu clients test_training_* test_eva
 SLOW_TESTS := test_cluster.py::test_what_the_probe_runs_says_yes_or_why_training_is_refused \
   test_security.py::test_names_that_reach_a_shell_line_are_plain test_model_image_processing.py::test_golden_pictures[4598x5082_RGB_s37_c16] \
   test_model_image_processing.py::test_golden_pictures[4000x3000_RGB_s10_c16] test_data_sources.py::test_offline_takes_the_files_from_the_cache
-test-fast: $(VENV)/installed  ## what an edit most often breaks (about 2 minutes)
+test-fast: $(VENV)/installed  ## the tests that an edit breaks most often (about 2 minutes)
 	pytest -n 2 --dist loadfile $(SLOW:%=--ignore-glob='tests/%') $(SLOW_TESTS:%=--deselect='tests/%')
 
 verify-data: $(VENV)/installed  ## every test image of Pillow's source distribution is read, or rejected with a reason (needs the network; 1 minute)
@@ -68,10 +68,10 @@ verify-model: $(VENV)/installed  ## every stored case of the published code, for
 verify-workflow: $(VENV)/installed  ## small workflow runs with every fault: late outputs, two runs of one clone
 	pytest -m 'verify or not verify' tests/workflow
 
-verify-evaluation: $(VENV)/installed  ## batches are three times as fast as one by one, with the same answers
+verify-evaluation: $(VENV)/installed  ## answers in batches are the same as one by one, and three times as fast
 	pytest -m verify -s tests/test_evaluation_speed.py
 
-verify-gpu: $(VENV)/installed  ## every method on a fake GPU, tiny and at full size; where there is a GPU, on that too (about 15 minutes)
+verify-gpu: $(VENV)/installed  ## every method on a fake GPU, tiny and at full size, and on a real GPU if there is one (about 15 minutes)
 	pytest -n 2 --dist loadfile -m 'verify or not verify' tests/fakegpu tests/gpu
 
 verify-docs: $(VENV)/installed  ## every command of the documentation that runs on this machine, a small demo included
@@ -125,7 +125,7 @@ format: $(VENV)/installed  ## format everything
 UV_COMPILE := uv pip compile --quiet --no-config --no-annotate --custom-compile-command 'make lock' \
   --python-version 3.11 --python-platform x86_64-manylinux_2_28 pyproject.toml
 # A conda environment takes Python and pip from conda-forge, and gcc for Triton's kernels on GPUs; pip takes the rest from the lock.
-lock: $(VENV)/installed  ## write requirements.txt and envs/ from pyproject.toml; ARGS="--upgrade-package NAME" takes its newest version
+lock: $(VENV)/installed  ## write requirements.txt and envs/ from pyproject.toml; ARGS="--upgrade-package NAME" updates a package to its newest version
 	$(UV_COMPILE) --extra workflow --extra train --extra report --extra dev --excludes envs/cuda-only.in -o requirements.txt $(ARGS)
 	$(UV_COMPILE) --extra train --constraints requirements.txt --generate-hashes -o envs/train-cuda.txt $(ARGS)
 	for name in workflow data report train-cpu; do \
@@ -151,7 +151,7 @@ docs: $(VENV)/installed  ## write the generated pages of docs/reference and the 
 site: $(VENV)/installed  ## build the documentation site into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir site
 
-screenshots: $(VENV)/installed  ## renew the pictures of docs/ from results/demo/report (needs chromium and its driver)
+screenshots: $(VENV)/installed  ## make the screenshots of docs/ from results/demo/report (needs chromium and its driver)
 	python benchmarks/screenshots.py
 
 clean:  ## remove the demo's results and sources (other runs stay)

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Start a script on the machines of the SLURM job that this runs in: one torchrun a machine, static rendezvous.
+# Start a script on the machines of the SLURM job that this runs in: one torchrun per machine, static rendezvous.
 #   scripts/torchrun_nodes.sh NODES PROCESSES_PER_NODE [torchrun's options] scripts/finetune.py --flags …
 #   scripts/torchrun_nodes.sh 1 1 python scripts/finetune.py --flags …     one process, without torchrun
-# The batch shell of the executor has no list of machines, so the geometry comes as arguments; the address of the first
-# one is read inside the step.
+# The executor's batch shell has no list of machines, so their number comes as an argument. The address of the first one is
+# read inside the step.
 set -euo pipefail
 nodes=$1 processes=$2
 shift 2
 export nodes processes port=0
 if [ "$nodes" != 1 ]; then
-  # This shell runs on the step's first machine. Ports from 32768 on are Linux' own for outgoing connections
+  # This shell runs on the step's first machine. Linux uses ports from 32768 on for outgoing connections
   # (net.ipv4.ip_local_port_range). Jobs that share the machine begin their search at different ones.
   port=$(python - "${SLURM_JOB_ID:?expected inside a SLURM job}" <<'END'
 import contextlib, socket, sys
@@ -22,15 +22,15 @@ sys.exit("torchrun_nodes.sh: no free port from 20000 to 31999")
 END
   )
 fi
-# Where the nodes meet (config/site.yaml, rendezvous): a pattern for the first node's name, or an interface of it; it is
-# this one.
+# Where the nodes meet (config/site.yaml, rendezvous): a pattern for the first node's name, or an interface of the first
+# node, which is this one.
 rendezvous=${PHI3V_RENDEZVOUS:-}
 if [ -n "$rendezvous" ] && [ "${rendezvous#*"{host}"}" = "$rendezvous" ]; then
   rendezvous=$(python -c 'import fcntl, socket, sys
 request = sys.argv[1].encode()[:15].ljust(256, b"\0")
 print(socket.inet_ntoa(fcntl.ioctl(socket.socket(), 0x8915, request)[20:24]))  # SIOCGIFADDR, netdevice(7)' \
     "$rendezvous" 2>/dev/null) || {
-    echo "torchrun_nodes.sh: rendezvous: got $PHI3V_RENDEZVOUS: no network interface of $(hostname) with an IPv4 address; there are" \
+    echo "torchrun_nodes.sh: rendezvous: got $PHI3V_RENDEZVOUS: no network interface of $(hostname) with an IPv4 address; expected one of" \
       "$(ls /sys/class/net | xargs)" >&2
     exit 2
   }
@@ -38,11 +38,11 @@ fi
 export rendezvous
 agent='
 set -euo pipefail
-# SLURM sends SIGUSR1 to every process of the step before the time is over. Training takes it; whatever starts training
-# must not die of it.
+# SLURM sends SIGUSR1 to every process of the step before the time limit. Training handles it; the processes that start
+# training must not die of it.
 trap "" USR1
 if [ -n "${PHI3V_SCRATCH:-}" ]; then
-  # Pictures on the machine'"'"'s own disk: copied once, under a name that tells a newer conversion, by one job at a time.
+  # Pictures on the machine'"'"'s own disk: copied once, under a name that changes with the conversion, by one job at a time.
   arguments=("$@")
   for ((i = 1; i < ${#arguments[@]}; i++)); do
     data=${arguments[i]}
@@ -57,7 +57,7 @@ if [ -n "${PHI3V_SCRATCH:-}" ]; then
         arguments[i]=$copy
       else
         rm -rf "$copy.part"
-        echo "torchrun_nodes.sh: $PHI3V_SCRATCH on $(hostname): no copy of $data (disk full?): read where it is" >&2
+        echo "torchrun_nodes.sh: $PHI3V_SCRATCH on $(hostname): could not copy $data (disk full?), so it is read in place" >&2
       fi
     fi
   done
@@ -78,14 +78,14 @@ address=${rendezvous//"{host}"/$first}
 exec python -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$processes" \
   --node-rank="$SLURM_NODEID" --master-addr="$address" --master-port="$port" "$@"'
 if ! command -v srun >/dev/null; then
-  # In a container that does not show SLURM's client, docs/how-to/slurm-site.md.
+  # In a container without SLURM's client: docs/how-to/slurm-site.md.
   if [ "$nodes" != 1 ]; then
-    echo "torchrun_nodes.sh: $nodes machines, and srun was not found: expected SLURM's client inside the container" >&2
+    echo "torchrun_nodes.sh: got $nodes machines, but srun was not found; expected SLURM's client in the container (docs/how-to/slurm-site.md)" >&2
     exit 2
   fi
-  echo "torchrun_nodes.sh: srun was not found: no step of its own, and no signal before the job's time is over" >&2
+  echo "torchrun_nodes.sh: srun was not found, so the job has no step of its own and gets no signal before its time limit" >&2
   exec bash -c "$agent" agent "$@"
 fi
-# --whole: everything that the job has of each machine, CPUs and GPUs.
+# --whole: all CPUs and GPUs that the job has on each machine.
 exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --whole --kill-on-bad-exit=1 --cpu-bind=none \
   bash -c "$agent" agent "$@"

@@ -1,4 +1,4 @@
-"""Time the all-reduce by which processes add up gradients, over all processes that torchrun started.
+"""Time the all-reduce that sums gradients, over all processes that torchrun started.
 
     python scripts/cluster.py check --nodes 2 --device a100-80gb     # as a SLURM job, over nodes
     torchrun --standalone --nproc_per_node=2 scripts/slurm/all_reduce.py

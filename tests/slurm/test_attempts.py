@@ -173,4 +173,4 @@ def test_an_evaluation_that_answers_nothing_more_ends(stubbed, cluster):
     code, output = stubbed.run(config, f"results/short/evaluate/base/{stubbed.baseline}/manifest.json")
     assert code != 0
     assert output.count("has been submitted with SLURM jobid") == 2
-    assert "attempt 2 saved nothing after the one before" in output
+    assert "attempt 2 saved no more than the one before" in output

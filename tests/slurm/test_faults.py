@@ -102,7 +102,7 @@ def test_a_row_that_does_not_get_on_ends_and_the_same_command_continues(runs, un
     code, output = runs.run(config)
     assert code != 0
     assert submissions(output, failing) == 2
-    assert f"{failing}: attempt 2 saved nothing after the one before: not tried again" in output
+    assert f"{failing}: attempt 2 saved no more than the one before, so it is not tried again" in output
     assert (runs.folder / "results/stuck/report-partial/index.html").is_file()
     assert (runs.folder / f"results/stuck/evaluate/{other}/manifest.json").is_file()
     (folder / "checkpoints").unlink()

@@ -211,7 +211,7 @@ def huge(root, tmp_path):
 def test_a_disk_that_is_too_small_stops_the_run_before_any_job(snakemake, root, huge, target):
     code, output = snakemake("--cores", "1", "--configfile", huge, "--nolock", target)
     assert code != 0
-    assert "not enough disk, nothing was started" in output
+    assert "not enough disk space, nothing was started" in output
     assert re.search(r"results: \d+ GB free, but this run will write about \d+ GB \(models \d+, datasets \d+", output)
     assert "Traceback" not in output
     assert not (root / "results/huge").exists()

@@ -16,7 +16,8 @@ gc.set_threshold(100_000, 20, 20)
 # The rules need the files beside them, also if another workflow uses this one as a module.
 if not Path(str(workflow.current_basedir)).is_dir():
     raise WorkflowError(
-        f"{workflow.current_basedir} is no folder: clone phi3v and name the clone's Snakefile in `module … snakefile:`"
+        f"{workflow.current_basedir} is not a folder: clone phi3v, and set `snakefile:` of your `module` to the clone's "
+        "Snakefile"
     )
 ROOT = Path(str(workflow.current_basedir)).parent.parent
 SCRIPTS = "scripts" if ROOT == Path.cwd() else shlex.quote(f"{ROOT}/scripts")
@@ -33,8 +34,8 @@ DEPLOYMENT = {str(method) for method in workflow.deployment_settings.deployment_
 if (ON_SLURM or DEPLOYMENT) and not re.fullmatch(r"[\w./+,:=@%~-]+", f"{ROOT}{Path.cwd()}"):
     raise WorkflowError(
         f"the path of this folder holds a space, a quote or another special character: got {Path.cwd()} (workflow in "
-        f"{ROOT}); SLURM, conda and containers do not take it, nothing was started. Move the folder to another path, "
-        "or run without them"
+        f"{ROOT}); SLURM, conda and containers do not accept it, so nothing was started. Move the folder to another "
+        "path, or run without them"
     )
 try:
     RUN = runnable(settings.load_run(dict(config)))
@@ -75,7 +76,7 @@ if "apptainer" in DEPLOYMENT:
 elif "conda" in DEPLOYMENT and "rocm" in KINDS:
     raise WorkflowError(
         "hardware with AMD GPUs: no environment is locked for them; got --sdm conda, expected none or apptainer; "
-        "nothing was started. docs/how-to/containers.md tells how to build an image for them"
+        "nothing was started. docs/how-to/containers.md explains how to build an image for them"
     )
 
 

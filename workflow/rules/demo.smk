@@ -4,7 +4,7 @@ DEMO = RUN.demo
 
 
 rule digits:
-    """Real handwritten digits as somebody's own files: pictures, and a table a split."""
+    """Real handwritten digits as an example of a user's files: pictures, and a table per split."""
     output:
         directory("results/digits-source"),
     log:
@@ -77,7 +77,7 @@ if DEMO:
             )
 
     rule demo_base:
-        """Train the random model a little on a mixture, so that rows start from something."""
+        """Train the random model briefly on a mixture, so that rows do not start from random weights."""
         input:
             model=rules.demo_model.output[0],
             data=dataset_file(DEMO.mixture),
@@ -106,6 +106,6 @@ if DEMO:
             ),
             flags=settings.flags(jobs.demo_base(RUN)),
         message:
-            "train the tiny base model a little"
+            "train the tiny base model"
         shell:
             "OMP_NUM_THREADS=1 {params.start} {params.scripts}/finetune.py {params.flags} 2>&1 | tee {log}"

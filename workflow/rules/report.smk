@@ -54,7 +54,7 @@ rule report:
         results=lambda wildcards, input: Path(input.config).parent,
         folder=lambda wildcards, output: Path(output.page).parent,
     message:
-        "report"
+        "write the report"
     shell:
         run_script("report", "--config {input.config} --results {params.results} --output_dir {params.folder}")
 
@@ -80,7 +80,8 @@ onerror:
     # Before the run's settings are written there is nothing to report.
     if Path(f"{RESULTS}/config.json").is_file():
         logger.info(
-            f"Some jobs failed; what finished stays in {RESULTS}. A report of it, with the reason for each missing row:"
+            f"Some jobs failed. Finished results stay in {RESULTS}. Writing a report of them, with the reason for each "
+            "missing row:"
         )
         try:
             shell(
@@ -89,4 +90,4 @@ onerror:
             )
             logger.info(f"Partial report: {PARTIAL_REPORT}/index.html")
         except subprocess.CalledProcessError:
-            logger.info("the report could not be built")
+            logger.info("The partial report could not be written; the message above gives the reason.")

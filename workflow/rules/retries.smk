@@ -42,14 +42,14 @@ def retries_of(job):
     if take_refusal(folder):
         attempts.refused += 1
         attempts.flags = "--begin=now+300"
-        logger.warning(f"{folder}: another job owns it: tried again in 5 minutes")
+        logger.warning(f"{folder}: another job owns it, so this one is tried again in 5 minutes")
         return allowed + attempts.refused
     # Another workflow that uses this one as a module gives them other names.
     working = (rules.finetune, rules.evaluate, rules.evaluate_base, rules.evaluate_official, rules.predict)
     if job.name in {each.rule.name for each in working}:
         before, attempts.saved = attempts.saved, saved_by(folder)
         if attempts.saved <= before:
-            logger.error(f"{folder}: attempt {job.attempt} saved nothing after the one before: not tried again")
+            logger.error(f"{folder}: attempt {job.attempt} saved no more than the one before, so it is not tried again")
             return 0
     else:
         allowed = min(allowed, 2)
@@ -60,7 +60,7 @@ def retries_of(job):
             nodes = nodes_to_avoid(Path.cwd(), job.name, job.wildcards, job.resources.get("slurm_partition", ""))
             attempts.flags = f"--exclude={nodes}" if nodes else ""
         except ClusterError as error:
-            logger.warning(f"the failed node stays in use: {error}")
+            logger.warning(f"{job.name}: the next attempt may use the failed node again: {error}")
     # The next attempt overwrites ROW.log.
     for log in map(Path, job.log):
         names = (log.with_suffix(f".{number}{log.suffix}") for number in itertools.count(1))

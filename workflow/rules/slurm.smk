@@ -14,7 +14,7 @@ def refuse_slurm_extra():
             where = option if option == "default-resources" else f"set-resources {option}"
             raise WorkflowError(
                 f"--{where}: field `slurm_extra`: expected these flags as `extra` of the partition in {SITE_FILE}, "
-                "beside which the workflow puts its own; nothing was started"
+                "because the workflow adds flags of its own; nothing was started"
             )
 
 

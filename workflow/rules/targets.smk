@@ -44,4 +44,4 @@ def refuse_full_disk():
     try:
         check_free_space(RUN, rows or {job.row.row for job in JOBS}, downloads_only="data" in named)
     except settings.SettingsError as error:
-        raise WorkflowError(f"not enough disk, nothing was started\n{error}")
+        raise WorkflowError(f"not enough disk space, nothing was started\n{error}")
