@@ -15,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from phi3v.data.conversations import number_of
 from phi3v.data.convert import dataset_sources, fetch_pictures
 from phi3v.data.fetch import fetch
 from phi3v.settings import Dataset, Model, check_choice, read_entries, run_script
@@ -54,7 +55,7 @@ def main() -> int:
     for source in fetched.values():
         size = sum(file.size for file in source.files)
         pinned = f" at {source.resolved}" if source.resolved else ""
-        print(f"{source.url}{pinned}: {len(source.files)} files, {size / 1e6:.1f} MB", file=sys.stderr)
+        print(f"{source.url}{pinned}: {number_of(len(source.files), 'file')}, {size / 1e6:.1f} MB", file=sys.stderr)
     return 0
 
 

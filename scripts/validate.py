@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from phi3v.data.check import validate_folder
+from phi3v.data.conversations import number_of
 from phi3v.settings import heavy_imports, run_script
 
 
@@ -61,11 +62,14 @@ def main() -> int:
     for line in problems.lines():
         print(line)
     for split, found in checks.items():
-        pictures = f", {len(found.pictures)} pictures" if given.level != "shape" else ""
-        print(f"{split}: {found.examples} examples{pictures}", file=sys.stderr)
+        pictures = f", {number_of(len(found.pictures), 'picture')}" if given.level != "shape" else ""
+        print(f"{split}: {number_of(found.examples, 'example')}{pictures}", file=sys.stderr)
     for pair, count in shared.items():
-        print(f"{pair}: {count} pictures in common", file=sys.stderr)
-    print(f"{given.data_dir}: {problems.total or 'no'} problems", file=sys.stderr)
+        print(f"{pair}: {number_of(count, 'picture')} in common", file=sys.stderr)
+    print(
+        f"{given.data_dir}: {number_of(problems.total, 'problem') if problems.total else 'no problems'}",
+        file=sys.stderr,
+    )
     if counter and not problems.total:
         print(*write_statistics(given.data_dir, counter, given.num_crops), sep="\n", file=sys.stderr)
     return 1 if problems.total else 0

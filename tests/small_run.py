@@ -91,7 +91,7 @@ def snakemake(folder: Path, *arguments, timeout=900, path=(), **environment):
 def planned(output: str) -> dict[str, int]:
     """Rule to number of jobs, of a dry run's table or a run's first line."""
     table = re.findall(r"^(\S+) +(\d+)$", output, re.M)
-    for total, jobs in re.findall(r"^(\d+) jobs: (.*)$", output, re.M):
+    for total, jobs in re.findall(r"^(\d+) jobs?: (.*)$", output, re.M):
         table += [("total", total), *(job.split(" ") for job in jobs.split(", "))]
     return {name: int(n) for name, n in table}
 

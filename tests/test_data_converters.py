@@ -712,7 +712,7 @@ def test_the_command_line_names_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "my.tsv").write_text("image\tquestion\tanswer\n\tTwo and two?\t4\n")
     done = run("--format", "table", "--input", "my.tsv", "--split", "train", "--metric", "cer", "--output_dir", "out")
     assert done.returncode == 0, done.stderr
-    assert "train: 1 examples, 0 pictures, 0 rejected" in done.stderr
+    assert "train: 1 example, 0 pictures, 0 rejected" in done.stderr
     description = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert (description["name"], description["metric"]) == ("out", "cer")
     wrong = run("--format", "table", "--input", "none.tsv", "--output_dir", "out")

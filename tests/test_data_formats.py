@@ -369,7 +369,7 @@ def test_columns_that_only_later_rows_have(folder: Path, capsys: pytest.CaptureF
     rows += [chat(("user", "<image>q"), ("assistant", "a"), images=["a.png"], id="seen")]
     *texts, last = converted("messages", write(folder / "rows.jsonl", *rows))
     assert (last.id, last.images) == ("seen", ("train/a.png",)) and not any(each.images for each in texts)
-    assert "31 examples, 1 pictures, 0 rejected; 30 examples without a picture" in capsys.readouterr().err
+    assert "31 examples, 1 picture, 0 rejected; 30 examples without a picture" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

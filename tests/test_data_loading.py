@@ -271,7 +271,7 @@ def test_the_summary_says_what_training_and_evaluation_will_lose(tmp_path: Path,
     assert answers[1] == max(answers) > 50 > answers[0]
     assert tokens == lengths(dataset)
     facts, lengths_line, *warnings = summary_lines(dataset, tokens[0], 20)
-    assert "3 examples, 4 turns, 3 pictures, 1 examples without a picture" in facts
+    assert "3 examples, 4 turns, 3 pictures, 1 example without a picture" in facts
     assert f"median {tokens[0]:,}, maximum {tokens[1]:,} (line 2)" in lengths_line
     assert [warning.partition("train.jsonl: ")[2][:9] for warning in warnings] == [
         "1 of 3 pi",

@@ -70,7 +70,7 @@ def test_a_picture_that_changed_after_the_conversion_is_named(tmp_path: Path) ->
     assert problems(tmp_path / "out") == []
     (tmp_path / "out/images/val/1.jpg").write_bytes(picture_bytes(7))
     found = problems(tmp_path / "out")
-    assert len(found) == 1 and "val.sha256: 1 pictures changed since the conversion: 'val/1.jpg'" in found[0]
+    assert len(found) == 1 and "val.sha256: 1 picture changed since the conversion: 'val/1.jpg'" in found[0]
     assert problems(tmp_path / "out", "paths") == []
 
 
@@ -187,7 +187,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     done = run(str(data))
     assert done.returncode == 1
     assert "the same pixels" in done.stdout
-    assert "train and val: 1 pictures in common" in done.stderr
+    assert "train and val: 1 picture in common" in done.stderr
     assert run(str(data), "--allow-leaks").returncode == 0
     assert run(str(tmp_path / "none")).returncode == 2
 

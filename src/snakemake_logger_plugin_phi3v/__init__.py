@@ -114,7 +114,7 @@ class Progress:
         done = self.total - self.jobs.total()
         full = BAR * done // self.total
         left = self.left(now)
-        parts = [f"[{'#' * full}{'-' * (BAR - full)}] {done} of {self.total} jobs"]
+        parts = [f"[{'#' * full}{'-' * (BAR - full)}] {done} of {self.total} job{'' if self.total == 1 else 's'}"]
         if left is not None:
             parts.append(f"about {duration(left)} left")
         if self.running:
@@ -165,7 +165,7 @@ class LogHandler(LogHandlerBase):
         if event == LogEvent.RUN_INFO:
             self.progress.plan(fields["stats"], record.created)
             table = ", ".join(f"{rule} {count}" for rule, count in self.progress.jobs.items())
-            yield f"{self.progress.total} jobs: {table}"
+            yield f"{self.progress.total} job{'' if self.progress.total == 1 else 's'}: {table}"
         elif event == LogEvent.JOB_INFO:
             title = fields["rule_msg"] or fields["rule_name"]
             job = Started(title, fields["rule_name"], list(fields["output"] or []), record.created)

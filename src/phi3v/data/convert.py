@@ -31,6 +31,7 @@ from phi3v.data.conversations import (
     Turn,
     format_line,
     image_path_problem,
+    number_of,
     quoted,
     read_conversations,
 )
@@ -353,15 +354,17 @@ def _convert_split(
             f"{split}: {source.url}: got no valid example ({part}, {rejected} rejected); expected at least "
             f"one{first_reason}"
         )
-    without = f"; {bare} examples without a picture" if bare else ""
-    print(f"{split}: {examples} examples, {writer.written} pictures, {rejected} rejected{without}", file=sys.stderr)
-    for what, notes in (
-        ("files skipped", [f"{file}: {reason}" for file, reason in untaken]),
-        ("pictures with a warning", writer.warnings),
+    without = f"; {number_of(bare, 'example')} without a picture" if bare else ""
+    found = f"{number_of(examples, 'example')}, {number_of(writer.written, 'picture')}"
+    print(f"{split}: {found}, {rejected:,} rejected{without}", file=sys.stderr)
+    for noun, what, notes in (
+        ("file", "skipped", [f"{file}: {reason}" for file, reason in untaken]),
+        ("picture", "with a warning", writer.warnings),
     ):
         if notes:
             few = "; ".join(notes[:5])
-            print(f"{split}: {len(notes)} {what} ({few}{'; …' if len(notes) > 5 else ''})", file=sys.stderr)
+            more = "; …" if len(notes) > 5 else ""
+            print(f"{split}: {number_of(len(notes), noun)} {what} ({few}{more})", file=sys.stderr)
     counts: SplitEntry = {"file": name, "examples": examples, "images": writer.written, "rejected": rejected}
     if untaken:
         counts["untaken"] = len(untaken)
@@ -506,7 +509,7 @@ def fetch_pictures(sources: dict[str, SplitSource], workers: int = 8) -> None:
         files, failures = fetch_urls(urls, cache, limit, workers)
         few = "".join(f"\n  {url}: {reason}" for url, reason in list(failures.items())[:5])
         failed = f"{len(failures)} failed ({cache / FAILURES})"
-        print(f"downloaded {len(files)} pictures from URLs in rows, {failed}{few}", file=sys.stderr)
+        print(f"downloaded {number_of(len(files), 'picture')} from URLs in rows, {failed}{few}", file=sys.stderr)
 
 
 def convert_dataset(

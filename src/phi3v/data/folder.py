@@ -13,7 +13,7 @@ from typing import TextIO, TypedDict
 import numpy as np
 from PIL import Image
 
-from phi3v.data.conversations import MAX_LINE_BYTES, DataError
+from phi3v.data.conversations import MAX_LINE_BYTES, DataError, number_of
 from phi3v.data.pictures import displayed_size, open_rgb
 
 LENGTHS = ".lengths"
@@ -208,8 +208,8 @@ def check_unchanged(data_dir: str | Path, split: str, digests: dict[str, str]) -
         converted = {line[73:-1]: line[:64] for line in lines}
     changed = [path for path, digest in digests.items() if digest != converted.get(path)]
     if changed:
-        few = ", ".join(repr(path) for path in changed[:3])
+        few = ", ".join(repr(path) for path in changed[:3]) + (" …" if len(changed) > 3 else "")
         raise DataError(
-            f"{record}: {len(changed)} pictures changed since the conversion: {few}{' …' if len(changed) > 3 else ''}; "
+            f"{record}: {number_of(len(changed), 'picture')} changed since the conversion: {few}; "
             "convert the data again, or delete this file to accept the pictures"
         )

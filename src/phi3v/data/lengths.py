@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from phi3v.data.conversations import DataError, Turn, answer_text, prompt_text
+from phi3v.data.conversations import DataError, Turn, answer_text, number_of, prompt_text
 from phi3v.data.folder import LENGTHS, splits_of
 from phi3v.data.processes import process_pool
 from phi3v.data.split import SplitRecords, TokenCounter
@@ -194,16 +194,15 @@ def summary_lines(
     tokens, answers, turns, pictures, shrunk = (counts(dataset) if found is None else found).T
     longest, wordiest, name = int(tokens.argmax()), int(answers.argmax()), dataset.lines.path
     lines = [
-        f"{name}: {len(tokens):,} examples, {turns.sum():,} turns, {pictures.sum():,} pictures, "
-        f"{(pictures == 0).sum():,} examples without a picture",
+        f"{name}: {number_of(len(tokens), 'example')}, {number_of(turns.sum(), 'turn')}, "
+        f"{number_of(pictures.sum(), 'picture')}, {number_of((pictures == 0).sum(), 'example')} without a picture",
         f"{name}: tokens per example: median {int(np.median(tokens)):,}, maximum {tokens[longest]:,} (line "
         f"{longest + 1})",
     ]
     if few := int(shrunk.sum()):
         lines.append(
             f"warning: {name}: {few:,} of {pictures.sum():,} pictures are scaled to less than half their width; "
-            "increase "
-            f"num_crops (now {dataset.num_crops}) to keep more detail (first such picture: line "
+            f"increase num_crops (now {dataset.num_crops}) to keep more detail (first such picture: line "
             f"{int(shrunk.argmax()) + 1})"
         )
     if max_length is not None and (many := int((tokens > max_length).sum())):
