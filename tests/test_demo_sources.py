@@ -259,5 +259,5 @@ def test_digits_are_the_real_scans(tmp_path: Path) -> None:
     assert seen == set(range(1797))
     assert 390 <= sum(counts["val"].values()) <= 410
     assert max(counts["val"].values()) - min(counts["val"].values()) <= 3
-    with pytest.raises(ValueError, match="held_out: 1797"):
+    with pytest.raises(ValueError, match="held_out: got 1797"):
         write_digits(tmp_path, held_out=1797)

@@ -102,7 +102,7 @@ def test_one_l40s_gets_the_rows_that_fit(root):
     plan = plan_run(run)
     status = {row.row: row.status for row in plan.rows}
     assert status["phi3-docvqa-lora-bf16"] == "run"
-    assert status["phi3-a100-full-flash-32gpu"] == "not run: needs 32 a100-80gb on 4 node(s)"
+    assert status["phi3-a100-full-flash-32gpu"] == "not run: hardware: needs 4 nodes with 8 a100-80gb each"
     missing = status["phi3-docvqa-full-bf16"]
     assert missing.startswith("not run: predicted peak ")
     assert "would fit: lora (" in missing

@@ -378,7 +378,7 @@ def test_rows_that_the_hardware_cannot_do_say_why(root, tmp_path):
     tables = build_tables(load_run(values, root), tmp_path)
     row = next(line for line in tables.accuracy if line.row.row == "phi35-nlvr2-full-bf16")
     assert row.state.status == "cannot run" and "bf16" in row.state.reason
-    assert any(line.state.reason == "needs 32 a100-80gb on 4 node(s)" for line in tables.speed) or all(
+    assert any(line.state.reason == "hardware: needs 4 nodes with 8 a100-80gb each" for line in tables.speed) or all(
         line.state.reason for line in tables.speed
     )
 

@@ -213,7 +213,7 @@ def test_pattern_takes_what_the_hardware_can_do(tree):
     reasons = {skipped.row.row: skipped.reason for skipped in run.not_run}
     assert reasons["phi35-nlvr2-full-bf16"].startswith("dtype: bf16, ")
     assert reasons["phi3-a100-full-flash-32gpu"].startswith("dtype: bf16")
-    assert reasons["phi3-v100-full-eager-8gpu"] == "needs 8 v100-32gb on 1 node(s)"
+    assert reasons["phi3-v100-full-eager-8gpu"] == "hardware: needs 1 node with 8 v100-32gb"
 
 
 def test_row_by_name_must_be_possible(tree):
@@ -253,7 +253,7 @@ def test_unknown_setting_and_selection(tree):
         tree(sed=3)
     with pytest.raises(SettingsError, match=r"`speed.warmup`: got 3: unknown field; did you mean `warmup_steps`\?"):
         tree(speed={"warmup": 3})
-    with pytest.raises(SettingsError, match="field `xyzzy`: got 3: unknown field; no such setting"):
+    with pytest.raises(SettingsError, match="field `xyzzy`: got 3: unknown field; remove it or correct its name"):
         tree(xyzzy=3)
     with pytest.raises(SettingsError, match=r"field `rows.accuracy`: got 'phi9-\*': matches no row"):
         tree(rows={"accuracy": ["phi9-*"]})
@@ -266,7 +266,7 @@ def test_one_gpu_keeps_the_batch(tree):
     job = run.job("phi35-nlvr2-full-bf16")
     assert (job.processes, job.row.batch_size) == (1, 64)
     assert {skipped.reason for skipped in run.not_run if hasattr(skipped.row, "nodes")} >= {
-        "needs 8 a100-80gb on 1 node(s)"
+        "hardware: needs 1 node with 8 a100-80gb"
     }
 
 

@@ -79,7 +79,7 @@ class _Unique:
             if len(set(digests)) == len(digests) and self.seen.isdisjoint(digests):
                 self.seen.update(digests)
                 return row
-        raise ValueError(f"{task}: row {index}: 100 draws gave no new picture, expected fewer rows or a richer task")
+        raise ValueError(f"{task}: row {index}: 100 draws gave no new picture; expected fewer rows or a richer task")
 
 
 def _cauldron_row(row: tasks.TaskRow, source: str, encode: Encoder) -> Row:
@@ -176,9 +176,9 @@ def resolve_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
     """SIZES updated by the given ones. Raises ValueError: an unknown name, or a number below 1."""
     for name, number in sizes.items():
         if name not in SIZES:
-            raise ValueError(f"sizes: {name!r} is unknown, expected some of {', '.join(SIZES)}")
+            raise ValueError(f"sizes: {name!r} is unknown; expected one of {', '.join(SIZES)}")
         if number < 1:
-            raise ValueError(f"sizes: {name} is {number}, expected at least 1")
+            raise ValueError(f"sizes: {name} is {number}; expected at least 1")
     return {**SIZES, **sizes}
 
 
@@ -233,7 +233,9 @@ def write_digits(folder: str | Path, seed: int = 0, held_out: int = HELD_OUT) ->
 
     scans = load_digits()
     if not 10 <= held_out <= len(scans.target) - 10:
-        raise ValueError(f"held_out: {held_out}, expected 10 to {len(scans.target) - 10} of {len(scans.target)} scans")
+        raise ValueError(
+            f"held_out: got {held_out}; expected 10 to {len(scans.target) - 10} of {len(scans.target)} scans"
+        )
     order = list(range(len(scans.target)))
     Random(f"{seed}/digits").shuffle(order)
     # Every digit's share is the same in both splits: take each digit's scans in turn.

@@ -86,7 +86,7 @@ def page(settings: ServeSettings) -> None:
         return
     for name, model in zip(names, models, strict=True):
         streamlit.caption(
-            f"{name} · at most {model.num_crops} tiles a picture (num_crops) · {settings.dtype} on "
+            f"{name} · at most {model.num_crops} tiles per picture (num_crops) · {settings.dtype} on "
             f"{model.model.device.type}"
         )
     turns: list[ChatTurn] = streamlit.session_state.setdefault("turns", [])

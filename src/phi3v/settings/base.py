@@ -106,7 +106,9 @@ def explain(
             expected = expected.replace(name, f"{name}{other[name]}", 1)
         if item["type"] == "extra_forbidden":
             like = difflib.get_close_matches(str(item["loc"][-1]), _fields(model) if model else [], 1)
-            expected = f"unknown field; did you mean `{like[0]}`?" if like else "unknown field; no such setting"
+            expected = (
+                f"unknown field; did you mean `{like[0]}`?" if like else "unknown field; remove it or correct its name"
+            )
         elif item["type"] == "missing":
             lines.append(f"{where}: field `{field}`: missing; expected a value")
             continue

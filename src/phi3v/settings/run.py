@@ -127,7 +127,7 @@ class Prediction(Strict):
     @model_validator(mode="after")
     def _one_source(self) -> Prediction:
         if bool(self.table) == bool(self.folder):
-            raise ValueError("got both or none of table and folder; expected one of them")
+            raise ValueError("got both table and folder, or neither; expected exactly one of them")
         return self
 
     @property
@@ -528,7 +528,8 @@ def _place_speed(row: SpeedRow, pool: Pool) -> tuple[int, int] | str:
         return 1, pool.per_node
     if pool.device == row.hardware and pool.nodes >= row.nodes and pool.per_node >= row.gpus_per_node:
         return row.nodes, row.gpus_per_node
-    return f"needs {row.nodes * row.gpus_per_node} {row.hardware} on {row.nodes} node(s)"
+    nodes = "1 node" if row.nodes == 1 else f"{row.nodes} nodes"
+    return f"hardware: needs {nodes} with {row.gpus_per_node} {row.hardware}{'' if row.nodes == 1 else ' each'}"
 
 
 def _place(where: str, row: AnyRow, pools: list[Pool], hardware: dict[str, Hardware]) -> tuple[Pool, int, int] | str:
@@ -554,7 +555,7 @@ def _place(where: str, row: AnyRow, pools: list[Pool], hardware: dict[str, Hardw
             return pool, *assigned
         wrong_batch = (
             f"{where}: row `{row.row}`: field `batch_size`: got {row.batch_size}: expected a multiple of "
-            f"{processes} processes x micro_batch_size {row.micro_batch_size} = {step}"
+            f"{processes} process{'' if processes == 1 else 'es'} x micro_batch_size {row.micro_batch_size} = {step}"
         )
     if wrong_batch:
         raise SettingsError(wrong_batch)

@@ -208,7 +208,9 @@ def say_headline(loop: Loop, more: str = "") -> None:
     settings, plan, examples = loop.settings, loop.training.plan, loop.training.examples
     trainable = sum(map(size_of, loop.trained))
     how = f", ZeRO {settings.zero_stage}" if loop.is_sharded else ""
-    micro_steps = f"{plan.accumulation} micro-steps of {settings.micro_batch_size}"
+    micro_steps = (
+        f"{plan.accumulation} micro-step{'' if plan.accumulation == 1 else 's'} of {settings.micro_batch_size}"
+    )
     if settings.batching == "packed":
         micro_steps = f"packs of {settings.tokens_per_pack} tokens"
     longer = len(examples.dataset) - len(examples)
@@ -216,7 +218,7 @@ def say_headline(loop: Loop, more: str = "") -> None:
     say(
         f"{settings.row or settings.dataset or 'finetune'}: {settings.method} {settings.dtype}{how} on "
         f"{loop.processes} x {device_name(loop.device)}; {plan.examples} examples{left_out}, batch "
-        f"{plan.batch_size} = {plan.processes} processes x {micro_steps}, "
+        f"{plan.batch_size} = {plan.processes} process{'' if plan.processes == 1 else 'es'} x {micro_steps}, "
         f"{recomputation(interval_of(settings.recompute or 0.0))}, "
         f"{trainable:,} trainable parameters{more}"
     )

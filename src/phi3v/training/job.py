@@ -40,7 +40,7 @@ def check_settings(settings: FinetuneSettings, device: torch.device) -> None:
         each = "" if micro == "auto" or share == processes else f" x --batch_size_per_gpu {micro}"
         raise SettingsError(
             f"command line: field `batch_size`: got {settings.batch_size}: expected a multiple of {share} "
-            f"({processes} processes{each})"
+            f"({processes} process{'' if processes == 1 else 'es'}{each})"
         )
     check_automatic(settings, processes, device)
     check_trackers(settings.report_to)
