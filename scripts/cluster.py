@@ -96,7 +96,7 @@ def wait(seconds: float) -> int:
 def main() -> int:
     """Parse and do one of the four."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=["site", "check", "status", "wait"])
+    parser.add_argument("do", choices=["site", "check", "status", "wait"], help="what to do, as in the examples above")
     parser.add_argument(
         "--config", default="config/config.yaml", help="configuration file of the run (default: config/config.yaml)"
     )

@@ -46,7 +46,14 @@ def main() -> int:
     )
     parser.add_argument("--output_dir", required=True, help="checkpoint folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
-    parser.add_argument("--geometry", type=setting, action="append", default=[], metavar="NAME=NUMBER")
+    parser.add_argument(
+        "--geometry",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="size of the model, such as layers=3; repeat the flag for several",
+    )
     given = parser.parse_args()
     with heavy_imports():
         from phi3v.demo.tiny import build_tiny

@@ -60,8 +60,12 @@ def bill(environment: str) -> str:
 def main() -> int:
     """Parses the command line and writes the bill."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("environment", choices=sorted(path.stem for path in (ROOT / "envs").glob("*.txt")))
-    parser.add_argument("output", type=Path)
+    parser.add_argument(
+        "environment",
+        choices=sorted(path.stem for path in (ROOT / "envs").glob("*.txt")),
+        help="lock, envs/ENVIRONMENT.txt",
+    )
+    parser.add_argument("output", type=Path, help="JSON file to write")
     given = parser.parse_args()
     given.output.write_text(bill(given.environment) + "\n")
     return 0

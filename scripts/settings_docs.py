@@ -48,12 +48,13 @@ SECTIONS: list[tuple[str, str, list[type[BaseModel]]]] = [
     ),
     (
         "Rows: accuracy.tsv, speed.tsv",
-        "A line is a job; a column left out, or an empty cell, is the default, which is the recipe's constant. A cell "
+        "Each line is a job. A missing column or an empty cell means the default, which is the recipe's constant. A cell "
         "with"
         " `|` is a grid: `1e-5|4e-5` under learning_rate makes the rows `ROW@learning_rate=1e-5` and"
         " `ROW@learning_rate=4e-5`, and several such cells make every combination ([how to](../how-to/grid.md)). The "
-        "column"
-        " `finetune` takes the flags of [finetune.py](commands.md#finetunepy), without the dashes.",
+        "field"
+        " `finetune`, only in `overrides`, takes further flags of [finetune.py](commands.md#finetunepy), without the "
+        "dashes.",
         [rows.AccuracyRow, rows.SpeedRow],
     ),
     (
@@ -85,7 +86,7 @@ HARDWARE = """# Hardware
 `make docs` writes this page from `config/hardware.yaml`. Add your own device to a file of your own
 ([fields](configuration.md#hardware)).
 
-Figures are of one device; an empty cell means that it cannot do this, or that no source gives the figure.
+Figures are per device. An empty cell means that it cannot do this, or that no source gives the figure.
 
 - **bf16, fp16, fp32**: TFLOP/s of dense matrix products with sums in float32. A datasheet's figure with sparsity is
   twice as high.

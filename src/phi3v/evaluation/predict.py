@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from phi3v.data.conversations import DataError, Turn, prompt_text, text_problem
+from phi3v.data.conversations import DataError, Turn, number_of, prompt_text, text_problem
 from phi3v.data.convert import convert_files
 from phi3v.data.folder import Pictures, split_file
 from phi3v.data.pictures import open_rgb, read_pictures
@@ -84,7 +84,8 @@ def predict_all(settings: PredictSettings) -> str:
     started, output = time.perf_counter(), Path(settings.output_dir)
     source = Path(settings.table or settings.folder)
     if not (source.is_dir() if settings.folder else source.is_file()):
-        raise DataError(f"{source}: no such {'folder' if settings.folder else 'table'}")
+        flag, kind = ("folder", "folder") if settings.folder else ("table", "file")
+        raise DataError(f"--{flag} {source}: no such {kind}; expected an existing {kind}")
     processes = join(settings)
     if processes.rank == 0:
         _convert(settings, output)
@@ -111,7 +112,7 @@ def predict_all(settings: PredictSettings) -> str:
         )
         rejected = data / "rejected.jsonl"
         left_out = rejected.read_bytes().count(b"\n") if rejected.is_file() else 0
-        line = f"{output}/answers.csv: {len(questions)} answers, {cut} incomplete (max_new_tokens), "
+        line = f"{output}/answers.csv: {number_of(len(questions), 'answer')}, {cut} incomplete (max_new_tokens), "
         line += f"{left_out} not answered"
         line += f", with reasons in {rejected}\n" if left_out else "\n"
     processes.leave()

@@ -253,7 +253,7 @@ def answer_passes(
             answers = part.read()
             if missing := [question.id for question in each.questions if question.id not in answers]:
                 raise DataError(
-                    f"{part.folder}: got no answer to {len(missing)} questions, the first of which is {missing[0]!r}; "
+                    f"{part.folder}: {len(missing)} of {len(each.questions)} questions without an answer, first {missing[0]!r}; "
                     "run the same command again"
                 )
             yield each, answers, timing

@@ -152,7 +152,7 @@ class FurtherOptions(Command):
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     """AdamW's decay rate of the mean of the squared gradients."""
     adam_epsilon: float = Field(1e-7, gt=0)
-    """AdamW's term in the denominator."""
+    """AdamW's epsilon, which is added to the denominator."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Clip gradients to this norm."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_number_word), Role.EQUIVALENT] = 2
@@ -160,10 +160,10 @@ class FurtherOptions(Command):
     all gradients and reduces them once per step instead of after every micro-batch (0 and 1 are not in the recipe).
     Optimizers other than adamw determine the stage."""
     batching: Annotated[Literal["fixed", "length", "packed"], Role.EQUIVALENT] = "fixed"
-    """How examples form micro-batches: in order, by similar length, or packed to tokens_per_pack. The gradient is the
-    same (not in the recipe)."""
+    """How examples form micro-batches. fixed: in order. length: by similar length. packed: joined up to tokens_per_pack
+    tokens. The gradient is the same (not in the recipe)."""
     tokens_per_pack: Annotated[int, Role.EQUIVALENT] = Field(4096, ge=1)
-    """Most tokens in one packed forward pass. A longer example gets its own pass (not in the recipe)."""
+    """Maximum number of tokens in one packed forward pass. A longer example gets its own pass (not in the recipe)."""
     max_length: int | None = Field(None, ge=1)
     """Skip and count training examples with more tokens. Default: no limit (not in the recipe)."""
     save_steps: Annotated[int, Role.RUNTIME] = Field(0, ge=0)
@@ -379,7 +379,7 @@ class Answering(Compute):
     batch_size_per_gpu: Annotated[int, Role.EQUIVALENT] = Field(8, ge=1)
     """Prompts per generation batch of one process."""
     max_new_tokens: int | None = Field(None, ge=1)
-    """Most tokens in an answer. Default: the data folder's value, else 64."""
+    """Maximum number of tokens in an answer. Default: the data folder's value, else 64."""
     num_workers: Annotated[WorkersOrAuto, Role.RUNTIME] = "auto"
     """Threads per process that decode the next pictures. auto: as in training."""
     tqdm: Annotated[bool, Role.RUNTIME] = True
@@ -471,7 +471,7 @@ class ServeSettings(Compute):
     num_crops: int | None = Field(None, ge=1, le=64)
     """Largest number of tiles per picture. Default: each model's own."""
     max_new_tokens: int = Field(256, ge=1)
-    """Most tokens in an answer."""
+    """Maximum number of tokens in an answer."""
     host: Annotated[str, Role.RUNTIME] = "127.0.0.1"
     """Address that the page listens on. Anyone who can connect to it can query the model. The default accepts only
     connections from this machine."""

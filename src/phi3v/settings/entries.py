@@ -308,7 +308,7 @@ class Dataset(Strict):
     group_by: str = ""
     """Field of each example's `meta`. The main metric is also reported per value of it."""
     max_new_tokens: int | None = Field(None, ge=1)
-    """Most tokens in an answer. Empty: the run's value."""
+    """Maximum number of tokens in an answer. Empty: the run's value."""
     num_crops: int = Field(16, ge=1, le=64)
     """Largest number of tiles per image (recipe: 16, UCF-101: 4)."""
     licence: str = ""
@@ -412,7 +412,7 @@ class Hardware(Strict):
     title: str
     """Name in the report."""
     kind: Literal["cuda", "rocm", "cpu"]
-    """PyTorch's name for it."""
+    """cuda: NVIDIA GPU. rocm: AMD GPU. cpu: CPU."""
     memory_gb: float | None = Field(None, gt=0)
     """Memory per device in GB (10^9 bytes). Empty for a CPU."""
     bf16: bool

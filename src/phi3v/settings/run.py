@@ -101,7 +101,7 @@ class Evaluation(Strict):
     batch_size_per_gpu: int = Field(8, ge=1)
     """Prompts per generation batch of one process."""
     max_new_tokens: int = Field(64, ge=1)
-    """Most tokens in an answer (64 in the recipe)."""
+    """Maximum number of tokens in an answer (64 in the recipe)."""
     control: bool = True
     """Also evaluate the trained model with the pictures swapped among the examples."""
 
@@ -122,7 +122,7 @@ class Prediction(Strict):
     question: str = ""
     """Question about each picture of the folder, or each row of a table without a question column."""
     max_new_tokens: int | None = Field(None, ge=1)
-    """Most tokens in an answer. Empty: the same as in the row's evaluation."""
+    """Maximum number of tokens in an answer. Empty: the same as in the row's evaluation."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Prediction:
