@@ -163,9 +163,11 @@ def test_line_and_row_are_named(tree):
         tree()
 
 
-def test_unknown_column(tree):
-    spoil(tree, "accuracy.tsv", "\tepochs\t", "\tepoch\t")
-    with pytest.raises(SettingsError, match=r"accuracy\.tsv: line 2: column 'epoch': unknown; .*row, model"):
+@pytest.mark.parametrize("name", ["epoch", "finetune"])
+def test_unknown_column(tree, name):
+    """`finetune` is a field of overrides alone."""
+    spoil(tree, "accuracy.tsv", "\tepochs\t", f"\t{name}\t")
+    with pytest.raises(SettingsError, match=rf"accuracy\.tsv: line 2: column '{name}': unknown; .*row, model"):
         tree()
 
 

@@ -293,9 +293,10 @@ def read_table(path: str, model: type[RowT], root: Path) -> list[RowT]:
     if not lines:
         raise SettingsError(f"{path}: empty; expected a header line and rows")
     (first, header), *rest = lines
+    columns = [name for name in model.model_fields if name != "finetune"]
     for column in header:
-        if column not in model.model_fields:
-            expected = ", ".join(model.model_fields)
+        if column not in columns:
+            expected = ", ".join(columns)
             raise SettingsError(f"{path}: line {first}: column {column!r}: unknown; expected one of {expected}")
     if len(set(header)) != len(header):
         raise SettingsError(f"{path}: line {first}: got a column name twice; expected each once")
