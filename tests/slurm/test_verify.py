@@ -171,17 +171,17 @@ def test_demo_on_four_machines_is_the_local_demo(every_dataset):
 
 
 def test_what_a_job_costs_besides_its_work(runs, cluster, undisturbed):
-    """Seconds of a SLURM job around the command of its rule."""
+    """Seconds of a SLURM job around the command of its rule, which is the job's last step."""
     code, output = runs.run(runs.configure("overhead", [ROW[method] for method in METHODS]), "--jobs", "1")
     assert code == 0, output[-4000:]
     beyond = []
-    for line in cluster.out("squeue", "-h", "--states=COMPLETED", "-o", "%i|%M|%k").splitlines():
-        job, elapsed, comment = line.split("|")
-        row = comment.removeprefix("rule_finetune_wildcards_")
-        if f"jobid {job} " in output and row in ROWS:
-            inside = (runs.folder / f"results/overhead/logs/train/{row}.tsv").read_text().splitlines()[1].split("\t")[0]
-            minutes, seconds = elapsed.split(":")
-            beyond.append(60 * int(minutes) + int(seconds) - float(inside))
+    for line in cluster.out("squeue", "-h", "--states=COMPLETED", "-o", "%i|%k").splitlines():
+        job, comment = line.split("|")
+        if f"jobid {job} " in output and comment.removeprefix("rule_finetune_wildcards_") in ROWS:
+            steps = cluster.out("sacct", "-n", "-P", "-j", job, "-o", "JobID,ElapsedRaw").splitlines()
+            seconds = {name.partition(".")[2]: int(elapsed) for name, elapsed in (step.split("|") for step in steps)}
+            last = max((step for step in seconds if step.isdigit()), key=int)
+            beyond.append(seconds[""] - seconds[last])
     assert len(beyond) == len(METHODS)
     print(f"\na job besides its command: {statistics.median(beyond):.1f} s (median of {len(beyond)})")
 
