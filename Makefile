@@ -21,7 +21,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 venv: $(VENV)/installed  ## make .venv from the pinned requirements
 
-demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then the report (about 5 minutes); ARGS="ROW …" runs only these rows
+demo: $(VENV)/installed  ## every dataset, method and dtype once on a CPU, then the report (3 to 6 minutes); ARGS="ROW …" runs only these rows
 	snakemake --profile profiles/demo $(ARGS)
 
 demo-all: $(VENV)/installed  ## every accuracy row and every published speed row on a CPU, then the report (about 13 minutes)
@@ -37,7 +37,7 @@ reproduce: $(VENV)/installed  ## the demo from scratch in another folder, compar
 	python scripts/reproduce.py $(ARGS)
 
 # SLURM's tests mostly wait, so they run beside the others.
-test: $(VENV)/installed  ## all tests except the longer ones of make verify-… (about 15 minutes on two cores)
+test: $(VENV)/installed  ## all tests except the longer ones of make verify-… (9 to 15 minutes on two cores)
 	$(MAKE) --jobs 2 --keep-going test-units test-slurm
 
 test-units: $(VENV)/installed  ## unit tests and one small workflow run for real
