@@ -80,7 +80,7 @@ verify-docs: $(VENV)/installed  ## every command of the documentation that runs 
 verify-report: $(VENV)/installed  ## 200 rows and 1,000,000 predictions in one report
 	pytest -m verify -s tests/test_reporting_size.py
 
-verify-slurm: $(VENV)/installed  ## every fault of a cluster, and 1,000 rows, on a real SLURM started here (needs root; 75 to 90 minutes)
+verify-slurm: $(VENV)/installed  ## every fault of a cluster, and 1,000 rows, on a real SLURM started here (needs root; 60 to 90 minutes)
 	pytest -m 'verify or not verify' -s tests/slurm
 
 CLIENTS := .clients
