@@ -33,7 +33,7 @@ digits: $(VENV)/installed  ## the example of your own data: real handwritten dig
 chat: $(VENV)/installed  ## a web page on this machine for asking a model about pictures: make chat MODEL=FOLDER [BASE=FOLDER] [ARGS="--bf16"]
 	python scripts/serve.py --model_name_or_path $(MODEL) $(if $(BASE),--base $(BASE)) $(ARGS)
 
-reproduce: $(VENV)/installed  ## the demo from scratch in another folder, compared byte by byte with stored digests (about 5 minutes)
+reproduce: $(VENV)/installed  ## the demo from scratch in another folder, compared byte by byte with stored digests (3 to 6 minutes)
 	python scripts/reproduce.py $(ARGS)
 
 # SLURM's tests mostly wait, so they run beside the others.

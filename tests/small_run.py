@@ -59,8 +59,8 @@ def make(root: Path, folder: Path, rows=None) -> Path:
     def quick(values):
         values["rows"] = rows or ROWS
         values["speed"] = {"warmup_steps": 10, "timed_steps": 1, "repeats": 3}
-        # Two processes for one row; each more costs a start of PyTorch.
-        values["hardware"][0]["rows"] = ["*-lora-*"]
+        # One row has two processes. Another would cost a further start of PyTorch.
+        values["hardware"][0]["rows"] = [ROWS["accuracy"][0]]
         values["hardware"].insert(1, {"device": "cpu", "per_node": 1, "stand_in": True, "rows": ["*gpu*"]})
         values["overrides"] = {
             "*": {"micro_batch_size": 8, "flash_attention": False, "epochs": 1},
