@@ -24,7 +24,7 @@ from phi3v.cluster.probe import all_reduce, probe
 from phi3v.cluster.site import CPU, SITE_FILE, load_site
 from phi3v.cluster.status import running_jobs, status_lines
 from phi3v.planning.fits import runnable
-from phi3v.settings import Hardware, load_run, read_entries, run_script
+from phi3v.settings import Hardware, load_run, number_of, read_entries, run_script
 
 
 def site(path: str) -> int:
@@ -60,10 +60,9 @@ def check(config: str, probing: bool, nodes: int, device: str) -> int:
             found += probe(here, entry, Path.cwd())
     print("\n".join([*lines, *map(str, dict.fromkeys(found))]))
     errors, warnings = (sum(problem.level == level for problem in found) for level in ("error", "warning"))
-    counts = [
-        f"{number} {level}{'' if number == 1 else 's'}" for number, level in ((errors, "error"), (warnings, "warning"))
-    ]
-    print(f"{len(wanted)} kinds of jobs checked: {', '.join(counts)}")
+    print(
+        f"{number_of(len(wanted), 'kind')} of jobs checked: {number_of(errors, 'error')}, {number_of(warnings, 'warning')}"
+    )
     return 1 if errors else 0
 
 

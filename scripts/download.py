@@ -15,10 +15,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from phi3v.data.conversations import number_of
 from phi3v.data.convert import dataset_sources, fetch_pictures
 from phi3v.data.fetch import fetch
-from phi3v.settings import Dataset, Model, check_choice, read_entries, run_script
+from phi3v.settings import Dataset, Model, check_choice, number_of, read_entries, run_script
 
 
 def arguments() -> argparse.Namespace:

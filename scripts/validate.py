@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 from phi3v.data.check import validate_folder
-from phi3v.data.conversations import number_of
-from phi3v.settings import heavy_imports, run_script
+from phi3v.settings import heavy_imports, number_of, run_script
 
 
 def arguments() -> argparse.Namespace:

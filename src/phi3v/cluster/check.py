@@ -16,7 +16,7 @@ from phi3v.cluster.facts import Facts, PartitionFacts, look
 from phi3v.cluster.limits import JOBS, Limit
 from phi3v.cluster.site import CPU, SITE_FILE, Partition, Site
 from phi3v.planning.resources import resources
-from phi3v.settings import CONVERSION_THREADS, ResolvedRun
+from phi3v.settings import CONVERSION_THREADS, ResolvedRun, number_of
 
 # Seconds by which SLURM may signal early (sbatch(1), --signal), and as much to start.
 SLURM_EARLY = 90
@@ -144,7 +144,7 @@ def problems(site: Site, facts: Facts, requests: Iterable[Request]) -> list[Prob
         ]:
             stopped.setdefault((partition.name, reason), []).append(f"{request.what}: asks for {asked}")
     for (_, reason), jobs in stopped.items():
-        more = f" (and {len(jobs) - 1} more job{'s' if len(jobs) > 2 else ''})" if len(jobs) > 1 else ""
+        more = f" (and {number_of(len(jobs) - 1, 'more job')})" if len(jobs) > 1 else ""
         found.append(_error(f"{jobs[0]}, {reason}{more}"))
     if facts.min_job_age < LEAST_JOB_AGE:
         found.append(

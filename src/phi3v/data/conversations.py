@@ -74,11 +74,6 @@ def quoted(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def number_of(count: int, noun: str) -> str:
-    """`1 picture`, `1,200 pictures`, for messages."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 def image_path_problem(path: object) -> str | None:
     """What an image path is expected to be, or None if it is valid. It must stay inside the images folder on any
     system."""

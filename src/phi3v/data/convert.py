@@ -31,7 +31,6 @@ from phi3v.data.conversations import (
     Turn,
     format_line,
     image_path_problem,
-    number_of,
     quoted,
     read_conversations,
 )
@@ -41,7 +40,7 @@ from phi3v.data.formats import FORMATS, ROWS, as_text, column
 from phi3v.data.pictures import PictureOptions, StoredPicture, read_pictures
 from phi3v.data.rows import Inputs, Picture, Rejection, Sample, may_name_urls
 from phi3v.provenance.manifest import digest_file, write_json
-from phi3v.settings import CONVERTER_VERSION, FORMAT_OPTIONS, Dataset, Division, OptionValue, Split, validate
+from phi3v.settings import CONVERTER_VERSION, FORMAT_OPTIONS, Dataset, Division, OptionValue, Split, number_of, validate
 
 OnError = Literal["stop", "skip"]
 Pages = Iterator[Callable[[], list[StoredPicture]]]

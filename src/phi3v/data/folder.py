@@ -13,8 +13,9 @@ from typing import TextIO, TypedDict
 import numpy as np
 from PIL import Image
 
-from phi3v.data.conversations import MAX_LINE_BYTES, DataError, number_of
+from phi3v.data.conversations import MAX_LINE_BYTES, DataError
 from phi3v.data.pictures import displayed_size, open_rgb
+from phi3v.settings import number_of
 
 LENGTHS = ".lengths"
 """Subfolder with token counts of the examples (phi3v.data.lengths)."""

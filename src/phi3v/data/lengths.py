@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from phi3v.data.conversations import DataError, Turn, answer_text, number_of, prompt_text
+from phi3v.data.conversations import DataError, Turn, answer_text, prompt_text
 from phi3v.data.folder import LENGTHS, splits_of
 from phi3v.data.processes import process_pool
 from phi3v.data.split import SplitRecords, TokenCounter
 from phi3v.planning.geometry import num_image_tokens, tile_layout
 from phi3v.provenance.manifest import digest_file, write_atomically, write_json
+from phi3v.settings import number_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

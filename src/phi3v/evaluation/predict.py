@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from phi3v.data.conversations import DataError, Turn, number_of, prompt_text, text_problem
+from phi3v.data.conversations import DataError, Turn, prompt_text, text_problem
 from phi3v.data.convert import convert_files
 from phi3v.data.folder import Pictures, split_file
 from phi3v.data.pictures import open_rgb, read_pictures
@@ -28,7 +28,7 @@ from phi3v.evaluation.questions import Answer, Question, json_lines, read_questi
 from phi3v.evaluation.run import DEFAULT_NEW_TOKENS, Pass, answer_passes, answers_fingerprint, join, shared_weights
 from phi3v.model.runtime import compute_device
 from phi3v.provenance.manifest import digest_file, write_atomically, write_manifest
-from phi3v.settings import CONVERTER_VERSION, OptionValue, PredictSettings
+from phi3v.settings import CONVERTER_VERSION, OptionValue, PredictSettings, number_of
 
 SPLIT = "predict"
 

@@ -7,6 +7,7 @@ from phi3v.settings.base import (
     check_choice,
     explain,
     fields_with,
+    number_of,
     read_entries,
     read_yaml,
     validate,

@@ -83,6 +83,11 @@ class SettingsError(ValueError):
     """A wrong setting. The message names the file, row, field, value, and what was expected."""
 
 
+def number_of(count: int, noun: str, plural: str = "") -> str:
+    """`1 picture`, `1,200 pictures`, for messages. plural: if it is not the noun with an s."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def check_choice(where: str, field: str, value: str, choices: Iterable[str]) -> None:
     """Raises SettingsError if the value is not one of the choices."""
     if value not in choices:

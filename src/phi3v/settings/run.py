@@ -23,6 +23,7 @@ from phi3v.settings.base import (
     Strict,
     check_choice,
     fields_with,
+    number_of,
     read_entries,
     read_yaml,
     validate,
@@ -528,8 +529,7 @@ def _place_speed(row: SpeedRow, pool: Pool) -> tuple[int, int] | str:
         return 1, pool.per_node
     if pool.device == row.hardware and pool.nodes >= row.nodes and pool.per_node >= row.gpus_per_node:
         return row.nodes, row.gpus_per_node
-    nodes = "1 node" if row.nodes == 1 else f"{row.nodes} nodes"
-    return f"hardware: needs {nodes} with {row.gpus_per_node} {row.hardware}{'' if row.nodes == 1 else ' each'}"
+    return f"hardware: needs {number_of(row.nodes, 'node')} with {row.gpus_per_node} {row.hardware}{'' if row.nodes == 1 else ' each'}"
 
 
 def _place(where: str, row: AnyRow, pools: list[Pool], hardware: dict[str, Hardware]) -> tuple[Pool, int, int] | str:
@@ -555,7 +555,7 @@ def _place(where: str, row: AnyRow, pools: list[Pool], hardware: dict[str, Hardw
             return pool, *assigned
         wrong_batch = (
             f"{where}: row `{row.row}`: field `batch_size`: got {row.batch_size}: expected a multiple of "
-            f"{processes} process{'' if processes == 1 else 'es'} x micro_batch_size {row.micro_batch_size} = {step}"
+            f"{number_of(processes, 'process', 'processes')} x micro_batch_size {row.micro_batch_size} = {step}"
         )
     if wrong_batch:
         raise SettingsError(wrong_batch)

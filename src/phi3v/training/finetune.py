@@ -18,7 +18,7 @@ from phi3v.planning.fits import interval_of, recomputation
 from phi3v.planning.hardware import utilisation_of
 from phi3v.planning.resources import checkpoint_bytes, most_checkpoints
 from phi3v.provenance.manifest import write_json, write_manifest
-from phi3v.settings import FinetuneSettings
+from phi3v.settings import FinetuneSettings, number_of
 from phi3v.training import checkpoints, finished
 from phi3v.training.census import Census, census_label
 from phi3v.training.export import export_final, export_merged
@@ -208,9 +208,7 @@ def say_headline(loop: Loop, more: str = "") -> None:
     settings, plan, examples = loop.settings, loop.training.plan, loop.training.examples
     trainable = sum(map(size_of, loop.trained))
     how = f", ZeRO {settings.zero_stage}" if loop.is_sharded else ""
-    micro_steps = (
-        f"{plan.accumulation} micro-step{'' if plan.accumulation == 1 else 's'} of {settings.micro_batch_size}"
-    )
+    micro_steps = f"{number_of(plan.accumulation, 'micro-step')} of {settings.micro_batch_size}"
     if settings.batching == "packed":
         micro_steps = f"packs of {settings.tokens_per_pack} tokens"
     longer = len(examples.dataset) - len(examples)
@@ -218,7 +216,7 @@ def say_headline(loop: Loop, more: str = "") -> None:
     say(
         f"{settings.row or settings.dataset or 'finetune'}: {settings.method} {settings.dtype}{how} on "
         f"{loop.processes} x {device_name(loop.device)}; {plan.examples} examples{left_out}, batch "
-        f"{plan.batch_size} = {plan.processes} process{'' if plan.processes == 1 else 'es'} x {micro_steps}, "
+        f"{plan.batch_size} = {number_of(plan.processes, 'process', 'processes')} x {micro_steps}, "
         f"{recomputation(interval_of(settings.recompute or 0.0))}, "
         f"{trainable:,} trainable parameters{more}"
     )

@@ -20,7 +20,7 @@ from phi3v.model.compat import widen_float16_products
 from phi3v.model.modeling import freeze, parameter_group
 from phi3v.model.runtime import TORCH_DTYPE, attention_implementation, compute_device, uses_zero, weight_dtype
 from phi3v.planning.fits import interval_of
-from phi3v.settings import FinetuneSettings, SettingsError, SpeedSettings
+from phi3v.settings import FinetuneSettings, SettingsError, SpeedSettings, number_of
 from phi3v.training import micro_batch
 from phi3v.training.batches import BatchPlan, Collator, PickedExamples, PlannedSplit
 from phi3v.training.census import LossGuard
@@ -40,7 +40,7 @@ def check_settings(settings: FinetuneSettings, device: torch.device) -> None:
         each = "" if micro == "auto" or share == processes else f" x --batch_size_per_gpu {micro}"
         raise SettingsError(
             f"command line: field `batch_size`: got {settings.batch_size}: expected a multiple of {share} "
-            f"({processes} process{'' if processes == 1 else 'es'}{each})"
+            f"({number_of(processes, 'process', 'processes')}{each})"
         )
     check_automatic(settings, processes, device)
     check_trackers(settings.report_to)
