@@ -37,7 +37,7 @@ reproduce: $(VENV)/installed  ## the demo from scratch in another folder, compar
 	python scripts/reproduce.py $(ARGS)
 
 # SLURM's tests mostly wait, so they run beside the others.
-test: $(VENV)/installed  ## all tests except the longer ones of make verify-… (9 to 15 minutes on two cores)
+test: $(VENV)/installed  ## all tests except the longer ones of make verify-… (9 to 16 minutes on two cores)
 	$(MAKE) --jobs 2 --keep-going test-units test-slurm
 
 test-units: $(VENV)/installed  ## unit tests and one small workflow run for real
